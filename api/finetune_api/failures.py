@@ -1,0 +1,195 @@
+"""Every reason a stage can end or wait for, with its exit code, what follows from it and what the user can do.
+
+The reason stands in the termination message, the condition, the Event and the docs under the same name. A container's
+exit code carries the reason even where its termination message is lost (a deleted pod).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Consequence(StrEnum):
+    """What follows from a failure."""
+
+    FAIL = "Fail"
+    """Repeating cannot help: the job fails at once."""
+    RETRY = "Retry"
+    """May pass: repeated up to recovery.maxFailures times."""
+    WAIT = "Wait"
+    """Something is missing that somebody can mend: waited for, up to pendingTimeoutSeconds."""
+
+
+class Reason(StrEnum):
+    """Stable names of failures. CamelCase, as condition reasons are."""
+
+    INVALID_CONFIG = "InvalidConfig"
+    INVALID_DATA = "InvalidData"
+    TOO_FEW_ROWS = "TooFewRows"
+    DATASET_NOT_FOUND = "DatasetNotFound"
+    MODEL_NOT_FOUND = "ModelNotFound"
+    BUCKET_NOT_FOUND = "BucketNotFound"
+    ACCESS_DENIED = "AccessDenied"
+    GATED_MODEL = "GatedModel"
+    UNSUPPORTED_MODEL = "UnsupportedModel"
+    UNKNOWN_TARGET_MODULE = "UnknownTargetModule"
+    CHAT_TEMPLATE_MISSING = "ChatTemplateMissing"
+    NO_GPU = "NoGPU"
+    NON_FINITE_LOSS = "NonFiniteLoss"
+    VERIFICATION_FAILED = "VerificationFailed"
+    OUT_OF_MEMORY = "OutOfMemory"
+    INTERRUPTED = "Interrupted"
+    UNKNOWN = "Unknown"
+    STORAGE_UNAVAILABLE = "StorageUnavailable"
+    HUB_UNAVAILABLE = "HubUnavailable"
+    SECRET_MISSING = "SecretMissing"
+    # Seen by the operator from outside the container, so without an exit code.
+    IMAGE_UNAVAILABLE = "ImageUnavailable"
+    UNSCHEDULABLE = "Unschedulable"
+    VOLUME_UNAVAILABLE = "VolumeUnavailable"
+    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
+    EVICTED = "Evicted"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    PENDING_TIMEOUT = "PendingTimeout"
+    NAME_CONFLICT = "NameConflict"
+    ADMISSION_REFUSED = "AdmissionRefused"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row of the table."""
+
+    reason: Reason
+    exit_code: int | None
+    consequence: Consequence
+    meaning: str
+    advice: str
+
+
+def _row(reason: Reason, code: int | None, consequence: Consequence, meaning: str, advice: str) -> Failure:
+    return Failure(reason, code, consequence, meaning, advice)
+
+
+_F, _R, _W = Consequence.FAIL, Consequence.RETRY, Consequence.WAIT
+
+FAILURES: dict[Reason, Failure] = {
+    f.reason: f
+    for f in (
+        _row(Reason.INVALID_CONFIG, 10, _F, "The spec asks for something that cannot work.", "Change the field that the message names."),
+        _row(Reason.INVALID_DATA, 11, _F, "Rows cannot be used.", "Fix the rows, or set data.checks.maxBadRows."),
+        _row(
+            Reason.TOO_FEW_ROWS,
+            12,
+            _F,
+            "After the checks too few rows are left to train and to hold out.",
+            "Add rows, or give data.heldOut another fraction or its own sources.",
+        ),
+        _row(Reason.DATASET_NOT_FOUND, 13, _F, "A data source does not exist.", "Check data.train[].uri and data.heldOut.sources[].uri."),
+        _row(Reason.MODEL_NOT_FOUND, 14, _F, "The base model or its revision does not exist.", "Check model.uri and model.revision."),
+        _row(Reason.BUCKET_NOT_FOUND, 15, _F, "The bucket does not exist.", "Create the bucket, or correct the uri."),
+        _row(
+            Reason.ACCESS_DENIED,
+            16,
+            _F,
+            "The credentials were refused.",
+            "Check the Secret's keys and values, and what they may read and write.",
+        ),
+        _row(
+            Reason.GATED_MODEL,
+            17,
+            _F,
+            "The model is gated and the request had no token that may read it.",
+            "Accept the model's terms on the Hub and put HF_TOKEN into the Secret that model.secretRef names.",
+        ),
+        _row(Reason.UNSUPPORTED_MODEL, 18, _F, "The model folder cannot be fine-tuned here.", "Choose a causal language model with safetensors weights."),
+        _row(
+            Reason.UNKNOWN_TARGET_MODULE,
+            19,
+            _F,
+            "A target module does not exist in this model.",
+            "Use one of the names that the message lists, or all-linear.",
+        ),
+        _row(
+            Reason.CHAT_TEMPLATE_MISSING,
+            20,
+            _F,
+            "The tokenizer has no chat template, and the rows need one.",
+            "Use an instruct model, or prompt/completion or text rows.",
+        ),
+        _row(
+            Reason.NO_GPU,
+            21,
+            _F,
+            "The container sees no GPU.",
+            "Check the device plugin and compute.gpu.resourceName; for a run on the CPU set training.useCpu: true.",
+        ),
+        _row(Reason.NON_FINITE_LOSS, 22, _F, "The loss became NaN or infinite.", "Lower training.optimizer.learningRate."),
+        _row(
+            Reason.VERIFICATION_FAILED,
+            23,
+            _F,
+            "What was read back from the bucket does not behave as what was trained.",
+            "Do not use the artifacts. Check the base model's revision and the bucket, then run the job again.",
+        ),
+        _row(
+            Reason.OUT_OF_MEMORY,
+            40,
+            _F,
+            "The GPU's memory did not suffice.",
+            "Use QLoRA, a smaller training.microBatchSequences or training.maxSequenceTokens.",
+        ),
+        _row(Reason.INTERRUPTED, 60, _R, "The container was told to stop.", "Nothing to do: it is started again."),
+        _row(Reason.UNKNOWN, 1, _R, "An error that has no name here.", "Read the pod's log."),
+        _row(Reason.STORAGE_UNAVAILABLE, 61, _W, "The object store cannot be reached.", "Check the endpoint and the network path to it."),
+        _row(Reason.HUB_UNAVAILABLE, 62, _W, "The model hub or web server cannot be reached.", "Check the endpoint and the network path to it."),
+        _row(Reason.SECRET_MISSING, 63, _W, "A Secret, or a key in it, is missing.", "Create the Secret in the job's namespace."),
+        _row(Reason.IMAGE_UNAVAILABLE, None, _W, "An image cannot be pulled.", "Check the image's name and runtime.imagePullSecrets."),
+        _row(
+            Reason.UNSCHEDULABLE,
+            None,
+            _W,
+            "No node has room for the pod.",
+            "Free or add the resource that the message names, or ask for less.",
+        ),
+        _row(Reason.VOLUME_UNAVAILABLE, None, _W, "A volume cannot be mounted.", "Check that the PersistentVolumeClaim exists and is bound."),
+        _row(
+            Reason.HOST_OUT_OF_MEMORY,
+            None,
+            _R,
+            "The container used more memory than its limit and was killed.",
+            "Raise compute.memory.",
+        ),
+        _row(Reason.EVICTED, None, _R, "The node evicted the pod.", "Raise compute.ephemeralStorage or compute.memory to what the stage needs."),
+        _row(Reason.DEADLINE_EXCEEDED, None, _F, "The job ran longer than activeDeadlineSeconds.", "Raise activeDeadlineSeconds."),
+        _row(Reason.PENDING_TIMEOUT, None, _F, "What was missing did not appear in time.", "Provide it, then create the job again."),
+        _row(
+            Reason.NAME_CONFLICT,
+            None,
+            _F,
+            "An object that this job must create exists and belongs to something else.",
+            "Delete or rename that object, then create the job again.",
+        ),
+        _row(
+            Reason.ADMISSION_REFUSED,
+            None,
+            _W,
+            "The API server refused an object of this job.",
+            "Read the message: a quota, a policy or an admission webhook stands in the way.",
+        ),
+    )
+}
+
+_BY_EXIT_CODE = {f.exit_code: f for f in FAILURES.values() if f.exit_code is not None}
+
+PERMANENT_EXIT_CODES: tuple[int, ...] = tuple(
+    sorted(f.exit_code for f in FAILURES.values() if f.exit_code is not None and f.consequence is Consequence.FAIL)
+)
+"""Exit codes after which a Job must not start another pod (podFailurePolicy FailJob)."""
+
+
+def by_exit_code(code: int) -> Failure:
+    """The failure that an exit code stands for; 143 and 137 are signals from outside, any other unknown code is Unknown."""
+    if code in (143, 130):
+        return FAILURES[Reason.INTERRUPTED]
+    return _BY_EXIT_CODE.get(code, FAILURES[Reason.UNKNOWN])

@@ -1,0 +1,70 @@
+"""Names, labels and paths that operator and pods must agree on."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """The three Jobs of a FineTuneJob, in order."""
+
+    PREPARE = "prepare"
+    TRAIN = "train"
+    PUBLISH = "publish"
+
+
+LABEL_UID = "finetune.dev/job-uid"
+LABEL_NAME = "finetune.dev/job-name"
+LABEL_STAGE = "finetune.dev/stage"
+ANNOTATION_SNAPSHOT_HASH = "finetune.dev/snapshot-hash"
+
+SNAPSHOT_MOUNT = "/etc/finetune/snapshot"
+SNAPSHOT_KEY = "snapshot.json"
+CA_KEY = "ca.crt"
+SECRETS_MOUNT = "/etc/finetune/secrets"
+"""Each source's Secret is mounted at <SECRETS_MOUNT>/<slot>, ``optional: true``."""
+PVC_MOUNT = "/mnt/pvc"
+"""Each claim is mounted read-only at <PVC_MOUNT>/<claim>."""
+TOKEN_MOUNT = "/var/run/secrets/finetune.dev/progress"
+TOKEN_KEY = "token"
+TOKEN_AUDIENCE = "progress.finetune.dev"
+WORK_MOUNT = "/work"
+"""An emptyDir: the only large writable place; HOME, caches and downloads live below it."""
+
+ENV_STAGE = "FINETUNE_STAGE"
+ENV_ENDPOINT = "FINETUNE_PROGRESS_URL"
+ENV_POD_UID = "FINETUNE_POD_UID"
+ENV_POD_NAME = "FINETUNE_POD_NAME"
+
+UID_CHARACTERS = 8
+MAX_JOB_NAME = 40
+"""<name>-<uid8>-publish-xxxxx must fit a 63 character hostname."""
+
+
+def job_key(name: str, uid: str) -> str:
+    """``<name>-<uid8>``: the prefix of all children and of the output folder."""
+    return f"{name}-{uid[:UID_CHARACTERS]}"
+
+
+def stage_job_name(name: str, uid: str, stage: Stage) -> str:
+    """Name of a stage's Job."""
+    return f"{job_key(name, uid)}-{stage}"
+
+
+def snapshot_name(name: str, uid: str) -> str:
+    """Name of the ConfigMap that holds the run snapshot."""
+    return f"{job_key(name, uid)}-snapshot"
+
+
+MODEL_SLOT = "model"
+OUTPUT_SLOT = "output"
+
+
+def train_slot(index: int) -> str:
+    """Secret slot of ``data.train[index]``."""
+    return f"train-{index}"
+
+
+def held_out_slot(index: int) -> str:
+    """Secret slot of ``data.heldOut.sources[index]``."""
+    return f"held-out-{index}"

@@ -1,0 +1,227 @@
+"""What stages leave in the bucket. Each stage writes its result last, so a result that exists is complete.
+
+Layout below ``<output.uri>/<name>-<uid8>/``::
+
+    adapter/            adapter_config.json, adapter_model.safetensors, tokenizer, chat template, README.md (model card)
+    merged/             merged model folder, if asked for
+    reports/            metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned)
+    manifest.json       written last: no manifest, no result
+
+and below the workspace (``workspace/`` there by default)::
+
+    prepare/train.parquet, prepare/held_out.parquet, prepare/prompts.json, prepare/result.json (last)
+    train/result.json (last)
+
+``prepare/*.parquet``: columns ``row`` int64 (position in the concatenated sources), ``source`` string ("file:line"),
+``input_ids`` list<int32>, ``labels`` list<int32> (-100: not learned), ``prompt_tokens`` int32 (length of the prompt prefix of
+the row's last learned turn; 0 for text); file metadata ``finetune.prepared_version``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel
+
+PREPARED_VERSION = 1
+RESULT_VERSION = 1
+MANIFEST_VERSION = 1
+
+PREPARE_RESULT = "prepare/result.json"
+PREPARED_TRAIN = "prepare/train.parquet"
+PREPARED_HELD_OUT = "prepare/held_out.parquet"
+PREPARED_PROMPTS = "prepare/prompts.json"
+TRAIN_RESULT = "train/result.json"
+ADAPTER_DIR = "adapter"
+MERGED_DIR = "merged"
+REPORTS_DIR = "reports"
+METRICS_FILE = "reports/metrics.jsonl"
+ANSWERS_FILE = "reports/answers.json"
+MANIFEST = "manifest.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileRecord(ApiModel):
+    """A file below the job's output prefix (or workspace), with what is needed to check it."""
+
+    path: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class LengthPercentiles(ApiModel):
+    """Row lengths in tokens, before truncation."""
+
+    p50: int
+    p95: int
+    p99: int
+    max: int
+
+
+class DataSummary(ApiModel):
+    """What the data checks found."""
+
+    rows: int
+    train_rows: int
+    held_out_rows: int
+    bad_rows: int
+    truncated_rows: int
+    dropped_rows: int
+    duplicate_rows: int
+    """Exact duplicates in the sources; they are counted, and kept in training on one side of the split."""
+    formats: dict[str, int]
+    """Rows per detected format."""
+    train_tokens: int
+    train_target_tokens: int
+    held_out_tokens: int
+    held_out_target_tokens: int
+    tokens: LengthPercentiles
+
+
+class PrepareResult(ApiModel):
+    """``prepare/result.json``."""
+
+    version: int = RESULT_VERSION
+    snapshot_digest: Sha256
+    data: DataSummary
+    data_hash: Sha256
+    """SHA-256 over the prepared train and held-out rows (ids and labels), independent of Parquet's bytes."""
+    model_commit: str | None
+    """Commit of the base model on the Hub; absent for s3:// and pvc://."""
+    model_files: list[FileRecord]
+    """The base model's files as far as their hashes are known without reading the weights (size always known)."""
+    tokenizer_hash: Sha256
+    """SHA-256 over the tokenizer files' hashes and the chat template."""
+    trainable_parameters: int
+    total_parameters: int
+    total_steps: int
+    files: list[FileRecord]
+    warnings: list[str] = []
+
+
+class Verification(ApiModel):
+    """The adapter fetched back from the bucket, loaded freshly over the base, against the trained model in memory."""
+
+    held_out_loss_trained: float
+    held_out_loss_reloaded: float
+    relative_difference: float
+    tolerance: float
+
+
+class Answer(ApiModel):
+    """One held-out prompt, what was expected, and what base and tuned model answer (greedy)."""
+
+    row: int
+    prompt: str
+    reference: str
+    base: str
+    tuned: str
+
+
+class TrainMetrics(ApiModel):
+    """Losses are Σ NLL / Σ tokens over learned tokens (natural logarithm); perplexity is exp(loss)."""
+
+    held_out_loss_base: float
+    held_out_loss: float
+    perplexity_base: float
+    perplexity: float
+    final_train_loss: float
+    steps: int
+    epochs: float
+    tokens: int
+    tokens_per_second: float
+    train_seconds: float
+
+
+class QuantizedModule(ApiModel):
+    """A base weight that training held in 4 bit: the SHA-256 of its packed bytes and quantization constants."""
+
+    name: str
+    sha256: Sha256
+
+
+class TrainResult(ApiModel):
+    """``train/result.json``."""
+
+    version: int = RESULT_VERSION
+    snapshot_digest: Sha256
+    execution_id: str
+    adapter_files: list[FileRecord]
+    report_files: list[FileRecord]
+    metrics: TrainMetrics
+    verification: Verification
+    base_files: list[FileRecord]
+    """Every file of the base model as loaded (path relative to the model folder), hashed: publish must merge the same."""
+    quantized_modules: list[QuantizedModule]
+    trainable_parameters: int
+    device: str
+    versions: dict[str, str]
+
+
+class MergeCheck(ApiModel):
+    """The merged model against base + adapter, by a layer-streamed forward on held-out rows."""
+
+    held_out_loss_adapter: float
+    held_out_loss_merged: float
+    relative_difference: float
+    tolerance: float
+    rows: int
+
+
+class Manifest(ApiModel):
+    """``manifest.json``: the proof that a job's output is whole."""
+
+    version: int = MANIFEST_VERSION
+    job: dict[str, object]
+    """name, namespace, uid."""
+    base_model: dict[str, object]
+    """uri, revision, commit."""
+    data_hash: Sha256
+    snapshot_digest: Sha256
+    config: dict[str, object]
+    """The resolved snapshot."""
+    metrics: TrainMetrics
+    verification: Verification
+    merge_check: MergeCheck | None = None
+    data: DataSummary
+    versions: dict[str, str]
+    attempts: list[dict[str, object]]
+    created_at: str
+    files: list[FileRecord]
+
+
+class PrepareReport(ApiModel):
+    """``StageReport.result`` of prepare: what the operator needs, well under the 4 KiB of a termination message."""
+
+    data: DataSummary
+    data_hash: Sha256
+    model_commit: str | None
+    trainable_parameters: int
+    total_parameters: int
+    total_steps: int
+    trained: bool
+    """A complete ``train/result.json`` of this snapshot exists already: training need not run (again)."""
+    warnings: list[str] = []
+
+
+class TrainReport(ApiModel):
+    """``StageReport.result`` of train."""
+
+    metrics: TrainMetrics
+    verification: Verification
+    adapter_bytes: int
+    device: str
+
+
+class PublishReport(ApiModel):
+    """``StageReport.result`` of publish. Repeats the metrics, so that a lost train report is made good here."""
+
+    metrics: TrainMetrics
+    verification: Verification
+    merge_check: MergeCheck | None = None
+    adapter_bytes: int
+    merged_bytes: int | None = None
+    files: int

@@ -1,0 +1,150 @@
+"""The run snapshot: everything a run depends on, resolved once at first reconcile and never changed.
+
+It is stored as JSON in an immutable ConfigMap, mounted into every pod, and its hash stands in status. An operator upgrade
+between two stages of a job therefore changes nothing for that job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from finetune_api.base import ApiModel
+from finetune_api.names import job_key
+from finetune_api.spec import FineTuneJobSpec, LoraBias, MethodType, Quantization
+from finetune_api.uris import S3Location, parse_uri
+
+SNAPSHOT_VERSION = 1
+DEFAULT_LEARNING_RATE = 2e-4
+DEFAULT_GPU_MICRO_BATCH = 4
+DEFAULT_CPU_MICRO_BATCH = 1
+
+
+class JobIdentity(ApiModel):
+    """Which FineTuneJob this is."""
+
+    name: str
+    namespace: str
+    uid: str
+    generation: int
+
+
+class Images(ApiModel):
+    """Container images of the stages."""
+
+    prepare: str
+    train: str
+
+
+class ResolvedLora(ApiModel):
+    """LoRA settings without gaps."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    bias: LoraBias
+    target_modules: list[str]
+
+
+class ResolvedMethod(ApiModel):
+    """The method without gaps; ``quantization`` is present exactly for QLoRA."""
+
+    type: MethodType
+    lora: ResolvedLora
+    quantization: Quantization | None = None
+
+
+class Plan(ApiModel):
+    """Defaults that depend on other fields, resolved."""
+
+    method: ResolvedMethod
+    learning_rate: float
+    micro_batch_sequences: int
+    gradient_accumulation_steps: int
+
+
+class Snapshot(ApiModel):
+    """Input of every stage."""
+
+    version: int = SNAPSHOT_VERSION
+    operator_version: str
+    job: JobIdentity
+    spec: FineTuneJobSpec
+    plan: Plan
+    images: Images
+
+    @property
+    def output(self) -> S3Location:
+        """``<output.uri>/<name>-<uid8>``: the prefix of everything this job publishes."""
+        location = parse_uri(self.spec.output.uri)
+        assert isinstance(location, S3Location)  # the spec's pattern allows nothing else
+        return location.join(job_key(self.job.name, self.job.uid))
+
+    @property
+    def workspace(self) -> S3Location:
+        """Where prepared data and stage results live."""
+        if self.spec.output.workspace.uri is None:
+            return self.output.join("workspace")
+        location = parse_uri(self.spec.output.workspace.uri)
+        assert isinstance(location, S3Location)
+        return location.join(job_key(self.job.name, self.job.uid))
+
+    def canonical_json(self) -> str:
+        """One byte form per value: sorted keys, no white space."""
+        return json.dumps(self.to_json_dict(), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> str:
+        """SHA-256 of :meth:`canonical_json`, hex."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+def largest_divisor(total: int, limit: int) -> int:
+    """The largest divisor of ``total`` that is not above ``limit``."""
+    return next(d for d in range(min(total, limit), 0, -1) if total % d == 0)
+
+
+def resolve_plan(spec: FineTuneJobSpec) -> Plan:
+    """Resolve the defaults that depend on other fields.
+
+    alpha = 2 × rank and a learning rate of 2e-4 are what the LoRA and QLoRA papers' successors settled on; the micro-batch
+    is the largest divisor of the global batch up to 4 on a GPU and 1 on a CPU, where padding costs time and memory is no limit.
+    A micro-batch the user names is lowered to the next divisor, so that the global batch stays exact.
+    """
+    method = spec.method
+    lora = method.lora
+    training = spec.training
+    limit = training.micro_batch_sequences or (DEFAULT_CPU_MICRO_BATCH if training.use_cpu else DEFAULT_GPU_MICRO_BATCH)
+    micro_batch = largest_divisor(training.global_batch_sequences, limit)
+    return Plan(
+        method=ResolvedMethod(
+            type=method.type,
+            lora=ResolvedLora(
+                rank=lora.rank,
+                alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,
+                dropout=lora.dropout,
+                bias=lora.bias,
+                target_modules=list(lora.target_modules),
+            ),
+            quantization=method.quantization if method.type is MethodType.QLORA else None,
+        ),
+        learning_rate=training.optimizer.learning_rate or DEFAULT_LEARNING_RATE,
+        micro_batch_sequences=micro_batch,
+        gradient_accumulation_steps=training.global_batch_sequences // micro_batch,
+    )
+
+
+def make_snapshot(spec: FineTuneJobSpec, job: JobIdentity, default_images: Images, operator_version: str) -> Snapshot:
+    """Freeze a job: pure, so that the same inputs give the same digest.
+
+    Fields that may change during a run (suspend, deadlines, TTL) are set to their defaults in the snapshot.
+    """
+    frozen = spec.model_copy(
+        update={
+            "suspend": False,
+            "active_deadline_seconds": None,
+            "ttl_seconds_after_finished": None,
+            "pending_timeout_seconds": FineTuneJobSpec.model_fields["pending_timeout_seconds"].default,
+        }
+    )
+    images = Images(prepare=default_images.prepare, train=spec.runtime.image or default_images.train)
+    return Snapshot(operator_version=operator_version, job=job, spec=frozen, plan=resolve_plan(spec), images=images)

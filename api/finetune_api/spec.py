@@ -1,0 +1,528 @@
+"""``FineTuneJob.spec``: what a user asks for.
+
+Every field here is API. Static defaults stand in the CRD; defaults that depend on other fields (alpha, learning rate,
+micro-batch) stay absent here and are resolved into the run snapshot by :mod:`finetune_api.resolve`.
+Rules carry their CEL form beside them (``x-kubernetes-validations``), so that the apiserver refuses what pydantic would.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
+
+from finetune_api.base import ApiModel
+from finetune_api.uris import DATA_URI_PATTERN, MODEL_URI_PATTERN, OUTPUT_URI_PATTERN
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", min_length=1, max_length=253)]
+Quantity = Annotated[
+    str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$", min_length=1, max_length=32)
+]
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", min_length=1, max_length=128)]
+LabelValue = Annotated[str, StringConstraints(max_length=63)]
+ShortText = Annotated[str, StringConstraints(max_length=4096)]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+def cel(*rules: tuple[str, str]) -> dict[str, Any]:
+    """JSON-schema extra that carries CEL ``(rule, message)`` pairs into the CRD."""
+    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
+
+
+def exactly_one(*fields: str) -> tuple[str, str]:
+    """CEL rule: exactly one of ``fields`` is set."""
+    count = " + ".join(f"(has(self.{f}) ? 1 : 0)" for f in fields)
+    return f"{count} == 1", f"exactly one of {', '.join(fields)} must be set"
+
+
+class LocalObjectReference(ApiModel):
+    """The name of an object in the job's namespace."""
+
+    name: Name
+
+
+class RemoteSource(ApiModel):
+    """Where bytes come from, and whose credentials fetch them. The Secret's keys are boto3's and huggingface_hub's own
+    environment names (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL,
+    AWS_CA_BUNDLE, HF_TOKEN, HF_ENDPOINT). Without secretRef the pod's own identity is used."""
+
+    secret_ref: LocalObjectReference | None = Field(
+        None, description="Secret in the same namespace that holds the credentials, under boto3's and huggingface_hub's names."
+    )
+    endpoint_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=2048)] | None = Field(
+        None,
+        alias="endpointURL",
+        description="Address of the S3-compatible store or of a Hugging Face Hub mirror. Overrides the Secret's.",
+    )
+    region: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
+        None, description="Region of the S3-compatible store. Overrides the Secret's."
+    )
+
+
+class Model(RemoteSource):
+    """The base model."""
+
+    uri: Annotated[str, StringConstraints(pattern=MODEL_URI_PATTERN, max_length=2048)] = Field(
+        description="hf://org/name, s3://bucket/prefix or pvc://claim/path of a Hugging Face model folder."
+    )
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="Branch, tag or commit (hf:// only). The commit it resolves to is recorded in status."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model repository ships.")
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("!has(self.revision) || self.uri.startsWith('hf://')", "revision applies to hf:// models only"),
+        )
+    )
+
+
+class DataFormat(StrEnum):
+    """Row formats. Auto detects one of the others from the first rows."""
+
+    AUTO = "Auto"
+    MESSAGES = "Messages"
+    PROMPT_COMPLETION = "PromptCompletion"
+    ALPACA = "Alpaca"
+    TEXT = "Text"
+
+
+class DataSource(RemoteSource):
+    """One file, or one prefix or repository of files (json, jsonl, csv, parquet; also .gz)."""
+
+    uri: Annotated[str, StringConstraints(pattern=DATA_URI_PATTERN, max_length=2048)] = Field(
+        description="s3://bucket/key, hf://org/dataset[/path], https://… or pvc://claim/path; a trailing / means all files below."
+    )
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="Branch, tag or commit (hf:// only)."
+    )
+    format: DataFormat = Field(DataFormat.AUTO, description="Row format; Auto detects it and records it in status.")
+    columns: dict[str, ColumnName] | None = Field(
+        None,
+        description=(
+            "Maps the format's field names (messages, prompt, completion, instruction, input, output, system, text) to this "
+            "source's column names."
+        ),
+        json_schema_extra={"maxProperties": 16},
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("!has(self.revision) || self.uri.startsWith('hf://')", "revision applies to hf:// data only"),
+        )
+    )
+
+
+class HeldOut(ApiModel):
+    """The rows that are never trained on: a fraction of the training data, or sources of their own."""
+
+    fraction: Annotated[float, Field(gt=0, le=0.5)] | None = Field(
+        None, description="Share of the rows held out, split by prompt so that no prompt stands on both sides."
+    )
+    sources: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = Field(
+        None, description="Held-out data of their own.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
+    )
+
+    model_config = ConfigDict(json_schema_extra=cel(exactly_one("fraction", "sources")))
+
+    @model_validator(mode="after")
+    def _one_of(self) -> HeldOut:
+        if (self.fraction is None) == (self.sources is None):
+            raise ValueError("exactly one of fraction, sources must be set")
+        return self
+
+
+class Overlength(StrEnum):
+    """What happens to a row longer than training.maxSequenceTokens."""
+
+    TRUNCATE = "Truncate"
+    DROP = "Drop"
+    FAIL = "Fail"
+
+
+class DataChecks(ApiModel):
+    """How strictly the rows are judged, before any GPU is asked for."""
+
+    max_bad_rows: Annotated[int, Field(ge=0, le=1_000_000_000)] = Field(
+        0, description="Rows that may be unusable (they are left out and listed) before the job fails."
+    )
+    overlength: Overlength = Field(
+        Overlength.TRUNCATE, description="What to do with a row longer than training.maxSequenceTokens."
+    )
+
+
+class Data(ApiModel):
+    """Training data, held-out data and the checks on both."""
+
+    train: Annotated[list[DataSource], Field(min_length=1, max_length=32)] = Field(
+        description="Sources of training rows; their rows are concatenated.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
+    )
+    held_out: HeldOut = Field(default=HeldOut(fraction=0.1), description="The rows used for evaluation, never for training.")
+    checks: DataChecks = Field(default_factory=DataChecks)
+
+
+class LossOn(StrEnum):
+    """Which tokens are learned."""
+
+    ASSISTANT = "Assistant"
+    COMPLETION = "Completion"
+    ALL = "All"
+
+
+class SupervisedFineTuning(ApiModel):
+    """Settings of supervised fine-tuning."""
+
+    loss_on: LossOn = Field(
+        LossOn.ASSISTANT,
+        description=(
+            "Assistant: every assistant turn (or the completion). Completion: the last assistant turn only. All: every token. "
+            "Text rows are always learned whole."
+        ),
+    )
+
+
+class ObjectiveType(StrEnum):
+    """Training objectives."""
+
+    SFT = "SFT"
+
+
+class Objective(ApiModel):
+    """What is optimized."""
+
+    type: ObjectiveType = Field(ObjectiveType.SFT)
+    sft: SupervisedFineTuning = Field(default_factory=SupervisedFineTuning)
+
+
+class MethodType(StrEnum):
+    """Fine-tuning methods."""
+
+    LORA = "LoRA"
+    QLORA = "QLoRA"
+
+
+class LoraBias(StrEnum):
+    """Which biases are trained (peft's ``bias``)."""
+
+    NONE = "None"
+    ALL = "All"
+    LORA_ONLY = "LoRAOnly"
+
+
+class Lora(ApiModel):
+    """Low-rank adaptation (Hu et al., 2021). Defaults follow common practice: rank 16, alpha = 2 × rank, all linear layers."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank r of the update matrices.")
+    alpha: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="Scaling numerator; the default is 2 × rank.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Dropout probability on the adapter's input.")
+    bias: LoraBias = Field(LoraBias.NONE)
+    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = Field(
+        default=["all-linear"],
+        description="Names of the linear layers to adapt, or all-linear. A name that matches nothing fails the job before a GPU is used.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "!self.targetModules.exists(m, m == 'all-linear') || size(self.targetModules) == 1",
+                "all-linear already names every linear layer; list it alone or list module names",
+            ),
+        )
+    )
+
+
+class QuantizationType(StrEnum):
+    """4-bit data types of bitsandbytes."""
+
+    NF4 = "NF4"
+    FP4 = "FP4"
+
+
+class Quantization(ApiModel):
+    """How QLoRA holds the frozen base (Dettmers et al., 2023)."""
+
+    type: QuantizationType = Field(QuantizationType.NF4)
+    double_quantization: bool = Field(True, description="Quantize the quantization constants too (0.4 bit per parameter less).")
+
+
+class Method(ApiModel):
+    """How the model is adapted."""
+
+    type: MethodType = Field(MethodType.LORA, description="LoRA keeps the base in 16 bit; QLoRA in 4 bit.")
+    lora: Lora = Field(default_factory=Lora)
+    quantization: Quantization = Field(default_factory=Quantization, description="Used by QLoRA.")
+
+
+class Length(ApiModel):
+    """How long to train: passes over the data, or optimizer steps."""
+
+    epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+
+    model_config = ConfigDict(json_schema_extra=cel(exactly_one("epochs", "steps")))
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Length:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("exactly one of epochs, steps must be set")
+        return self
+
+
+class Warmup(ApiModel):
+    """Learning-rate warm-up, as a share of the steps or as a number of steps."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    steps: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+
+    model_config = ConfigDict(json_schema_extra=cel(exactly_one("fraction", "steps")))
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Warmup:
+        if (self.fraction is None) == (self.steps is None):
+            raise ValueError("exactly one of fraction, steps must be set")
+        return self
+
+
+class Optimizer(ApiModel):
+    """The optimizer, by transformers' own name (``TrainingArguments.optim``)."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)] = Field("adamw_torch_fused")
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(None, description="Peak learning rate; the default is 2e-4.")
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, le=1000)] = Field(1.0, description="Gradient clipping norm; 0 switches it off.")
+
+
+class Scheduler(StrEnum):
+    """Learning-rate schedules."""
+
+    COSINE = "Cosine"
+    LINEAR = "Linear"
+    CONSTANT = "Constant"
+
+
+class Training(ApiModel):
+    """The optimization. Batch sizes are global, in sequences, whatever the number of GPUs."""
+
+    length: Length = Field(default=Length(epochs=3.0))
+    global_batch_sequences: Annotated[int, Field(ge=1, le=65536)] = Field(
+        16, description="Sequences per optimizer step, over all GPUs and accumulation steps."
+    )
+    micro_batch_sequences: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="Sequences per forward pass on one GPU. It changes speed and memory, never the result. Chosen when absent."
+    )
+    max_sequence_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = Field(2048, description="Longest sequence trained on, in tokens.")
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    scheduler: Scheduler = Field(Scheduler.COSINE)
+    warmup: Warmup = Field(default=Warmup(fraction=0.03))
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory, about 30 % slower.")
+    seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
+    use_cpu: bool = Field(
+        False, description="Train on the CPU, whatever GPUs are asked for. Without it a container that finds no GPU fails."
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "!has(self.microBatchSequences) || self.microBatchSequences <= self.globalBatchSequences",
+                "microBatchSequences must not exceed globalBatchSequences",
+            ),
+        )
+    )
+
+
+class Generation(ApiModel):
+    """Answers to held-out prompts by base and tuned model, kept side by side."""
+
+    prompts: Annotated[int, Field(ge=0, le=100)] = Field(3, description="How many held-out prompts are answered.")
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="Longest answer, in tokens.")
+
+
+class Evaluation(ApiModel):
+    """What is measured on the held-out rows."""
+
+    generation: Generation = Field(default_factory=Generation)
+
+
+class Gpu(ApiModel):
+    """Which GPUs are asked for."""
+
+    resource_name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)] = Field(
+        "nvidia.com/gpu", description="Extended resource that the device plugin serves."
+    )
+    product: LabelValue | None = Field(None, description="Value of the node label nvidia.com/gpu.product to require.")
+
+
+class Compute(ApiModel):
+    """Resources of the training pod. CPU stages get the operator's defaults."""
+
+    gpus_per_node: Annotated[int, Field(ge=0, le=1)] = Field(1, description="GPUs of the training pod; 0 only with training.useCpu.")
+    gpu: Gpu = Field(default_factory=Gpu)
+    cpu: Quantity | None = Field(None, description="CPU request of the training pod.")
+    memory: Quantity | None = Field(None, description="Memory request and limit of the training pod.")
+    ephemeral_storage: Quantity | None = Field(
+        None, description="Ephemeral storage request of the stages that download the base model (about twice the model's size)."
+    )
+
+
+class Queue(ApiModel):
+    """Kueue queues."""
+
+    name: Name | None = Field(None, description="LocalQueue of the training Job.")
+    cpu_name: Name | None = Field(None, description="LocalQueue of the CPU stages; without it they are not queued.")
+    priority_class_name: Name | None = Field(None, description="Kueue WorkloadPriorityClass of the training Job.")
+
+
+class Recovery(ApiModel):
+    """What happens after a failure that may pass."""
+
+    max_failures: Annotated[int, Field(ge=0, le=100)] = Field(2, description="Failed executions of a stage that are repeated.")
+
+
+class Toleration(ApiModel):
+    """A core/v1 Toleration."""
+
+    key: Annotated[str, StringConstraints(max_length=316)] | None = None
+    operator: Annotated[str, StringConstraints(pattern=r"^(Exists|Equal)$")] | None = None
+    value: LabelValue | None = None
+    effect: Annotated[str, StringConstraints(pattern=r"^(NoSchedule|PreferNoSchedule|NoExecute)$")] | None = None
+    toleration_seconds: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = None
+
+
+class EnvVar(ApiModel):
+    """A plain environment variable."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+    value: ShortText = ""
+
+
+class Runtime(ApiModel):
+    """How the pods run: narrow by intent, so that a job stays portable and restricted."""
+
+    image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
+        None, description="Trainer image of the train stage and of a publish stage that merges; the default is the operator's own."
+    )
+    service_account_name: Name | None = Field(None, description="For workload identity. No token of it is mounted.")
+    node_selector: dict[str, LabelValue] | None = Field(
+        None, description="Node labels the training pod requires.", json_schema_extra={"maxProperties": 32}
+    )
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = Field(
+        None, description="Tolerations of the training pod.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
+    )
+    env: Annotated[list[EnvVar], Field(max_length=64)] | None = Field(
+        None,
+        description="Environment of every stage's container.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
+    labels: dict[str, LabelValue] | None = Field(None, description="Labels of the pods.", json_schema_extra={"maxProperties": 32})
+    annotations: dict[str, ShortText] | None = Field(
+        None, description="Annotations of the pods.", json_schema_extra={"maxProperties": 32}
+    )
+    image_pull_secrets: Annotated[list[LocalObjectReference], Field(max_length=8)] | None = Field(
+        None, json_schema_extra={"x-kubernetes-list-type": "atomic"}
+    )
+
+
+class Retention(StrEnum):
+    """What happens to the workspace (prepared data) after success."""
+
+    DELETE = "Delete"
+    KEEP = "Keep"
+
+
+class Workspace(ApiModel):
+    """Prepared data and intermediate results: a copy of possibly private rows, so it goes after success unless kept."""
+
+    uri: Annotated[str, StringConstraints(pattern=OUTPUT_URI_PATTERN, max_length=2048)] | None = Field(
+        None, description="Where it lives; the default is workspace/ below the job's output. Same store and credentials as the output."
+    )
+    retention: Retention = Field(Retention.DELETE)
+
+
+class MergedDtype(StrEnum):
+    """Element types of the merged weights."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class MergedBase(StrEnum):
+    """Which base weights the adapter is merged into after QLoRA."""
+
+    QUANTIZED = "Quantized"
+    ORIGINAL = "Original"
+
+
+class Merged(ApiModel):
+    """Base and adapter merged into one model folder."""
+
+    enabled: bool = False
+    dtype: MergedDtype = MergedDtype.BFLOAT16
+    base: MergedBase = Field(
+        MergedBase.QUANTIZED,
+        description=(
+            "Quantized merges into the quantized-and-dequantized weights that training saw, which is what the adapter was "
+            "trained for; Original into the published ones. The same for LoRA."
+        ),
+    )
+
+
+class Output(RemoteSource):
+    """Where the results go: s3://bucket/prefix/<name>-<first 8 characters of the UID>/."""
+
+    uri: Annotated[str, StringConstraints(pattern=OUTPUT_URI_PATTERN, max_length=2048)] = Field(description="s3://bucket/prefix")
+    workspace: Workspace = Field(default_factory=Workspace)
+    merged: Merged = Field(default_factory=Merged)
+
+
+IMMUTABLE_FIELDS = (
+    "model",
+    "data",
+    "objective",
+    "method",
+    "training",
+    "evaluation",
+    "compute",
+    "queue",
+    "recovery",
+    "runtime",
+    "output",
+)
+
+
+class FineTuneJobSpec(ApiModel):
+    """What is to be trained, on what, how, and where the result goes."""
+
+    suspend: bool = Field(False, description="Stop and release everything; false again starts anew.")
+    model: Model
+    data: Data
+    objective: Objective = Field(default_factory=Objective)
+    method: Method = Field(default_factory=Method)
+    training: Training = Field(default_factory=Training)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    compute: Compute = Field(default_factory=Compute)
+    queue: Queue = Field(default_factory=Queue)
+    recovery: Recovery = Field(default_factory=Recovery)
+    runtime: Runtime = Field(default_factory=Runtime)
+    output: Output
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=2_147_483_647)] | None = Field(
+        None, description="Longest running time (time in a queue or suspended does not count), then the job fails."
+    )
+    pending_timeout_seconds: Annotated[int, Field(ge=1, le=2_147_483_647)] = Field(
+        3600, description="Longest uninterrupted wait for one thing that is missing (Secret, image, endpoint, GPU), then the job fails."
+    )
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = Field(
+        None, description="The FineTuneJob is deleted so long after it finished; its results stay in the bucket."
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            *((f"self.{f} == oldSelf.{f}", f"{f} is immutable: create a new FineTuneJob instead") for f in IMMUTABLE_FIELDS),
+            (
+                "self.compute.gpusPerNode > 0 || self.training.useCpu",
+                "compute.gpusPerNode: 0 needs training.useCpu: true",
+            ),
+        )
+    )

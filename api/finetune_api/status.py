@@ -1,0 +1,191 @@
+"""``FineTuneJob.status``: what is, why, and what to do."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel
+from finetune_api.progress import Transfer
+
+DATE_TIME = {"format": "date-time"}
+
+
+class Phase(StrEnum):
+    """A one-word summary for people; machines read conditions."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    QUEUED = "Queued"
+    TRAINING = "Training"
+    PUBLISHING = "Publishing"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    SUSPENDED = "Suspended"
+
+
+class ConditionType(StrEnum):
+    """Conditions. Finished is true exactly when Complete or Failed is; Waiting names what is missing while something is."""
+
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+    FINISHED = "Finished"
+    SUSPENDED = "Suspended"
+    PREPARED = "Prepared"
+    TRAINED = "Trained"
+    WAITING = "Waiting"
+
+
+class Condition(ApiModel):
+    """metav1.Condition."""
+
+    type: Annotated[str, Field(max_length=316)]
+    status: Literal["True", "False", "Unknown"]
+    observed_generation: int | None = None
+    last_transition_time: Annotated[str, Field(json_schema_extra=DATE_TIME)]
+    reason: Annotated[str, Field(max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")]
+    message: Annotated[str, Field(max_length=32768)]
+
+
+class ProgressStatus(ApiModel):
+    """Live progress. Written by the progress endpoint alone, under its own field manager."""
+
+    execution_id: str | None = None
+    stage: str | None = None
+    sequence: int | None = None
+    activity: str | None = None
+    summary: str | None = Field(None, description="<step>/<total steps>")
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    eta: str | None = Field(None, description="Time left, as a Go duration rounded for people.")
+    held_out_loss: float | None = None
+    download: Transfer | None = None
+    merge: Transfer | None = None
+    upload: Transfer | None = None
+    waiting_reason: str | None = None
+    waiting_message: str | None = None
+    updated_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+
+
+class PlanStatus(ApiModel):
+    """The resolved method and sizes."""
+
+    method: str
+    rank: int
+    alpha: int
+    learning_rate: float
+    micro_batch_sequences: int
+    gradient_accumulation_steps: int
+    total_steps: int | None = None
+    trainable_parameters: int | None = None
+    total_parameters: int | None = None
+    summary: str = Field("", description="The plan in one sentence.")
+
+
+class DataStatus(ApiModel):
+    """What the data checks found."""
+
+    rows: int
+    train_rows: int
+    held_out_rows: int
+    bad_rows: int
+    truncated_rows: int
+    duplicate_rows: int
+    hash: str
+    summary: str
+
+
+class MetricsStatus(ApiModel):
+    """Losses on learned tokens: Σ NLL / Σ tokens."""
+
+    held_out_loss_base: float
+    held_out_loss: float
+    perplexity_base: float
+    perplexity: float
+    final_train_loss: float
+    tokens_per_second: float
+    summary: str
+
+
+class ArtifactsStatus(ApiModel):
+    """Where the results are."""
+
+    uri: str
+    manifest_uri: str | None = Field(None, alias="manifestURI")
+    adapter_uri: str | None = Field(None, alias="adapterURI")
+    adapter_bytes: int | None = None
+    merged_uri: str | None = Field(None, alias="mergedURI")
+    merged_bytes: int | None = None
+    reports_uri: str | None = Field(None, alias="reportsURI")
+
+
+class AttemptStatus(ApiModel):
+    """One execution of a stage: one pod."""
+
+    execution_id: str
+    stage: str
+    pod: str
+    node: str | None = None
+    started_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+    finished_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+    exit_code: int | None = None
+    outcome: Literal["Running", "Succeeded", "Failed"] = "Running"
+    reason: str | None = None
+    message: Annotated[str, Field(max_length=2048)] | None = None
+
+
+class SnapshotStatus(ApiModel):
+    """What the run is frozen to."""
+
+    hash: str
+    config_map: str
+    images: dict[str, str] = {}
+    model_commit: str | None = None
+    data_hash: str | None = None
+
+
+class StageTimes(ApiModel):
+    """When a stage's Job was created and when it ended."""
+
+    stage: str
+    started_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+    finished_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+
+
+class FineTuneJobStatus(ApiModel):
+    """Observed state."""
+
+    phase: Phase | None = None
+    observed_generation: int | None = None
+    message: str | None = Field(None, description="One sentence for people: what happens now or how it ended.")
+    model_name: str | None = None
+    conditions: Annotated[
+        list[Condition],
+        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+    ] = []
+    start_time: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+    completion_time: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+    active_seconds: int | None = Field(None, description="Running time that counts against activeDeadlineSeconds, up to runningSince.")
+    running_since: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+    stages: Annotated[
+        list[StageTimes],
+        Field(max_length=3, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["stage"]}),
+    ] = []
+    attempts: Annotated[
+        list[AttemptStatus],
+        Field(
+            max_length=64, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["executionId"]}
+        ),
+    ] = []
+    plan: PlanStatus | None = None
+    data: DataStatus | None = None
+    metrics: MetricsStatus | None = None
+    artifacts: ArtifactsStatus | None = None
+    snapshot: SnapshotStatus | None = None
+    progress: ProgressStatus | None = None

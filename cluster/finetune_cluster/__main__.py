@@ -1,0 +1,5 @@
+"""Entry point of ``python -m finetune_cluster``."""
+
+from finetune_cluster.cli import main
+
+main()
