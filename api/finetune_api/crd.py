@@ -175,7 +175,7 @@ def to_yaml(definition: dict[str, Any]) -> str:
     class NoAliases(yaml.SafeDumper):
         """Writes every node out, as people read and diff this file."""
 
-        def ignore_aliases(self, data: object) -> bool:
+        def ignore_aliases(self, _data: object) -> bool:
             return True
 
     return HEADER + yaml.dump(definition, Dumper=NoAliases, sort_keys=False, width=120, allow_unicode=True)
@@ -184,7 +184,9 @@ def to_yaml(definition: dict[str, Any]) -> str:
 def main() -> None:
     """Print the CRD, or check a file against it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", type=Path, metavar="FILE", help="exit 1 when FILE differs from what would be generated")
+    parser.add_argument(
+        "--check", type=Path, metavar="FILE", help="exit 1 when FILE differs from what would be generated"
+    )
     arguments = parser.parse_args()
     text = to_yaml(custom_resource_definition())
     if arguments.check is None:

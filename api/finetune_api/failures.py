@@ -76,7 +76,13 @@ _F, _R, _W = Consequence.FAIL, Consequence.RETRY, Consequence.WAIT
 FAILURES: dict[Reason, Failure] = {
     f.reason: f
     for f in (
-        _row(Reason.INVALID_CONFIG, 10, _F, "The spec asks for something that cannot work.", "Change the field that the message names."),
+        _row(
+            Reason.INVALID_CONFIG,
+            10,
+            _F,
+            "The spec asks for something that cannot work.",
+            "Change the field that the message names.",
+        ),
         _row(Reason.INVALID_DATA, 11, _F, "Rows cannot be used.", "Fix the rows, or set data.checks.maxBadRows."),
         _row(
             Reason.TOO_FEW_ROWS,
@@ -85,8 +91,20 @@ FAILURES: dict[Reason, Failure] = {
             "After the checks too few rows are left to train and to hold out.",
             "Add rows, or give data.heldOut another fraction or its own sources.",
         ),
-        _row(Reason.DATASET_NOT_FOUND, 13, _F, "A data source does not exist.", "Check data.train[].uri and data.heldOut.sources[].uri."),
-        _row(Reason.MODEL_NOT_FOUND, 14, _F, "The base model or its revision does not exist.", "Check model.uri and model.revision."),
+        _row(
+            Reason.DATASET_NOT_FOUND,
+            13,
+            _F,
+            "A data source does not exist.",
+            "Check data.train[].uri and data.heldOut.sources[].uri.",
+        ),
+        _row(
+            Reason.MODEL_NOT_FOUND,
+            14,
+            _F,
+            "The base model or its revision does not exist.",
+            "Check model.uri and model.revision.",
+        ),
         _row(Reason.BUCKET_NOT_FOUND, 15, _F, "The bucket does not exist.", "Create the bucket, or correct the uri."),
         _row(
             Reason.ACCESS_DENIED,
@@ -102,7 +120,13 @@ FAILURES: dict[Reason, Failure] = {
             "The model is gated and the request had no token that may read it.",
             "Accept the model's terms on the Hub and put HF_TOKEN into the Secret that model.secretRef names.",
         ),
-        _row(Reason.UNSUPPORTED_MODEL, 18, _F, "The model folder cannot be fine-tuned here.", "Choose a causal language model with safetensors weights."),
+        _row(
+            Reason.UNSUPPORTED_MODEL,
+            18,
+            _F,
+            "The model folder cannot be fine-tuned here.",
+            "Choose a causal language model with safetensors weights.",
+        ),
         _row(
             Reason.UNKNOWN_TARGET_MODULE,
             19,
@@ -124,7 +148,9 @@ FAILURES: dict[Reason, Failure] = {
             "The container sees no GPU.",
             "Check the device plugin and compute.gpu.resourceName; for a run on the CPU set training.useCpu: true.",
         ),
-        _row(Reason.NON_FINITE_LOSS, 22, _F, "The loss became NaN or infinite.", "Lower training.optimizer.learningRate."),
+        _row(
+            Reason.NON_FINITE_LOSS, 22, _F, "The loss became NaN or infinite.", "Lower training.optimizer.learningRate."
+        ),
         _row(
             Reason.VERIFICATION_FAILED,
             23,
@@ -141,10 +167,34 @@ FAILURES: dict[Reason, Failure] = {
         ),
         _row(Reason.INTERRUPTED, 60, _R, "The container was told to stop.", "Nothing to do: it is started again."),
         _row(Reason.UNKNOWN, 1, _R, "An error that has no name here.", "Read the pod's log."),
-        _row(Reason.STORAGE_UNAVAILABLE, 61, _W, "The object store cannot be reached.", "Check the endpoint and the network path to it."),
-        _row(Reason.HUB_UNAVAILABLE, 62, _W, "The model hub or web server cannot be reached.", "Check the endpoint and the network path to it."),
-        _row(Reason.SECRET_MISSING, 63, _W, "A Secret, or a key in it, is missing.", "Create the Secret in the job's namespace."),
-        _row(Reason.IMAGE_UNAVAILABLE, None, _W, "An image cannot be pulled.", "Check the image's name and runtime.imagePullSecrets."),
+        _row(
+            Reason.STORAGE_UNAVAILABLE,
+            61,
+            _W,
+            "The object store cannot be reached.",
+            "Check the endpoint and the network path to it.",
+        ),
+        _row(
+            Reason.HUB_UNAVAILABLE,
+            62,
+            _W,
+            "The model hub or web server cannot be reached.",
+            "Check the endpoint and the network path to it.",
+        ),
+        _row(
+            Reason.SECRET_MISSING,
+            63,
+            _W,
+            "A Secret, or a key in it, is missing.",
+            "Create the Secret in the job's namespace.",
+        ),
+        _row(
+            Reason.IMAGE_UNAVAILABLE,
+            None,
+            _W,
+            "An image cannot be pulled.",
+            "Check the image's name and runtime.imagePullSecrets.",
+        ),
         _row(
             Reason.UNSCHEDULABLE,
             None,
@@ -152,7 +202,13 @@ FAILURES: dict[Reason, Failure] = {
             "No node has room for the pod.",
             "Free or add the resource that the message names, or ask for less.",
         ),
-        _row(Reason.VOLUME_UNAVAILABLE, None, _W, "A volume cannot be mounted.", "Check that the PersistentVolumeClaim exists and is bound."),
+        _row(
+            Reason.VOLUME_UNAVAILABLE,
+            None,
+            _W,
+            "A volume cannot be mounted.",
+            "Check that the PersistentVolumeClaim exists and is bound.",
+        ),
         _row(
             Reason.HOST_OUT_OF_MEMORY,
             None,
@@ -160,9 +216,27 @@ FAILURES: dict[Reason, Failure] = {
             "The container used more memory than its limit and was killed.",
             "Raise compute.memory.",
         ),
-        _row(Reason.EVICTED, None, _R, "The node evicted the pod.", "Raise compute.ephemeralStorage or compute.memory to what the stage needs."),
-        _row(Reason.DEADLINE_EXCEEDED, None, _F, "The job ran longer than activeDeadlineSeconds.", "Raise activeDeadlineSeconds."),
-        _row(Reason.PENDING_TIMEOUT, None, _F, "What was missing did not appear in time.", "Provide it, then create the job again."),
+        _row(
+            Reason.EVICTED,
+            None,
+            _R,
+            "The node evicted the pod.",
+            "Raise compute.ephemeralStorage or compute.memory to what the stage needs.",
+        ),
+        _row(
+            Reason.DEADLINE_EXCEEDED,
+            None,
+            _F,
+            "The job ran longer than activeDeadlineSeconds.",
+            "Raise activeDeadlineSeconds.",
+        ),
+        _row(
+            Reason.PENDING_TIMEOUT,
+            None,
+            _F,
+            "What was missing did not appear in time.",
+            "Provide it, then create the job again.",
+        ),
         _row(
             Reason.NAME_CONFLICT,
             None,

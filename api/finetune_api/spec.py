@@ -1,7 +1,7 @@
 """``FineTuneJob.spec``: what a user asks for.
 
 Every field here is API. Static defaults stand in the CRD; defaults that depend on other fields (alpha, learning rate,
-micro-batch) stay absent here and are resolved into the run snapshot by :mod:`finetune_api.resolve`.
+micro-batch) stay absent here and are resolved into the run snapshot by :func:`finetune_api.snapshot.resolve_plan`.
 Rules carry their CEL form beside them (``x-kubernetes-validations``), so that the apiserver refuses what pydantic would.
 """
 
@@ -48,7 +48,8 @@ class RemoteSource(ApiModel):
     AWS_CA_BUNDLE, HF_TOKEN, HF_ENDPOINT). Without secretRef the pod's own identity is used."""
 
     secret_ref: LocalObjectReference | None = Field(
-        None, description="Secret in the same namespace that holds the credentials, under boto3's and huggingface_hub's names."
+        None,
+        description="Secret in the same namespace that holds the credentials, under boto3's and huggingface_hub's names.",
     )
     endpoint_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$", max_length=2048)] | None = Field(
         None,
@@ -156,9 +157,12 @@ class Data(ApiModel):
     """Training data, held-out data and the checks on both."""
 
     train: Annotated[list[DataSource], Field(min_length=1, max_length=32)] = Field(
-        description="Sources of training rows; their rows are concatenated.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
+        description="Sources of training rows; their rows are concatenated.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
-    held_out: HeldOut = Field(default=HeldOut(fraction=0.1), description="The rows used for evaluation, never for training.")
+    held_out: HeldOut = Field(
+        default=HeldOut(fraction=0.1), description="The rows used for evaluation, never for training."
+    )
     checks: DataChecks = Field(default_factory=DataChecks)
 
 
@@ -214,8 +218,12 @@ class Lora(ApiModel):
     """Low-rank adaptation (Hu et al., 2021). Defaults follow common practice: rank 16, alpha = 2 × rank, all linear layers."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank r of the update matrices.")
-    alpha: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="Scaling numerator; the default is 2 × rank.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Dropout probability on the adapter's input.")
+    alpha: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="Scaling numerator; the default is 2 × rank."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="Dropout probability on the adapter's input."
+    )
     bias: LoraBias = Field(LoraBias.NONE)
     target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = Field(
         default=["all-linear"],
@@ -244,7 +252,9 @@ class Quantization(ApiModel):
     """How QLoRA holds the frozen base (Dettmers et al., 2023)."""
 
     type: QuantizationType = Field(QuantizationType.NF4)
-    double_quantization: bool = Field(True, description="Quantize the quantization constants too (0.4 bit per parameter less).")
+    double_quantization: bool = Field(
+        True, description="Quantize the quantization constants too (0.4 bit per parameter less)."
+    )
 
 
 class Method(ApiModel):
@@ -289,9 +299,13 @@ class Optimizer(ApiModel):
     """The optimizer, by transformers' own name (``TrainingArguments.optim``)."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)] = Field("adamw_torch_fused")
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(None, description="Peak learning rate; the default is 2e-4.")
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="Peak learning rate; the default is 2e-4."
+    )
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0, le=1000)] = Field(1.0, description="Gradient clipping norm; 0 switches it off.")
+    max_grad_norm: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1.0, description="Gradient clipping norm; 0 switches it off."
+    )
 
 
 class Scheduler(StrEnum):
@@ -310,16 +324,22 @@ class Training(ApiModel):
         16, description="Sequences per optimizer step, over all GPUs and accumulation steps."
     )
     micro_batch_sequences: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        None, description="Sequences per forward pass on one GPU. It changes speed and memory, never the result. Chosen when absent."
+        None,
+        description="Sequences per forward pass on one GPU. It changes speed and memory, never the result. Chosen when absent.",
     )
-    max_sequence_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = Field(2048, description="Longest sequence trained on, in tokens.")
+    max_sequence_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = Field(
+        2048, description="Longest sequence trained on, in tokens."
+    )
     optimizer: Optimizer = Field(default_factory=Optimizer)
     scheduler: Scheduler = Field(Scheduler.COSINE)
     warmup: Warmup = Field(default=Warmup(fraction=0.03))
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory, about 30 % slower.")
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass: less memory, about 30 % slower."
+    )
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
     use_cpu: bool = Field(
-        False, description="Train on the CPU, whatever GPUs are asked for. Without it a container that finds no GPU fails."
+        False,
+        description="Train on the CPU, whatever GPUs are asked for. Without it a container that finds no GPU fails.",
     )
 
     model_config = ConfigDict(
@@ -357,12 +377,15 @@ class Gpu(ApiModel):
 class Compute(ApiModel):
     """Resources of the training pod. CPU stages get the operator's defaults."""
 
-    gpus_per_node: Annotated[int, Field(ge=0, le=1)] = Field(1, description="GPUs of the training pod; 0 only with training.useCpu.")
+    gpus_per_node: Annotated[int, Field(ge=0, le=1)] = Field(
+        1, description="GPUs of the training pod; 0 only with training.useCpu."
+    )
     gpu: Gpu = Field(default_factory=Gpu)
     cpu: Quantity | None = Field(None, description="CPU request of the training pod.")
     memory: Quantity | None = Field(None, description="Memory request and limit of the training pod.")
     ephemeral_storage: Quantity | None = Field(
-        None, description="Ephemeral storage request of the stages that download the base model (about twice the model's size)."
+        None,
+        description="Ephemeral storage request of the stages that download the base model (about twice the model's size).",
     )
 
 
@@ -377,7 +400,9 @@ class Queue(ApiModel):
 class Recovery(ApiModel):
     """What happens after a failure that may pass."""
 
-    max_failures: Annotated[int, Field(ge=0, le=100)] = Field(2, description="Failed executions of a stage that are repeated.")
+    max_failures: Annotated[int, Field(ge=0, le=100)] = Field(
+        2, description="Failed executions of a stage that are repeated."
+    )
 
 
 class Toleration(ApiModel):
@@ -401,7 +426,8 @@ class Runtime(ApiModel):
     """How the pods run: narrow by intent, so that a job stays portable and restricted."""
 
     image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
-        None, description="Trainer image of the train stage and of a publish stage that merges; the default is the operator's own."
+        None,
+        description="Trainer image of the train stage and of a publish stage that merges; the default is the operator's own.",
     )
     service_account_name: Name | None = Field(None, description="For workload identity. No token of it is mounted.")
     node_selector: dict[str, LabelValue] | None = Field(
@@ -415,7 +441,9 @@ class Runtime(ApiModel):
         description="Environment of every stage's container.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
-    labels: dict[str, LabelValue] | None = Field(None, description="Labels of the pods.", json_schema_extra={"maxProperties": 32})
+    labels: dict[str, LabelValue] | None = Field(
+        None, description="Labels of the pods.", json_schema_extra={"maxProperties": 32}
+    )
     annotations: dict[str, ShortText] | None = Field(
         None, description="Annotations of the pods.", json_schema_extra={"maxProperties": 32}
     )
@@ -435,7 +463,8 @@ class Workspace(ApiModel):
     """Prepared data and intermediate results: a copy of possibly private rows, so it goes after success unless kept."""
 
     uri: Annotated[str, StringConstraints(pattern=OUTPUT_URI_PATTERN, max_length=2048)] | None = Field(
-        None, description="Where it lives; the default is workspace/ below the job's output. Same store and credentials as the output."
+        None,
+        description="Where it lives; the default is workspace/ below the job's output. Same store and credentials as the output.",
     )
     retention: Retention = Field(Retention.DELETE)
 
@@ -472,7 +501,9 @@ class Merged(ApiModel):
 class Output(RemoteSource):
     """Where the results go: s3://bucket/prefix/<name>-<first 8 characters of the UID>/."""
 
-    uri: Annotated[str, StringConstraints(pattern=OUTPUT_URI_PATTERN, max_length=2048)] = Field(description="s3://bucket/prefix")
+    uri: Annotated[str, StringConstraints(pattern=OUTPUT_URI_PATTERN, max_length=2048)] = Field(
+        description="s3://bucket/prefix"
+    )
     workspace: Workspace = Field(default_factory=Workspace)
     merged: Merged = Field(default_factory=Merged)
 
@@ -511,7 +542,8 @@ class FineTuneJobSpec(ApiModel):
         None, description="Longest running time (time in a queue or suspended does not count), then the job fails."
     )
     pending_timeout_seconds: Annotated[int, Field(ge=1, le=2_147_483_647)] = Field(
-        3600, description="Longest uninterrupted wait for one thing that is missing (Secret, image, endpoint, GPU), then the job fails."
+        3600,
+        description="Longest uninterrupted wait for one thing that is missing (Secret, image, endpoint, GPU), then the job fails.",
     )
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = Field(
         None, description="The FineTuneJob is deleted so long after it finished; its results stay in the bucket."
@@ -519,7 +551,10 @@ class FineTuneJobSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            *((f"self.{f} == oldSelf.{f}", f"{f} is immutable: create a new FineTuneJob instead") for f in IMMUTABLE_FIELDS),
+            *(
+                (f"self.{f} == oldSelf.{f}", f"{f} is immutable: create a new FineTuneJob instead")
+                for f in IMMUTABLE_FIELDS
+            ),
             (
                 "self.compute.gpusPerNode > 0 || self.training.useCpu",
                 "compute.gpusPerNode: 0 needs training.useCpu: true",

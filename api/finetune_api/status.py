@@ -167,20 +167,27 @@ class FineTuneJobStatus(ApiModel):
     model_name: str | None = None
     conditions: Annotated[
         list[Condition],
-        Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
     ] = []
     start_time: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
     completion_time: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
-    active_seconds: int | None = Field(None, description="Running time that counts against activeDeadlineSeconds, up to runningSince.")
+    active_seconds: int | None = Field(
+        None, description="Running time that counts against activeDeadlineSeconds, up to runningSince."
+    )
     running_since: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
     stages: Annotated[
         list[StageTimes],
-        Field(max_length=3, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["stage"]}),
+        Field(
+            max_length=3, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["stage"]}
+        ),
     ] = []
     attempts: Annotated[
         list[AttemptStatus],
         Field(
-            max_length=64, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["executionId"]}
+            max_length=64,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["executionId"]},
         ),
     ] = []
     plan: PlanStatus | None = None
