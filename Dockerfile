@@ -1,0 +1,59 @@
+# syntax=docker/dockerfile:1
+# Three images from one file: operator and prepare (no torch), trainer (train, and publish where it merges).
+#
+#   docker build --target operator -t …/finetune-operator .
+#   docker build --target prepare  -t …/finetune-prepare  .
+#   docker build --target trainer  -t …/finetune-trainer  .
+#
+# Each is: the Python base, one layer of locked third-party packages (it changes with images/requirements-*.txt only),
+# one small layer of our code. So a change of our code rebuilds and moves kilobytes, not torch.
+
+ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS base
+ENV PYTHONUNBUFFERED=1 PATH=/app/.venv/bin:/usr/local/bin:/usr/bin:/bin
+WORKDIR /app
+RUN echo 'nonroot:x:65532:65532:nonroot:/work/home:/usr/sbin/nologin' >> /etc/passwd \
+ && echo 'nonroot:x:65532:' >> /etc/group
+
+FROM base AS uv
+ARG UV_VERSION=0.13.9
+RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv==${UV_VERSION}
+
+# Bytecode is compiled here because the containers' root is read-only: without it every start would compile torch anew.
+
+FROM base AS operator
+COPY images/requirements-operator.txt /app/requirements.txt
+RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=cache,target=/root/.cache/uv \
+    /opt/uv/bin/uv venv -q /app/.venv \
+ && UV_LINK_MODE=copy /opt/uv/bin/uv pip install -q --python /app/.venv --require-hashes --compile-bytecode -r /app/requirements.txt
+COPY api/finetune_api /app/finetune_api
+COPY operator/finetune_operator /app/finetune_operator
+RUN python -m compileall -q /app/finetune_api /app/finetune_operator
+USER 65532:65532
+ENTRYPOINT ["python", "-m", "finetune_operator"]
+
+FROM base AS prepare
+COPY images/requirements-prepare.txt /app/requirements.txt
+RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=cache,target=/root/.cache/uv \
+    /opt/uv/bin/uv venv -q /app/.venv \
+ && UV_LINK_MODE=copy /opt/uv/bin/uv pip install -q --python /app/.venv --require-hashes --compile-bytecode -r /app/requirements.txt
+COPY api/finetune_api /app/finetune_api
+COPY trainer/finetune_trainer /app/finetune_trainer
+RUN python -m compileall -q /app/finetune_api /app/finetune_trainer
+USER 65532:65532
+ENTRYPOINT ["python", "-m", "finetune_trainer"]
+
+FROM base AS trainer
+COPY images/requirements-trainer.txt /app/requirements.txt
+RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=cache,target=/root/.cache/uv \
+    /opt/uv/bin/uv venv -q /app/.venv \
+ && UV_LINK_MODE=copy /opt/uv/bin/uv pip install -q --python /app/.venv --require-hashes --compile-bytecode -r /app/requirements.txt
+COPY api/finetune_api /app/finetune_api
+COPY trainer/finetune_trainer /app/finetune_trainer
+RUN python -m compileall -q /app/finetune_api /app/finetune_trainer
+USER 65532:65532
+ENTRYPOINT ["python", "-m", "finetune_trainer"]
