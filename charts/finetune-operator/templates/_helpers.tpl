@@ -1,0 +1,54 @@
+{{- define "finetune.fullname" -}}
+{{- if contains "finetune-operator" .Release.Name -}}
+{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-finetune-operator" .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "finetune.selectorLabels" -}}
+app.kubernetes.io/name: finetune-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "finetune.labels" -}}
+{{ include "finetune.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "finetune.image" -}}
+{{- $image := index .root.Values.images .name -}}
+{{- $path := $image.repository -}}
+{{- if .root.Values.images.registry -}}
+{{- $path = printf "%s/%s" (trimSuffix "/" .root.Values.images.registry) $image.repository -}}
+{{- end -}}
+{{- printf "%s:%s" $path (default .root.Chart.AppVersion $image.tag) -}}
+{{- end -}}
+
+{{- define "finetune.tlsSecret" -}}
+{{- default (printf "%s-tls" (include "finetune.fullname" .)) .Values.tls.existingSecret -}}
+{{- end -}}
+
+{{- /* Rights on the objects of jobs. No Secret is ever read: pods mount what they need themselves. */ -}}
+{{- define "finetune.jobRules" -}}
+- apiGroups: [finetune.dev]
+  resources: [finetunejobs]
+  verbs: [get, list, watch, delete]
+- apiGroups: [finetune.dev]
+  resources: [finetunejobs/status]
+  verbs: [get, patch]
+- apiGroups: [batch]
+  resources: [jobs]
+  verbs: [get, list, watch, create, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch]
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [get, create]
+- apiGroups: ["", events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end -}}
