@@ -1,0 +1,68 @@
+"""What every stage is given: the frozen run, its folders, its stores and its way to report."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api import names
+from finetune_api.names import Stage
+from finetune_api.snapshot import Snapshot
+from finetune_api.spec import RemoteSource
+from finetune_trainer.credentials import Credentials, load_credentials
+from finetune_trainer.reporter import Reporter
+from finetune_trainer.s3 import S3Store, connect
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Input of a stage. Nothing in it decides anything."""
+
+    snapshot: Snapshot
+    stage: Stage
+    execution_id: str
+    work_dir: Path
+    secrets_dir: Path
+    pvc_dir: Path
+    reporter: Reporter
+
+    def output_store(self) -> S3Store:
+        """The job's output folder: ``<output.uri>/<name>-<uid8>``."""
+        credentials = self.credentials(names.OUTPUT_SLOT, self.snapshot.spec.output)
+        return connect(self.snapshot.output, credentials, self.work_dir)
+
+    def workspace_store(self) -> S3Store:
+        """Prepared data and stage results; same store and credentials as the output."""
+        credentials = self.credentials(names.OUTPUT_SLOT, self.snapshot.spec.output)
+        return connect(self.snapshot.workspace, credentials, self.work_dir)
+
+    def credentials(self, slot: str, source: RemoteSource) -> Credentials:
+        """The credentials of one source of the spec."""
+        return load_credentials(self.secrets_dir, slot, source)
+
+
+def load_context(
+    stage: Stage,
+    *,
+    snapshot_dir: Path = Path(names.SNAPSHOT_MOUNT),
+    secrets_dir: Path = Path(names.SECRETS_MOUNT),
+    pvc_dir: Path = Path(names.PVC_MOUNT),
+    work_dir: Path = Path(names.WORK_MOUNT),
+    token_dir: Path = Path(names.TOKEN_MOUNT),
+    environ: Mapping[str, str] = os.environ,
+) -> StageContext:
+    """Read what the operator mounted and set. The execution id is the pod's UID: one pod, one execution."""
+    snapshot = Snapshot.model_validate_json((snapshot_dir / names.SNAPSHOT_KEY).read_bytes())
+    execution_id = environ.get(names.ENV_POD_UID) or str(uuid.uuid4())
+    reporter = Reporter(
+        stage,
+        execution_id,
+        url=environ.get(names.ENV_ENDPOINT),
+        token_file=token_dir / names.TOKEN_KEY,
+        ca_file=snapshot_dir / names.CA_KEY,
+    )
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return StageContext(snapshot, stage, execution_id, work_dir, secrets_dir, pvc_dir, reporter)

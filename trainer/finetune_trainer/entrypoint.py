@@ -1,0 +1,165 @@
+"""``python -m finetune_trainer prepare|train|publish``: run a stage and tell how it ended, in every way there is.
+
+Exit code, termination message and final post all carry the same reason; any one of them may be lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+
+from pydantic import BaseModel, ValidationError
+
+from finetune_api.failures import FAILURES, Reason
+from finetune_api.names import Stage
+from finetune_api.progress import StageReport
+from finetune_trainer.context import StageContext, load_context
+from finetune_trainer.errors import Interrupted, NotFound, StageError
+from finetune_trainer.text import shorten, shorten_bytes
+
+log = logging.getLogger("finetune")
+
+TERMINATION_LOG = Path("/dev/termination-log")
+TERMINATION_BYTES = 4096
+MESSAGE_CHARACTERS = 2048
+SUCCEEDED = "Succeeded"
+ENV_LOG_LEVEL = "FINETUNE_LOG_LEVEL"
+
+StageFunction = Callable[[StageContext], BaseModel]
+
+
+def main(
+    argv: list[str] | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    termination_log: Path = TERMINATION_LOG,
+    context: Callable[[Stage], StageContext] = load_context,
+    stage_function: Callable[[Stage], StageFunction] | None = None,
+) -> int:
+    """Run the stage that ``argv`` names; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1 or arguments[0] not in list(Stage):
+        sys.stderr.write(f"usage: python -m finetune_trainer {'|'.join(Stage)}\n")
+        return 2
+    stage = Stage(arguments[0])
+    set_up(environ)
+    ctx: StageContext | None = None
+    try:
+        ctx = context(stage)
+        log.info(
+            "%s of %s/%s, execution %s", stage, ctx.snapshot.job.namespace, ctx.snapshot.job.name, ctx.execution_id
+        )
+        result = (stage_function or load_stage)(stage)(ctx)
+        report = StageReport(
+            stage=stage,
+            succeeded=True,
+            reason=SUCCEEDED,
+            message=f"{stage} succeeded",
+            result=result.model_dump(mode="json", by_alias=True),
+        )
+        code = 0
+    except BaseException as error:
+        reason, message = explain(error)
+        if reason is Reason.UNKNOWN:
+            log.exception("unexpected error")
+        log.error("%s: %s %s", reason, message, FAILURES[reason].advice)  # noqa: TRY400 - the traceback only helps where the reason is unknown
+        report = StageReport(stage=stage, succeeded=False, reason=reason, message=shorten(message, MESSAGE_CHARACTERS))
+        code = FAILURES[reason].exit_code or 1
+    # A second signal must not interrupt the report.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    write_termination_message(report, termination_log)
+    if ctx is not None:
+        ctx.reporter.final(report, attempts=1 if report.reason == Reason.INTERRUPTED else 3)
+    return code
+
+
+def load_stage(stage: Stage) -> StageFunction:
+    """``finetune_trainer.<stage>.run:run``, imported only now: prepare's image has no torch."""
+    function: StageFunction = importlib.import_module(f"finetune_trainer.{stage}.run").run
+    return function
+
+
+def set_up(environ: Mapping[str, str]) -> None:
+    """Logs for people on stderr; SIGTERM as an exception; libraries that neither call home nor draw progress bars."""
+    logging.basicConfig(
+        level=environ.get(ENV_LOG_LEVEL, "INFO").upper(),
+        format="%(asctime)s %(levelname)-7s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    for name in ("httpx", "httpcore", "httpx2", "httpcore2", "botocore", "urllib3", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for key in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        os.environ.setdefault(key, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers' advice about a missing torch is noise in an image that has none on purpose.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(_signum: int, _frame: FrameType | None) -> None:
+    raise Interrupted
+
+
+def explain(error: BaseException) -> tuple[Reason, str]:
+    """Reason and message for anything a stage may raise. Classes of libraries are known by name, so that none is imported."""
+    name = type(error).__name__
+    if isinstance(error, StageError):
+        return error.reason, error.message
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return Reason.INTERRUPTED, "the container was told to stop (SIGTERM)"
+    if name == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+        return Reason.OUT_OF_MEMORY, str(error).strip() or name
+    if isinstance(error, MemoryError):
+        return Reason.UNKNOWN, f"MemoryError: the container's memory did not suffice; raise compute.memory ({error})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        return Reason.UNKNOWN, f"no space left{where}: raise compute.ephemeralStorage"
+    if isinstance(error, NotFound):
+        return Reason.UNKNOWN, str(error)
+    if isinstance(error, SystemExit):
+        return Reason.UNKNOWN, f"the stage ended itself with exit code {error.code}"
+    if isinstance(error, ValidationError):
+        return Reason.UNKNOWN, f"ValidationError: {error}"
+    return Reason.UNKNOWN, f"{name}: {error}"
+
+
+def termination_message(report: StageReport) -> str:
+    """The report as JSON in at most 4096 bytes: first the warnings give way, then the message, last the result."""
+    for candidate in _shorter(report):
+        text = json.dumps(candidate.to_json_dict(), ensure_ascii=False, separators=(",", ":"))
+        if len(text.encode("utf-8", errors="replace")) <= TERMINATION_BYTES:
+            return text
+    raise AssertionError("a report without result and message is short")
+
+
+def _shorter(report: StageReport) -> list[StageReport]:
+    candidates = [report]
+    if report.result and report.result.get("warnings"):
+        candidates.append(report.model_copy(update={"result": {**report.result, "warnings": []}}))
+    smallest = candidates[-1]
+    candidates += [
+        smallest.model_copy(update={"message": shorten_bytes(report.message, n)}) for n in (3000, 2000, 1000, 200)
+    ]
+    candidates += [
+        smallest.model_copy(update={"message": shorten_bytes(report.message, n), "result": None})
+        for n in (3000, 1000, 200, 0)
+    ]
+    return candidates
+
+
+def write_termination_message(report: StageReport, path: Path) -> None:
+    """Where the kubelet reads it. Outside a container the place may not exist: then the log has it."""
+    try:
+        path.write_bytes(termination_message(report).encode("utf-8", errors="replace"))
+    except OSError as error:
+        log.debug("no termination message: %s", error)

@@ -1,0 +1,34 @@
+"""How a stage says why it cannot go on."""
+
+from __future__ import annotations
+
+from finetune_api.failures import FAILURES, Consequence, Reason
+
+
+class StageError(Exception):
+    """A failure with a name. The reason decides the exit code and whether the job fails, retries or waits."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.reason = reason
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[StageError], tuple[Reason, str]]:
+        return type(self), (self.reason, self.message)
+
+    @property
+    def consequence(self) -> Consequence:
+        """What follows from this failure."""
+        return FAILURES[self.reason].consequence
+
+
+class NotFound(Exception):
+    """An object does not exist. Only the caller knows whether that is a missing dataset, model or result."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} does not exist")
+        self.what = what
+
+
+class Interrupted(BaseException):
+    """SIGTERM arrived. Not an Exception, so that no handler for errors swallows it."""

@@ -1,0 +1,90 @@
+"""What botocore raises, in the words of the failure table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import urllib3.exceptions
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSLError,
+)
+
+from finetune_api.failures import Reason
+from finetune_trainer.errors import NotFound, StageError
+
+REFUSED = {
+    "AccessDenied",
+    "AllAccessDisabled",
+    "AccountProblem",
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "Forbidden",
+    "Unauthorized",
+    "401",
+    "403",
+}
+MISSING = {"NoSuchKey", "NotFound", "404"}
+PASSING = {
+    "SlowDown",
+    "RequestTimeout",
+    "RequestTimeTooSkewed",
+    "Throttling",
+    "ThrottlingException",
+    "BadDigest",
+    "429",
+}
+TRANSPORT_ERRORS = (ConnectionError, HTTPClientError, IncompleteReadError, urllib3.exceptions.HTTPError, OSError)
+
+
+@contextmanager
+def translated(uri: str) -> Iterator[None]:
+    """Turn botocore's errors about ``uri`` into StageError and NotFound.
+
+    Raises:
+        StageError: BucketNotFound, AccessDenied, StorageUnavailable.
+        NotFound: the object does not exist.
+    """
+    try:
+        yield
+    except (ClientError, BotoCoreError, urllib3.exceptions.HTTPError) as error:
+        raise translate(error, uri) from error
+
+
+def translate(error: Exception, uri: str) -> Exception:
+    """The exception to raise instead of ``error``."""
+    if isinstance(error, ClientError):
+        details = error.response.get("Error", {})
+        code = str(details.get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        text = f"{code} ({details.get('Message') or 'no message'})"
+        if code == "NoSuchBucket":
+            bucket = uri.removeprefix("s3://").split("/", 1)[0]
+            return StageError(Reason.BUCKET_NOT_FOUND, f"bucket {bucket} of {uri} does not exist")
+        if code in MISSING or status == 404:
+            return NotFound(uri)
+        if code in REFUSED or status in (401, 403):
+            return StageError(Reason.ACCESS_DENIED, f"the store refused {error.operation_name} on {uri}: {text}")
+        if code in PASSING or status >= 500 or status == 429:
+            return StageError(Reason.STORAGE_UNAVAILABLE, f"the store cannot serve {uri} now: {text}")
+        return StageError(Reason.UNKNOWN, f"{error.operation_name} on {uri} failed: {text}")
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return StageError(
+            Reason.ACCESS_DENIED,
+            f"no credentials for {uri}: the source has no secretRef, and the pod has no identity of its own ({error})",
+        )
+    if isinstance(error, SSLError):
+        return StageError(Reason.STORAGE_UNAVAILABLE, f"TLS to the store of {uri} failed: {error}")
+    if isinstance(error, TRANSPORT_ERRORS):
+        return StageError(Reason.STORAGE_UNAVAILABLE, f"cannot reach the store of {uri}: {error}")
+    return StageError(Reason.INVALID_CONFIG, f"{uri}: {error}")

@@ -1,0 +1,53 @@
+"""Waiting for what somebody can mend: a missing Secret, an unreachable store or hub."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, stop_never, wait_exponential_jitter
+
+from finetune_api.failures import FAILURES, Consequence
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import StageError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def wait_until_available(
+    ctx: StageContext,
+    fn: Callable[[], T],
+    *,
+    limit_seconds: float | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """The result of ``fn``, called again for as long as it fails with a reason that waits.
+
+    The wait is reported, so that the job's Waiting condition names what is missing. Without ``limit_seconds`` it is endless:
+    the operator enforces pendingTimeoutSeconds. A stage that holds a GPU passes a limit, after which the last error is raised.
+    """
+
+    def report(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        assert isinstance(error, StageError)
+        log.warning("waiting (%s): %s %s", error.reason, error.message, FAILURES[error.reason].advice)
+        ctx.reporter.set_waiting(error.reason, error.message)
+
+    retrying = Retrying(
+        retry=retry_if_exception(_waits),
+        wait=wait_exponential_jitter(initial=1, max=10, jitter=1),
+        stop=stop_never if limit_seconds is None else stop_after_delay(limit_seconds),
+        before_sleep=report,
+        sleep=sleep,
+        reraise=True,
+    )
+    result = retrying(fn)
+    ctx.reporter.clear_waiting()
+    return result
+
+
+def _waits(error: BaseException) -> bool:
+    return isinstance(error, StageError) and error.consequence is Consequence.WAIT
