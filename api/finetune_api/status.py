@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel
-from finetune_api.progress import Transfer
+from finetune_api.progress import StageReport, Transfer
 
 DATE_TIME = {"format": "date-time"}
 
@@ -70,6 +70,9 @@ class ProgressStatus(ApiModel):
     upload: Transfer | None = None
     waiting_reason: str | None = None
     waiting_message: str | None = None
+    report: StageReport | None = Field(
+        None, description="The stage's final report, kept for an operator that could not see its pod end."
+    )
     updated_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
 
 
@@ -177,6 +180,9 @@ class FineTuneJobStatus(ApiModel):
         None, description="Running time that counts against activeDeadlineSeconds, up to runningSince."
     )
     running_since: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
+    waiting_since: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = Field(
+        None, description="Since when the one thing that the Waiting condition names has been missing."
+    )
     stages: Annotated[
         list[StageTimes],
         Field(
