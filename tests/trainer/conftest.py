@@ -1,0 +1,81 @@
+"""Real servers and a real small model for the stages' tests."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+import pytest
+
+from tests.support import seaweed
+from tests.support.tiny_model import build_tiny_model
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running S3 server: its address, keys, and an administrator's client."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    client: S3Client
+
+    def new_bucket(self) -> str:
+        """A bucket of its own for one test."""
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def put(self, bucket: str, key: str, data: bytes | str) -> None:
+        """Write an object."""
+        self.client.put_object(Bucket=bucket, Key=key, Body=data.encode() if isinstance(data, str) else data)
+
+    def put_dir(self, bucket: str, prefix: str, folder: Path) -> None:
+        """Write all files of a folder."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(bucket, f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def keys(self, bucket: str, prefix: str = "") -> list[str]:
+        """Keys below a prefix."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+    def write_secret(
+        self, folder: Path, *, key: str | None = None, secret: str | None = None, endpoint: str | None = None
+    ) -> None:
+        """A Secret as the kubelet mounts it: a folder of files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "AWS_ACCESS_KEY_ID").write_text(key or self.access_key)
+        (folder / "AWS_SECRET_ACCESS_KEY").write_text(secret or self.secret_key)
+        (folder / "AWS_ENDPOINT_URL").write_text(endpoint or self.endpoint)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """SeaweedFS. ``access_key`` may read and write everything but is no administrator, so that missing buckets stay missing."""
+    server = seaweed.start_seaweed(tmp_path_factory.mktemp("seaweed"))
+    client = boto3.client(
+        "s3",
+        endpoint_url=server.endpoint,
+        aws_access_key_id=seaweed.ACCESS_KEY,
+        aws_secret_access_key=seaweed.SECRET_KEY,
+        region_name="us-east-1",
+    )
+    try:
+        yield S3(server.endpoint, seaweed.WRITER_KEY, seaweed.WRITER_SECRET, client)
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a ChatML template, as a folder. Read-only by convention."""
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
