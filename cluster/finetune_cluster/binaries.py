@@ -55,7 +55,11 @@ def ensure_binaries() -> Binaries:
     big_sources = [root / "go.mod", root / "go.sum", *sorted((root / "kube").glob("*.go"))]
     small_sources = [*sorted((root / "podtool").glob("*.go")), *sorted((root / "nodeinit").glob("*.go"))]
     small = _built(_key(small_sources), ["podtool", "nodeinit"], f"Building podtool and nodeinit from {root}")
-    big = _built(_key(big_sources), ["kube"], f"Building Kubernetes {KUBERNETES_VERSION} (8 minutes on 2 cores when nothing is cached)")
+    big = _built(
+        _key(big_sources),
+        ["kube"],
+        f"Building Kubernetes {KUBERNETES_VERSION} (8 minutes on 2 cores when nothing is cached)",
+    )
     return Binaries(folder=big, small=small)
 
 
@@ -67,7 +71,17 @@ def ensure_helm() -> Path:
             if temporary:
                 with step(f"Building helm {HELM_VERSION} (2 minutes on 2 cores when nothing is cached)"):
                     env = {"GOBIN": str(temporary), "CGO_ENABLED": "0"}
-                    run([*NICE, _go(), "install", "-trimpath", "-ldflags=-s -w", f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}"], env=env)
+                    run(
+                        [
+                            *NICE,
+                            _go(),
+                            "install",
+                            "-trimpath",
+                            "-ldflags=-s -w",
+                            f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}",
+                        ],
+                        env=env,
+                    )
     return folder / "helm"
 
 
@@ -78,14 +92,18 @@ def _built(key: str, packages: list[str], what: str) -> Path:
             if temporary:
                 with step(what):
                     command = [*NICE, _go(), "build", "-trimpath", f"-ldflags={_ldflags()}", "-o", f"{temporary}/"]
-                    run([*command, *(f"./{package}" for package in packages)], cwd=module_root(), env={"CGO_ENABLED": "0"})
+                    run(
+                        [*command, *(f"./{package}" for package in packages)],
+                        cwd=module_root(),
+                        env={"CGO_ENABLED": "0"},
+                    )
                     if "kube" in packages:
                         for program in PROGRAMS:
                             (temporary / program).symlink_to("kube")
     return folder
 
 
-class _fresh:  # noqa: N801 - reads as a function
+class _fresh:
     """A temporary folder that becomes ``folder`` as a whole, or nothing; None if another process was faster."""
 
     def __init__(self, folder: Path) -> None:
@@ -126,5 +144,7 @@ def _ldflags() -> str:
 def _go() -> str:
     go = shutil.which("go", path=f"{os.environ.get('PATH', '')}:/usr/local/go/bin")
     if not go:
-        raise ClusterError("The programs of the cluster are built from Go modules, but there is no `go` on PATH. Install Go 1.25 or later.")
+        raise ClusterError(
+            "The programs of the cluster are built from Go modules, but there is no `go` on PATH. Install Go 1.25 or later."
+        )
     return go

@@ -30,7 +30,9 @@ def ensure_packages(wanted: dict[str, str]) -> None:
     if os.geteuid() != 0:
         raise ClusterError(f"Missing packages: {' '.join(missing)}. Run as root, or install them.")
     if not shutil.which("apt-get"):
-        raise ClusterError(f"Missing programs of the packages {' '.join(missing)}, and there is no apt-get to install them with.")
+        raise ClusterError(
+            f"Missing programs of the packages {' '.join(missing)}, and there is no apt-get to install them with."
+        )
     env = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]
     with step(f"Installing {' '.join(missing)}"), _services_stay_off():
@@ -43,7 +45,7 @@ def _present(file: str) -> bool:
     return Path(file).exists() if file.startswith("/") else shutil.which(file, path=path) is not None
 
 
-class _services_stay_off:  # noqa: N801 - reads as a function
+class _services_stay_off:
     """Keeps Debian's containerd from being started as a service of the host by its package."""
 
     policy = Path("/usr/sbin/policy-rc.d")

@@ -26,7 +26,9 @@ class Authority:
         if not self.certificate_file.exists():
             key = ec.generate_private_key(ec.SECP256R1())
             subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-            certificate = _builder(subject, subject, key).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            certificate = _builder(subject, subject, key).add_extension(
+                x509.BasicConstraints(ca=True, path_length=None), critical=True
+            )
             usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
             identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
             certificate = certificate.add_extension(usage, critical=True).add_extension(identifier, critical=False)
@@ -37,20 +39,26 @@ class Authority:
         self._key = loaded
         self._certificate = x509.load_pem_x509_certificate(self.certificate_file.read_bytes())
 
-    def issue(self, file: str, common_name: str, groups: Sequence[str] = (), sans: Sequence[str] = ()) -> tuple[Path, Path]:
+    def issue(
+        self, file: str, common_name: str, groups: Sequence[str] = (), sans: Sequence[str] = ()
+    ) -> tuple[Path, Path]:
         """Paths of certificate and key for a client and, with ``sans`` (names and addresses), also a server."""
         certificate_file, key_file = self._folder / f"{file}.crt", self._folder / f"{file}.key"
         if not certificate_file.exists():
             key = ec.generate_private_key(ec.SECP256R1())
             names = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups]
             subject = x509.Name([*names, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-            builder = _builder(subject, self._certificate.subject, key).add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            builder = _builder(subject, self._certificate.subject, key).add_extension(
+                x509.BasicConstraints(ca=False, path_length=None), critical=True
+            )
             usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if sans else [])]
             builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
             builder = builder.add_extension(issuer, critical=False)
             if sans:
-                builder = builder.add_extension(x509.SubjectAlternativeName([_san(san) for san in sans]), critical=False)
+                builder = builder.add_extension(
+                    x509.SubjectAlternativeName([_san(san) for san in sans]), critical=False
+                )
             _write_key(key_file, key)
             write_atomically(certificate_file, _pem(builder.sign(self._key, hashes.SHA256())))
         return certificate_file, key_file
@@ -70,7 +78,9 @@ def write_kubeconfig(file: Path, context: str, server: str, authority: Path, use
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": context,
-        "clusters": [{"name": context, "cluster": {"server": server, "certificate-authority-data": _base64(authority)}}],
+        "clusters": [
+            {"name": context, "cluster": {"server": server, "certificate-authority-data": _base64(authority)}}
+        ],
         "users": [{"name": context, "user": user}],
         "contexts": [{"name": context, "context": {"cluster": context, "user": context}}],
     }

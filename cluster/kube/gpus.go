@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -18,10 +19,15 @@ import (
 func runPretendGPUs() int {
 	flags := flag.NewFlagSet("pretend-gpus", flag.ExitOnError)
 	resource := flags.String("resource", "nvidia.com/gpu", "name of the extended resource")
-	count := flags.Int("count", 1, "how many devices to advertise")
+	countFile := flags.String("count-file", "", "file with the number of devices to advertise; a change is noticed")
 	_ = flags.Parse(os.Args[1:])
 
-	list := make([]*devices.Device, *count)
+	count, err := readCount(*countFile)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	list := make([]*devices.Device, count)
 	for i := range list {
 		list[i] = &devices.Device{ID: fmt.Sprintf("GPU-pretend-%d", i), Health: devices.Healthy}
 	}
@@ -43,14 +49,26 @@ func runPretendGPUs() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	// A restarted kubelet makes a new socket and forgets its plugins: the supervisor starts this program anew.
+	// A restarted kubelet makes a new socket and forgets its plugins; that and another count end this program, and the supervisor
+	// starts it anew.
 	for ; err == nil; time.Sleep(time.Second) {
 		var now os.FileInfo
 		if now, err = os.Stat(devices.KubeletSocket); err == nil && !os.SameFile(watched, now) {
 			break
 		}
+		if wanted, err := readCount(*countFile); err == nil && wanted != count {
+			break
+		}
 	}
 	return 0
+}
+
+func readCount(file string) (int, error) {
+	content, err := os.ReadFile(file)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(content)))
 }
 
 // allocate names the devices in the variable that NVIDIA's runtime uses, so that a test can see which a pod was given.

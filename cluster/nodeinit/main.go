@@ -44,7 +44,8 @@ type Sysctl struct {
 	Value string `json:"value"`
 }
 
-// Program is kept running. It is first started when every address in WaitFor (network and address, "tcp 127.0.0.1:2379") accepts a connection.
+// Program is kept running. It is first started when every address in WaitFor (network and address, "tcp 127.0.0.1:2379") accepts a connection;
+// with the network "file" that path has to exist.
 type Program struct {
 	Name    string     `json:"name"`
 	Argv    []string   `json:"argv"`
@@ -273,6 +274,13 @@ func startProgram(spec Spec, program Program) (int, error) {
 
 func waitForAddress(network, address string) {
 	for {
+		if network == "file" {
+			if _, err := os.Stat(address); err == nil {
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+			continue
+		}
 		connection, err := net.DialTimeout(network, address, time.Second)
 		if err == nil {
 			connection.Close()
