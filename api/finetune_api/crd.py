@@ -3,8 +3,7 @@
 ``python -m finetune_api.crd`` prints it as JSON-compatible YAML; ``--check FILE`` exits 1 when FILE is stale.
 pydantic's JSON schema is not structural in the apiserver's sense, so it is rewritten: references are inlined (the
 apiserver has none), titles dropped, ``anyOf [X, null]`` becomes an absent field, ``additionalProperties: false`` goes
-(pruning and strict decoding do its work), number formats are added, and model-valued defaults become ``default: {}``
-so that the apiserver fills the nested defaults in.
+(pruning and strict decoding do its work), number formats are added, and model-valued defaults are written out.
 """
 
 from __future__ import annotations
@@ -93,13 +92,17 @@ def _rewrite(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 def _fill_defaults(schema: dict[str, Any], model: type[BaseModel]) -> None:
-    """``default: {}`` for fields whose default is a model, so that nested static defaults apply."""
+    """Defaults of fields whose default is a model, written out.
+
+    ``default: {}`` would do for the values, but the apiserver (1.34) checks CEL rules against a default as it stands in
+    the schema, before nested defaults are filled in, and refuses the CRD.
+    """
     for name, field in model.model_fields.items():
         factory = field.default_factory
         child_type = factory if isinstance(factory, type) and issubclass(factory, ApiModel) else None
         child = schema["properties"].get(field.alias or name)
         if child_type is not None:
-            child["default"] = {}
+            child["default"] = child_type().to_json_dict()
             _fill_defaults(child, child_type)
         elif isinstance(field.annotation, type) and issubclass(field.annotation, ApiModel):
             _fill_defaults(child, field.annotation)

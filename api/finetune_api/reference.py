@@ -58,7 +58,8 @@ def _rules(schema: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
 
 def _row(path: str, node: dict[str, Any], required: bool) -> str:
     default = "**required**" if required and path.startswith("spec") else ""
-    if "default" in node and node["default"] != {}:
+    nested = any("default" in child for child in node.get("properties", {}).values())
+    if "default" in node and not nested and node["default"] != {}:
         default = f"`{json.dumps(node['default'])}`"
     description = " ".join(str(node.get("description", "")).split()).replace("|", "\\|")
     return f"| `{path}` | {_type(node)} | {default} | {description} |"
