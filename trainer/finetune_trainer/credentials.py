@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,9 +103,12 @@ class Credentials:
         return path
 
     def hub(self) -> tuple[str | None, str | None]:
-        """Token and endpoint of the Hub (None: anonymous, huggingface.co). A Secret for a mirror may hold only HF_ENDPOINT."""
+        """Token and endpoint of the Hub (None: anonymous, huggingface.co). A Secret for a mirror may hold only HF_ENDPOINT.
+        Without a secretRef runtime.env may set both."""
+        if self.folder is None:
+            return os.environ.get("HF_TOKEN"), self.spec_endpoint or os.environ.get("HF_ENDPOINT")
         values = self.values()
-        if self.folder is not None and not values.get("HF_ENDPOINT"):
+        if not values.get("HF_ENDPOINT"):
             values = self.require("HF_TOKEN")
         return values.get("HF_TOKEN"), self.spec_endpoint or values.get("HF_ENDPOINT")
 
