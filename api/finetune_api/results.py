@@ -141,6 +141,12 @@ class QuantizedModule(ApiModel):
 
     name: str
     sha256: Sha256
+    weight_sha256: Sha256 | None = None
+    """SHA-256 of the packed bytes alone."""
+    offset: float | None = None
+    """What double quantization took off the constants: their mean, whose last bits differ between CPU and GPU."""
+    constants_mean: float | None = None
+    """Mean of the constants as used, float64: tells rounding from another weight where ``sha256`` differs."""
 
 
 class TrainResult(ApiModel):
@@ -156,6 +162,11 @@ class TrainResult(ApiModel):
     base_files: list[FileRecord]
     """Every file of the base model as loaded (path relative to the model folder), hashed: publish must merge the same."""
     quantized_modules: list[QuantizedModule]
+    base_dtype: str = "bfloat16"
+    """Element type that the base was loaded in (and, for QLoRA, quantized from)."""
+    check_rows: int = 0
+    check_loss: float | None = None
+    """Σ NLL / Σ tokens of the reloaded model on the first ``check_rows`` held-out rows: publish must measure the same."""
     trainable_parameters: int
     device: str
     versions: dict[str, str]

@@ -1,0 +1,1 @@
+"""The publish stage: check, merge, describe, and write the manifest last."""

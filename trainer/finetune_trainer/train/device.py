@@ -1,0 +1,72 @@
+"""Where to compute, and in which type."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune_api.failures import Reason
+from finetune_trainer.errors import StageError
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device, the type of the frozen base on it, and of the products."""
+
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Matrix products in ``dtype``, whatever the trainables are kept in. Used alike for training, evaluation and answers."""
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def pick_compute(use_cpu: bool) -> Compute:
+    """The CPU if asked for, otherwise the first GPU.
+
+    bfloat16 on the CPU too: on an AVX-512-BF16 core it is 2.4 times as fast as float32 at 135M parameters, and the emulation
+    elsewhere halves the memory. A GPU without bfloat16 (before Ampere) gets float16 with loss scaling.
+
+    Raises:
+        StageError: NoGPU.
+    """
+    if use_cpu:
+        torch.set_num_threads(usable_cpus())
+        return Compute(torch.device("cpu"), torch.bfloat16, f"cpu ({torch.get_num_threads()} threads)")
+    if not torch.cuda.is_available():
+        raise StageError(Reason.NO_GPU, f"the training container sees no GPU: {what_was_found()}.")
+    torch.cuda.set_device(0)
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return Compute(torch.device("cuda", 0), dtype, torch.cuda.get_device_name(0))
+
+
+def what_was_found() -> str:
+    """What a person would look at first when a GPU is missing."""
+    nodes = sorted(p.name for p in Path("/dev").glob("nvidia*"))
+    visible = {k: os.environ[k] for k in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES") if k in os.environ}
+    return (
+        f"torch {torch.__version__} built for CUDA {torch.version.cuda}, cuda.is_available() False, "
+        f"{torch.cuda.device_count()} devices, /dev: {', '.join(nodes) or 'no nvidia*'}, "
+        f"environment: {visible or 'no *_VISIBLE_DEVICES'}"
+    )
+
+
+def usable_cpus(quota_file: Path = CPU_QUOTA) -> int:
+    """CPUs this container may use: the affinity mask, capped by the cgroup's quota.
+
+    torch counts the machine's cores; with a quota of 2 on 64 cores its threads would wait for each other most of the time.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))

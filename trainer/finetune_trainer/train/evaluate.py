@@ -1,0 +1,115 @@
+"""What a model knows about the held-out rows, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finetune_trainer.train.device import Compute
+from finetune_trainer.train.loss import LearnedTokenLoss
+from finetune_trainer.train.rows import IGNORED, Rows, batches_by_length, collate
+
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """NLL and learned tokens of each held-out row. Sums are in float64, so the order of rows and batches does not show."""
+
+    nll: list[float]
+    tokens: list[int]
+
+    @property
+    def loss(self) -> float:
+        """Σ NLL / Σ tokens."""
+        return math.fsum(self.nll) / max(1, sum(self.tokens))
+
+    def first(self, rows: int) -> float:
+        """Σ NLL / Σ tokens of the first ``rows`` rows."""
+        return math.fsum(self.nll[:rows]) / max(1, sum(self.tokens[:rows]))
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite beyond what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def held_out_loss(
+    causal_lm: Any, rows: Rows, pad_id: int, compute: Compute, tokens_per_batch: int | None = None
+) -> HeldOutLoss:
+    """Evaluate every row once. It does not depend on how rows are batched, beyond rounding."""
+    budget = tokens_per_batch or TOKENS_PER_BATCH[compute.device.type]
+    loss = LearnedTokenLoss(causal_lm)
+    nll, tokens = [0.0] * len(rows), [0] * len(rows)
+    with inference(causal_lm), compute.autocast():
+        for indices in batches_by_length(rows, budget):
+            batch = {k: v.to(compute.device) for k, v in collate(rows, indices, pad_id).items()}
+            counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
+            for index, part in zip(indices, loss.per_token(batch).split(counts), strict=True):
+                nll[index], tokens[index] = float(part.double().sum()), part.numel()
+    return HeldOutLoss(nll, tokens)
+
+
+def greedy_answers(
+    causal_lm: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, compute: Compute, max_new_tokens: int
+) -> list[str]:
+    """The most likely continuation of each prompt, up to an end token, all prompts in one batch, padded on the left."""
+    if not prompts:
+        return []
+    longest = max(len(p) for p in prompts)
+    pad = pad_token_id(tokenizer)
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=compute.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=compute.device)
+    with inference(causal_lm), compute.autocast():
+        out = causal_lm.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            # Greedy: a model's own sampling defaults would only cause warnings.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            pad_token_id=pad,
+            eos_token_id=end_token_ids(causal_lm, tokenizer),
+            use_cache=True,
+        )
+    return [str(tokenizer.decode(line[longest:], skip_special_tokens=True)).strip() for line in out]
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Any id serves, as padding is masked; the tokenizer's own keeps logs readable."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def end_token_ids(causal_lm: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of the generation config."""
+    configured = causal_lm.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Evaluation mode (no dropout) without gradients; afterwards the model is as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

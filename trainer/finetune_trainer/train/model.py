@@ -1,0 +1,187 @@
+"""The base model and the adapter on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from finetune_api.failures import Reason
+from finetune_api.snapshot import ResolvedLora, Snapshot
+from finetune_api.spec import LoraBias, Quantization
+from finetune_api.uris import HubLocation, parse_uri
+from finetune_trainer.errors import StageError
+from finetune_trainer.train.device import Compute
+
+log = logging.getLogger(__name__)
+
+BIAS = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
+ALL_LINEAR = "all-linear"
+ADAPTER = "default"
+
+
+def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
+    """The base as a causal language model: in the computing type, or in 4 bit for QLoRA.
+
+    Raises:
+        StageError: UnsupportedModel, if transformers cannot load the folder.
+    """
+    quantization = snapshot.plan.method.quantization
+    arguments: dict[str, Any] = {
+        "dtype": compute.dtype,
+        "attn_implementation": "sdpa",
+        "trust_remote_code": snapshot.spec.model.trust_remote_code,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "device_map": {"": compute.device},
+    }
+    if quantization is not None:
+        arguments["quantization_config"] = bits_and_bytes(quantization, compute.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise StageError(Reason.UNSUPPORTED_MODEL, f"transformers cannot load the base model: {error}") from error
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    keep_training_layout(model)
+    return model
+
+
+def load_tokenizer(folder: Path, snapshot: Snapshot) -> Any:
+    """The tokenizer of a model or adapter folder."""
+    return AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=snapshot.spec.model.trust_remote_code, local_files_only=True
+    )
+
+
+def bits_and_bytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's own: 4 bit, and products in ``dtype`` (bitsandbytes' default would be float32)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type.value.lower(),
+        bnb_4bit_use_double_quant=quantization.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def keep_training_layout(model: Any) -> None:
+    """Keep bitsandbytes from repacking weights for inference on a CPU.
+
+    Observed with 0.50.2 on AVX-512-BF16: the first forward in evaluation mode repacks a ``Linear4bit`` in place, and the
+    kernel for that layout has no backward. Evaluating before training would thus cut the gradient, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def attach_adapter(base: Any, snapshot: Snapshot) -> PeftModel:
+    """A fresh LoRA adapter on the base, trainables in float32.
+
+    Raises:
+        StageError: UnknownTargetModule, InvalidConfig.
+    """
+    lora = snapshot.plan.method.lora
+    refuse_tied_head(base, lora)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias=BIAS[lora.bias],
+        target_modules=ALL_LINEAR if lora.target_modules == [ALL_LINEAR] else list(lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(snapshot.spec.training.seed)
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise StageError(Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {linear_names(base)}.") from error
+    make_trainables_float32(model)
+    config.base_model_name_or_path = public_name(snapshot)
+    config.revision = None
+    return model
+
+
+def public_name(snapshot: Snapshot) -> str:
+    """The base model's name as other tools know it: ``org/name`` for the Hub, the URI for anything else."""
+    location = parse_uri(snapshot.spec.model.uri)
+    return location.repo_id if isinstance(location, HubLocation) else snapshot.spec.model.uri
+
+
+def refuse_tied_head(base: Any, lora: ResolvedLora) -> None:
+    """An adapter on a head that is also the embedding would change both, and could not be merged into either."""
+    if "lm_head" in lora.target_modules and base.config.get_text_config().tie_word_embeddings:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "method.lora.targetModules names lm_head, which this model shares with its input embeddings (tie_word_embeddings). "
+            "Leave it out.",
+        )
+
+
+def linear_names(base: Any) -> str:
+    """The names that targetModules may use."""
+    names = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    return ", ".join(sorted(names))
+
+
+def make_trainables_float32(model: Any) -> None:
+    """Trainables are float32, always: in bfloat16 an update below 1/256 of a weight is lost in rounding.
+
+    peft and trl cast to bfloat16 in some combinations (4-bit bases above all), so it is set here and asserted before training.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def assert_trainables_float32(model: Any) -> int:
+    """How many weights are trained.
+
+    Raises:
+        AssertionError: one of them is not float32, or there is none.
+    """
+    wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype is not torch.float32]
+    assert not wrong, f"trainable weights that are not float32: {wrong[:3]}"
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count, "nothing is trainable"
+    return count
+
+
+def trained_base_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of the base's own weights that training will change (biases), by their names in the base."""
+    return {
+        n.replace(".base_layer.", "."): p.detach().clone()
+        for n, p in model.get_base_model().named_parameters()
+        if p.requires_grad and "lora_" not in n
+    }
+
+
+def detach_adapter(model: PeftModel, original: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+    """The bare base as it was before training: adapter layers removed, trained biases put back."""
+    base = model.unload()
+    parameters = dict(base.named_parameters())
+    for name, value in original.items():
+        parameters[name].data = value.to(dtype)
+    base.requires_grad_(False)
+    # peft leaves its configuration on the model, and would stack a second adapter upon it with a warning only.
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if hasattr(base, attribute):
+            delattr(base, attribute)
+    left = [n for n, _ in base.named_modules() if "lora_" in n]
+    assert not left, f"adapter layers that were not removed: {left[:3]}"
+    return base
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """The base as it is without the adapter."""
+    with model.disable_adapter():
+        yield

@@ -1,0 +1,65 @@
+"""What 4-bit weights training used, recorded so that publish can prove it merges into the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from finetune_api.results import QuantizedModule
+
+
+def quantized_modules(model: Any) -> list[QuantizedModule]:
+    """A record of each 4-bit weight of the model, adapter attached or not, by its name in the bare base."""
+    return [
+        describe(name.replace("base_model.model.", "", 1).removesuffix(".base_layer"), module.weight.data, state)
+        for name, module, state in _linear4bit(model)
+    ]
+
+
+def describe(name: str, packed: torch.Tensor, state: Any) -> QuantizedModule:
+    """One record.
+
+    With double quantization the constants have their mean (``offset``) taken off before they are quantized. A mean is a sum,
+    and sums differ in the last bits between CPU and GPU, so the offset is recorded: given it, all else is elementwise.
+
+    Args:
+        packed: uint8, two 4-bit values a byte.
+        state: bitsandbytes' QuantState.
+    """
+    weight = _bytes(packed)
+    digest = hashlib.sha256(weight)
+    for tensor in (state.absmax, state.code, state.offset, *((state.state2.absmax, state.state2.code) if state.nested else ())):
+        if tensor is not None:
+            digest.update(_bytes(tensor))
+    digest.update(f"{state.quant_type} {state.blocksize} {tuple(state.shape)} {state.dtype}".encode())
+    return QuantizedModule(
+        name=name,
+        sha256=digest.hexdigest(),
+        weight_sha256=hashlib.sha256(weight).hexdigest(),
+        offset=float(state.offset) if state.nested else None,
+        constants_mean=float(constants(state).double().mean()),
+    )
+
+
+def constants(state: Any) -> torch.Tensor:
+    """The block constants (largest magnitude of each block of 64 weights) as they will be used: float32."""
+    if not state.nested:
+        return state.absmax.float()  # type: ignore[no-any-return]
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(state.absmax, state.state2).float() + state.offset  # type: ignore[no-any-return]
+
+
+def _linear4bit(model: Any) -> Iterator[tuple[str, Any, Any]]:
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and not hasattr(module, "base_layer"):
+            assert not getattr(state, "packing_format_for_cpu", False), f"{name} was repacked for inference"
+            yield name, module, state
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
