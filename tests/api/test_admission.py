@@ -1,0 +1,161 @@
+"""What the real API server accepts and refuses, and in which words."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.apiserver import ApiServer
+
+pytestmark = pytest.mark.light
+
+MINIMAL: dict[str, Any] = {
+    "model": {"uri": "hf://meta-llama/Llama-3.1-8B-Instruct"},
+    "data": {"train": [{"uri": "s3://acme-data/support/train.jsonl"}]},
+    "output": {"uri": "s3://acme-models/support"},
+}
+
+
+def merged(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """JSON merge patch."""
+    out = copy.deepcopy(base)
+    for key, value in patch.items():
+        if value is None:
+            out.pop(key, None)
+        elif isinstance(value, dict) and isinstance(out.get(key), dict):
+            out[key] = merged(out[key], value)
+        else:
+            out[key] = value
+    return out
+
+
+ACCEPTED: list[tuple[str, dict[str, Any]]] = [
+    ("the smallest job", {}),
+    ("a revision of a hub model", {"model": {"revision": "main"}}),
+    ("a model in a bucket", {"model": {"uri": "s3://models/llama"}}),
+    ("a model on a claim", {"model": {"uri": "pvc://models/llama"}}),
+    ("a hub dataset", {"data": {"train": [{"uri": "hf://datasets/org/name/data/train.parquet"}]}}),
+    ("an https file", {"data": {"train": [{"uri": "https://example.com/a/train.csv"}]}}),
+    ("steps instead of epochs", {"training": {"length": {"steps": 10}}}),
+    ("a fraction of an epoch", {"training": {"length": {"epochs": 0.5}}}),
+    ("held-out sources", {"data": {"heldOut": {"sources": [{"uri": "s3://bucket/held.jsonl"}]}}}),
+    ("names of target modules", {"method": {"lora": {"targetModules": ["q_proj", "v_proj"]}}}),
+    ("QLoRA without double quantization", {"method": {"type": "QLoRA", "quantization": {"doubleQuantization": False}}}),
+    ("no GPU on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 0}}),
+    ("a GPU asked for on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 1}}),
+    ("column mapping", {"data": {"train": [{"uri": "s3://bucket/x.csv", "columns": {"prompt": "question"}}]}}),
+]
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("an unknown field", {"trainig": {}}, 'unknown field "spec.trainig"'),
+    ("an unknown nested field", {"method": {"lora": {"r": 8}}}, 'unknown field "spec.method.lora.r"'),
+    ("no model", {"model": None}, "spec.model: Required value"),
+    ("no output", {"output": None}, "spec.output: Required value"),
+    ("no training data", {"data": {"train": []}}, "spec.data.train"),
+    ("rank 0", {"method": {"lora": {"rank": 0}}}, "spec.method.lora.rank: Invalid value: 0"),
+    ("dropout 1", {"method": {"lora": {"dropout": 1}}}, "spec.method.lora.dropout"),
+    ("an unknown method", {"method": {"type": "Full"}}, 'Unsupported value: "Full": supported values: "LoRA", "QLoRA"'),
+    ("a model without scheme", {"model": {"uri": "meta-llama/Llama-3.1-8B"}}, "spec.model.uri"),
+    ("output outside a bucket", {"output": {"uri": "pvc://claim/x"}}, "spec.output.uri"),
+    ("plain http data", {"data": {"train": [{"uri": "http://example.com/x.jsonl"}]}}, "spec.data.train[0].uri"),
+    ("both epochs and steps", {"training": {"length": {"epochs": 1, "steps": 1}}}, "exactly one of epochs, steps"),
+    ("neither epochs nor steps", {"training": {"length": {}}}, "exactly one of epochs, steps"),
+    ("both kinds of held-out data", {"data": {"heldOut": {"fraction": 0.1, "sources": [{"uri": "s3://bucket/h.jsonl"}]}}}, "exactly one of fraction, sources"),
+    ("a held-out fraction above one half", {"data": {"heldOut": {"fraction": 0.6}}}, "spec.data.heldOut.fraction"),
+    ("a revision of a bucket", {"model": {"uri": "s3://models/llama", "revision": "main"}}, "revision applies to hf:// models only"),
+    ("all-linear beside a name", {"method": {"lora": {"targetModules": ["all-linear", "q_proj"]}}}, "all-linear already names every linear layer"),
+    ("a target module twice", {"method": {"lora": {"targetModules": ["q_proj", "q_proj"]}}}, "Duplicate value"),
+    ("a micro-batch above the global batch", {"training": {"globalBatchSequences": 4, "microBatchSequences": 8}}, "microBatchSequences must not exceed"),
+    ("no GPU without useCpu", {"compute": {"gpusPerNode": 0}}, "gpusPerNode: 0 needs training.useCpu: true"),
+    ("more GPUs than one job can use", {"compute": {"gpusPerNode": 2}}, "spec.compute.gpusPerNode"),
+    ("a learning rate of zero", {"training": {"optimizer": {"learningRate": 0}}}, "spec.training.optimizer.learningRate"),
+    ("memory that is no quantity", {"compute": {"memory": "lots"}}, "spec.compute.memory"),
+]  # fmt: skip
+
+IMMUTABLE: list[tuple[str, dict[str, Any], str]] = [
+    ("the model", {"model": {"uri": "hf://other/model"}}, "model is immutable"),
+    ("the data", {"data": {"train": [{"uri": "s3://bucket/other.jsonl"}]}}, "data is immutable"),
+    ("the method", {"method": {"type": "QLoRA"}}, "method is immutable"),
+    ("the training", {"training": {"seed": 1}}, "training is immutable"),
+    ("the output", {"output": {"uri": "s3://elsewhere"}}, "output is immutable"),
+    ("the queue", {"queue": {"name": "other"}}, "queue is immutable"),
+]
+
+CHANGEABLE: list[tuple[str, dict[str, Any]]] = [
+    ("suspend", {"suspend": True}),
+    ("the deadline", {"activeDeadlineSeconds": 60}),
+    ("the pending timeout", {"pendingTimeoutSeconds": 60}),
+    ("the time to live", {"ttlSecondsAfterFinished": 60}),
+]
+
+
+def job(name: str, spec: dict[str, Any]) -> str:
+    """The manifest as YAML."""
+    return yaml.safe_dump(
+        {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": name}, "spec": spec}
+    )
+
+
+@pytest.mark.parametrize(("case", "patch"), ACCEPTED, ids=[c[0] for c in ACCEPTED])
+def test_accepts(apiserver: ApiServer, case: str, patch: dict[str, Any]) -> None:
+    result = apiserver.kubectl("apply", "--dry-run=server", "-f", "-", stdin=job("a", merged(MINIMAL, patch)))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("case", "patch", "words"), REFUSED, ids=[c[0] for c in REFUSED])
+def test_refuses(apiserver: ApiServer, case: str, patch: dict[str, Any], words: str) -> None:
+    result = apiserver.kubectl("apply", "--dry-run=server", "-f", "-", stdin=job("a", merged(MINIMAL, patch)))
+    assert result.returncode != 0
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("a" * 41, "at most 40 characters"), ("a.b", "must be a DNS label")], ids=["too long", "a dot"]
+)
+def test_refuses_names_whose_pods_would_have_no_hostname(apiserver: ApiServer, name: str, words: str) -> None:
+    result = apiserver.kubectl("apply", "--dry-run=server", "-f", "-", stdin=job(name, MINIMAL))
+    assert result.returncode != 0
+    assert words in result.stderr
+
+
+@pytest.fixture(scope="module")
+def existing(apiserver: ApiServer) -> str:
+    """A job that stands."""
+    apiserver.kubectl("apply", "-f", "-", stdin=job("standing", MINIMAL)).check_returncode()
+    return "standing"
+
+
+@pytest.mark.parametrize(("case", "patch", "words"), IMMUTABLE, ids=[c[0] for c in IMMUTABLE])
+def test_refuses_to_change(apiserver: ApiServer, existing: str, case: str, patch: dict[str, Any], words: str) -> None:
+    result = apiserver.kubectl("apply", "--dry-run=server", "-f", "-", stdin=job(existing, merged(MINIMAL, patch)))
+    assert result.returncode != 0
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize(("case", "patch"), CHANGEABLE, ids=[c[0] for c in CHANGEABLE])
+def test_lets_change(apiserver: ApiServer, existing: str, case: str, patch: dict[str, Any]) -> None:
+    result = apiserver.kubectl("apply", "--dry-run=server", "-f", "-", stdin=job(existing, merged(MINIMAL, patch)))
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_example_can_be_applied(apiserver: ApiServer) -> None:
+    result = apiserver.kubectl("apply", "--dry-run=server", "-f", "examples/")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("created") >= 3
+
+
+def test_short_name_category_and_columns(apiserver: ApiServer, existing: str) -> None:
+    listed = apiserver.kubectl("get", "ftj", existing).stdout
+    for column in ("NAME", "PHASE", "MODEL", "METHOD", "PROGRESS", "LOSS", "ETA", "AGE"):
+        assert column in listed
+    assert existing in apiserver.kubectl("get", "all").stdout
+
+
+def test_a_field_the_schema_does_not_know_is_dropped_only_where_the_client_does_not_ask(apiserver: ApiServer) -> None:
+    """Docs tell other clients to ask for fieldValidation=Strict; this is what they get without."""
+    spec = merged(MINIMAL, {"trainig": {}})
+    loose = apiserver.kubectl("apply", "--validate=ignore", "--dry-run=server", "-f", "-", stdin=job("a", spec))
+    assert loose.returncode == 0, loose.stderr

@@ -1,0 +1,37 @@
+"""A real API server with our CRD, for tests."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CRD = ROOT / "crds" / "finetunejobs.finetune.dev.yaml"
+
+
+@dataclass(frozen=True)
+class ApiServer:
+    """How to reach it."""
+
+    kubeconfig: Path
+    kubectl_path: Path
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run kubectl from the repository's root."""
+        return subprocess.run(
+            [str(self.kubectl_path), "--kubeconfig", str(self.kubeconfig), *arguments],
+            input=stdin,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def install_crd(self) -> None:
+        """Apply the CRD and wait until it is served."""
+        self.kubectl("apply", "--server-side", "-f", str(CRD)).check_returncode()
+        self.kubectl(
+            "wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=30s"
+        ).check_returncode()
