@@ -1,0 +1,73 @@
+# `make demo` and `make test` do all their set-up themselves. `make help` lists the rest.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+UV_VERSION := 0.13.9
+PYTHON := .venv/bin/python
+export PYTHONPATH := cluster
+export CLUSTER_NAME ?= finetune
+NODES ?= 1
+GPUS_PER_NODE ?= 2
+CRD := crds/finetunejobs.finetune.dev.yaml
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+.venv/.ready: pyproject.toml uv.lock
+	@command -v uv >/dev/null || python3 -m pip install --quiet --root-user-action=ignore uv==$(UV_VERSION) 2>/dev/null \
+	  || python3 -m pip install --quiet --break-system-packages --root-user-action=ignore uv==$(UV_VERSION)
+	uv sync --frozen --all-extras --quiet
+	@touch $@
+
+setup: .venv/.ready ## Install everything development needs, from lock files
+
+demo: setup ## From an empty machine to a verified adapter in a bucket
+	$(PYTHON) -m demo up
+
+demo-env: setup ## Print shell exports to play on: eval "$$(make -s demo-env)"
+	@$(PYTHON) -m demo env
+
+demo-down: setup ## Remove what the demo made (the local cluster, or its namespaces elsewhere)
+	$(PYTHON) -m demo down
+
+cluster-up: setup ## A real local cluster (NODES=1 GPUS_PER_NODE=2)
+	$(PYTHON) -m finetune_cluster up --nodes $(NODES) --gpus-per-node $(GPUS_PER_NODE)
+
+cluster-status: setup ## What of the local cluster runs
+	$(PYTHON) -m finetune_cluster status
+
+cluster-down: setup ## Remove the local cluster without a trace
+	$(PYTHON) -m finetune_cluster down
+
+images: setup ## Build the three images and load them into the local cluster
+	$(PYTHON) -m demo images
+
+test: check ## Every check and every test: unit, API server, whole cluster
+	$(PYTHON) -m pytest
+
+unit: setup ## Tests that need no cluster
+	$(PYTHON) -m pytest -m "not cluster and not light"
+
+check: setup ## Format, lint, types, layers, generated files
+	.venv/bin/ruff format --check --quiet .
+	.venv/bin/ruff check --quiet .
+	.venv/bin/mypy --no-error-summary api operator trainer cluster demo
+	.venv/bin/lint-imports --no-cache 2>&1 | tail -4 && exit $${PIPESTATUS[0]}
+	$(PYTHON) -m finetune_api.crd --check $(CRD)
+	$(PYTHON) -m finetune_api.crd --check charts/finetune-operator/files/finetunejobs.finetune.dev.yaml
+	$(PYTHON) -m finetune_api.reference --check docs/reference
+	uv lock --check --quiet
+	$(PYTHON) -m demo.requirements --check
+
+generate: setup ## Write the generated files anew: CRDs, reference pages, image requirements
+	$(PYTHON) -m finetune_api.crd > $(CRD)
+	cp $(CRD) charts/finetune-operator/files/
+	$(PYTHON) -m finetune_api.reference docs/reference
+	$(PYTHON) -m demo.requirements
+
+format: setup ## Format and fix what tools can fix
+	.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format --quiet .
+
+bench: setup ## Benchmarks; each prints a table and writes JSON
+	$(PYTHON) -m bench.operator_throughput
+
+.PHONY: help setup demo demo-env demo-down cluster-up cluster-status cluster-down images test unit check generate format bench
