@@ -81,6 +81,23 @@ class DataSummary(ApiModel):
     tokens: LengthPercentiles
 
 
+class PreparedPrompt(ApiModel):
+    """A held-out prompt that base and tuned model answer. ``prepare/prompts.json`` is a JSON array of these."""
+
+    row: int
+    """Position in the held-out file's ``row`` column."""
+    prompt: str
+    """What a person wrote: the last user turn, the prompt, or the beginning of a text."""
+    reference: str
+    """The answer that the data has."""
+    messages: list[dict[str, str]] | None = None
+    """The turns before the answer, where the row has turns: the chat template, with a generation prompt, makes ``text`` of them."""
+    text: str
+    """What the tokenizer is given (without adding special tokens, if ``messages`` is present)."""
+    input_ids: list[int]
+    """What it must make of it, in every later stage."""
+
+
 class PrepareResult(ApiModel):
     """``prepare/result.json``."""
 
