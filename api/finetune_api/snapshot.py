@@ -146,5 +146,6 @@ def make_snapshot(spec: FineTuneJobSpec, job: JobIdentity, default_images: Image
             "pending_timeout_seconds": FineTuneJobSpec.model_fields["pending_timeout_seconds"].default,
         }
     )
-    images = Images(prepare=default_images.prepare, train=spec.runtime.image or default_images.train)
+    own = spec.runtime.image
+    images = Images(prepare=own, train=own) if own else default_images
     return Snapshot(operator_version=operator_version, job=job, spec=frozen, plan=resolve_plan(spec), images=images)

@@ -427,7 +427,10 @@ class Runtime(ApiModel):
 
     image: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
         None,
-        description="Trainer image of the train stage and of a publish stage that merges; the default is the operator's own.",
+        description=(
+            "Image of every stage, built on the trainer image; the default is the operator's own. That it can be pulled "
+            "shows in the prepare stage, before a GPU is asked for."
+        ),
     )
     service_account_name: Name | None = Field(None, description="For workload identity. No token of it is mounted.")
     node_selector: dict[str, LabelValue] | None = Field(

@@ -69,6 +69,6 @@ def test_outputs_of_two_jobs_of_one_name_never_collide() -> None:
     assert str(moved.workspace) == "s3://scratch/tmp/job-3f9c2a11"
 
 
-def test_a_jobs_own_trainer_image_is_frozen() -> None:
-    assert snapshot(runtime={"image": "mine:2"}).images.train == "mine:2"
-    assert snapshot().images.train == "trainer:1"
+def test_a_jobs_own_image_is_used_from_the_first_stage_so_that_a_wrong_one_never_costs_a_gpu() -> None:
+    assert snapshot(runtime={"image": "mine:2"}).images == Images(prepare="mine:2", train="mine:2")
+    assert snapshot().images == IMAGES

@@ -1,0 +1,203 @@
+"""``make demo``: everything from an empty machine to a verified adapter in a bucket. ``python -m demo up|env|images|down``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from finetune_cluster.console import ClusterError
+from finetune_cluster.paths import cache_root
+
+from demo import dataset, images, show, store
+from demo.follow import follow, is_true
+from demo.target import NAMESPACE, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError, Target, current_target, existing_target
+
+Result = TypeVar("Result")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+JOB = "quickstart"
+MODEL = "SmolLM2-135M-Instruct"
+DATASET = "kubernetes-api"
+MODEL_CACHE = f"{MODEL}-1"
+"""Folder name in the cache; the number rises when what demo/model.py writes changes."""
+
+
+class Steps:
+    """Prints each step with its duration."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[str, float]] = []
+
+    def __call__(self, title: str, action: Callable[[], Result]) -> Result:
+        """Run one step."""
+        print(f"==> {title}", flush=True)
+        started = time.monotonic()
+        result = action()
+        self.times.append((title, time.monotonic() - started))
+        return result
+
+    def table(self) -> str:
+        """All steps with seconds."""
+        total = sum(seconds for _, seconds in self.times)
+        rows = [f"{seconds:7.1f} s  {title}" for title, seconds in self.times]
+        return "\n".join([*rows, f"{total:7.1f} s  in all"])
+
+
+@app.command()
+def up() -> None:
+    """Set everything up, run examples/quickstart.yaml, and show what came out."""
+    steps = Steps()
+    if existing_target() is None:
+        steps("local cluster", cluster_up)
+    target = current_target()
+    references = steps("images", lambda: images.ensure(target))
+    steps("object store", lambda: install_store(target, references))
+    model = steps("base model (SmolLM2-135M-Instruct)", model_folder)
+    data = steps("dataset (Kubernetes API documentation)", dataset_folder)
+    with store.access(target) as access:
+        client = access.client()
+        steps("upload model and dataset", lambda: upload(client, model, data))
+        steps("operator (Helm chart)", lambda: install_operator(target, references))
+        job = steps("kubectl apply -f examples/quickstart.yaml", lambda: run_job(target))
+        report(client, job)
+    print("\nTime per step\n" + steps.table())
+    print('\nPlay on: eval "$(make -s demo-env)"; README, "A second job". Clean up: make demo-down')
+    if not is_true(job, "Complete"):
+        raise DemoError(f"FineTuneJob {JOB} did not complete; see above, and `kubectl describe ftj {JOB} -n {NAMESPACE}`")
+
+
+def cluster_up() -> None:
+    """The local cluster with pretended GPUs."""
+    command = [sys.executable, "-m", "finetune_cluster", "up", "--nodes", os.environ.get("NODES", "1")]
+    command += ["--gpus-per-node", os.environ.get("GPUS_PER_NODE", "2")]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+        raise DemoError("the local cluster did not come up; see above")
+
+
+def namespace(name: str) -> dict[str, Any]:
+    """A namespace that enforces the restricted pod security standard."""
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+
+
+def install_store(target: Target, references: images.References) -> None:
+    """Namespaces and the S3 server."""
+    target.apply(namespace(NAMESPACE), namespace(SYSTEM_NAMESPACE))
+    store.install(target, references.store)
+
+
+def model_folder() -> Path:
+    """The base model, built once and kept in the cache. In a process of its own, which then frees torch's memory."""
+    folder = cache_root() / "demo" / MODEL_CACHE
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, "-m", "demo.model", str(folder)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def dataset_folder() -> Path:
+    """The dataset, built anew (two seconds)."""
+    folder = cache_root() / "demo" / DATASET
+    print(f"    {dataset.build(folder)}")
+    return folder
+
+
+def upload(client: Any, model: Path, data: Path) -> None:
+    """What is not in the buckets yet."""
+    store.ensure_buckets(client)
+    sent = store.upload_folder(client, model, "models", MODEL) + store.upload_folder(client, data, "datasets", DATASET)
+    print(f"    {sent} files sent")
+
+
+def install_operator(target: Target, references: images.References) -> None:
+    """The chart, as a user installs it."""
+    arguments = ["upgrade", "--install", RELEASE, str(ROOT / "charts" / "finetune-operator")]
+    arguments += ["--namespace", SYSTEM_NAMESPACE, "--create-namespace", "--wait", "--timeout", "180s"]
+    for name, reference in (("operator", references.operator), ("prepare", references.prepare), ("trainer", references.trainer)):
+        repository, _, tag = reference.rpartition(":")
+        arguments += ["--set", f"images.{name}.repository={repository}", "--set-string", f"images.{name}.tag={tag}"]
+    target.helm(*arguments)
+
+
+def run_job(target: Target) -> dict[str, Any]:
+    """Apply the example (an earlier run of it goes first) and follow it to its end."""
+    target.kubectl("delete", "ftj", JOB, "-n", NAMESPACE, "--ignore-not-found", "--cascade=foreground")
+    target.kubectl("apply", "-n", NAMESPACE, "-f", str(ROOT / "examples" / "quickstart.yaml"))
+    return follow(target, JOB)
+
+
+def report(client: Any, job: dict[str, Any]) -> None:
+    """Status, bucket, losses and answers."""
+    print("\nStatus\n" + show.status_text(job))
+    if "artifacts" not in job["status"] or not is_true(job, "Complete"):
+        return
+    bucket, _, prefix = job["status"]["artifacts"]["uri"].removeprefix("s3://").rstrip("/").partition("/")
+    print(f"\nBucket s3://{bucket}/{prefix}\n" + show.bucket_listing(client, bucket, prefix))
+    manifest = show.read_json(client, bucket, f"{prefix}/manifest.json")
+    metrics = manifest["metrics"]
+    fall = 1 - metrics["perplexity"] / metrics["perplexityBase"]
+    print(
+        f"\nHeld-out loss on answer tokens: base {metrics['heldOutLossBase']:.3f}, tuned {metrics['heldOutLoss']:.3f} "
+        f"(perplexity {metrics['perplexityBase']:.2f} → {metrics['perplexity']:.2f}, {fall:.0%} lower)"
+    )
+    print("\nAnswers to held-out prompts\n" + show.answers_text(show.read_json(client, bucket, f"{prefix}/reports/answers.json")))
+
+
+@app.command()
+def env() -> None:
+    """Print shell exports: where cluster, bucket, model and data are."""
+    target = current_target()
+    key, secret = store.credentials(target)
+    values = {
+        "NAMESPACE": NAMESPACE,
+        "AWS_ENDPOINT_URL": store.node_endpoint(target),
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": store.REGION,
+        "OUTPUT_URI": "s3://results/playground",
+        "MODEL_URI": f"s3://models/{MODEL}",
+        "DATASET_URI": f"s3://datasets/{DATASET}/train.jsonl",
+    }
+    if target.kubeconfig is not None:
+        values = {"KUBECONFIG": str(target.kubeconfig), **values}
+    for name, value in values.items():
+        print(f"export {name}={value}")
+    if target.kubeconfig is not None:
+        print(f"export PATH={Path(target.kubectl_path).parent}:{Path(target.helm_path).parent}:$PATH")
+
+
+@app.command("images")
+def build_images() -> None:
+    """Build the images and load or push them."""
+    print(images.ensure(current_target()))
+
+
+@app.command()
+def down() -> None:
+    """Remove the local cluster; on an existing one what the demo installed."""
+    target = existing_target()
+    if target is None:
+        command = [sys.executable, "-m", "finetune_cluster", "down"]
+        raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    target.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
+    target.helm("uninstall", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--ignore-not-found")
+    target.kubectl("delete", "namespace", SYSTEM_NAMESPACE, "--ignore-not-found")
+    target.kubectl("delete", "crd", "finetunejobs.finetune.dev", "--ignore-not-found")
+
+
+def main() -> None:
+    """Run, and show foreseen errors without a traceback."""
+    try:
+        app()
+    except (DemoError, ClusterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
