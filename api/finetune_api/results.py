@@ -106,7 +106,7 @@ class PrepareResult(ApiModel):
     data: DataSummary
     data_hash: Sha256
     """SHA-256 over the prepared train and held-out rows (ids and labels), independent of Parquet's bytes."""
-    model_commit: str | None
+    model_commit: str | None = None
     """Commit of the base model on the Hub; absent for s3:// and pvc://."""
     model_files: list[FileRecord]
     """The base model's files as far as their hashes are known without reading the weights (size always known)."""
@@ -226,7 +226,7 @@ class PrepareReport(ApiModel):
 
     data: DataSummary
     data_hash: Sha256
-    model_commit: str | None
+    model_commit: str | None = None
     trainable_parameters: int
     total_parameters: int
     total_steps: int

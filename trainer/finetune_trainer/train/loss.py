@@ -73,7 +73,9 @@ class LearnedTokenLoss:
             self.model.train(training)
         same = whole.shape == apart.shape and torch.allclose(whole, apart, rtol=1e-2, atol=1e-2)
         if not same:
-            log.warning("%s changes its logits after the head: training needs all logits at once", type(self.model).__name__)
+            log.warning(
+                "%s changes its logits after the head: training needs all logits at once", type(self.model).__name__
+            )
         return bool(same)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.logging import disable_progress_bar
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora, Snapshot
@@ -23,7 +22,8 @@ log = logging.getLogger(__name__)
 
 BIAS = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
 ALL_LINEAR = "all-linear"
-ADAPTER = "default"
+
+disable_progress_bar()  # a pod's log is no terminal
 
 
 def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
@@ -103,7 +103,9 @@ def attach_adapter(base: Any, snapshot: Snapshot) -> PeftModel:
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        raise StageError(Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {linear_names(base)}.") from error
+        raise StageError(
+            Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {linear_names(base)}."
+        ) from error
     make_trainables_float32(model)
     config.base_model_name_or_path = public_name(snapshot)
     config.revision = None
@@ -173,15 +175,7 @@ def detach_adapter(model: PeftModel, original: dict[str, torch.Tensor], dtype: t
     base.requires_grad_(False)
     # peft leaves its configuration on the model, and would stack a second adapter upon it with a warning only.
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(base, attribute):
-            delattr(base, attribute)
+        base.__dict__.pop(attribute, None)
     left = [n for n, _ in base.named_modules() if "lora_" in n]
     assert not left, f"adapter layers that were not removed: {left[:3]}"
     return base
-
-
-@contextmanager
-def adapter_off(model: PeftModel) -> Iterator[None]:
-    """The base as it is without the adapter."""
-    with model.disable_adapter():
-        yield

@@ -31,7 +31,12 @@ def describe(name: str, packed: torch.Tensor, state: Any) -> QuantizedModule:
     """
     weight = _bytes(packed)
     digest = hashlib.sha256(weight)
-    for tensor in (state.absmax, state.code, state.offset, *((state.state2.absmax, state.state2.code) if state.nested else ())):
+    for tensor in (
+        state.absmax,
+        state.code,
+        state.offset,
+        *((state.state2.absmax, state.state2.code) if state.nested else ()),
+    ):
         if tensor is not None:
             digest.update(_bytes(tensor))
     digest.update(f"{state.quant_type} {state.blocksize} {tuple(state.shape)} {state.dtype}".encode())

@@ -1,4 +1,5 @@
 """The optimization: transformers' Trainer, with our data schedule and our loss."""
+# ruff: noqa: ARG002 - signatures are transformers'
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
@@ -43,6 +44,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         args._n_gpu = min(1, args.n_gpu)  # several visible GPUs in one process would become nn.DataParallel
         super().__init__(model=model, args=args, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)  # StepLog logs
         # The loss is already divided by the learned tokens of the whole step (see compute_loss).
         self.model_accepts_loss_kwargs = True
         self.rows = rows
@@ -155,14 +157,14 @@ def training_arguments(snapshot: Snapshot, compute: Compute, steps: int, folder:
         gradient_accumulation_steps=snapshot.plan.gradient_accumulation_steps,
         learning_rate=snapshot.plan.learning_rate,
         lr_scheduler_type=SCHEDULERS[training.scheduler],
-        # A float below 1 is a share of the steps; transformers 5 dropped warmup_ratio.
-        warmup_steps=warmup.steps if warmup.steps is not None else warmup.fraction,
+        # Rounded down: transformers rounds a share up, which makes a run of few steps waste its first one at rate 0.
+        warmup_steps=warmup.steps if warmup.steps is not None else int((warmup.fraction or 0.0) * steps),
         optim=optimizer.name,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
         seed=training.seed,
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         fp16=compute.dtype is torch.float16,
         use_cpu=compute.device.type == "cpu",
         logging_steps=1,

@@ -1,0 +1,139 @@
+"""What training starts from: prepared rows and the base model, both exactly as recorded."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from finetune_api.failures import Reason
+from finetune_api.results import (
+    PREPARE_RESULT,
+    PREPARED_HELD_OUT,
+    PREPARED_PROMPTS,
+    PREPARED_TRAIN,
+    FileRecord,
+    PreparedPrompt,
+    PrepareResult,
+)
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.sources.model import resolve_model
+from finetune_trainer.waiting import wait_until_available
+
+GPU_PATIENCE_SECONDS = 300
+"""How long a stage that holds a GPU waits for a store or the Hub before it fails and gives the GPU back."""
+READ_BYTES = 4 << 20
+PROMPTS = TypeAdapter(list[PreparedPrompt])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The prepare stage's files, here, checked."""
+
+    result: PrepareResult
+    train: Path
+    held_out: Path
+    prompts: list[PreparedPrompt]
+
+
+def fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
+    """Download prepared data and check it against ``prepare/result.json``.
+
+    Raises:
+        StageError: VerificationFailed, if a file is not what prepare wrote or belongs to another snapshot.
+    """
+    return wait_until_available(ctx, lambda: _fetch_prepared(ctx, workspace), limit_seconds=GPU_PATIENCE_SECONDS)
+
+
+def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
+    try:
+        result = workspace.get_model(PREPARE_RESULT, PrepareResult)
+    except NotFound as error:
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"{workspace.uri(PREPARE_RESULT)} is missing: the prepare stage has not finished.",
+        ) from error
+    if result.snapshot_digest != ctx.snapshot.digest():
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"{workspace.uri(PREPARE_RESULT)} was written for another configuration of this job.",
+        )
+    records = {f.path: f for f in result.files}
+    paths = {}
+    for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS):
+        paths[name] = ctx.work_dir / name
+        try:
+            found = workspace.download_file(name, paths[name])
+        except NotFound as error:
+            raise StageError(Reason.VERIFICATION_FAILED, f"{workspace.uri(name)} has disappeared.") from error
+        must_equal(found, records[name], workspace.uri(name))
+    prompts = PROMPTS.validate_json(paths[PREPARED_PROMPTS].read_bytes())
+    return Prepared(result, paths[PREPARED_TRAIN], paths[PREPARED_HELD_OUT], prompts)
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """The base model's folder and the records of its files."""
+
+    folder: Path
+    files: list[FileRecord]
+
+
+def fetch_base(
+    ctx: StageContext, commit: str | None, expected: list[FileRecord], *, limit_seconds: float | None
+) -> BaseFiles:
+    """Download the base model at ``commit`` and hash every file of it.
+
+    Args:
+        expected: records that the files must agree with, as far as they go.
+
+    Raises:
+        StageError: VerificationFailed, if the base is not the expected one; what the model's source raises.
+    """
+
+    def fetch() -> BaseFiles:
+        source = resolve_model(ctx, commit)
+        total = sum(f.size for f in source.list_files())
+        dest = ctx.work_dir / "base"
+        folder = source.fetch(dest, weights=True, on_bytes=ctx.reporter.transfer("download", total))
+        return BaseFiles(folder, hash_files(folder, [f.path for f in source.list_files()]))
+
+    base = wait_until_available(ctx, fetch, limit_seconds=limit_seconds)
+    found = {f.path: f for f in base.files}
+    for record in expected:
+        if record.path not in found:
+            raise StageError(Reason.VERIFICATION_FAILED, f"the base model has no {record.path} any more.")
+        must_equal(found[record.path], record, f"{ctx.snapshot.spec.model.uri}: {record.path}")
+    return base
+
+
+def must_equal(found: FileRecord, expected: FileRecord, what: str) -> None:
+    """Raises VerificationFailed if size or hash differ."""
+    if (found.size, found.sha256) != (expected.size, expected.sha256):
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"{what} changed: found {found.size} bytes, SHA-256 {found.sha256[:16]}…; "
+            f"expected {expected.size} bytes, {expected.sha256[:16]}….",
+        )
+
+
+def hash_files(folder: Path, names: list[str]) -> list[FileRecord]:
+    """Size and SHA-256 of files, a few at a time (hashing releases the interpreter lock)."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda name: hash_file(folder / name, name), sorted(names)))
+
+
+def hash_file(path: Path, name: str) -> FileRecord:
+    """Read a file once, in parts."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while part := file.read(READ_BYTES):
+            digest.update(part)
+            size += len(part)
+    return FileRecord(path=name, size=size, sha256=digest.hexdigest())

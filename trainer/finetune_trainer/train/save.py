@@ -1,0 +1,40 @@
+"""The adapter folder: adapter, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from finetune_api.results import ADAPTER_DIR, METRICS_FILE, FileRecord
+from finetune_trainer.context import StageContext
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS
+from finetune_trainer.waiting import wait_until_available
+
+
+def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
+    """Write what peft, transformers and vLLM load, into ``folder``."""
+    # Otherwise peft asks the Hub for the base's vocabulary size, to find out whether embeddings were resized.
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; publish writes the real one
+
+
+def upload_adapter(ctx: StageContext, folder: Path, output: S3Store) -> list[FileRecord]:
+    """Replace what an earlier execution may have left below ``adapter/``."""
+    total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+    def upload() -> list[FileRecord]:
+        output.delete_prefix(ADAPTER_DIR)
+        return output.upload_dir(folder, ADAPTER_DIR, ctx.reporter.transfer("upload", total))
+
+    return wait_until_available(ctx, upload, limit_seconds=GPU_PATIENCE_SECONDS)
+
+
+def upload_metrics(ctx: StageContext, lines: list[dict[str, Any]], output: S3Store) -> FileRecord:
+    """One JSON object a line: every step, every evaluation."""
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return wait_until_available(ctx, lambda: output.put_bytes(METRICS_FILE, data), limit_seconds=GPU_PATIENCE_SECONDS)

@@ -1,0 +1,108 @@
+"""The proof: what lies in the bucket, loaded freshly over the base, behaves as what was trained."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from finetune_api.failures import Reason
+from finetune_api.results import ADAPTER_DIR, FileRecord, PreparedPrompt, Verification
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS, must_equal
+from finetune_trainer.waiting import wait_until_available
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3
+"""Largest relative difference of held-out losses. On one device the two are computed alike: 0 was measured on CPU, LoRA and QLoRA."""
+
+
+def fetch_back(ctx: StageContext, output: S3Store, records: Sequence[FileRecord], folder: Path) -> Path:
+    """The adapter's files from the bucket, each with the hash it was written with, in a fresh folder.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for record in records:
+        path = folder / record.path.removeprefix(f"{ADAPTER_DIR}/")
+        try:
+            found = wait_until_available(
+                ctx,
+                lambda r=record, p=path: output.download_file(r.path, p),
+                limit_seconds=GPU_PATIENCE_SECONDS,  # type: ignore[misc]
+            )
+        except NotFound as error:
+            raise StageError(
+                Reason.VERIFICATION_FAILED, f"{output.uri(record.path)} was uploaded and is not there."
+            ) from error
+        must_equal(found, record, output.uri(record.path))
+    return folder
+
+
+def load_freshly(base: Any, folder: Path) -> PeftModel:
+    """The adapter over the bare base.
+
+    peft fills weights that the file lacks with fresh ones and warns at most, so the file's tensors are counted.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    model = PeftModel.from_pretrained(base, folder, is_trainable=False)
+    wanted = sum("lora_" in n for n, _ in model.named_parameters())
+    found = sum("lora_" in n for n in load_file(folder / "adapter_model.safetensors"))
+    if wanted != found:
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the adapter in the bucket has {found} LoRA tensors; its configuration needs {wanted}.",
+        )
+    return model
+
+
+def check_tokenizer(tokenizer: Any, prompts: Sequence[PreparedPrompt]) -> None:
+    """The tokenizer and chat template make of each prompt the ids that prepare made.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    for prompt in prompts:
+        text = prompt.text
+        if prompt.messages is not None:
+            text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"]
+        if text != prompt.text or list(ids) != prompt.input_ids:
+            raise StageError(
+                Reason.VERIFICATION_FAILED,
+                f"the tokenizer in the adapter folder reads the prompt of held-out row {prompt.row} differently from the one "
+                f"that prepared the data ({len(ids)} tokens, {len(prompt.input_ids)} expected).",
+            )
+
+
+def compare(trained: float, reloaded: float) -> Verification:
+    """Relative difference of the two held-out losses, judged.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    difference = abs(reloaded - trained) / max(abs(trained), 1e-9)
+    if not difference <= TOLERANCE:  # also for NaN
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the adapter read back from the bucket has held-out loss {reloaded:.4f}; the trained model has {trained:.4f} "
+            f"(relative difference {difference:.2g}, allowed {TOLERANCE:g}).",
+        )
+    return Verification(
+        held_out_loss_trained=trained,
+        held_out_loss_reloaded=reloaded,
+        relative_difference=difference,
+        tolerance=TOLERANCE,
+    )
