@@ -75,6 +75,36 @@ def env(name: Name = DEFAULT) -> None:
 
 
 @app.command()
+def build(
+    target: Annotated[str, typer.Argument(help="Target of the Dockerfile.")],
+    tag: Annotated[str, typer.Option(help="Name of the image.")],
+) -> None:
+    """Build an image from the checkout's Dockerfile into the driver's own store."""
+    from finetune_cluster.images import build as build_image
+
+    print(build_image(target, tag, show=True))
+
+
+@app.command()
+def load(
+    images: Annotated[list[str], typer.Argument(help="Tags of the driver's store, or archives (.tar).")],
+    name: Name = DEFAULT,
+) -> None:
+    """Load images into every node; only layers that it does not have are moved."""
+    from finetune_cluster.images import load as load_images
+
+    load_images(require(name), images)
+
+
+@app.command()
+def images() -> None:
+    """List the images of the driver's store."""
+    from finetune_cluster.images import tags
+
+    print("\n".join(tags()))
+
+
+@app.command()
 def binaries() -> None:
     """Build the cluster's programs and helm, and print their folders."""
     print(ensure_binaries().folder)

@@ -41,6 +41,11 @@ def blobs(init: int) -> set[str]:
     return set(ctr(init, "content", "list", "-q").split())
 
 
+def snapshots(init: int) -> set[str]:
+    """Names of the layers that are unpacked on the node."""
+    return {line.split()[0] for line in ctr(init, "snapshots", "list").splitlines()[1:] if line}
+
+
 def import_archive(init: int, archive: Path) -> None:
     """Import a docker or OCI archive."""
     ctr(init, "images", "import", str(archive))
