@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from tests.support import seaweed
+from tests.support.hub_server import HubServer
 from tests.support.tiny_model import build_tiny_model
 
 if TYPE_CHECKING:
@@ -79,3 +80,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a ChatML template, as a folder. Read-only by convention."""
     return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A server that answers as the Hugging Face Hub does; see its ``faults``."""
+    with HubServer() as server:
+        yield server

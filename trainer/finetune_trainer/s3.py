@@ -213,7 +213,7 @@ class S3Store:
     def download_dir(self, prefix: str, local: Path, on_bytes: OnBytes | None = None) -> Records:
         """All objects below ``prefix``, into ``local``; paths in the records are relative to ``prefix``."""
         folder = self.at(prefix)
-        keys = [info.key for info in folder.list()]
+        keys = [info.key for info in folder.list() if ".." not in info.key.split("/")]
         return _parallel(lambda key: folder.download_file(key, local / key, on_bytes), keys)
 
     def upload_dir(self, local: Path, prefix: str, on_bytes: OnBytes | None = None) -> Records:

@@ -67,7 +67,7 @@ class HubRepository:
         """
         api = self._api()
         with self.translated():
-            info = api.repo_info(
+            info: Any = api.repo_info(
                 self.repo_id,
                 repo_type=self.repo_type,
                 revision=self._wanted,
