@@ -1,0 +1,133 @@
+"""Carries plans out. No decisions here, only what the API server answered."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from finetune_api.names import Stage, stage_job_name
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.cache import Cache, Key
+from finetune_operator.client import STATUS_MANAGER, Api, ApiError, Raw, jobs_path
+from finetune_operator.manifests import Owner, stage_job
+from finetune_operator.observe import owner_uid
+from finetune_operator.planning.model import DeleteJob, JobView, Refusal, SnapshotRecord
+from finetune_operator.settings import Settings
+from finetune_operator.snapshots import Conflict, Snapshots
+
+logger = logging.getLogger(__name__)
+REFUSED = (400, 403, 422)
+"""Quota, policy, webhook, validation: somebody else must mend it."""
+MAX_RETRY_SECONDS = 60.0
+
+
+@dataclass
+class Answers:
+    """What the API server said to earlier creates of one job. Lost with the process, and then asked again."""
+
+    refusal: Refusal | None = None
+    refusals: int = 0
+    conflict: str | None = None
+
+
+class Applier:
+    """Writes, and remembers their answers in the cache, so that the next look sees them."""
+
+    def __init__(self, api: Api, cache: Cache, snapshots: Snapshots, settings: Settings) -> None:
+        self._api = api
+        self._cache = cache
+        self._snapshots = snapshots
+        self._settings = settings
+        self._answers: dict[str, Answers] = {}
+
+    def answers(self, uid: str) -> Answers:
+        """Earlier answers for a job."""
+        return self._answers.get(uid) or Answers()
+
+    def forget(self, uid: str) -> None:
+        """The job is gone."""
+        self._answers.pop(uid, None)
+
+    async def create(self, job: JobView, snapshot: bool, stage: Stage | None) -> bool:
+        """Create the snapshot, then the stage's Job. False if the API server refused; the reason is remembered."""
+        try:
+            record = self._snapshots.known(job.uid)
+            if snapshot or record is None:
+                record = await self._snapshots.create(job)
+            if stage is not None:
+                await self._create_job(job, record, stage)
+        except Conflict as conflict:
+            self._answers.setdefault(job.uid, Answers()).conflict = str(conflict)
+            return False
+        except ApiError as problem:
+            if problem.status not in REFUSED:
+                raise
+            answers = self._answers.setdefault(job.uid, Answers())
+            delay = min(1.0 * 2**answers.refusals, MAX_RETRY_SECONDS)
+            answers.refusals += 1
+            answers.refusal = Refusal(problem.message or problem.reason, datetime.now(UTC) + timedelta(seconds=delay))
+            logger.info("%s/%s: refused: %s", job.namespace, job.name, problem.message)
+            return False
+        answers_now = self._answers.get(job.uid)
+        if answers_now is not None and answers_now.conflict is None:
+            del self._answers[job.uid]
+        return True
+
+    async def _create_job(self, job: JobView, record: SnapshotRecord, stage: Stage) -> None:
+        """POST once; on 409 the Job that is there must be ours, and is taken as it is."""
+        body = stage_job(Owner.of(job), record, stage, self._settings)
+        path = jobs_path(job.namespace)
+        try:
+            self._cache.put_job(await self._api.create(path, body))
+        except ApiError as problem:
+            if problem.status != 409:
+                raise
+            there = await self._api.get(f"{path}/{stage_job_name(job.name, job.uid, stage)}")
+            if owner_uid(there["metadata"]) != job.uid:
+                raise Conflict(f"Job {there['metadata']['name']} exists and is not controlled by this FineTuneJob.") from None
+            self._cache.put_job(there)
+
+    async def delete_job(self, job: JobView, delete: DeleteJob) -> None:
+        """Delete a Job; gone or replaced since is as good."""
+        try:
+            answer = await self._api.delete_job(job.namespace, delete)
+            if answer.get("kind") == "Job":
+                self._cache.put_job(answer)
+        except ApiError as problem:
+            if problem.status not in (404, 409):
+                raise
+            self._cache.forget_job(job.uid, delete.name, delete.uid)
+
+    async def write_status(self, job: JobView, status: FineTuneJobStatus) -> None:
+        """Server-side apply of the whole status but progress."""
+        body = {k: v for k, v in status.to_json_dict().items() if v not in ([], {}) and k != "progress"}
+        answer = await self._api.apply_status(job.namespace, job.name, job.uid, body, STATUS_MANAGER)
+        self._cache.put_finetunejob(answer)
+
+    async def delete_finetunejob(self, job: JobView) -> None:
+        """Delete the FineTuneJob as it was seen; edited or gone since is looked at again."""
+        cached = self._cache.jobs.get(Key(job.namespace, job.name))
+        if cached is None or cached.uid != job.uid:
+            return
+        try:
+            await self._api.delete_finetunejob(job.namespace, job.name, job.uid, cached.resource_version)
+        except ApiError as problem:
+            if problem.status == 404:
+                self._cache.drop_finetunejob(Key(job.namespace, job.name), job.uid)
+            elif problem.status == 409:
+                self._cache.put_finetunejob(await self._api.get_finetunejob(job.namespace, job.name))
+                raise
+            else:
+                raise
+
+    async def fetch(self, key: Key) -> Raw | None:
+        """The FineTuneJob as it is now, also into the cache; None if it is gone."""
+        try:
+            raw = await self._api.get_finetunejob(key.namespace, key.name)
+        except ApiError as problem:
+            if problem.status == 404:
+                return None
+            raise
+        self._cache.put_finetunejob(raw)
+        return raw

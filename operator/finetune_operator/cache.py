@@ -1,0 +1,145 @@
+"""What the API server last told: FineTuneJobs by key, and their Jobs and pods by the owner's UID.
+
+Filled by watch events, by the answers to our own writes (so that a reconcile sees what it wrote before the watch tells)
+and by a periodic list. An older version never replaces a newer one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from finetune_operator.observe import CachedJob, Raw, finetunejob_uid, trim_finetunejob, trim_job, trim_pod, version_of
+from finetune_operator.planning.model import Pod, StageJob
+
+
+class Key(NamedTuple):
+    """Namespace and name of a FineTuneJob."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass
+class Family:
+    """The children of one FineTuneJob, by name."""
+
+    jobs: dict[str, StageJob] = field(default_factory=dict)
+    pods: dict[str, Pod] = field(default_factory=dict)
+
+
+class Cache:
+    """In-memory state. Every method is synchronous, so the event loop makes it atomic."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[Key, CachedJob] = {}
+        self.families: dict[str, Family] = {}
+        self._keys: dict[str, Key] = {}
+
+    def family(self, uid: str) -> Family:
+        """The children of a FineTuneJob; empty when there are none."""
+        return self.families.get(uid) or Family()
+
+    def key_of(self, uid: str) -> Key | None:
+        """Which FineTuneJob has a UID."""
+        return self._keys.get(uid)
+
+    def put_finetunejob(self, raw: Raw) -> Key | None:
+        """Remember a FineTuneJob; its key if that was news."""
+        meta = raw["metadata"]
+        key = Key(meta["namespace"], meta["name"])
+        known = self.jobs.get(key)
+        if known is not None and known.resource_version >= version_of(meta) > 0:
+            return None
+        if known is not None and known.uid != meta["uid"]:
+            self._forget(known.uid)
+        self.jobs[key] = trim_finetunejob(raw, known)
+        self._keys[meta["uid"]] = key
+        return key
+
+    def drop_finetunejob(self, key: Key, uid: str) -> bool:
+        """Forget a FineTuneJob that is gone, unless another has taken its name."""
+        known = self.jobs.get(key)
+        if known is None or known.uid != uid:
+            return False
+        del self.jobs[key]
+        self._forget(uid)
+        return True
+
+    def _forget(self, uid: str) -> None:
+        self._keys.pop(uid, None)
+        self.families.pop(uid, None)
+
+    def put_job(self, raw: Raw) -> str | None:
+        """Remember a Job; the owner's UID if that was news."""
+        job = trim_job(raw)
+        uid = finetunejob_uid(raw)
+        if job is None or not uid:
+            return None
+        known = self.families.setdefault(uid, Family()).jobs
+        old = known.get(job.name)
+        if old is not None and old.resource_version >= job.resource_version > 0:
+            return None
+        known[job.name] = job
+        return uid
+
+    def put_pod(self, raw: Raw) -> str | None:
+        """Remember a pod; the owner's UID if that was news."""
+        pod = trim_pod(raw)
+        uid = finetunejob_uid(raw)
+        if pod is None or not uid:
+            return None
+        known = self.families.setdefault(uid, Family()).pods
+        old = known.get(pod.name)
+        if old is not None and old.resource_version >= pod.resource_version > 0:
+            return None
+        known[pod.name] = pod
+        return uid
+
+    def forget_job(self, owner: str, name: str, uid: str) -> None:
+        """Forget a Job by name, if it is still that one."""
+        family = self.families.get(owner)
+        if family is not None and name in family.jobs and family.jobs[name].uid == uid:
+            del family.jobs[name]
+
+    def drop_job(self, raw: Raw) -> str | None:
+        """Forget a Job that is gone."""
+        return self._drop(raw, "jobs")
+
+    def drop_pod(self, raw: Raw) -> str | None:
+        """Forget a pod that is gone."""
+        return self._drop(raw, "pods")
+
+    def _drop(self, raw: Raw, kind: str) -> str | None:
+        uid = finetunejob_uid(raw)
+        family = self.families.get(uid)
+        if family is None:
+            return None
+        members: dict[str, StageJob] | dict[str, Pod] = family.jobs if kind == "jobs" else family.pods
+        old = members.get(raw["metadata"]["name"])
+        if old is None or old.uid != raw["metadata"]["uid"]:
+            return None
+        del members[old.name]
+        if not family.jobs and not family.pods:
+            del self.families[uid]
+        return uid
+
+    def drop_children(self, kind: str, seen: set[str], version: int, namespace: str | None) -> list[Key]:
+        """Forget Jobs or pods that a list at ``version`` did not hold; the keys that lost something."""
+        changed = []
+        for owner, family in list(self.families.items()):
+            key = self._keys.get(owner)
+            if key is None or (namespace is not None and key.namespace != namespace):
+                continue
+            members: dict[str, StageJob] | dict[str, Pod] = family.jobs if kind == "jobs" else family.pods
+            gone = [n for n, m in members.items() if m.uid not in seen and m.resource_version <= version]
+            for name in gone:
+                del members[name]
+            if gone:
+                changed.append(key)
+            if not family.jobs and not family.pods:
+                del self.families[owner]
+        return changed

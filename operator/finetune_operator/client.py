@@ -1,0 +1,219 @@
+"""The API server as plain JSON: paths in, dicts out, over kubernetes.aio's connection pool and credentials.
+
+Typed models of the client library cost a third of the throughput (facts/kopf.md), so none are used here.
+
+The operator's rights (the chart's ClusterRole or Roles), and nothing else:
+
+==================  ===========================  ===============================================================
+API group           resources                    verbs
+==================  ===========================  ===============================================================
+finetune.dev        finetunejobs                 get list watch delete            (delete: ttlSecondsAfterFinished)
+finetune.dev        finetunejobs/status          patch                            (server-side apply)
+finetune.dev        finetunejobs/finalizers      update                           (blockOwnerDeletion on OpenShift)
+batch               jobs                         get list watch create delete
+""                  configmaps                   get create
+""                  pods                         get list watch
+""                  events                       create
+authentication...   tokenreviews                 create                           (always cluster-wide)
+coordination...     leases                       get create update                (its own namespace only)
+==================  ===========================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio.client import ApiClient, Configuration
+from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
+
+from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
+from finetune_operator import metrics
+from finetune_operator.planning.model import DeleteJob
+
+Raw = dict[str, Any]
+_FINETUNEJOBS = f"/apis/{GROUP}/{VERSION}"
+STATUS_MANAGER = "finetune-operator"
+PROGRESS_MANAGER = "finetune-operator-progress"
+
+
+class ApiError(Exception):
+    """An answer that is not a success. ``status`` 0: no answer came (connection, timeout)."""
+
+    def __init__(self, status: int, reason: str, message: str, method: str, path: str) -> None:
+        super().__init__(f"{method} {path}: {status} {reason}: {message}")
+        self.status = status
+        self.reason = reason
+        self.message = message
+
+
+async def load_configuration() -> Configuration:
+    """In a pod its ServiceAccount, elsewhere KUBECONFIG."""
+    configuration = Configuration()
+    try:
+        load_incluster_config(client_configuration=configuration)
+    except ConfigException:
+        await load_kube_config(client_configuration=configuration)
+    return configuration
+
+
+class Api:
+    """Requests to the API server."""
+
+    def __init__(self, configuration: Configuration, connections: int = 32, timeout_seconds: float = 15.0) -> None:
+        configuration.connection_pool_maxsize = connections
+        self.client = ApiClient(configuration)
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._host = configuration.host.rstrip("/")
+        self.after_write: Callable[[str, str], Awaitable[None]] | None = None
+        """Called after every accepted write; tests kill the process here."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.client.close()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Raw | None = None,
+        query: dict[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> Raw:
+        """One request.
+
+        Raises:
+            ApiError: any answer but a 2xx, or none.
+        """
+        headers = {"Content-Type": content_type, "Accept": "application/json", "User-Agent": "finetune-operator"}
+        await self.client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        url = f"{self._host}{path}{'?' + urlencode(query) if query else ''}"
+        try:
+            response = await self.client.call_api(method, url, headers, body, _request_timeout=self._timeout)
+            data = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as problem:
+            raise ApiError(0, type(problem).__name__, str(problem), method, path) from problem
+        if not 200 <= response.status < 300:
+            raise _error(response.status, response.reason or "", data, method, path)
+        if method != "GET":
+            metrics.API_WRITES.labels(verb=method.lower(), resource=_resource(path)).inc()
+            if self.after_write is not None:
+                await self.after_write(method, path)
+        answer = json.loads(data) if data else {}
+        assert isinstance(answer, dict)
+        return answer
+
+    # FineTuneJobs
+
+    async def get_finetunejob(self, namespace: str, name: str) -> Raw:
+        """A FineTuneJob, fresh."""
+        return await self.request("GET", f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}")
+
+    async def apply_status(self, namespace: str, name: str, uid: str, status: Raw, manager: str) -> Raw:
+        """Server-side apply on /status. The UID makes it a no to a namesake that was created since (409)."""
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": "FineTuneJob",
+            "metadata": {"name": name, "namespace": namespace, "uid": uid},
+            "status": status,
+        }
+        return await self.request(
+            "PATCH",
+            f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}/status",
+            body,
+            {"fieldManager": manager, "force": "true"},
+            "application/apply-patch+yaml",
+        )
+
+    async def delete_finetunejob(self, namespace: str, name: str, uid: str, resource_version: int) -> None:
+        """Delete exactly what was seen: a job edited since answers 409 and is looked at again."""
+        options = {
+            "propagationPolicy": "Background",
+            "preconditions": {"uid": uid, "resourceVersion": str(resource_version)},
+        }
+        await self.request("DELETE", f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}", options)
+
+    # Children
+
+    async def create(self, path: str, body: Raw) -> Raw:
+        """POST an object to a collection."""
+        return await self.request("POST", path, body)
+
+    async def get(self, path: str) -> Raw:
+        """GET an object."""
+        return await self.request("GET", path)
+
+    async def delete_job(self, namespace: str, delete: DeleteJob) -> Raw:
+        """Delete this very Job; it stays until its pods are gone (foreground)."""
+        options = {"propagationPolicy": "Foreground", "preconditions": {"uid": delete.uid}}
+        return await self.request("DELETE", f"{jobs_path(namespace)}/{quote(delete.name)}", options)
+
+    async def list_all(self, path: str, label_selector: str = "", page: int = 500) -> tuple[list[Raw], int]:
+        """Every object of a collection and the list's resourceVersion."""
+        query = {"limit": str(page)}
+        if label_selector:
+            query["labelSelector"] = label_selector
+        items: list[Raw] = []
+        while True:
+            answer = await self.request("GET", path, query=query)
+            items.extend(answer.get("items") or [])
+            meta = answer["metadata"]
+            if not meta.get("continue"):
+                return items, int(meta.get("resourceVersion") or 0)
+            query["continue"] = meta["continue"]
+
+    async def review_token(self, token: str, audience: str) -> Raw:
+        """TokenReview; the answer's status."""
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [audience]},
+        }
+        answer = await self.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body)
+        status = answer.get("status") or {}
+        assert isinstance(status, dict)
+        return status
+
+
+def finetunejobs_path(namespace: str | None) -> str:
+    """Collection of FineTuneJobs in a namespace or the cluster."""
+    return f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}" if namespace else f"{_FINETUNEJOBS}/{PLURAL}"
+
+
+def jobs_path(namespace: str | None) -> str:
+    """Collection of Jobs."""
+    return f"/apis/batch/v1/namespaces/{namespace}/jobs" if namespace else "/apis/batch/v1/jobs"
+
+
+def pods_path(namespace: str | None) -> str:
+    """Collection of pods."""
+    return f"/api/v1/namespaces/{namespace}/pods" if namespace else "/api/v1/pods"
+
+
+def configmaps_path(namespace: str) -> str:
+    """Collection of ConfigMaps."""
+    return f"/api/v1/namespaces/{namespace}/configmaps"
+
+
+def events_path(namespace: str) -> str:
+    """Collection of Events."""
+    return f"/api/v1/namespaces/{namespace}/events"
+
+
+def _resource(path: str) -> str:
+    parts = path.strip("/").split("/")
+    if "namespaces" in parts:
+        rest = parts[parts.index("namespaces") + 2 :]
+        return f"{rest[0]}/status" if rest[-1] == "status" else rest[0]
+    return parts[-1]
+
+
+def _error(status: int, reason: str, data: bytes, method: str, path: str) -> ApiError:
+    try:
+        body = json.loads(data)
+        return ApiError(status, str(body.get("reason") or reason), str(body.get("message") or ""), method, path)
+    except (ValueError, AttributeError):
+        return ApiError(status, reason, data[:512].decode(errors="replace"), method, path)

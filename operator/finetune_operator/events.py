@@ -1,0 +1,83 @@
+"""Events for people, posted when nothing more important waits. Best effort: status is the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api import API_VERSION, KIND
+from finetune_operator import metrics
+from finetune_operator.client import Api, ApiError, events_path
+from finetune_operator.planning.clock import rfc3339
+from finetune_operator.planning.model import EventNote, JobView
+from finetune_operator.workqueue import WorkQueue
+
+logger = logging.getLogger(__name__)
+COMPONENT = "finetune-operator"
+CAPACITY = 10_000
+COURTESY_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class _Pending:
+    job: JobView
+    note: EventNote
+    at: datetime
+
+
+class EventRecorder:
+    """A bounded queue and one poster."""
+
+    def __init__(self, api: Api, work: WorkQueue[Any], instance: str) -> None:
+        self._api = api
+        self._work = work
+        self._instance = instance
+        self._queue: asyncio.Queue[_Pending] = asyncio.Queue(CAPACITY)
+
+    def record(self, job: JobView, notes: tuple[EventNote, ...]) -> None:
+        """Queue Events; in a flood the newest are dropped."""
+        for note in notes:
+            try:
+                self._queue.put_nowait(_Pending(job, note, datetime.now(UTC)))
+            except asyncio.QueueFull:
+                metrics.EVENTS_DROPPED.inc()
+
+    async def run(self) -> None:
+        """Post for ever, after the Jobs of a burst."""
+        while True:
+            pending = await self._queue.get()
+            while self._work.urgent:  # noqa: ASYNC110 - a look now and then is all this needs
+                await asyncio.sleep(COURTESY_SECONDS)
+            try:
+                await self._api.create(events_path(pending.job.namespace), self._body(pending))
+            except ApiError as problem:
+                metrics.EVENTS_DROPPED.inc()
+                logger.info("Event %s of %s was not recorded: %s", pending.note.reason, pending.job.name, problem)
+
+    def _body(self, pending: _Pending) -> dict[str, object]:
+        job, moment = pending.job, rfc3339(pending.at)
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{job.name}.{uuid.uuid4().hex[:16]}", "namespace": job.namespace},
+            "involvedObject": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "namespace": job.namespace,
+                "name": job.name,
+                "uid": job.uid,
+            },
+            "type": pending.note.type.value,
+            "reason": pending.note.reason,
+            "message": pending.note.message,
+            "source": {"component": COMPONENT},
+            "reportingComponent": COMPONENT,
+            "reportingInstance": self._instance,
+            "firstTimestamp": moment,
+            "lastTimestamp": moment,
+            "count": 1,
+        }

@@ -1,0 +1,111 @@
+"""Leader election on a Lease, as Kubernetes' own controllers do it (15/10/2 seconds).
+
+kopf's peering needs CRDs of its own, notices a dead peer after 60 s and pauses everybody at equal priority.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from kubernetes.aio.leaderelection import electionconfig, leaderelection
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+from finetune_operator.client import Api, ApiError
+from finetune_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class _TimedLock(LeaseLock):  # type: ignore[misc]
+    """A lock whose calls end: a hung connection must not carry a leader past its renew deadline."""
+
+    def __init__(self, name: str, namespace: str, identity: str, api: Api, timeout: float) -> None:
+        super().__init__(name, namespace, identity, api.client)
+        self._timeout = timeout
+
+    async def get(self, name: str, namespace: str) -> Any:
+        try:
+            return await asyncio.wait_for(super().get(name, namespace), self._timeout)
+        except Exception as problem:  # noqa: BLE001 - whatever it was, the Lease is not known to be held
+            return False, _Unknown(problem)
+
+    async def create(self, name: str, namespace: str, election_record: Any) -> bool:
+        return await self._try(super().create(name, namespace, election_record))
+
+    async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
+        return await self._try(super().update(name, namespace, updated_record))
+
+    async def _try(self, call: Awaitable[bool]) -> bool:
+        try:
+            return bool(await asyncio.wait_for(call, self._timeout))
+        except Exception as problem:  # noqa: BLE001 - as above
+            logger.warning("Lease: %s", problem or type(problem).__name__)
+            return False
+
+
+class _Unknown(Exception):
+    """Neither there nor absent: the election only logs its reason."""
+
+    def __init__(self, problem: Exception) -> None:
+        super().__init__(str(problem))
+        self.reason = str(problem) or type(problem).__name__
+
+
+class Election:
+    """One candidate."""
+
+    def __init__(self, api: Api, settings: Settings, identity: str) -> None:
+        self._api = api
+        self._settings = settings
+        self.identity = identity
+
+    async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
+        """Wait for the Lease, lead, and return when it is lost (the caller must exit) or ``lead`` ends."""
+        settings = self._settings
+        lock = _TimedLock(
+            settings.lease_name, settings.lease_namespace, self.identity, self._api, settings.lease_retry_seconds * 2
+        )
+        work: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def started() -> None:
+            try:
+                await lead()
+            except BaseException as problem:
+                if not work.done():
+                    work.set_exception(problem)
+                raise
+            if not work.done():
+                work.set_result(None)
+
+        config = electionconfig.Config(
+            lock,
+            lease_duration=settings.lease_duration_seconds,
+            renew_deadline=settings.lease_renew_deadline_seconds,
+            retry_period=settings.lease_retry_seconds,
+            onstarted_leading=started,
+            onstopped_leading=None,
+        )
+        election = asyncio.ensure_future(leaderelection.LeaderElection(config).run())
+        try:
+            await asyncio.wait({election, work}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            election.cancel()
+        if work.done():
+            await work
+        else:
+            logger.error("The Lease was lost.")
+
+    async def release(self) -> None:
+        """Give the Lease up, so that another replica leads at once instead of after its expiry."""
+        settings = self._settings
+        path = f"/apis/coordination.k8s.io/v1/namespaces/{settings.lease_namespace}/leases/{settings.lease_name}"
+        try:
+            lease = await self._api.get(path)
+            if (lease.get("spec") or {}).get("holderIdentity") == self.identity:
+                lease["spec"]["holderIdentity"] = ""
+                await self._api.request("PUT", path, lease)
+        except ApiError as problem:
+            logger.info("The Lease was not released: %s", problem)

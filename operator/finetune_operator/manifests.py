@@ -1,0 +1,298 @@
+"""Pure builders of the objects a FineTuneJob owns: the snapshot ConfigMap and one Job per stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api import API_VERSION, KIND
+from finetune_api.failures import PERMANENT_EXIT_CODES
+from finetune_api.names import (
+    ANNOTATION_SNAPSHOT_HASH,
+    CA_KEY,
+    ENV_ENDPOINT,
+    ENV_POD_NAME,
+    ENV_POD_UID,
+    ENV_STAGE,
+    LABEL_NAME,
+    LABEL_STAGE,
+    LABEL_UID,
+    MODEL_SLOT,
+    OUTPUT_SLOT,
+    PVC_MOUNT,
+    SECRETS_MOUNT,
+    SNAPSHOT_KEY,
+    SNAPSHOT_MOUNT,
+    TOKEN_AUDIENCE,
+    TOKEN_KEY,
+    TOKEN_MOUNT,
+    WORK_MOUNT,
+    Stage,
+    held_out_slot,
+    snapshot_name,
+    stage_job_name,
+    train_slot,
+)
+from finetune_api.snapshot import Snapshot
+from finetune_api.spec import FineTuneJobSpec, RemoteSource
+from finetune_api.uris import PvcLocation, parse_uri
+from finetune_operator.planning.model import JobView, SnapshotRecord
+from finetune_operator.settings import Settings
+
+Manifest = dict[str, Any]
+RUN_AS = 65532
+KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+TOKEN_SECONDS = 3600
+GRACE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The FineTuneJob that owns what is built."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    @classmethod
+    def of(cls, job: JobView) -> Owner:
+        """The owner of a job's children."""
+        return cls(job.namespace, job.name, job.uid)
+
+    def reference(self) -> Manifest:
+        """A controller ownerReference."""
+        return {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
+
+    def labels(self, stage: Stage | None = None) -> dict[str, str]:
+        """Labels by which children are found."""
+        labels = {LABEL_UID: self.uid, LABEL_NAME: self.name, "app.kubernetes.io/managed-by": "finetune-operator"}
+        return {**labels, LABEL_STAGE: stage.value} if stage else labels
+
+
+def snapshot_config_map(owner: Owner, snapshot_json: str, digest: str, ca_bundle: str) -> Manifest:
+    """The immutable ConfigMap that freezes a run."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {
+            "name": snapshot_name(owner.name, owner.uid),
+            "namespace": owner.namespace,
+            "labels": owner.labels(),
+            "annotations": {ANNOTATION_SNAPSHOT_HASH: digest},
+            "ownerReferences": [owner.reference()],
+        },
+        "immutable": True,
+        "data": {SNAPSHOT_KEY: snapshot_json, CA_KEY: ca_bundle},
+    }
+
+
+def stage_job(owner: Owner, record: SnapshotRecord, stage: Stage, settings: Settings) -> Manifest:
+    """The Job of a stage. Everything that shapes the run comes from the snapshot, never from the live spec."""
+    snapshot = record.snapshot
+    runtime = snapshot.spec.runtime
+    labels = owner.labels(stage)
+    annotations = {ANNOTATION_SNAPSHOT_HASH: record.digest}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": stage_job_name(owner.name, owner.uid, stage),
+            "namespace": owner.namespace,
+            "labels": {**labels, **_queue_labels(snapshot.spec, stage)},
+            "annotations": annotations,
+            "ownerReferences": [owner.reference()],
+        },
+        "spec": {
+            "backoffLimit": snapshot.spec.recovery.max_failures,
+            "completions": 1,
+            "parallelism": 1,
+            # A new pod only after the old one is really gone: two executions never write at once.
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {
+                "rules": [
+                    # Order matters: a drained node's pod may die with any code, and that must not count.
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {"containerName": stage.value, "operator": "In", "values": list(PERMANENT_EXIT_CODES)},
+                    },
+                ]
+            },
+            "template": {
+                "metadata": {
+                    "labels": {**(runtime.labels or {}), **labels},
+                    "annotations": {**(runtime.annotations or {}), **annotations},
+                },
+                "spec": _pod_spec(owner, snapshot, stage, settings),
+            },
+        },
+    }
+
+
+def stage_image(snapshot: Snapshot, stage: Stage) -> str:
+    """Only what needs torch runs in the large image."""
+    if stage is Stage.TRAIN or (stage is Stage.PUBLISH and snapshot.spec.output.merged.enabled):
+        return snapshot.images.train
+    return snapshot.images.prepare
+
+
+def _queue_labels(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
+    queue = spec.queue.name if stage is Stage.TRAIN else spec.queue.cpu_name
+    if queue is None:
+        return {}
+    labels = {KUEUE_QUEUE: queue}
+    if stage is Stage.TRAIN and spec.queue.priority_class_name is not None:
+        labels[KUEUE_PRIORITY] = spec.queue.priority_class_name
+    return labels
+
+
+def _pod_spec(owner: Owner, snapshot: Snapshot, stage: Stage, settings: Settings) -> Manifest:
+    spec = snapshot.spec
+    runtime = spec.runtime
+    volumes, mounts = _volumes(owner, spec, stage)
+    pod: Manifest = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": RUN_AS,
+            "runAsGroup": RUN_AS,
+            "fsGroup": RUN_AS,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [
+            {
+                "name": stage.value,
+                "image": stage_image(snapshot, stage),
+                "imagePullPolicy": settings.image_pull_policy,
+                "args": [stage.value],
+                "env": _environment(owner, spec, stage, settings),
+                "resources": _resources(spec, stage, settings),
+                "volumeMounts": mounts,
+                "terminationMessagePolicy": "File",
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "readOnlyRootFilesystem": True,
+                    "capabilities": {"drop": ["ALL"]},
+                },
+            }
+        ],
+        "volumes": volumes,
+    }
+    if runtime.service_account_name:
+        pod["serviceAccountName"] = runtime.service_account_name
+    if runtime.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": s.name} for s in runtime.image_pull_secrets]
+    if stage is Stage.TRAIN:
+        selector = dict(runtime.node_selector or {})
+        if spec.compute.gpu.product:
+            selector["nvidia.com/gpu.product"] = spec.compute.gpu.product
+        if selector:
+            pod["nodeSelector"] = selector
+        if runtime.tolerations:
+            pod["tolerations"] = [t.to_json_dict() for t in runtime.tolerations]
+    return pod
+
+
+def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> list[Manifest]:
+    endpoint = f"{settings.progress_url.rstrip('/')}/v1/namespaces/{owner.namespace}/finetunejobs/{owner.name}"
+    values = {
+        ENV_STAGE: stage.value,
+        ENV_ENDPOINT: endpoint,
+        "HOME": f"{WORK_MOUNT}/home",
+        "TMPDIR": f"{WORK_MOUNT}/tmp",  # noqa: S108 - below the pod's own emptyDir
+        "HF_HOME": f"{WORK_MOUNT}/hf",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if stage is Stage.TRAIN:
+        # transformers' own KubeflowCallback reports with these, also from code that knows nothing of us.
+        values["KUBEFLOW_TRAINER_SERVER_URL"] = endpoint
+        values["KUBEFLOW_TRAINER_SERVER_CA_CERT"] = f"{SNAPSHOT_MOUNT}/{CA_KEY}"
+        values["KUBEFLOW_TRAINER_SERVER_TOKEN"] = f"{TOKEN_MOUNT}/{TOKEN_KEY}"
+    fields = {ENV_POD_UID: "metadata.uid", ENV_POD_NAME: "metadata.name"}
+    user = {e.name: e.value for e in spec.runtime.env or [] if e.name not in values and e.name not in fields}
+    return [
+        *({"name": k, "value": v} for k, v in values.items()),
+        *({"name": k, "valueFrom": {"fieldRef": {"fieldPath": v}}} for k, v in fields.items()),
+        *({"name": k, "value": v} for k, v in user.items()),
+    ]
+
+
+def _resources(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> Manifest:
+    """The training pod gets what compute asks for, the CPU stages the operator's defaults."""
+    requests: dict[str, str] = {}
+    limits: dict[str, str] = {}
+    if stage is Stage.TRAIN:
+        if spec.compute.cpu:
+            requests["cpu"] = spec.compute.cpu
+        if spec.compute.memory:
+            requests["memory"] = limits["memory"] = spec.compute.memory
+        if spec.compute.gpus_per_node:
+            count = str(spec.compute.gpus_per_node)
+            requests[spec.compute.gpu.resource_name] = limits[spec.compute.gpu.resource_name] = count
+    else:
+        if settings.cpu_stage_cpu_request:
+            requests["cpu"] = settings.cpu_stage_cpu_request
+        if settings.cpu_stage_memory_request:
+            requests["memory"] = settings.cpu_stage_memory_request
+        if settings.cpu_stage_memory_limit:
+            limits["memory"] = settings.cpu_stage_memory_limit
+    storage = spec.compute.ephemeral_storage if stage is not Stage.PREPARE else None
+    storage = storage or (settings.cpu_stage_ephemeral_storage_request if stage is not Stage.TRAIN else None)
+    if storage:
+        requests["ephemeral-storage"] = storage
+    return {k: v for k, v in (("requests", requests), ("limits", limits)) if v}
+
+
+def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
+    """Slot → Secret, for the sources that this stage reads or writes."""
+    slots: dict[str, RemoteSource] = {MODEL_SLOT: spec.model, OUTPUT_SLOT: spec.output}
+    if stage is Stage.PREPARE:
+        slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
+        slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
+    return {slot: source.secret_ref.name for slot, source in slots.items() if source.secret_ref is not None}
+
+
+def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
+    uris = [spec.model.uri]
+    if stage is Stage.PREPARE:
+        uris += [s.uri for s in (*spec.data.train, *(spec.data.held_out.sources or []))]
+    locations = [parse_uri(uri) for uri in uris]
+    return sorted({location.claim for location in locations if isinstance(location, PvcLocation)})
+
+
+def _volumes(owner: Owner, spec: FineTuneJobSpec, stage: Stage) -> tuple[list[Manifest], list[Manifest]]:
+    token = {"audience": TOKEN_AUDIENCE, "expirationSeconds": TOKEN_SECONDS, "path": TOKEN_KEY}
+    volumes: list[Manifest] = [
+        {"name": "snapshot", "configMap": {"name": snapshot_name(owner.name, owner.uid)}},
+        {"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}},
+        {"name": "work", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+    ]
+    mounts: list[Manifest] = [
+        {"name": "snapshot", "mountPath": SNAPSHOT_MOUNT, "readOnly": True},
+        {"name": "token", "mountPath": TOKEN_MOUNT, "readOnly": True},
+        {"name": "work", "mountPath": WORK_MOUNT},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
+    ]
+    if stage is Stage.TRAIN:
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - shared memory of data loaders and NCCL
+    for slot, secret in _secrets(spec, stage).items():
+        # Optional: the pod starts without it, reports SecretMissing and goes on when it appears; mode: readable by fsGroup.
+        volumes.append({"name": f"secret-{slot}", "secret": {"secretName": secret, "optional": True, "defaultMode": 0o440}})
+        mounts.append({"name": f"secret-{slot}", "mountPath": f"{SECRETS_MOUNT}/{slot}", "readOnly": True})
+    for index, claim in enumerate(_claims(spec, stage)):
+        volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+        mounts.append({"name": f"pvc-{index}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": True})
+    return volumes, mounts

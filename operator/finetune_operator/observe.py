@@ -1,0 +1,205 @@
+"""Trims API objects to what the planner reads, once, when they arrive: a Pod of 7 kB becomes a handful of fields."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.names import LABEL_STAGE, LABEL_UID, Stage
+from finetune_api.progress import StageReport
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.planning.clock import parse_time
+from finetune_operator.planning.conditions import in_order
+from finetune_operator.planning.model import JobView, Pod, StageJob
+
+Raw = dict[str, Any]
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class CachedJob:
+    """A FineTuneJob as cached: parsed lazily, as the spec changes once and the status often."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: int
+    created: datetime
+    deleting: bool
+    spec: FineTuneJobSpec | None
+    spec_error: str
+    status: FineTuneJobStatus
+
+    def view(self) -> JobView:
+        """As the planner sees it."""
+        return JobView(
+            namespace=self.namespace,
+            name=self.name,
+            uid=self.uid,
+            generation=self.generation,
+            created=self.created,
+            deleting=self.deleting,
+            spec=self.spec,
+            spec_error=self.spec_error,
+            status=self.status,
+        )
+
+
+def version_of(meta: Raw) -> int:
+    """resourceVersion as a number: since Kubernetes 1.35 the documentation allows the comparison that etcd always did."""
+    text = str(meta.get("resourceVersion") or "0")
+    return int(text) if text.isdigit() else 0
+
+
+def _time(text: str | None) -> datetime:
+    return parse_time(text) or _EPOCH
+
+
+def _first(conditions: list[Raw] | None, kind: str) -> Raw | None:
+    return next((c for c in conditions or [] if c.get("type") == kind and c.get("status") == "True"), None)
+
+
+def trim_finetunejob(raw: Raw, known: CachedJob | None) -> CachedJob:
+    """Parse a FineTuneJob; an unchanged spec (same UID and generation) is not parsed again."""
+    meta = raw["metadata"]
+    generation = int(meta.get("generation") or 1)
+    spec: FineTuneJobSpec | None
+    if known is not None and known.uid == meta["uid"] and known.generation == generation:
+        spec, error = known.spec, known.spec_error
+    else:
+        spec, error = _parse_spec(raw.get("spec") or {})
+    return CachedJob(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta["uid"],
+        generation=generation,
+        resource_version=version_of(meta),
+        created=_time(meta.get("creationTimestamp")),
+        deleting=bool(meta.get("deletionTimestamp")),
+        spec=spec,
+        spec_error=error,
+        status=parse_status(raw.get("status") or {}),
+    )
+
+
+def _parse_spec(raw: Raw) -> tuple[FineTuneJobSpec | None, str]:
+    try:
+        return FineTuneJobSpec.model_validate(raw), ""
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return None, f"spec.{place}: {first['msg']}"
+
+
+def parse_status(raw: Raw) -> FineTuneJobStatus:
+    """Parse a status; top-level fields that another version wrote and this one cannot read are left out."""
+    raw = dict(raw)
+    for _ in range(len(raw) + 1):
+        try:
+            return in_order(FineTuneJobStatus.model_validate(raw))
+        except ValidationError as problem:
+            for error in problem.errors(include_url=False, include_input=False):
+                raw.pop(str(error["loc"][0]), None)
+    return FineTuneJobStatus()
+
+
+def owner_uid(meta: Raw) -> str:
+    """UID of the controller owner."""
+    return next((str(r["uid"]) for r in meta.get("ownerReferences") or [] if r.get("controller")), "")
+
+
+def finetunejob_uid(raw: Raw) -> str:
+    """UID of the FineTuneJob that a Job or Pod is labelled with."""
+    return str((raw["metadata"].get("labels") or {}).get(LABEL_UID, ""))
+
+
+def trim_job(raw: Raw) -> StageJob | None:
+    """A Job of ours; None for one that only bears the label (its controller owner must agree)."""
+    meta = raw["metadata"]
+    labels = meta.get("labels") or {}
+    stage = labels.get(LABEL_STAGE)
+    if stage not in set(Stage) or owner_uid(meta) != labels.get(LABEL_UID):
+        return None
+    status = raw.get("status") or {}
+    conditions = status.get("conditions")
+    complete = _first(conditions, "Complete")
+    # FailureTarget comes first, while the last pods still stop; both carry the reason and the message.
+    failed = _first(conditions, "Failed") or _first(conditions, "FailureTarget")
+    return StageJob(
+        name=meta["name"],
+        uid=meta["uid"],
+        stage=Stage(stage),
+        created=_time(meta.get("creationTimestamp")),
+        resource_version=version_of(meta),
+        deleting=bool(meta.get("deletionTimestamp")),
+        suspended=bool((raw.get("spec") or {}).get("suspend")),
+        complete_at=_time(complete.get("lastTransitionTime")) if complete else None,
+        failed_at=_time(failed.get("lastTransitionTime")) if failed else None,
+        failed_reason=str(failed.get("reason") or "") if failed else "",
+        failed_message=str(failed.get("message") or "") if failed else "",
+        queue=str(labels.get(QUEUE_LABEL, "")),
+    )
+
+
+def trim_pod(raw: Raw) -> Pod | None:
+    """A pod of one of our Jobs."""
+    meta = raw["metadata"]
+    stage = (meta.get("labels") or {}).get(LABEL_STAGE)
+    if stage not in set(Stage):
+        return None
+    status = raw.get("status") or {}
+    conditions = status.get("conditions") or []
+    container: Raw = next((c for c in status.get("containerStatuses") or []), {})
+    state = container.get("state") or {}
+    waiting, running, ended = state.get("waiting") or {}, state.get("running") or {}, state.get("terminated") or {}
+    message = str(ended.get("message") or "")
+    report = parse_report(message)
+    scheduled: Raw = next((c for c in conditions if c.get("type") == "PodScheduled"), {})
+    refused = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    sandbox = next((c for c in conditions if c.get("type") == "PodReadyToStartContainers" and c.get("status") == "False"), None)
+    disruption = _first(conditions, "DisruptionTarget")
+    phase = str(status.get("phase") or "Pending")
+    node = str((raw.get("spec") or {}).get("nodeName") or "")
+    started = running.get("startedAt") or ended.get("startedAt")
+    return Pod(
+        name=meta["name"],
+        uid=meta["uid"],
+        owner_uid=owner_uid(meta),
+        stage=Stage(stage),
+        created=_time(meta.get("creationTimestamp")),
+        resource_version=version_of(meta),
+        phase=phase,
+        deleting=bool(meta.get("deletionTimestamp")),
+        node=node,
+        unschedulable=str(scheduled.get("message") or "no node fits") if refused else "",
+        unschedulable_since=_time(scheduled.get("lastTransitionTime")) if refused else None,
+        waiting_reason=str(waiting.get("reason") or ""),
+        waiting_message=str(waiting.get("message") or ""),
+        sandbox_missing_since=_time(sandbox.get("lastTransitionTime")) if sandbox and node and not started else None,
+        started_at=parse_time(started),
+        finished_at=parse_time(ended.get("finishedAt")),
+        exit_code=ended.get("exitCode"),
+        terminated_reason=str(ended.get("reason") or ""),
+        report=report,
+        raw_message="" if report else message[:1024],
+        pod_reason=str(status.get("reason") or ""),
+        pod_message=str(status.get("message") or "")[:1024],
+        disrupted=str(disruption.get("message") or disruption.get("reason") or "disrupted") if disruption else "",
+    )
+
+
+def parse_report(message: str) -> StageReport | None:
+    """A termination message of our entry point; None for anything else (a kubelet's words, an empty file)."""
+    if not message.startswith("{"):
+        return None
+    try:
+        return StageReport.model_validate(json.loads(message))
+    except (ValueError, ValidationError):
+        return None

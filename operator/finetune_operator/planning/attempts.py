@@ -1,0 +1,128 @@
+"""Executions (pods) of stages as status records them, and the running time that counts against the deadline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_api.names import Stage
+from finetune_api.status import AttemptStatus, FineTuneJobStatus
+from finetune_operator.planning.clock import parse_time, rfc3339
+from finetune_operator.planning.conditions import attempt_rank
+from finetune_operator.planning.model import Pod, StageState, StageView
+from finetune_operator.planning.outcome import pod_failure
+
+MAX_ATTEMPTS = 64
+REPORT_LOST = "ReportLost"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Attempts and running time after this look."""
+
+    attempts: tuple[AttemptStatus, ...]
+    active_seconds: int
+    running_since: datetime | None
+
+
+def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: datetime) -> Ledger:
+    """Update the attempts from the pods that are there; one whose pod is gone ended when that was noticed.
+
+    Running time is added when an attempt ends, and once: an ended attempt never changes again.
+    """
+    pods = {p.uid: p for view in views for p in view.pods}
+    lost = {p.uid for view in views if view.state is StageState.REPORT_LOST for p in view.pods if p.exit_code == 0}
+    attempts: dict[str, AttemptStatus] = {}
+    active = before.active_seconds or 0
+    for old in before.attempts:
+        new = old
+        if old.outcome == "Running":
+            pod = pods.pop(old.execution_id, None)
+            new = _from_pod(pod, old) if pod is not None else _vanished(old, now)
+            if new.outcome != "Running":
+                active += _seconds(new)
+        else:
+            pods.pop(old.execution_id, None)
+        if new.execution_id in lost and new.reason != REPORT_LOST:
+            new = new.model_copy(update={"reason": REPORT_LOST})
+        attempts[new.execution_id] = new
+    for pod in sorted(pods.values(), key=lambda p: (p.started_at or p.created, p.name)):
+        if pod.started_at is None and pod.exit_code is None:
+            continue  # never ran: no execution
+        new = _from_pod(pod, None)
+        if new.outcome != "Running":
+            active += _seconds(new)
+        if pod.uid in lost:
+            new = new.model_copy(update={"reason": REPORT_LOST})
+        attempts[pod.uid] = new
+    for view in views:
+        if view.state is StageState.REPORT_LOST and view.job is not None and not any(p.uid in lost for p in view.pods):
+            attempts.setdefault(view.job.uid, _lost_job(view))
+    kept = sorted(attempts.values(), key=attempt_rank)[-MAX_ATTEMPTS:]
+    running = [parse_time(a.started_at) for a in kept if a.outcome == "Running"]
+    since = min((t for t in running if t is not None), default=None)
+    return Ledger(tuple(kept), active, since)
+
+
+def attempts_of(ledger: Ledger, stage: Stage) -> list[AttemptStatus]:
+    """The executions of one stage, oldest first."""
+    return [a for a in ledger.attempts if a.stage == stage]
+
+
+def lost_reports(ledger: Ledger, stage: Stage) -> int:
+    """How often a stage finished without leaving its report."""
+    return sum(1 for a in ledger.attempts if a.stage == stage and a.reason == REPORT_LOST)
+
+
+def _from_pod(pod: Pod, old: AttemptStatus | None) -> AttemptStatus:
+    started = rfc3339(pod.started_at) if pod.started_at else (old.started_at if old else None)
+    if not pod.ended:
+        return AttemptStatus(
+            execution_id=pod.uid, stage=pod.stage, pod=pod.name, node=pod.node or None, started_at=started, outcome="Running"
+        )
+    succeeded = pod.exit_code == 0 or (pod.exit_code is None and pod.phase == "Succeeded")
+    failure = None if succeeded else pod_failure(pod, pod.stage)
+    report = pod.report
+    finished = pod.finished_at or pod.started_at or pod.created
+    return AttemptStatus(
+        execution_id=pod.uid,
+        stage=pod.stage,
+        pod=pod.name,
+        node=pod.node or None,
+        started_at=started,
+        finished_at=rfc3339(finished),
+        exit_code=pod.exit_code,
+        outcome="Succeeded" if succeeded else "Failed",
+        reason=(failure.reason if failure else report.reason if report else None) or None,
+        message=(failure.message[:512] if failure else None),
+    )
+
+
+def _vanished(old: AttemptStatus, now: datetime) -> AttemptStatus:
+    return old.model_copy(
+        update={
+            "outcome": "Failed",
+            "finished_at": rfc3339(now),
+            "reason": "PodGone",
+            "message": "The pod was deleted before its end was seen.",
+        }
+    )
+
+
+def _lost_job(view: StageView) -> AttemptStatus:
+    assert view.job is not None
+    return AttemptStatus(
+        execution_id=view.job.uid,
+        stage=view.stage,
+        pod="",
+        started_at=rfc3339(view.job.created),
+        finished_at=rfc3339(view.job.complete_at) if view.job.complete_at else None,
+        outcome="Succeeded",
+        reason=REPORT_LOST,
+        message="The Job is complete, its pods are gone and no report arrived.",
+    )
+
+
+def _seconds(attempt: AttemptStatus) -> int:
+    started, finished = parse_time(attempt.started_at), parse_time(attempt.finished_at)
+    return max(0, int((finished - started).total_seconds())) if started and finished else 0

@@ -1,0 +1,203 @@
+"""The ordered chain of rules: the first that has something to say decides.
+
+Every decision can be made again after it was half carried out: a plan that creates or deletes is followed by a new look,
+and the status always describes what that look found. So an operator that dies between two writes loses nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+
+from finetune_api.failures import Reason
+from finetune_api.status import ConditionType, Phase
+from finetune_operator.planning import conditions, phases
+from finetune_operator.planning.attempts import lost_reports
+from finetune_operator.planning.clock import exact_duration, parse_time
+from finetune_operator.planning.conditions import Wish
+from finetune_operator.planning.decision import Decision, finish
+from finetune_operator.planning.look import Look
+from finetune_operator.planning.messages import NO_GPU_USED, sentence
+from finetune_operator.planning.model import DeleteJob, Observation, Plan, PlannerConfig, StageState
+from finetune_operator.planning.outcome import advice_for
+from finetune_operator.planning.waiting import next_look
+
+_REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
+
+
+def plan(obs: Observation, config: PlannerConfig | None = None) -> Plan:
+    """What to do about a job, given everything that is known about it."""
+    look = Look(obs, config or PlannerConfig())
+    if obs.job.deleting:
+        return Plan()  # the garbage collector removes what it owns
+    if conditions.is_true(obs.job.status, ConditionType.FINISHED):
+        return _finished(look)
+    decision = next(d for d in (rule(look) for rule in RULES) if d is not None)
+    return finish(look, decision)
+
+
+def _finished(look: Look) -> Plan:
+    """A finished job never changes again; what still runs for it is stopped, and its time to live counted."""
+    leftovers = tuple(DeleteJob(j.name, j.uid) for j in look.obs.jobs if not j.finished and not j.deleting)
+    spec = look.obs.job.spec
+    ttl = spec.ttl_seconds_after_finished if spec is not None else None
+    if ttl is None:
+        return Plan(deletes=leftovers)
+    ended = parse_time(look.before.completion_time) or look.now
+    left = ttl - (look.now - ended).total_seconds()
+    return Plan(deletes=leftovers, delete_self=left <= 0, requeue_after=left if left > 0 else None)
+
+
+def invalid_spec(look: Look) -> Decision | None:
+    """Fail if the stored spec cannot be read (it passed an older or newer schema)."""
+    if look.obs.job.spec is not None:
+        return None
+    return fail(look, Reason.INVALID_CONFIG, f"the spec cannot be read: {look.obs.job.spec_error}")
+
+
+def name_conflict(look: Look) -> Decision | None:
+    """Fail if a name that this job needs is taken: what belongs to others is never adopted."""
+    if look.obs.conflict is None:
+        return None
+    return fail(look, Reason.NAME_CONFLICT, look.obs.conflict)
+
+
+def succeeded(look: Look) -> Decision | None:
+    """Succeed if publish has: its manifest is the last thing written."""
+    report = look.publish_report
+    if report is None:
+        return None
+    text = phases.success_message(report)
+    return Decision(
+        phase=Phase.SUCCEEDED,
+        message=text,
+        wishes=(
+            Wish(ConditionType.COMPLETE, True, "Succeeded", text),
+            Wish(ConditionType.FINISHED, True, "Succeeded", text),
+            *phases.milestones(look),
+            phases.not_waiting(look),
+            *phases.not_suspended(look),
+        ),
+    )
+
+
+def stage_failed(look: Look) -> Decision | None:
+    """Fail if the current stage has failed for good."""
+    failure = look.view.failure
+    return fail(look, failure.reason, failure.message) if look.view.state is StageState.FAILED and failure else None
+
+
+def suspended(look: Look) -> Decision | None:
+    """Hold nothing while spec.suspend is true: every Job goes, finished ones too, so that resuming starts at prepare."""
+    if not look.spec.suspend:
+        return None
+    deletes = tuple(DeleteJob(j.name, j.uid) for j in look.obs.jobs if not j.deleting)
+    reset = tuple(
+        Wish(kind, False, "Suspended", "Found again by prepare when the job resumes.")
+        for kind in (ConditionType.PREPARED, ConditionType.TRAINED)
+    )
+    if not look.idle:
+        phase = look.before.phase or Phase.PENDING
+        return Decision(phase, "Suspending: waits for the pods to stop.", (phases.not_waiting(look),), deletes=deletes)
+    text = "spec.suspend is true: nothing runs and nothing is held."
+    return Decision(
+        Phase.SUSPENDED,
+        text,
+        (Wish(ConditionType.SUSPENDED, True, "Suspended", text), *reset, phases.not_waiting(look)),
+    )
+
+
+def deadline_exceeded(look: Look) -> Decision | None:
+    """Fail if the job's pods ran longer than they may."""
+    limit = look.spec.active_deadline_seconds
+    if limit is None or look.active_seconds < limit:
+        return None
+    return fail(
+        look,
+        Reason.DEADLINE_EXCEEDED,
+        f"the job's pods ran for {exact_duration(look.active_seconds)}; activeDeadlineSeconds is {limit}.",
+    )
+
+
+def waited_too_long(look: Look) -> Decision | None:
+    """Fail if one thing has been missing without a break for longer than allowed."""
+    if look.wait is None or look.waiting_since is None:
+        return None
+    waited = look.now - look.waiting_since
+    if waited < timedelta(seconds=look.spec.pending_timeout_seconds):
+        return None
+    advice = advice_for(look.wait.reason)
+    return fail(
+        look,
+        Reason.PENDING_TIMEOUT,
+        f"waited {exact_duration(waited.total_seconds())} for {look.wait.reason}: {sentence(look.wait.message)} {advice}",
+    )
+
+
+def repeat_lost_stage(look: Look) -> Decision | None:
+    """Run prepare or publish again if its Job is complete and its report is lost: markers in the bucket make that quick.
+
+    The loss is written to status before the Job goes, so that the number of repeats is bounded across restarts.
+    """
+    view = look.view
+    if view.state is not StageState.REPORT_LOST or view.job is None:
+        return None
+    if lost_reports(look.ledger, view.stage) > look.config.max_repeats:
+        message = f"{view.stage} finished {look.config.max_repeats + 1} times, and each time its report was lost."
+        return fail(look, Reason.UNKNOWN, message)
+    recorded = look.before.attempts == list(look.ledger.attempts)
+    return phases.current(look, deletes=(DeleteJob(view.job.name, view.job.uid),) if recorded else ())
+
+
+def advance(look: Look) -> Decision:
+    """Start the current stage if it has no Job; otherwise tell how it goes."""
+    state = look.view.state
+    if state is StageState.ABSENT:
+        refusal = look.obs.refusal
+        if refusal is not None and refusal.retry_at > look.now:
+            return phases.current(look, requeue_at=refusal.retry_at)
+        return phases.current(look, create=look.stage, create_snapshot=look.obs.snapshot is None)
+    if state is StageState.REPORT_PENDING and look.view.job is not None:
+        ended = look.view.job.complete_at or look.view.job.failed_at or look.now
+        return phases.current(look, requeue_at=ended + timedelta(seconds=look.config.report_grace_seconds))
+    return phases.current(look, requeue_at=next_look(look.obs, look.view, look.config))
+
+
+def fail(look: Look, reason: str, message: str) -> Decision:
+    """The job has failed: what, why and what to do, in one sentence each."""
+    reason = str(reason) if _REASON.match(reason) else str(Reason.UNKNOWN)
+    parts = [f"{reason}: {sentence(message)}"]
+    advice = advice_for(reason)
+    waited = reason == Reason.PENDING_TIMEOUT  # its message ends with the advice for what was missing
+    if advice and advice not in message and not waited:
+        parts.append(advice)
+    if not look.gpu_was_used and not look.trained:
+        parts.append(NO_GPU_USED)
+    text = " ".join(parts)
+    return Decision(
+        phase=Phase.FAILED,
+        message=text,
+        wishes=(
+            Wish(ConditionType.FAILED, True, reason, text),
+            Wish(ConditionType.FINISHED, True, reason, text),
+            *phases.milestones(look),
+            phases.not_waiting(look),
+            *phases.not_suspended(look),
+        ),
+    )
+
+
+Rule = Callable[[Look], Decision | None]
+
+RULES: tuple[Rule, ...] = (
+    invalid_spec,
+    name_conflict,
+    succeeded,
+    stage_failed,
+    suspended,
+    deadline_exceeded,
+    waited_too_long,
+    repeat_lost_stage,
+    advance,
+)

@@ -1,0 +1,140 @@
+"""One look at a job: the observation and what follows from it before any decision is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+
+from finetune_api.names import Stage
+from finetune_api.results import PrepareReport, PublishReport, TrainReport
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import ConditionType, FineTuneJobStatus
+from finetune_operator.planning import conditions
+from finetune_operator.planning.attempts import Ledger, attempts_of, keep_ledger
+from finetune_operator.planning.clock import parse_time
+from finetune_operator.planning.model import Observation, PlannerConfig, StageState, StageView
+from finetune_operator.planning.outcome import stage_view
+from finetune_operator.planning.waiting import Wait, find_wait
+
+
+@dataclass(frozen=True)
+class Look:
+    """Derived facts, computed when first asked for."""
+
+    obs: Observation
+    config: PlannerConfig
+
+    @property
+    def now(self) -> datetime:
+        """The moment of the observation."""
+        return self.obs.now
+
+    @property
+    def before(self) -> FineTuneJobStatus:
+        """The status as last written."""
+        return self.obs.job.status
+
+    @property
+    def spec(self) -> FineTuneJobSpec:
+        """The spec; rules that run after the validity check may rely on it."""
+        assert self.obs.job.spec is not None
+        return self.obs.job.spec
+
+    @cached_property
+    def views(self) -> dict[Stage, StageView]:
+        """Each stage's state."""
+        return {stage: stage_view(self.obs, stage, self.config) for stage in Stage}
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Attempts and running time."""
+        return keep_ledger(self.before, tuple(self.views.values()), self.now)
+
+    @cached_property
+    def prepare_report(self) -> PrepareReport | None:
+        """prepare's result, while its Job tells it."""
+        view = self.views[Stage.PREPARE]
+        return PrepareReport.model_validate(view.report.result) if view.state is StageState.SUCCEEDED and view.report else None
+
+    @cached_property
+    def train_report(self) -> TrainReport | None:
+        """train's result, while its Job tells it."""
+        view = self.views[Stage.TRAIN]
+        return TrainReport.model_validate(view.report.result) if view.state is StageState.SUCCEEDED and view.report else None
+
+    @cached_property
+    def publish_report(self) -> PublishReport | None:
+        """publish's result, while its Job tells it."""
+        view = self.views[Stage.PUBLISH]
+        return PublishReport.model_validate(view.report.result) if view.state is StageState.SUCCEEDED and view.report else None
+
+    @cached_property
+    def train_unneeded(self) -> bool:
+        """prepare found a complete training result of this snapshot."""
+        return self.prepare_report is not None and self.prepare_report.trained
+
+    @cached_property
+    def trained(self) -> bool:
+        """Training is behind us: a later Job exists, its own Job is complete, or status remembers.
+
+        A lost report of a complete training Job stops nothing: publish repeats the metrics.
+        """
+        return (
+            self.views[Stage.PUBLISH].job is not None
+            or self.views[Stage.TRAIN].state in (StageState.SUCCEEDED, StageState.REPORT_LOST)
+            or self.train_unneeded
+            or conditions.is_true(self.before, ConditionType.TRAINED)
+        )
+
+    @cached_property
+    def prepared(self) -> bool:
+        """Preparation is behind us."""
+        return (
+            self.trained
+            or self.views[Stage.TRAIN].job is not None
+            or self.views[Stage.PREPARE].state is StageState.SUCCEEDED
+            or conditions.is_true(self.before, ConditionType.PREPARED)
+        )
+
+    @cached_property
+    def stage(self) -> Stage:
+        """The stage that is to run now."""
+        return Stage.PUBLISH if self.trained else Stage.TRAIN if self.prepared else Stage.PREPARE
+
+    @cached_property
+    def view(self) -> StageView:
+        """The current stage's state."""
+        return self.views[self.stage]
+
+    @cached_property
+    def wait(self) -> Wait | None:
+        """What the current stage waits for."""
+        return find_wait(self.obs, self.view, self.config)
+
+    @cached_property
+    def waiting_since(self) -> datetime | None:
+        """Since when that one thing has been missing: remembered in status, so that a restart does not start the clock anew."""
+        if self.wait is None:
+            return None
+        condition = conditions.find(self.before, ConditionType.WAITING)
+        remembered = parse_time(self.before.waiting_since)
+        if condition is not None and condition.status == "True" and condition.reason == self.wait.reason and remembered:
+            return remembered
+        return min(self.wait.since or self.now, self.now)
+
+    @cached_property
+    def active_seconds(self) -> float:
+        """Time in which a pod of the job ran, up to now."""
+        since = self.ledger.running_since
+        return self.ledger.active_seconds + ((self.now - since).total_seconds() if since else 0.0)
+
+    @cached_property
+    def gpu_was_used(self) -> bool:
+        """Whether a training pod ever ran."""
+        return bool(attempts_of(self.ledger, Stage.TRAIN))
+
+    @cached_property
+    def idle(self) -> bool:
+        """No Job and no pod of this FineTuneJob is left."""
+        return not self.obs.jobs and not self.obs.pods

@@ -1,0 +1,110 @@
+"""Sentences for people: plan, data, metrics and what happens now."""
+
+from __future__ import annotations
+
+from finetune_api.names import Stage
+from finetune_api.results import PrepareReport, TrainMetrics
+from finetune_api.snapshot import Snapshot
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import DataStatus, MetricsStatus, PlanStatus
+
+NO_GPU_USED = "No GPU was used."
+
+
+def gpu_request(spec: FineTuneJobSpec | None) -> str:
+    """``1 × nvidia.com/gpu (NVIDIA-A10G)``; empty without GPUs."""
+    if spec is None or not spec.compute.gpus_per_node:
+        return ""
+    product = f" ({spec.compute.gpu.product})" if spec.compute.gpu.product else ""
+    return f"{spec.compute.gpus_per_node} × {spec.compute.gpu.resource_name}{product}"
+
+
+def sentence(text: str) -> str:
+    """Without surrounding blanks and with a full stop."""
+    text = text.strip()
+    return text if not text or text[-1] in ".!?…" else f"{text}."
+
+
+def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
+    """The resolved method and sizes; counts only after prepare has found them."""
+    plan = snapshot.plan
+    where = gpu_request(snapshot.spec) or "the CPU"
+    if snapshot.spec.training.use_cpu and snapshot.spec.compute.gpus_per_node:
+        where = f"the CPU of a pod with {where}"
+    quantization = f" ({plan.method.quantization.type})" if plan.method.quantization else ""
+    parts = [
+        f"{plan.method.type}{quantization} rank {plan.method.lora.rank}, alpha {plan.method.lora.alpha} on {where}: "
+        f"micro-batch {plan.micro_batch_sequences} × accumulation {plan.gradient_accumulation_steps}, "
+        f"learning rate {plan.learning_rate:g}"
+    ]
+    if report is not None:
+        parts[0] += f", {report.total_steps:,} steps"
+        share = f" ({100 * report.trainable_parameters / report.total_parameters:.2f} %)" if report.total_parameters else ""
+        parts.append(f"{report.trainable_parameters:,} trainable parameters{share}")
+        parts.extend(sentence(w)[:-1] for w in report.warnings[:3])
+    return PlanStatus(
+        method=plan.method.type,
+        rank=plan.method.lora.rank,
+        alpha=plan.method.lora.alpha,
+        learning_rate=plan.learning_rate,
+        micro_batch_sequences=plan.micro_batch_sequences,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        total_steps=report.total_steps if report else None,
+        trainable_parameters=report.trainable_parameters if report else None,
+        total_parameters=report.total_parameters if report else None,
+        summary=sentence("; ".join(parts)),
+    )
+
+
+def data_status(report: PrepareReport, max_tokens: int) -> DataStatus:
+    """What the data checks found."""
+    data = report.data
+    formats = ", ".join(sorted(data.formats)) or "no"
+    parts = [
+        f"{data.rows:,} rows, {formats} format",
+        f"{data.train_rows:,} train / {data.held_out_rows:,} held out",
+    ]
+    if data.bad_rows:
+        parts.append(f"{data.bad_rows:,} unusable rows left out")
+    if data.duplicate_rows:
+        parts.append(f"{data.duplicate_rows:,} exact duplicates")
+    parts.append(f"p95 {data.tokens.p95:,} tokens")
+    if data.truncated_rows:
+        parts.append(f"{data.truncated_rows:,} rows truncated at {max_tokens}")
+    if data.dropped_rows:
+        parts.append(f"{data.dropped_rows:,} rows longer than {max_tokens} tokens dropped")
+    return DataStatus(
+        rows=data.rows,
+        train_rows=data.train_rows,
+        held_out_rows=data.held_out_rows,
+        bad_rows=data.bad_rows,
+        truncated_rows=data.truncated_rows,
+        duplicate_rows=data.duplicate_rows,
+        hash=report.data_hash,
+        summary=sentence("; ".join(parts)),
+    )
+
+
+def metrics_status(metrics: TrainMetrics) -> MetricsStatus:
+    """Losses before and after."""
+    return MetricsStatus(
+        held_out_loss_base=metrics.held_out_loss_base,
+        held_out_loss=metrics.held_out_loss,
+        perplexity_base=metrics.perplexity_base,
+        perplexity=metrics.perplexity,
+        final_train_loss=metrics.final_train_loss,
+        tokens_per_second=metrics.tokens_per_second,
+        summary=(
+            f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
+            f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f}); "
+            f"{metrics.tokens_per_second:,.0f} tokens/s"
+        ),
+    )
+
+
+def queued_message(spec: FineTuneJobSpec, stage: Stage, queue: str, admitted: bool) -> str:
+    """What a Job that has no running pod yet waits for."""
+    what = gpu_request(spec) if stage is Stage.TRAIN else ""
+    if admitted:
+        return f"Starting the training pod{f' with {what}' if what else ''}."
+    return f"Queued in {queue or 'its queue'}: waits for {what or 'a place'}."

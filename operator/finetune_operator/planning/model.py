@@ -1,0 +1,229 @@
+"""What the planner reads and what it answers: plain immutable values, without clients, clocks or environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from finetune_api.names import Stage
+from finetune_api.progress import StageReport
+from finetune_api.snapshot import Snapshot
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """Knobs of the planner; the defaults are what the tests and the chart use."""
+
+    report_grace_seconds: float = 5.0
+    """A finished Job's pod may reach the cache later than the Job: so long its report is waited for."""
+    max_repeats: int = 3
+    """How often a stage may finish without leaving its report before the job fails."""
+    volume_grace_seconds: float = 30.0
+    """Mounting takes a while; a pod whose sandbox is not ready after this waits for a volume."""
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A FineTuneJob."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    created: datetime
+    deleting: bool
+    spec: FineTuneJobSpec | None
+    """Absent when the stored spec cannot be parsed."""
+    spec_error: str
+    status: FineTuneJobStatus
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """A batch/v1 Job of this FineTuneJob, as far as it matters."""
+
+    name: str
+    uid: str
+    stage: Stage
+    created: datetime
+    resource_version: int = 0
+    deleting: bool = False
+    suspended: bool = False
+    complete_at: datetime | None = None
+    failed_at: datetime | None = None
+    failed_reason: str = ""
+    failed_message: str = ""
+    queue: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """The Job controller starts no further pod."""
+        return self.complete_at is not None or self.failed_at is not None
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod of one of the Jobs, as far as it matters."""
+
+    name: str
+    uid: str
+    owner_uid: str
+    stage: Stage
+    created: datetime
+    resource_version: int = 0
+    phase: str = "Pending"
+    deleting: bool = False
+    node: str = ""
+    unschedulable: str = ""
+    """The scheduler's words, while it finds no node."""
+    unschedulable_since: datetime | None = None
+    waiting_reason: str = ""
+    """Why the container does not run yet (containerStatuses[].state.waiting)."""
+    waiting_message: str = ""
+    sandbox_missing_since: datetime | None = None
+    """Scheduled, but volumes or network are not ready (condition PodReadyToStartContainers False)."""
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    exit_code: int | None = None
+    terminated_reason: str = ""
+    report: StageReport | None = None
+    """The termination message, if it is one of ours."""
+    raw_message: str = ""
+    """The termination message, if it is not."""
+    pod_reason: str = ""
+    pod_message: str = ""
+    disrupted: str = ""
+    """Reason of a DisruptionTarget condition: preempted, drained, evicted."""
+
+    @property
+    def ended(self) -> bool:
+        """No container of it runs any more or ever will."""
+        return self.phase in ("Succeeded", "Failed") or self.finished_at is not None
+
+    @property
+    def running(self) -> bool:
+        """Its container runs."""
+        return self.started_at is not None and not self.ended
+
+
+@dataclass(frozen=True)
+class SnapshotRecord:
+    """The run snapshot as stored: its text decides, so the digest is of the text."""
+
+    snapshot: Snapshot
+    digest: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The API server's last answer to a create of ours, when it was no."""
+
+    message: str
+    retry_at: datetime
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything a plan depends on."""
+
+    job: JobView
+    now: datetime
+    jobs: tuple[StageJob, ...] = ()
+    pods: tuple[Pod, ...] = ()
+    snapshot: SnapshotRecord | None = None
+    """As stored in the ConfigMap; absent until it is known to exist."""
+    refusal: Refusal | None = None
+    conflict: str | None = None
+    """The object that exists under a name we need and belongs to something else."""
+
+
+class EventType(StrEnum):
+    """Event types of Kubernetes."""
+
+    NORMAL = "Normal"
+    WARNING = "Warning"
+
+
+@dataclass(frozen=True)
+class EventNote:
+    """An Event to publish."""
+
+    type: EventType
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete this very Job and wait for its pods (foreground)."""
+
+    name: str
+    uid: str
+
+
+class Urgency(StrEnum):
+    """How soon a changed status must be seen."""
+
+    NOW = "Now"
+    """The first status, a wait that begins or ends, an end."""
+    SOON = "Soon"
+    """A phase: settles for a moment, so that two quick changes cost one write."""
+    LATER = "Later"
+    """Bookkeeping: joins the next write, at the latest after the progress interval."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do. Applied in this order: creates, deletes, status, events."""
+
+    create_snapshot: bool = False
+    create_job: Stage | None = None
+    deletes: tuple[DeleteJob, ...] = ()
+    delete_self: bool = False
+    status: FineTuneJobStatus | None = None
+    """The whole desired status without ``progress``; absent when it is as desired."""
+    urgency: Urgency = Urgency.LATER
+    events: tuple[EventNote, ...] = ()
+    requeue_after: float | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do (now)."""
+        return not (self.create_snapshot or self.create_job or self.deletes or self.delete_self or self.status)
+
+
+@dataclass(frozen=True)
+class StageFailure:
+    """Why a stage failed for good."""
+
+    reason: str
+    message: str
+
+
+class StageState(StrEnum):
+    """Where a stage stands, from its Job and pods."""
+
+    ABSENT = "Absent"
+    STOPPING = "Stopping"
+    QUEUED = "Queued"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    REPORT_PENDING = "ReportPending"
+    REPORT_LOST = "ReportLost"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage as its objects tell it."""
+
+    stage: Stage
+    state: StageState
+    job: StageJob | None = None
+    pods: tuple[Pod, ...] = field(default=())
+    report: StageReport | None = None
+    failure: StageFailure | None = None

@@ -1,0 +1,145 @@
+"""Phase, message and conditions of a job on its way."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_api.names import Stage
+from finetune_api.results import PublishReport
+from finetune_api.status import ConditionType, Phase
+from finetune_operator.planning.clock import rfc3339
+from finetune_operator.planning.conditions import Wish, find, is_true
+from finetune_operator.planning.decision import Decision
+from finetune_operator.planning.look import Look
+from finetune_operator.planning.messages import queued_message, sentence
+from finetune_operator.planning.model import DeleteJob, StageState
+from finetune_operator.planning.outcome import advice_for
+
+
+def current(
+    look: Look,
+    *,
+    create: Stage | None = None,
+    create_snapshot: bool = False,
+    deletes: tuple[DeleteJob, ...] = (),
+    requeue_at: datetime | None = None,
+) -> Decision:
+    """The decision that tells how the current stage goes."""
+    phase, message = _phase(look)
+    wishes = [*milestones(look), *not_suspended(look)]
+    if look.wait is not None and look.waiting_since is not None:
+        text = f"{sentence(look.wait.message)} Since {rfc3339(look.waiting_since)}. {advice_for(look.wait.reason)}".strip()
+        wishes.append(Wish(ConditionType.WAITING, True, look.wait.reason, text))
+        message = f"Waiting: {look.wait.reason}: {text}"
+    else:
+        wishes.append(not_waiting(look))
+    return Decision(phase, message, tuple(wishes), create, create_snapshot, deletes, requeue_at)
+
+
+def milestones(look: Look) -> list[Wish]:
+    """Prepared and Trained, as far as they are behind us; a milestone once told keeps its words."""
+    wishes = []
+    if look.prepared and not is_true(look.before, ConditionType.PREPARED):
+        wishes.append(Wish(ConditionType.PREPARED, True, "Prepared", _prepared_message(look)))
+    if look.trained and not is_true(look.before, ConditionType.TRAINED):
+        reason = "AlreadyTrained" if look.train_unneeded else "Trained"
+        wishes.append(Wish(ConditionType.TRAINED, True, reason, _trained_message(look)))
+    return wishes
+
+
+def not_waiting(look: Look) -> Wish:
+    """Nothing is missing (any more); the words are those of the first time, so that nothing flaps."""
+    old = find(look.before, ConditionType.WAITING)
+    if old is not None and old.status == "False":
+        return Wish(ConditionType.WAITING, False, old.reason, old.message)
+    return Wish(ConditionType.WAITING, False, "NothingMissing", "Nothing is missing.")
+
+
+def not_suspended(look: Look) -> list[Wish]:
+    """Suspended ends."""
+    if not is_true(look.before, ConditionType.SUSPENDED):
+        return []
+    text = "Runs again, from prepare on."
+    if look.gpu_was_used:
+        text = "Runs again, from prepare on. Unless training had finished, it restarts from the beginning (there are no checkpoints yet)."
+    return [Wish(ConditionType.SUSPENDED, False, "Resumed", text)]
+
+
+def success_message(report: PublishReport) -> str:
+    """How it ended well."""
+    metrics = report.metrics
+    text = (
+        f"Adapter verified from the bucket: held-out loss {metrics.held_out_loss:.3f} reproduced "
+        f"(base model {metrics.held_out_loss_base:.3f})."
+    )
+    if report.merge_check is not None:
+        text += f" Merged model checked: {report.merge_check.held_out_loss_merged:.3f}."
+    return text
+
+
+def _phase(look: Look) -> tuple[Phase, str]:
+    state = look.view.state
+    if state is StageState.STOPPING:
+        return _stage_phase(look.stage, look), "Waits for earlier pods to stop."
+    if state is StageState.ABSENT:
+        # Prepare's Job does not exist yet: Pending. Between two stages the earlier phase stays for a moment.
+        phase = Phase.PENDING if look.stage is Stage.PREPARE else look.before.phase or Phase.PENDING
+        if phase in (Phase.SUSPENDED, Phase.SUCCEEDED, Phase.FAILED):
+            phase = Phase.PENDING
+        return phase, f"Starts {look.stage}."
+    if state is StageState.QUEUED:
+        queue = look.view.job.queue if look.view.job else ""
+        return Phase.QUEUED, queued_message(look.spec, look.stage, queue, admitted=False)
+    return _stage_phase(look.stage, look), _stage_message(look)
+
+
+def _stage_phase(stage: Stage, look: Look) -> Phase:
+    if stage is Stage.PREPARE:
+        return Phase.PREPARING
+    if stage is Stage.PUBLISH:
+        return Phase.PUBLISHING
+    if look.view.state is StageState.REPORT_PENDING or any(p.running for p in look.view.pods):
+        return Phase.TRAINING
+    return Phase.QUEUED
+
+
+def _stage_message(look: Look) -> str:
+    if look.stage is Stage.PREPARE:
+        return "Checks model, data and output on a CPU, before any GPU is asked for."
+    if look.stage is Stage.PUBLISH:
+        merged = look.spec.output.merged.enabled
+        return "Checks, merges and publishes on a CPU." if merged else "Checks and publishes on a CPU."
+    running = [p for p in look.view.pods if p.running]
+    if not running:
+        return queued_message(look.spec, look.stage, "", admitted=True)
+    attempts = [a for a in look.ledger.attempts if a.stage == Stage.TRAIN and a.pod]
+    return f"Trains on node {running[-1].node or 'unknown'}, attempt {max(1, len(attempts))}."
+
+
+def _prepared_message(look: Look) -> str:
+    report = look.prepare_report
+    if report is None:
+        return "Model and data were checked and prepared."
+    job = look.views[Stage.PREPARE].job
+    took = ""
+    if job is not None and job.complete_at is not None:
+        took = f" in {int((job.complete_at - job.created).total_seconds())} s"
+    record = look.obs.snapshot
+    plan = ""
+    if record is not None:
+        resolved = record.snapshot.plan
+        plan = (
+            f"; plan: {resolved.method.type}, {report.total_steps:,} steps, "
+            f"micro-batch {resolved.micro_batch_sequences} × accumulation {resolved.gradient_accumulation_steps}"
+        )
+    return f"{report.data.rows:,} rows checked{took}{plan}."
+
+
+def _trained_message(look: Look) -> str:
+    if look.train_unneeded:
+        return "A complete training result of this very run was found in the bucket: no GPU is asked for again."
+    report = look.train_report
+    if report is None:
+        return "Training is complete."
+    metrics = report.metrics
+    return f"{metrics.steps:,} steps, held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f}."

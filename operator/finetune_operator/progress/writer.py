@@ -1,0 +1,194 @@
+"""Writes ``status.progress``: at most one write per job and interval, at once only for what somebody acts upon."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from finetune_api.names import Stage
+from finetune_api.progress import ProgressPost
+from finetune_api.status import ProgressStatus
+from finetune_operator import metrics
+from finetune_operator.client import PROGRESS_MANAGER, Api, ApiError, Raw
+from finetune_operator.pace import Pace
+from finetune_operator.progress.auth import Authenticator, Caller, Refused
+from finetune_operator.progress.protocol import fold, merge
+
+logger = logging.getLogger(__name__)
+BURST_SECONDS = 1.0
+"""Even urgent writes of one job keep this distance."""
+RETRIES = 3
+IDLE_SECONDS = 300.0
+
+
+@dataclass
+class _Stream:
+    """The posts of one job that are not written yet."""
+
+    caller: Caller
+    pending: ProgressPost | None = None
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    urgent: bool = False
+    last_write: float = 0.0
+    last: ProgressPost | None = None
+    """Everything this replica took of the execution, folded."""
+    used: float = field(default_factory=time.monotonic)
+
+
+class ProgressWriter:
+    """One small task per job that has something to write; it ends when there is nothing left."""
+
+    def __init__(self, api: Api, auth: Authenticator, pace: Pace, wrote: Callable[[Raw], None]) -> None:
+        self._api = api
+        self._auth = auth
+        self._pace = pace
+        self._wrote = wrote
+        self._streams: dict[str, _Stream] = {}
+
+    async def submit(self, caller: Caller, post: ProgressPost, sequenced: bool = True) -> bool:
+        """Take a post. Returns whether it has been written; a final post is, before this returns.
+
+        Raises:
+            Refused: 409 for an execution that another has replaced, 503 when a final could not be written.
+        """
+        status = await self._auth.status_of(caller)
+        stream = self._streams.get(caller.job_uid)
+        written = status.progress
+        if stream is None:
+            self._prune()
+            stream = self._streams[caller.job_uid] = _Stream(caller)
+        elif stream.caller.pod_uid != caller.pod_uid:
+            old, new = stream.caller.pod_created, caller.pod_created
+            if old is not None and new is not None and new < old:
+                raise Refused(409, "Stale", "a newer pod of this job has posted")
+        stream.used = time.monotonic()
+        newest = self._newest(stream, written, caller)
+        if not sequenced:
+            post = post.model_copy(update={"sequence": newest + 1})
+        elif post.sequence <= newest:
+            # A repetition, or one that was overtaken. A final that was recorded is acknowledged again.
+            recorded = written is not None and written.execution_id == caller.pod_uid and written.report is not None
+            if post.final is None or recorded:
+                return False
+            post = post.model_copy(update={"sequence": newest + 1})
+        changed = self._is_urgent(stream, written, post)
+        stream.caller = caller
+        stream.pending = fold(stream.pending, post)
+        stream.last = fold(stream.last, post)
+        stream.urgent = stream.urgent or changed
+        return await self._schedule(stream, wait=post.final is not None)
+
+    def _newest(self, stream: _Stream, written: ProgressStatus | None, caller: Caller) -> int:
+        known = [-1]
+        if stream.last is not None and stream.last.execution_id == caller.pod_uid:
+            known.append(stream.last.sequence)
+        if written is not None and written.execution_id == caller.pod_uid and written.sequence is not None:
+            known.append(written.sequence)
+        return max(known)
+
+    def _is_urgent(self, stream: _Stream, written: ProgressStatus | None, post: ProgressPost) -> bool:
+        """A final, a wait that begins, changes or ends, and the first sign of training or publishing.
+
+        Not the first sign of prepare: a short one costs no write at all before training.
+        """
+        if post.final is not None:
+            return True
+        last = stream.last if stream.last is not None and stream.last.execution_id == post.execution_id else None
+        reason = post.waiting.reason if post.waiting else None
+        if last is not None:
+            return reason != (last.waiting.reason if last.waiting else None)
+        if written is not None and written.execution_id == post.execution_id:
+            return reason != written.waiting_reason
+        return reason is not None or post.stage is not Stage.PREPARE
+
+    async def _schedule(self, stream: _Stream, wait: bool) -> bool:
+        future: asyncio.Future[None] | None = None
+        if wait:
+            future = asyncio.get_running_loop().create_future()
+            stream.waiters.append(future)
+        stream.wake.set()
+        if stream.task is None or stream.task.done():
+            stream.task = asyncio.ensure_future(self._run(stream))
+        if future is None:
+            return False
+        try:
+            await asyncio.wait_for(future, 10)
+        except (ApiError, TimeoutError) as problem:
+            raise Refused(503, "Unavailable", "the report could not be recorded; post it again") from problem
+        return True
+
+    async def _run(self, stream: _Stream) -> None:
+        """Write while there is something to write."""
+        first = time.monotonic()
+        while stream.pending is not None:
+            if stream.urgent:
+                due = stream.last_write + BURST_SECONDS if stream.last_write else 0.0
+            else:
+                due = self._pace.due(stream.caller.job_uid, first)
+            left = due - time.monotonic()
+            if left > 0:
+                stream.wake.clear()
+                try:
+                    await asyncio.wait_for(stream.wake.wait(), left)
+                except TimeoutError:
+                    pass
+                else:
+                    continue
+            await self._flush(stream)
+            first = time.monotonic()
+
+    async def _flush(self, stream: _Stream) -> None:
+        post, stream.pending, stream.urgent = stream.pending, None, False
+        waiters, stream.waiters = stream.waiters, []
+        assert post is not None
+        problem: Exception | None = None
+        for attempt in range(RETRIES):
+            try:
+                await self._write(stream.caller, post)
+                problem = None
+                break
+            except Refused as refused:
+                problem = refused
+                break
+            except ApiError as failed:
+                problem = failed
+                if failed.status in (403, 404, 409, 422):
+                    break
+                await asyncio.sleep(0.5 * 2**attempt)
+        stream.last_write = time.monotonic()
+        if problem is not None:
+            logger.warning("%s: progress was not recorded: %s", stream.caller.key, problem)
+        for waiter in waiters:
+            if waiter.done():
+                continue
+            if problem is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(problem)
+
+    async def _write(self, caller: Caller, post: ProgressPost) -> None:
+        status = await self._auth.status_of(caller)
+        base = status.progress
+        if base is not None and base.execution_id == post.execution_id and (base.sequence or 0) > post.sequence:
+            post = post.model_copy(update={"sequence": base.sequence or 0})
+        progress = merge(base, post, datetime.now(UTC))
+        body = {"progress": progress.to_json_dict()}
+        answer = await self._api.apply_status(
+            caller.key.namespace, caller.key.name, caller.job_uid, body, PROGRESS_MANAGER
+        )
+        metrics.PROGRESS_WRITES.inc()
+        self._pace.wrote(caller.job_uid)
+        self._wrote(answer)
+
+    def _prune(self) -> None:
+        """Forget jobs that have not posted for a while."""
+        limit = time.monotonic() - IDLE_SECONDS
+        for uid, stream in list(self._streams.items()):
+            if stream.used < limit and stream.pending is None:
+                del self._streams[uid]

@@ -1,0 +1,188 @@
+"""One reconcile: look, plan, carry out. Everything else in this package exists to call it at the right time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from datetime import UTC, datetime
+
+from finetune_api.status import ConditionType, FineTuneJobStatus
+from finetune_operator import metrics
+from finetune_operator.apply import Applier
+from finetune_operator.cache import Cache, Key
+from finetune_operator.client import ApiError
+from finetune_operator.events import EventRecorder
+from finetune_operator.observe import CachedJob
+from finetune_operator.pace import Pace
+from finetune_operator.planning import Observation, Plan, PlannerConfig, plan
+from finetune_operator.planning.clock import parse_time
+from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.model import Urgency
+from finetune_operator.snapshots import Conflict, Snapshots
+from finetune_operator.workqueue import WorkQueue
+
+logger = logging.getLogger(__name__)
+SETTLE_SECONDS = 2.0
+"""A phase that changes again within this time costs one write."""
+
+
+class Reconciler:
+    """Turns what the cache knows about a job into writes."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        queue: WorkQueue[Key],
+        applier: Applier,
+        snapshots: Snapshots,
+        events: EventRecorder,
+        pace: Pace,
+        config: PlannerConfig | None = None,
+    ) -> None:
+        self._cache = cache
+        self._queue = queue
+        self._applier = applier
+        self._snapshots = snapshots
+        self._events = events
+        self._pace = pace
+        self._config = config or PlannerConfig()
+        self._dirty: dict[str, float] = {}
+
+    def forget(self, uid: str) -> None:
+        """A FineTuneJob is gone."""
+        self._applier.forget(uid)
+        self._snapshots.forget(uid)
+        self._pace.forget(uid)
+        self._dirty.pop(uid, None)
+
+    async def work(self) -> None:
+        """Reconcile keys for ever; an error is logged and repeated with back-off."""
+        while True:
+            key = await self._queue.get()
+            started = time.perf_counter()
+            try:
+                await self.reconcile(key)
+                self._queue.forget(key)
+            except ApiError as problem:
+                metrics.RECONCILE_ERRORS.inc()
+                delay = self._queue.retry(key)
+                logger.warning("%s: %s; again in %.1f s", key, problem, delay)
+                await self._refresh_after(key, problem)
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                metrics.RECONCILE_ERRORS.inc()
+                logger.exception("%s: reconcile failed; again in %.1f s", key, self._queue.retry(key))
+            finally:
+                self._queue.done(key)
+                metrics.RECONCILE_SECONDS.observe(time.perf_counter() - started)
+
+    async def reconcile(self, key: Key) -> None:
+        """Bring one job one step further."""
+        cached = self._cache.jobs.get(key)
+        if cached is None:
+            return
+        decided = plan(await self._look(cached), self._config)
+        if decided.create_snapshot or decided.create_job:
+            created = await self._applier.create(cached.view(), decided.create_snapshot, decided.create_job)
+            if created and self._queue.urgent:
+                # A burst: other jobs have no Job yet. This one's status comes after theirs.
+                self._queue.add(key)
+                return
+            cached = self._cache.jobs.get(key)
+            if cached is None:
+                return
+            decided = plan(await self._look(cached), self._config)
+            if decided.create_snapshot or decided.create_job:
+                self._queue.add(key)
+        await self._carry_out(key, cached, decided)
+
+    async def _look(self, cached: CachedJob) -> Observation:
+        view = cached.view()
+        family = self._cache.family(cached.uid)
+        record = self._snapshots.known(cached.uid)
+        answers = self._applier.answers(cached.uid)
+        conflict = answers.conflict
+        started = view.status.snapshot is not None or bool(family.jobs)
+        if record is None and started and not view.deleting and not is_true(view.status, ConditionType.FINISHED):
+            try:
+                record = await self._snapshots.find(view)
+            except Conflict as problem:
+                conflict = str(problem)
+        return Observation(
+            job=view,
+            now=datetime.now(UTC).replace(microsecond=0),
+            jobs=tuple(family.jobs.values()),
+            pods=tuple(family.pods.values()),
+            snapshot=record,
+            refusal=answers.refusal,
+            conflict=conflict,
+        )
+
+    async def _carry_out(self, key: Key, cached: CachedJob, decided: Plan) -> None:
+        view = cached.view()
+        for delete in decided.deletes:
+            await self._applier.delete_job(view, delete)
+        if decided.delete_self:
+            await self._applier.delete_finetunejob(view)
+            return
+        wait = decided.requeue_after
+        if decided.deletes and decided.status is None:
+            self._queue.add(key)  # look at what is left
+        if decided.status is None:
+            self._dirty.pop(cached.uid, None)
+        else:
+            due = self._due(cached.uid, decided.urgency)
+            if due <= time.monotonic():
+                await self._write(cached, decided.status, decided)
+                self._queue.add(key)  # what was written may call for more: a deletion, a timer
+                return
+            left = due - time.monotonic()
+            wait = left if wait is None else min(wait, left)
+        if wait is not None:
+            self._queue.add_after(key, wait)
+
+    def _due(self, uid: str, urgency: Urgency) -> float:
+        """When (monotonic) a changed status is to be written."""
+        dirty = self._dirty.setdefault(uid, time.monotonic())
+        if urgency is Urgency.NOW:
+            return dirty
+        if urgency is Urgency.SOON:
+            return dirty + SETTLE_SECONDS
+        return self._pace.due(uid, dirty)
+
+    async def _write(self, cached: CachedJob, status: FineTuneJobStatus, decided: Plan) -> None:
+        await self._applier.write_status(cached.view(), status)
+        self._pace.wrote(cached.uid)
+        self._dirty.pop(cached.uid, None)
+        self._events.record(cached.view(), decided.events)
+        _count(cached.status, status)
+
+    async def _refresh_after(self, key: Key, problem: ApiError) -> None:
+        """The cache may be behind: a job that is gone or was replaced is forgotten."""
+        if problem.status not in (404, 409):
+            return
+        cached = self._cache.jobs.get(key)
+        try:
+            raw = await self._applier.fetch(key)
+        except ApiError:
+            return
+        if raw is None and cached is not None:
+            self._cache.drop_finetunejob(key, cached.uid)
+            self.forget(cached.uid)
+
+
+def _count(before: FineTuneJobStatus, after: FineTuneJobStatus) -> None:
+    """Metrics of a transition."""
+    ended = {s.stage for s in before.stages if s.finished_at}
+    for stage in after.stages:
+        start, end = parse_time(stage.started_at), parse_time(stage.finished_at)
+        if stage.stage not in ended and start and end:
+            succeeded = not is_true(after, ConditionType.FAILED)
+            outcome = "succeeded" if succeeded else "failed"
+            metrics.STAGE_SECONDS.labels(stage=stage.stage, outcome=outcome).observe((end - start).total_seconds())
+    finished = find(after, ConditionType.FINISHED)
+    if finished is not None and finished.status == "True" and not is_true(before, ConditionType.FINISHED):
+        outcome = "succeeded" if is_true(after, ConditionType.COMPLETE) else "failed"
+        metrics.JOBS_FINISHED.labels(outcome=outcome, reason=finished.reason).inc()

@@ -1,0 +1,95 @@
+"""The periodic list and diff: whatever the watches lost, doubled or never told is made good here.
+
+kopf does not report objects that were deleted while its watch was down (410), so without this they would live for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from finetune_api.names import LABEL_UID
+from finetune_api.status import ConditionType
+from finetune_operator import metrics
+from finetune_operator.cache import Cache
+from finetune_operator.client import Api, ApiError, Raw, finetunejobs_path, jobs_path, pods_path
+from finetune_operator.handlers import Informer
+from finetune_operator.planning.conditions import is_true
+from finetune_operator.reconciler import Reconciler
+
+logger = logging.getLogger(__name__)
+RETRY_SECONDS = 5.0
+
+
+class Resync:
+    """Lists all three kinds and compares them with the cache."""
+
+    def __init__(
+        self, api: Api, cache: Cache, informer: Informer, reconciler: Reconciler, namespaces: tuple[str, ...], seconds: float
+    ) -> None:
+        self._api = api
+        self._cache = cache
+        self._informer = informer
+        self._reconciler = reconciler
+        self._namespaces: tuple[str | None, ...] = namespaces or (None,)
+        self._seconds = seconds
+        self._first = True
+        self.last_success = time.monotonic()
+
+    async def run(self) -> None:
+        """For ever, the first time at once."""
+        while True:
+            try:
+                await self.once()
+                delay = self._seconds
+            except ApiError as problem:
+                logger.warning("Listing failed: %s", problem)
+                delay = min(RETRY_SECONDS, self._seconds)
+            await asyncio.sleep(delay)
+
+    async def once(self) -> None:
+        """One full list of everything, and every unfinished job looked at once more."""
+        for namespace in self._namespaces:
+            await self._children(jobs_path(namespace), namespace, "jobs")
+            await self._children(pods_path(namespace), namespace, "pods")
+            await self._finetunejobs(namespace)
+        for key, cached in list(self._cache.jobs.items()):
+            finished = is_true(cached.status, ConditionType.FINISHED)
+            if not finished or (cached.spec is not None and cached.spec.ttl_seconds_after_finished is not None):
+                self._informer.enqueue(key)
+        self._first = False
+        self.last_success = time.monotonic()
+        metrics.RESYNC_TIMESTAMP.set_to_current_time()
+
+    async def _finetunejobs(self, namespace: str | None) -> None:
+        items, version = await self._api.list_all(finetunejobs_path(namespace))
+        seen = set()
+        for raw in items:
+            seen.add(raw["metadata"]["uid"])
+            if self._cache.put_finetunejob(raw) is not None:
+                self._missed("finetunejobs")
+        for key, cached in list(self._cache.jobs.items()):
+            here = namespace is None or key.namespace == namespace
+            # What is newer than the list cannot have been deleted before it.
+            if here and cached.uid not in seen and cached.resource_version <= version:
+                self._cache.drop_finetunejob(key, cached.uid)
+                self._reconciler.forget(cached.uid)
+                self._missed("finetunejobs")
+
+    async def _children(self, path: str, namespace: str | None, kind: str) -> None:
+        items, version = await self._api.list_all(path, LABEL_UID)
+        put: Callable[[Raw], str | None] = self._cache.put_job if kind == "jobs" else self._cache.put_pod
+        seen = set()
+        for raw in items:
+            seen.add(raw["metadata"]["uid"])
+            if put(raw) is not None:
+                self._missed(kind)
+        for key in self._cache.drop_children(kind, seen, version, namespace):
+            self._missed(kind)
+            self._informer.enqueue(key)
+
+    def _missed(self, kind: str) -> None:
+        if not self._first:
+            metrics.WATCH_MISSED.labels(resource=kind).inc()
