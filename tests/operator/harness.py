@@ -1,0 +1,301 @@
+"""The operator as a process against a light cluster whose pods follow a script."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from finetune_cluster.api import Api
+from finetune_cluster.light import LightCluster
+from finetune_cluster.scripted_kubelet import ScriptedKubelet, scripted_kubelet
+from finetune_cluster.steps import After, Pod, Running, Step, Terminated
+
+from finetune_api.names import LABEL_NAME, LABEL_STAGE, Stage
+from tests.operator.manifests import success, termination_message
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 40
+Raw = dict[str, Any]
+
+
+def jobs_of(namespace: str) -> str:
+    return f"/apis/batch/v1/namespaces/{namespace}/jobs"
+
+
+def pods_of(namespace: str) -> str:
+    return f"/api/v1/namespaces/{namespace}/pods"
+
+
+def finetunejobs_of(namespace: str) -> str:
+    return f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
+
+
+def stage_of(pod: Pod) -> Stage:
+    return Stage(pod["metadata"]["labels"][LABEL_STAGE])
+
+
+def name_of(pod: Pod) -> str:
+    return str(pod["metadata"]["labels"][LABEL_NAME])
+
+
+def succeed_stage(pod: Pod, after: float = 0.0) -> list[Step]:
+    """Run and end well, with the stage's report."""
+    return [Running(), After(after), Terminated(0, termination_message(success(stage_of(pod))))]
+
+
+def condition(job: Raw, kind: str) -> Raw:
+    """A condition, or nothing."""
+    conditions = (job.get("status") or {}).get("conditions") or []
+    return next((c for c in conditions if c["type"] == kind), {})
+
+
+def is_true(job: Raw, kind: str) -> bool:
+    return condition(job, kind).get("status") == "True"
+
+
+@dataclass
+class Tls:
+    """A certificate for localhost, its key and its authority."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+
+@dataclass
+class OperatorProcess:
+    """A running operator."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    progress_port: int
+    health_port: int
+    metrics_port: int
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+    def get(self, path: str, port: int | None = None) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{port or self.health_port}{path}", timeout=5, trust_env=False)
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric over its labels."""
+        lines = self.get("/metrics", self.metrics_port).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+    def wait_ready(self, seconds: float = 20) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the operator ended:\n{self.log.read_text()[-4000:]}")
+            try:
+                if self.get("/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise AssertionError(f"the operator was not ready:\n{self.log.read_text()[-4000:]}")
+
+
+@dataclass
+class Bench:
+    """A light cluster, a script for its pods, and operators."""
+
+    cluster: LightCluster
+    folder: Path
+    tls: Tls
+    namespace: str = "default"
+    operators: list[OperatorProcess] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.api: Api = self.cluster.admin()
+
+    def close(self) -> None:
+        for operator in self.operators:
+            if operator.process.poll() is None:
+                operator.kill()
+        self.api.http.close()
+
+    # Operators
+
+    def start_operator(self, wait: bool = True, module: str = "finetune_operator", **env: str) -> OperatorProcess:
+        """Start an operator process with the chart's way of configuration."""
+        ports = free_ports(3)
+        number = len(self.operators)
+        log = self.folder / f"operator-{number}.log"
+        environment = {
+            **os.environ,
+            "KUBECONFIG": str(self.cluster.kubeconfig),
+            "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "api", "operator", "cluster")),
+            "FINETUNE_PROGRESS_URL": f"https://localhost:{ports[0]}",
+            "FINETUNE_PROGRESS_HOST": "127.0.0.1",
+            "FINETUNE_PROGRESS_PORT": str(ports[0]),
+            "FINETUNE_HEALTH_PORT": str(ports[1]),
+            "FINETUNE_METRICS_PORT": str(ports[2]),
+            "FINETUNE_TLS_CERT": str(self.tls.cert),
+            "FINETUNE_TLS_KEY": str(self.tls.key),
+            "FINETUNE_CA_FILE": str(self.tls.ca),
+            "FINETUNE_NAMESPACES": self.namespace,
+            "FINETUNE_LEASE_NAMESPACE": self.namespace,
+            "FINETUNE_LEADER_ELECTION": "false",
+            "FINETUNE_POD_NAME": f"operator-{number}",
+            **env,
+        }
+        with log.open("wb") as out:
+            process = subprocess.Popen([sys.executable, "-m", module], env=environment, cwd=ROOT, stdout=out, stderr=out)
+        operator = OperatorProcess(process, log, *ports)
+        self.operators.append(operator)
+        if wait:
+            operator.wait_ready()
+        return operator
+
+    # FineTuneJobs
+
+    def apply(self, manifest: Raw) -> Raw:
+        manifest["metadata"]["namespace"] = self.namespace
+        return self.api.create(finetunejobs_of(self.namespace), manifest)
+
+    def job(self, name: str) -> Raw:
+        return self.api.get(f"{finetunejobs_of(self.namespace)}/{name}")
+
+    def merge(self, name: str, spec: Raw) -> Raw:
+        return self.api.merge(f"{finetunejobs_of(self.namespace)}/{name}", {"spec": spec})
+
+    def until(self, name: str, check: Callable[[Raw], bool], what: str, seconds: float = SECONDS) -> Raw:
+        """Wait on a watch until a FineTuneJob is as wanted."""
+        last: Raw = {}
+        for kind, raw in self.api.watch(finetunejobs_of(self.namespace), seconds, {"fieldSelector": f"metadata.name={name}"}):
+            last = raw
+            if kind != "DELETED" and check(raw):
+                return raw
+        logs = "\n".join(o.log.read_text()[-3000:] for o in self.operators)
+        raise AssertionError(f"not within {seconds} s: {what}\nstatus: {yaml.safe_dump(last.get('status'))}\n{logs}")
+
+    def until_phase(self, name: str, phase: str, seconds: float = SECONDS) -> Raw:
+        return self.until(name, lambda j: (j.get("status") or {}).get("phase") == phase, f"phase {phase}", seconds)
+
+    def until_finished(self, name: str, seconds: float = SECONDS) -> Raw:
+        return self.until(name, lambda j: is_true(j, "Finished"), "Finished", seconds)
+
+    def until_waiting(self, name: str, reason: str, seconds: float = SECONDS) -> Raw:
+        return self.until(
+            name,
+            lambda j: is_true(j, "Waiting") and condition(j, "Waiting")["reason"] == reason,
+            f"Waiting for {reason}",
+            seconds,
+        )
+
+    def until_gone(self, path: str, seconds: float = SECONDS, query: dict[str, str] | None = None) -> None:
+        """Wait until a collection is empty."""
+        names: set[str] = {i["metadata"]["name"] for i in self.api.http.get(path, params=query or {}).json()["items"]}
+        if not names:
+            return
+        for kind, raw in self.api.watch(path, seconds, query):
+            if kind == "DELETED":
+                names.discard(raw["metadata"]["name"])
+            else:
+                names.add(raw["metadata"]["name"])
+            if not names and not self.api.http.get(path, params=query or {}).json()["items"]:
+                return
+        raise AssertionError(f"still there after {seconds} s: {names}")
+
+    def stage_jobs(self) -> list[Raw]:
+        return list(self.api.get(jobs_of(self.namespace))["items"])
+
+    def pods(self) -> list[Raw]:
+        return list(self.api.get(pods_of(self.namespace))["items"])
+
+    def events(self, name: str) -> list[tuple[str, str]]:
+        """(reason, message) of the Events of a FineTuneJob."""
+        items = self.api.get(f"/api/v1/namespaces/{self.namespace}/events")["items"]
+        mine = [e for e in items if e["involvedObject"]["name"] == name and e["involvedObject"]["kind"] == "FineTuneJob"]
+        return [(e["reason"], e["message"]) for e in mine]
+
+    def script(
+        self, steps: Callable[[Pod], Iterable[Step] | None] = succeed_stage, **options: Any
+    ) -> Any:
+        """A scripted kubelet for this namespace's pods."""
+        return _kubelet(self, steps, options)
+
+    def token(self, pod: Raw, audience: str = "progress.finetune.dev") -> str:
+        """A token as the kubelet projects it."""
+        meta = pod["metadata"]
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenRequest",
+            "spec": {
+                "audiences": [audience],
+                "expirationSeconds": 3600,
+                "boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]},
+            },
+        }
+        path = f"/api/v1/namespaces/{self.namespace}/serviceaccounts/default/token"
+        return str(self.api.create(path, body)["status"]["token"])
+
+
+@contextmanager
+def _kubelet(bench: Bench, steps: Callable[[Pod], Iterable[Step] | None], options: dict[str, Any]) -> Iterator[ScriptedKubelet]:
+    def mine(pod: Pod) -> Iterable[Step] | None:
+        if pod["metadata"]["namespace"] != bench.namespace or LABEL_STAGE not in (pod["metadata"].get("labels") or {}):
+            return None
+        return steps(pod)
+
+    name = f"node-{bench.namespace}"
+    with scripted_kubelet(bench.cluster.kubeconfig, mine, name=name, **options) as kubelet:
+        yield kubelet
+
+
+class Recorder:
+    """Watches a collection from before a test acts, in a thread."""
+
+    def __init__(self, cluster: LightCluster, path: str, seconds: float = 120) -> None:
+        self._api = cluster.admin()
+        self._path = path
+        self._seconds = seconds
+        self.events: list[tuple[str, Raw]] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for event in self._api.watch(self._path, self._seconds):
+                self.events.append(event)
+        except (httpx.HTTPError, RuntimeError):
+            return
+
+    def stop(self) -> None:
+        self._api.http.close()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def decode(data: str) -> bytes:
+    return base64.b64decode(data)
