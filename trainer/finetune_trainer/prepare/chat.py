@@ -1,0 +1,172 @@
+"""The tokenizer, and conversations as text with the spans that are to be learned."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from finetune_api.failures import Reason
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.examples import Message
+from finetune_trainer.prepare.problems import RowProblem
+from finetune_trainer.text import shorten
+
+FROZEN_NOW = datetime.datetime(2024, 7, 26)
+"""What ``strftime_now`` says to templates (Llama 3.1 and later print today's date): its own default where it has no clock.
+Else the same rows would be other tokens tomorrow."""
+SENTINEL = "\ue000answer\ue001"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the template writes it, and where the answers stand in it."""
+
+    text: str
+    answers: list[Span]
+    """Per assistant turn that may be learned: its characters, with whatever the template writes after it up to the next turn."""
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The model's fast tokenizer. transformers loads it without torch.
+
+    Raises:
+        StageError: UnsupportedModel, if it cannot be loaded, has no offsets or no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"the tokenizer cannot be loaded: {type(error).__name__}: {shorten(str(error), 300)}",
+        ) from error
+    if not tokenizer.is_fast:
+        raise StageError(Reason.UNSUPPORTED_MODEL, f"{type(tokenizer).__name__} has no fast version (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise StageError(Reason.UNSUPPORTED_MODEL, "the tokenizer has no EOS token, so a tuned model would never stop")
+    # Rows longer than the model's limit are cut by our rules; the warning per row would only flood the log.
+    tokenizer.model_max_length = 10**9
+    return tokenizer
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """The template that conversations are rendered with, if there is one."""
+    try:
+        template = tokenizer.get_chat_template()
+    except (ValueError, AttributeError):
+        return None
+    return str(template) if template else None
+
+
+class ChatRenderer:
+    """Renders conversations and finds what the assistant says in them."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self._template = template
+        self._marked = bool(GENERATION.search(template))
+        self._variables: dict[str, Any] = {
+            **tokenizer.special_tokens_map,
+            "strftime_now": lambda fmt: FROZEN_NOW.strftime(fmt),
+        }
+
+    def render(self, messages: list[Message], learn_from: int = 0) -> Rendered:
+        """Text and answers of a conversation that ends with an assistant turn.
+
+        Raises:
+            RowProblem: if the template refuses the conversation, or drops or changes turns so that answers cannot be found.
+        """
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= learn_from]
+        text, marks = self._text(messages, marked=self._marked)
+        if self._marked and marks:
+            every = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            if len(marks) == len(every):
+                answers = [mark for i, mark in zip(every, marks, strict=True) if i >= learn_from]
+                return Rendered(text, answers)
+        spans = [self._by_prefix(messages, turn, text) or self._by_sentinel(messages, turn, text) for turn in turns]
+        found = [span for span in spans if span is not None]
+        if len(found) < len(turns):
+            lost = next(turn for turn, span in zip(turns, spans, strict=True) if span is None)
+            raise RowProblem(
+                f"messages[{lost}]: the chat template drops or rewrites this answer, so what is to be learned cannot be found; "
+                "use objective.sft.lossOn: All, or a template with {% generation %}"
+            )
+        return Rendered(text, found)
+
+    def plain(self, messages: list[Message]) -> str:
+        """The conversation's text alone."""
+        return self._text(messages)[0]
+
+    def _by_prefix(self, messages: list[Message], turn: int, text: str) -> Span | None:
+        """An answer starts where the rendering of what comes before it, with the generation prompt, ends: so a model is asked."""
+        if turn == 0:
+            return None
+        last = turn == len(messages) - 1
+        try:
+            before = self._text(messages[:turn], prompt=True)[0]
+            through = text if last else self._text(messages[: turn + 1])[0]
+        except RowProblem:
+            return None
+        if through.startswith(before) and text.startswith(through) and len(through) > len(before):
+            return len(before), len(through)
+        return None
+
+    def _by_sentinel(self, messages: list[Message], turn: int, text: str) -> Span | None:
+        """For templates that write earlier turns differently (Qwen 3 drops their thoughts): put a mark in the answer's place;
+        what stands before and after the mark must stand there in the whole text too."""
+        marked = [{**m, "content": SENTINEL} if i == turn else m for i, m in enumerate(messages)]
+        try:
+            before, found, after = self._text(marked)[0].partition(SENTINEL)
+        except RowProblem:
+            return None
+        end = len(text) - len(after)
+        if not found or SENTINEL in after or end <= len(before):
+            return None
+        answer = text[len(before) : end].strip()
+        # A template may trim an answer or drop its thoughts, never write something else in its place.
+        if text.startswith(before) and text.endswith(after) and answer and answer in str(messages[turn]["content"]):
+            return len(before), end
+        return None
+
+    def _text(self, messages: list[Message], *, prompt: bool = False, marked: bool = False) -> tuple[str, list[Span]]:
+        try:
+            texts, marks = render_jinja_template(
+                conversations=[messages],
+                chat_template=self._template,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            raise RowProblem(
+                f"messages: the chat template refuses the conversation: {shorten(str(error), 200)}"
+            ) from error
+        return texts[0], [tuple(m) for m in marks[0]] if marked else []
+
+
+def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
+    """Special tokens, one of which ends an answer in every common template."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(special | set(tokenizer.all_special_ids))
+
+
+def check_template(renderer: ChatRenderer) -> None:
+    """Try the template on two small conversations before any row is blamed.
+
+    Raises:
+        StageError: UnsupportedModel, if it fails on the plainest conversation there is.
+    """
+    try:
+        renderer.render([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}])
+    except RowProblem as problem:
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL, f"the chat template cannot render a user turn with its answer: {problem.text}"
+        ) from problem

@@ -1,0 +1,60 @@
+"""Which format a source's rows have, decided once per source from its first rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from finetune_api.failures import Reason
+from finetune_api.spec import DataFormat, DataSource
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.examples import ALL_FIELDS, FIELDS
+from finetune_trainer.prepare.rows import RawRow
+
+LOOKED_AT = 100
+CHOICES = "messages | prompt + completion | instruction + output | text"
+
+
+def check_columns(source: DataSource, field: str) -> dict[str, str]:
+    """The source's column mapping.
+
+    Raises:
+        StageError: InvalidConfig for a field that no format has.
+    """
+    columns = dict(source.columns or {})
+    unknown = sorted(set(columns) - set(ALL_FIELDS))
+    if unknown:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"{field}.columns: {', '.join(unknown)} is no field; expected some of {', '.join(ALL_FIELDS)}",
+        )
+    return columns
+
+
+def detect(source: DataSource, field: str, columns: Mapping[str, str], first: Sequence[RawRow]) -> DataFormat | None:
+    """The declared format, or the first whose required columns one of the first rows has; None if no row could be read.
+
+    Raises:
+        StageError: InvalidData, if none of the readable first rows has the columns: then the columns are wrong, not the rows.
+    """
+    rows = [row for row in first if row.value is not None]
+    candidates = list(FIELDS) if source.format is DataFormat.AUTO else [source.format]
+    if not rows:
+        return None if source.format is DataFormat.AUTO else source.format
+    for row in rows:
+        assert row.value is not None
+        for fmt in candidates:
+            if all(columns.get(name, name) in row.value for name in FIELDS[fmt][0]):
+                return fmt
+    assert rows[0].value is not None
+    found = ", ".join(map(str, rows[0].value)) or "none"
+    if source.format is DataFormat.AUTO:
+        wanted = CHOICES
+    else:
+        wanted = (
+            " and ".join(columns.get(name, name) for name in FIELDS[source.format][0]) + f" (format {source.format})"
+        )
+    raise StageError(
+        Reason.INVALID_DATA,
+        f"{rows[0].source} has wrong columns: expected {wanted}, found {found}. "
+        f"Rename the columns, or map them with {field}.columns, for example {{prompt: question, completion: answer}}.",
+    )

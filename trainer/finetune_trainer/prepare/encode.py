@@ -1,0 +1,165 @@
+"""Token ids and labels: loss only on what should be learned, the end of each answer included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.spec import LossOn, Overlength
+from finetune_trainer.prepare.chat import ChatRenderer, Span, end_of_turn_ids
+from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text
+from finetune_trainer.prepare.problems import RowProblem
+
+IGNORED = -100
+"""PyTorch's cross entropy skips this label."""
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as it is trained on. ``ids`` and ``labels`` int32 of equal length; ``length`` is that before truncation."""
+
+    ids: Ids
+    labels: Ids
+    prompt_tokens: int
+    length: int
+
+    @property
+    def targets(self) -> int:
+        """Learned tokens; the first token is predicted from nothing, so its label never counts."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+class Dropped(Exception):
+    """A row that the overlength policy leaves out."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+
+class Encoder:
+    """Encodes examples with one tokenizer and one policy."""
+
+    def __init__(self, tokenizer: Any, renderer: ChatRenderer | None, loss_on: LossOn) -> None:
+        self._tokenizer = tokenizer
+        self._renderer = renderer
+        self._loss_on = loss_on
+        self._ends = end_of_turn_ids(tokenizer)
+        self._eos: int = tokenizer.eos_token_id
+
+    def encode(self, example: Example) -> Encoded:
+        """Ids and labels of one example, not truncated.
+
+        Raises:
+            RowProblem: if the chat template cannot render it.
+        """
+        if isinstance(example, Text):
+            ids = self._closed(self._plain(example.text))
+            return _encoded(ids, ids.copy(), 0)
+        if isinstance(example, Completion):
+            return self._completion(example)
+        return self._conversation(example)
+
+    def _completion(self, example: Completion) -> Encoded:
+        prompt = self._plain(example.prompt)
+        whole = self._plain(example.prompt + example.completion)
+        if len(whole) <= len(prompt) or not np.array_equal(whole[: len(prompt)], prompt):
+            # Tokens would span the border, and generation starts behind the prompt's own tokens: so must training.
+            answer = self._tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+            whole = np.concatenate([prompt, np.asarray(answer, np.int32)])
+        ids = self._closed(whole)
+        labels = ids.copy()
+        if self._loss_on is not LossOn.ALL:
+            labels[: len(prompt)] = IGNORED
+        return _encoded(ids, labels, len(prompt))
+
+    def _conversation(self, example: Conversation) -> Encoded:
+        assert self._renderer is not None  # whoever has no template was told so before
+        if self._loss_on is LossOn.COMPLETION:
+            rendered = self._renderer.render(example.messages, len(example.messages) - 1)
+        else:
+            rendered = self._renderer.render(example.messages, example.learn_from)
+        # The template writes BOS and EOS itself.
+        coded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(coded["input_ids"], np.int32)
+        offsets = np.asarray(coded["offset_mapping"], np.int64).reshape(-1, 2)
+        prompt_tokens = 0
+        labels = np.full_like(ids, IGNORED)
+        ended = False
+        for span in rendered.answers:
+            learned = self._learned(ids, offsets, span)
+            labels[learned] = ids[learned]
+            if len(learned):
+                prompt_tokens = int(learned[0])
+            ended = bool(len(learned)) and int(ids[learned[-1]]) in self._ends
+        if not ended:
+            # The template ends the last answer with nothing: without EOS the tuned model would never stop.
+            end = _end_of(offsets, rendered.answers[-1])
+            ids = np.append(ids[:end], np.int32(self._eos))
+            labels = np.append(labels[:end], np.int32(self._eos))
+        if self._loss_on is LossOn.ALL:
+            labels = ids.copy()
+        return _encoded(ids, labels, prompt_tokens)
+
+    def _learned(self, ids: Ids, offsets: npt.NDArray[np.int64], span: Span) -> npt.NDArray[np.int64]:
+        """Indices of an answer's tokens through the token that ends it; a token that begins before the answer is prompt.
+
+        A template that marks answers may leave the ending out of the mark: a special token that follows at once is the ending.
+        """
+        inside = np.flatnonzero(
+            (offsets[:, 0] >= span[0]) & (offsets[:, 1] <= span[1]) & (offsets[:, 1] > offsets[:, 0])
+        )
+        if not len(inside):
+            return inside
+        ends = [int(i) for i in inside if int(ids[i]) in self._ends]
+        if ends:
+            return inside[inside <= ends[-1]]
+        following = int(inside[-1]) + 1
+        if following < len(ids) and int(ids[following]) in self._ends:
+            return np.append(inside, following)
+        return inside
+
+    def _plain(self, text: str) -> Ids:
+        """With BOS where the tokenizer adds one, and without EOS."""
+        ids = np.asarray(self._tokenizer(text)["input_ids"], np.int32)
+        return ids[:-1] if len(ids) and ids[-1] == self._eos and not text.endswith(self._tokenizer.eos_token) else ids
+
+    def _closed(self, ids: Ids) -> Ids:
+        return ids if len(ids) and ids[-1] == self._eos else np.append(ids, np.int32(self._eos))
+
+
+def fit(encoded: Encoded, limit: int, policy: Overlength) -> Encoded:
+    """Apply data.checks.overlength to a row, and refuse a row with nothing to learn.
+
+    Raises:
+        RowProblem: policy Fail; or nothing to learn at any length.
+        Dropped: policy Drop; or Truncate, where the prompt alone fills the limit.
+    """
+    if encoded.length <= limit:
+        if not encoded.targets:
+            raise RowProblem("nothing to learn: no token of the row counts")
+        return encoded
+    if policy is Overlength.FAIL:
+        raise RowProblem(
+            f"{encoded.length:,} tokens: expected at most {limit:,} (training.maxSequenceTokens; data.checks.overlength: Fail)"
+        )
+    if policy is Overlength.DROP:
+        raise Dropped(f"{encoded.length:,} tokens, more than {limit:,}")
+    cut = Encoded(encoded.ids[:limit], encoded.labels[:limit], min(encoded.prompt_tokens, limit), encoded.length)
+    if not cut.targets:
+        raise Dropped(f"nothing left to learn within {limit:,} tokens: the prompt alone has {encoded.prompt_tokens:,}")
+    return cut
+
+
+def _encoded(ids: Ids, labels: Ids, prompt_tokens: int) -> Encoded:
+    return Encoded(ids, labels, prompt_tokens, len(ids))
+
+
+def _end_of(offsets: npt.NDArray[np.int64], span: Span) -> int:
+    """How many tokens lie before the end of a span."""
+    return int(np.count_nonzero(offsets[:, 0] < span[1]))

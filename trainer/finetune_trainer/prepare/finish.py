@@ -1,0 +1,165 @@
+"""From the spooled rows to the prepared files: split, counts, hash, prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.failures import Reason
+from finetune_api.results import (
+    PREPARED_HELD_OUT,
+    PREPARED_PROMPTS,
+    PREPARED_TRAIN,
+    DataSummary,
+    LengthPercentiles,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.check import Checked
+from finetune_trainer.prepare.encode import Encoded
+from finetune_trainer.prepare.split import held_out_rows
+from finetune_trainer.prepare.store import SCHEMA, DataHash, Index, RowWriter, Side, read_spool
+from finetune_trainer.text import plural
+
+FEW_ROWS = 100
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The prepared files below ``folder``, and what stands in them."""
+
+    folder: Path
+    data: DataSummary
+    data_hash: str
+    warnings: list[str]
+
+
+def finish(spec: FineTuneJobSpec, checked: Checked, tokenizer: Any, folder: Path) -> Prepared:
+    """Split the rows and write the files.
+
+    Raises:
+        StageError: TooFewRows.
+    """
+    held_out = _split(spec, checked)
+    data_hash = DataHash()
+    sides = (Side(), Side())
+    prompts: list[dict[str, object]] = []
+    with RowWriter(folder / PREPARED_TRAIN, SCHEMA) as train, RowWriter(folder / PREPARED_HELD_OUT, SCHEMA) as held:
+        for row, is_held_out in zip(read_spool(checked.spool), held_out.tolist(), strict=True):
+            encoded = Encoded(row["input_ids"], row["labels"], row["prompt_tokens"], len(row["input_ids"]))
+            if is_held_out and len(prompts) < spec.evaluation.generation.prompts:
+                prompts.append(_prompt(row, encoded, tokenizer))
+            sides[is_held_out].add(encoded)
+            data_hash.add(is_held_out, row["row"], encoded.ids, encoded.labels)
+            (held if is_held_out else train).write({name: row[name] for name in SCHEMA.names}, len(encoded.ids))
+    (folder / PREPARED_PROMPTS).write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
+    data = DataSummary(
+        rows=checked.rows,
+        train_rows=sides[0].rows,
+        held_out_rows=sides[1].rows,
+        bad_rows=checked.problems.count,
+        truncated_rows=checked.truncated,
+        dropped_rows=checked.dropped,
+        duplicate_rows=_duplicates(checked.index),
+        formats=dict(sorted(checked.formats.items())),
+        train_tokens=sides[0].tokens,
+        train_target_tokens=sides[0].targets,
+        held_out_tokens=sides[1].tokens,
+        held_out_target_tokens=sides[1].targets,
+        tokens=_percentiles(checked.index),
+    )
+    return Prepared(folder, data, data_hash.hexdigest(), _warnings(spec, data, checked, held_out))
+
+
+def total_steps(spec: FineTuneJobSpec, train_rows: int) -> int:
+    """Optimizer steps: as asked for, or ⌈epochs × rows ÷ global batch⌉."""
+    length = spec.training.length
+    if length.steps is not None:
+        return length.steps
+    assert length.epochs is not None
+    return math.ceil(length.epochs * train_rows / spec.training.global_batch_sequences)
+
+
+def _split(spec: FineTuneJobSpec, checked: Checked) -> Mask:
+    index = checked.index
+    if spec.data.held_out.fraction is not None:
+        if not len(index.groups):
+            raise StageError(Reason.TOO_FEW_ROWS, f"none of {plural(checked.rows, 'row')} is left: {_losses(checked)}")
+        return held_out_rows(np.array(index.groups, np.uint64), spec.data.held_out.fraction, spec.training.seed)
+    held_out = np.array(index.from_held_out, bool)
+    for name, count in (("data.train", int((~held_out).sum())), ("data.heldOut.sources", int(held_out.sum()))):
+        if not count:
+            raise StageError(Reason.TOO_FEW_ROWS, f"no row of {name} is left: {_losses(checked)}")
+    return held_out
+
+
+def _losses(checked: Checked) -> str:
+    return f"{checked.problems.count:,} cannot be used, {checked.dropped:,} dropped by data.checks.overlength"
+
+
+def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any) -> dict[str, object]:
+    """What the models are asked, and the answer that stands in the data. Of a text: its first quarter, and the rest."""
+    count = encoded.prompt_tokens or max(1, len(encoded.ids) // 4)
+    ids = [int(i) for i in encoded.ids[:count]]
+    prompt, reference = row["prompt"], row["reference"]
+    if prompt is None:
+        prompt = tokenizer.decode(ids, skip_special_tokens=True)
+        reference = tokenizer.decode(encoded.ids[count:].tolist(), skip_special_tokens=True)
+    return {"row": row["row"], "promptIds": ids, "prompt": prompt, "reference": reference}
+
+
+def _duplicates(index: Index) -> int:
+    held_out = np.array(index.from_held_out, bool)
+    contents = np.array(index.contents, np.uint64)
+    return sum(int(len(side) - len(np.unique(side))) for side in (contents[held_out], contents[~held_out]))
+
+
+def _percentiles(index: Index) -> LengthPercentiles:
+    lengths = np.array(index.lengths, np.int64)
+    p50, p95, p99 = (int(p) for p in np.percentile(lengths, [50, 95, 99], method="inverted_cdf"))
+    return LengthPercentiles(p50=p50, p95=p95, p99=p99, max=int(lengths.max()))
+
+
+def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_out: Mask) -> list[str]:
+    limit = spec.training.max_sequence_tokens
+    warnings = []
+    if data.train_rows + data.held_out_rows < FEW_ROWS:
+        warnings.append(
+            f"only {plural(data.train_rows + data.held_out_rows, 'usable row')}: under {FEW_ROWS} a prompt with examples often does as "
+            "well; else train 5 to 10 epochs and watch the held-out loss"
+        )
+    if data.bad_rows:
+        warnings.append(
+            f"{plural(data.bad_rows, 'row')} cannot be used and are left out; first: {checked.problems.named[0][:160]}"
+        )
+    if data.dropped_rows:
+        warnings.append(
+            f"{plural(data.dropped_rows, 'row')} dropped: longer than training.maxSequenceTokens ({limit:,})"
+        )
+    if data.truncated_rows:
+        warnings.append(f"{plural(data.truncated_rows, 'row')} truncated at {limit:,} tokens")
+    if data.duplicate_rows:
+        warnings.append(f"{plural(data.duplicate_rows, 'exact duplicate')} among the rows")
+    if len(data.formats) > 1:
+        warnings.append("formats are mixed: " + ", ".join(f"{name} {count:,}" for name, count in data.formats.items()))
+    if spec.data.held_out.sources is not None:
+        rows, prompts = _overlap(checked.index.contents, held_out), _overlap(checked.index.groups, held_out)
+        if rows or prompts:
+            warnings.append(
+                f"held-out sources overlap with training: {plural(rows, 'row')} stand in both, {plural(prompts, 'row')} ask a prompt "
+                "that is trained on; the held-out loss is too good"
+            )
+    return warnings
+
+
+def _overlap(values: Any, held_out: Mask) -> int:
+    """How many held-out rows have a value that a training row has too."""
+    array = np.array(values, np.uint64)
+    return int(np.isin(array[held_out], array[~held_out]).sum())

@@ -1,0 +1,123 @@
+"""What prepare needs to know of the base model: tokenizer, template, shapes. No weights are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.failures import Reason
+from finetune_api.results import FileRecord
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
+from finetune_trainer.prepare.shapes import Parameters, check_config, count_parameters, is_mixture_of_experts
+from finetune_trainer.s3_transfer import CHUNK_BYTES
+from finetune_trainer.sources.model import CONFIG_PATTERNS, ModelSource, TensorHeaders, resolve_model
+from finetune_trainer.waiting import wait_until_available
+
+TOKENIZER_FILES = tuple(p for p in CONFIG_PATTERNS if p not in ("config.json", "generation_config.json"))
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model as far as prepare knows it."""
+
+    uri: str
+    commit: str | None
+    files: list[FileRecord]
+    tokenizer: Any
+    tokenizer_hash: str
+    renderer: ChatRenderer | None
+    vocabulary: int
+    """Rows of the embedding: token ids must be below it."""
+    parameters: Parameters
+    warnings: list[str]
+
+
+def inspect_model(ctx: StageContext) -> BaseModel:
+    """Fetch configuration and tokenizer, and the shapes out of the weights' headers.
+
+    Raises:
+        StageError: whatever makes the model unusable, and for good; what may be mended is waited for.
+    """
+    spec = ctx.snapshot.spec.model
+    ctx.reporter.report(activity="Downloading")
+    moved = ctx.reporter.transfer("download")
+
+    def fetch() -> tuple[ModelSource, Path, TensorHeaders]:
+        model = resolve_model(ctx)
+        folder = model.fetch(ctx.work_dir / "model-config", weights=False, on_bytes=moved)
+        return model, folder, model.safetensors_headers()
+
+    model, folder, headers = wait_until_available(ctx, fetch)
+    config = check_config(folder, spec.uri)
+    tokenizer = load_tokenizer(folder, spec.trust_remote_code)
+    template = chat_template(tokenizer)
+    renderer = ChatRenderer(tokenizer, template) if template else None
+    if renderer is not None:
+        check_template(renderer)
+    records, tokenizer_hash = _hashes(model, folder, template)
+    warnings = []
+    positions = config.get("max_position_embeddings")
+    limit = ctx.snapshot.spec.training.max_sequence_tokens
+    if isinstance(positions, int) and limit > positions:
+        warnings.append(
+            f"training.maxSequenceTokens {limit:,} is beyond the {positions:,} positions the model was trained for"
+        )
+    if is_mixture_of_experts(headers):
+        warnings.append(
+            "mixture of experts: only layers outside the experts are adapted; the parameter count is an estimate"
+        )
+    return BaseModel(
+        uri=spec.uri,
+        commit=model.commit,
+        files=records,
+        tokenizer=tokenizer,
+        tokenizer_hash=tokenizer_hash,
+        renderer=renderer,
+        vocabulary=_vocabulary(config, headers, spec.uri),
+        parameters=count_parameters(headers, ctx.snapshot.plan.method.lora),
+        warnings=warnings,
+    )
+
+
+def _vocabulary(config: dict[str, Any], headers: TensorHeaders, uri: str) -> int:
+    for name, (_, shape) in headers.items():
+        if (
+            name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"))
+            and len(shape) == 2
+        ):
+            return int(shape[0])
+    if isinstance(config.get("vocab_size"), int):
+        return int(config["vocab_size"])
+    raise StageError(
+        Reason.UNSUPPORTED_MODEL, f"{uri}: neither config.json nor the weights tell the size of the vocabulary"
+    )
+
+
+def _hashes(model: ModelSource, folder: Path, template: str | None) -> tuple[list[FileRecord], str]:
+    """Hashes of the files that were read or that the source knows; and one over tokenizer files and chat template."""
+    records: list[FileRecord] = []
+    weights = set(model.weight_files())
+    tokenizer = hashlib.sha256()
+    for file in model.list_files():
+        sha256 = file.sha256
+        if file.path not in weights:
+            sha256 = _sha256(folder / file.path)
+            if any(Path(file.path).match(pattern) for pattern in TOKENIZER_FILES):
+                tokenizer.update(f"{file.path} {sha256}\n".encode())
+        if sha256 is not None:
+            records.append(FileRecord(path=file.path, size=file.size, sha256=sha256))
+    tokenizer.update(json.dumps(template).encode())
+    return records, tokenizer.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+"""The prepare stage: everything that can fail without a GPU fails here, and what training needs is made ready.
+
+Reads from top to bottom: done before? → may the output be written? → the model's shapes and tokenizer → every row → split →
+upload, the result last.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from finetune_api.failures import Reason
+from finetune_api.results import (
+    PREPARE_RESULT,
+    PREPARED_HELD_OUT,
+    PREPARED_PROMPTS,
+    PREPARED_TRAIN,
+    TRAIN_RESULT,
+    FileRecord,
+    PrepareReport,
+    PrepareResult,
+    TrainResult,
+)
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.prepare.check import check_data
+from finetune_trainer.prepare.finish import Prepared, finish, total_steps
+from finetune_trainer.prepare.model import inspect_model
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.text import plural
+from finetune_trainer.waiting import wait_until_available
+
+R = TypeVar("R", PrepareResult, TrainResult)
+
+log = logging.getLogger(__name__)
+
+PREPARED_FILES = (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS)
+WRITE_TEST = "prepare/.write-test"
+
+
+def run(ctx: StageContext) -> PrepareReport:
+    """Prepare a job.
+
+    Raises:
+        StageError: with the reason; what somebody can mend (a Secret, an endpoint) is waited for instead.
+    """
+    earlier = wait_until_available(ctx, lambda: find_earlier(ctx))
+    if earlier.prepared is not None:
+        log.info("prepared before: %s", plural(earlier.prepared.data.train_rows, "training row"))
+        return report(earlier.prepared, earlier.trained)
+    wait_until_available(ctx, lambda: check_output(ctx))
+
+    model = inspect_model(ctx)
+    log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
+    checked = check_data(ctx, model)
+    ctx.reporter.report(activity="Splitting")
+    prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, ctx.work_dir / "prepared")
+    for warning in (warnings := model.warnings + prepared.warnings):
+        log.warning("%s", warning)
+
+    ctx.reporter.report(activity="Uploading")
+    files = upload(ctx, prepared)
+    result = PrepareResult(
+        snapshot_digest=ctx.snapshot.digest(),
+        data=prepared.data,
+        data_hash=prepared.data_hash,
+        model_commit=model.commit,
+        model_files=model.files,
+        tokenizer_hash=model.tokenizer_hash,
+        trainable_parameters=model.parameters.trainable,
+        total_parameters=model.parameters.total,
+        total_steps=total_steps(ctx.snapshot.spec, prepared.data.train_rows),
+        files=files,
+        warnings=warnings,
+    )
+    wait_until_available(ctx, lambda: ctx.workspace_store().put_model(PREPARE_RESULT, result))
+    checked.spool.unlink(missing_ok=True)
+    log.info(
+        "%s checked: %s train, %s held out",
+        plural(prepared.data.rows, "row"),
+        prepared.data.train_rows,
+        prepared.data.held_out_rows,
+    )
+    return report(result, earlier.trained)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier execution of this very run left in the bucket."""
+
+    prepared: PrepareResult | None
+    trained: bool
+
+
+def find_earlier(ctx: StageContext) -> Earlier:
+    """Results count only if they are of this snapshot, and the prepared files only if they are all there."""
+    store = ctx.workspace_store()
+    digest = ctx.snapshot.digest()
+    prepared = _result(store, PREPARE_RESULT, PrepareResult)
+    if prepared is not None and (
+        prepared.snapshot_digest != digest or not all(_present(store, f) for f in prepared.files)
+    ):
+        prepared = None
+    trained = _result(store, TRAIN_RESULT, TrainResult)
+    return Earlier(prepared, trained is not None and trained.snapshot_digest == digest)
+
+
+def check_output(ctx: StageContext) -> None:
+    """Write where results will be written: found out now, not after hours on a GPU.
+
+    Raises:
+        StageError: BucketNotFound, AccessDenied; StorageUnavailable, SecretMissing.
+    """
+    for store in (ctx.output_store(), ctx.workspace_store()):
+        store.put_bytes(WRITE_TEST, b"")
+        try:
+            store.delete(WRITE_TEST)
+        except StageError as error:
+            if error.reason is not Reason.ACCESS_DENIED:
+                raise
+            log.info("credentials may write, but not delete: %s stays", store.uri(WRITE_TEST))
+
+
+def upload(ctx: StageContext, prepared: Prepared) -> list[FileRecord]:
+    """The prepared files, to the workspace."""
+    total = sum((prepared.folder / name).stat().st_size for name in PREPARED_FILES)
+    moved = ctx.reporter.transfer("upload", total)
+
+    def send(name: str) -> FileRecord:
+        return ctx.workspace_store().upload_file(prepared.folder / name, name, moved)
+
+    return [wait_until_available(ctx, partial(send, name)) for name in PREPARED_FILES]
+
+
+def report(result: PrepareResult, trained: bool) -> PrepareReport:
+    """What the operator is told."""
+    return PrepareReport(
+        data=result.data,
+        data_hash=result.data_hash,
+        model_commit=result.model_commit,
+        trainable_parameters=result.trainable_parameters,
+        total_parameters=result.total_parameters,
+        total_steps=result.total_steps,
+        trained=trained,
+        warnings=result.warnings,
+    )
+
+
+def _result(store: S3Store, key: str, model: type[R]) -> R | None:
+    try:
+        return store.get_model(key, model)
+    except NotFound:
+        return None
+    except ValidationError as error:
+        log.warning("%s is not readable and counts as missing: %s", store.uri(key), error)
+        return None
+
+
+def _present(store: S3Store, record: FileRecord) -> bool:
+    try:
+        return store.head(record.path).size == record.size
+    except NotFound:
+        return False

@@ -1,0 +1,135 @@
+"""Parameter counts from shapes alone, by PEFT's rules for which layers get an adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.failures import Reason
+from finetune_api.snapshot import ResolvedLora
+from finetune_api.spec import LoraBias
+from finetune_trainer.errors import StageError
+from finetune_trainer.sources.model import TensorHeaders
+
+ALL_LINEAR = "all-linear"
+EMBEDDING = re.compile(r"(^|\.)(wte|wpe|[a-z_]*embed[a-z_]*)$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)$")
+BLOCK = re.compile(r"\.\d+\.")
+EXPERT = re.compile(r"\.experts\.\d+\.")
+BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|\.attention\.masked_bias)$")
+CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of parameters; ``targets`` are the full names of the adapted layers."""
+
+    trainable: int
+    total: int
+    targets: list[str]
+
+
+def check_config(folder: Path, uri: str) -> dict[str, Any]:
+    """``config.json``, of a kind that can be fine-tuned.
+
+    Raises:
+        StageError: UnsupportedModel.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architectures = config.get("architectures") or []
+    except FileNotFoundError:
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL, f"{uri} has no config.json: it is not a Hugging Face model folder"
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise StageError(Reason.UNSUPPORTED_MODEL, f"{uri}: config.json is not a JSON object ({error})") from error
+    if architectures and not any(CAUSAL.search(str(a)) for a in architectures):
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"{uri} is a {', '.join(map(str, architectures))}; expected a causal language model (…ForCausalLM)",
+        )
+    if quantization := config.get("quantization_config"):
+        method = (
+            quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown method"
+        )
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"{uri} is quantized already ({method}): name the original model; QLoRA quantizes it itself",
+        )
+    return dict(config)
+
+
+def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
+    """Trainable parameters of LoRA, rank × (in + out) per adapted layer (Hu et al., 2021) and the chosen biases; and all parameters.
+
+    Raises:
+        StageError: UnknownTargetModule, InvalidConfig for output head or embeddings.
+    """
+    tensors = {name: shape for name, (_, shape) in headers.items() if not BUFFER.search(name)}
+    matrices = {
+        name.removesuffix(".weight"): shape
+        for name, shape in tensors.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+    linear = {name: shape for name, shape in matrices.items() if _is_linear(name)}
+    targets = _match(lora.target_modules, linear, matrices)
+    trainable = sum(lora.rank * sum(linear[name]) for name in targets) + _biases(tensors, targets, lora.bias)
+    return Parameters(trainable, sum(math.prod(shape) for shape in tensors.values()), targets)
+
+
+def is_mixture_of_experts(headers: TensorHeaders) -> bool:
+    """Whether experts exist, whose layers transformers fuses so that PEFT's rules do not see them."""
+    return any(EXPERT.search(name) or ".experts." in name for name in headers)
+
+
+def _is_linear(name: str) -> bool:
+    """all-linear means every linear layer but the output head. Expert layers are fused into one parameter at loading."""
+    if EMBEDDING.search(name) or EXPERT.search(name):
+        return False
+    # ``output`` is a head only outside the repeated blocks (BERT-like blocks have layers of that name).
+    return not (HEAD.search(name) and not BLOCK.search(name))
+
+
+def _match(wanted: list[str], linear: Mapping[str, Any], matrices: Mapping[str, Any]) -> list[str]:
+    if wanted == [ALL_LINEAR]:
+        if not linear:
+            raise StageError(
+                Reason.UNSUPPORTED_MODEL, "the model has no linear layers that an adapter could be added to"
+            )
+        return sorted(linear)
+    targets: set[str] = set()
+    for module in wanted:
+        found = [name for name in linear if name == module or name.endswith(f".{module}")]
+        if not found:
+            raise _unknown(module, linear, matrices)
+        targets |= set(found)
+    return sorted(targets)
+
+
+def _unknown(module: str, linear: Mapping[str, Any], matrices: Mapping[str, Any]) -> StageError:
+    choices = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    if any(name == module or name.endswith(f".{module}") for name in matrices):
+        return StageError(
+            Reason.INVALID_CONFIG,
+            f"method.lora.targetModules: {module} is the output head, an embedding or an expert, which cannot be adapted; "
+            f"use some of {choices}, or {ALL_LINEAR}",
+        )
+    return StageError(
+        Reason.UNKNOWN_TARGET_MODULE,
+        f"method.lora.targetModules: {module} does not exist in this model, which has {choices}",
+    )
+
+
+def _biases(tensors: Mapping[str, tuple[int, ...]], targets: list[str], bias: LoraBias) -> int:
+    """peft's ``bias``: none, all, or those of the adapted layers."""
+    if bias is LoraBias.NONE:
+        return 0
+    if bias is LoraBias.ALL:
+        return sum(math.prod(shape) for name, shape in tensors.items() if name.endswith(".bias"))
+    return sum(math.prod(tensors[f"{name}.bias"]) for name in targets if f"{name}.bias" in tensors)

@@ -1,0 +1,59 @@
+"""The held-out split: by prompt, so that no prompt is learned and asked; the same for the same seed and rows."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.failures import Reason
+from finetune_trainer.errors import StageError
+
+_SPACE = re.compile(r"\s+")
+
+
+def fingerprint(text: str) -> int:
+    """64 bits of a text. Two of a million texts collide with a chance of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def group_of(prompt: str) -> int:
+    """The same for prompts that differ in case, white space or Unicode form only."""
+    return fingerprint(_SPACE.sub(" ", unicodedata.normalize("NFKC", prompt)).strip().casefold())
+
+
+def held_out_rows(groups: npt.NDArray[np.uint64], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Per row, whether it is held out: whole groups, about ``fraction`` of the rows, at least one row on each side.
+
+    Groups are taken in an order drawn from the seed as long as they fit. Where none fits, the smallest is taken.
+
+    Raises:
+        StageError: TooFewRows, if there are not two groups.
+    """
+    rows = len(groups)
+    names, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        found = f"{rows:,} usable row{'' if rows == 1 else 's'}" + (" with one and the same prompt" if rows > 1 else "")
+        raise StageError(
+            Reason.TOO_FEW_ROWS,
+            f"{found}: expected at least 2 with different prompts, to train on one and hold out the other",
+        )
+    target = max(1, round(fraction * rows))
+    keys = [hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in names]
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    chosen: list[int] = []
+    held = 0
+    for group in order:
+        if held + counts[group] <= target:
+            chosen.append(group)
+            held += int(counts[group])
+            if held == target:
+                break
+    if not chosen:
+        chosen = [min(order, key=lambda group: int(counts[group]))]
+    mask = np.zeros(len(names), bool)
+    mask[chosen] = True
+    return np.asarray(mask[index], bool)
