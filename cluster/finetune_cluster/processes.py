@@ -3,11 +3,15 @@
 import os
 import select
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_cluster.console import ClusterError
 from finetune_cluster.instance import Instance, Node
+
+
+REAP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ def kill_and_wait(pid: int, seconds: float = 60) -> None:
         pass
     finally:
         os.close(descriptor)
+    # What is left is an entry in the process table, which the host's init removes; some take a moment.
+    reaped = time.monotonic() + REAP_SECONDS
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < reaped:
+        time.sleep(0.01)
 
 
 def resident_mib(pid: int) -> int:

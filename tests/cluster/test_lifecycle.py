@@ -1,0 +1,138 @@
+"""up and down, from and into any state, beside another cluster that keeps running."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from finetune_cluster.api import Api, condition
+from finetune_cluster.down import down
+from finetune_cluster.instance import Instance, load, load_or_create
+from finetune_cluster.network import ensure_bridge
+from finetune_cluster.node import stop
+from finetune_cluster.paths import module_root
+from finetune_cluster.processes import node_inits, programs
+from finetune_cluster.status import cluster_status
+from finetune_cluster.up import NODES, healthy, up
+from tests.cluster.objects import JOBS, container, job
+from tests.cluster.traces import processes_of, traces
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+def start_up(name: str) -> subprocess.Popen[bytes]:
+    """`up` in a process of its own, that can be killed."""
+    command = [sys.executable, "-m", "finetune_cluster", "up", "--name", name, "--gpus-per-node", "1"]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(module_root())}, stderr=subprocess.DEVNULL)
+
+
+def assert_works(instance: Instance, image: str) -> None:
+    assert healthy(instance)
+    with Api(instance.kubeconfig) as api:
+        name = f"works-{time.monotonic_ns()}"
+        api.create(JOBS, job(name, container(image, "get", "https://kubernetes.default.svc", "0"), backoff_limit=0))
+        api.wait(JOBS, name, lambda j: bool(condition(j, "Complete") or condition(j, "Failed")), 60, "job has ended")
+
+
+def test_up_again_changes_nothing_and_takes_two_seconds(cluster: Instance) -> None:
+    before = node_inits(cluster)
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "finetune_cluster", "up", "--name", cluster.name, "--gpus-per-node", "2"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(module_root())}, stderr=subprocess.DEVNULL)
+    assert time.monotonic() - begin < 3
+    assert node_inits(cluster) == before
+
+
+def test_up_repairs_what_died(cluster: Instance, image: str) -> None:
+    [init] = node_inits(cluster).values()
+    for process in programs(init):  # PID 1 starts each again
+        os.kill(process.pid, signal.SIGKILL)
+    assert_works(up(cluster.name, 1, 2), image)
+    stop(cluster, cluster.nodes[0])
+    assert not healthy(cluster)
+    assert_works(up(cluster.name, 1, 2), image)
+
+
+def test_up_works_after_it_was_killed_at_any_moment(cluster: Instance, second: str, image: str) -> None:
+    generator = random.Random(0)
+    for moment in sorted(generator.uniform(0.2, 7) for _ in range(5)):
+        process = start_up(second)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    assert_works(up(second, 1, 1), image)
+    assert healthy(cluster)
+
+
+def test_two_at_once_do_not_disturb_each_other(second: str, image: str) -> None:
+    processes = [start_up(second), start_up(second)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    instance = load(second)
+    assert instance
+    assert_works(instance, image)
+
+
+def test_down_leaves_nothing_behind(cluster: Instance, second: str, image: str) -> None:
+    before = traces(cluster)
+    instance = up(second, 2, 1)
+    assert_works(instance, image)
+    during = traces(cluster)
+    assert processes_of(instance)
+    assert all(during[kind] - before[kind] for kind in ("devices and addresses", "routes", "cgroups")), (
+        "the test sees what there is"
+    )
+    down(second)
+    after = traces(cluster)
+    assert {kind: after[kind] - before[kind] for kind in before} == {kind: set() for kind in before}
+    assert {kind: before[kind] - after[kind] for kind in before} == {kind: set() for kind in before}
+    assert processes_of(instance) == set()
+    assert not instance.state.exists()
+    assert healthy(cluster)
+
+
+@pytest.mark.parametrize("moment", [0.3, 1.2, 2.5])
+def test_down_leaves_nothing_of_a_half_built_cluster(cluster: Instance, second: str, moment: float) -> None:
+    before = traces(cluster)
+    process = start_up(second)
+    try:
+        process.wait(moment)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    instance = load(second)
+    down(second)
+    after = traces(cluster)
+    assert {kind: after[kind] - before[kind] for kind in before} == {kind: set() for kind in before}
+    assert instance is None or processes_of(instance) == set()
+
+
+def test_down_of_a_cluster_that_is_not_there_is_fine(second: str) -> None:
+    assert not down(second)
+    ensure_bridge(load_or_create(second))
+    assert down(second)
+
+
+def test_a_lost_node_becomes_not_ready_and_comes_back(second: str, image: str) -> None:
+    instance = up(second, 2, 1)
+    lost = instance.nodes[1]
+    with Api(instance.kubeconfig) as api:
+        stop(instance, lost)
+        gone = api.wait(NODES, lost.name, lambda n: condition(n, "Ready") != "True", 90, "the lost node is not Ready")
+        assert condition(gone, "Ready") == "Unknown"
+        assert not cluster_status(instance).healthy
+        assert_works(up(second, 2, 1), image)
+        assert condition(api.get(f"{NODES}/{lost.name}"), "Ready") == "True"
+
+
+def test_a_node_can_be_added_and_gpus_changed_while_pods_run(second: str) -> None:
+    one = up(second, 1, 1)
+    before = node_inits(one)
+    two = up(second, 2, 3)
+    assert node_inits(two).items() > before.items(), "the first node was not restarted"
+    assert [node.gpus for node in cluster_status(two).nodes] == ["3", "3"]
