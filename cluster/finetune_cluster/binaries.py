@@ -91,7 +91,16 @@ def _built(key: str, packages: list[str], what: str) -> Path:
         with locked(cache_root() / "bin" / ".lock", "the build of binaries"), _fresh(folder) as temporary:
             if temporary:
                 with step(what):
-                    command = [*NICE, _go(), "build", "-trimpath", f"-ldflags={_ldflags()}", "-o", f"{temporary}/"]
+                    command = [
+                        *NICE,
+                        _go(),
+                        "build",
+                        "-trimpath",
+                        "-buildvcs=false",
+                        f"-ldflags={_ldflags()}",
+                        "-o",
+                        f"{temporary}/",
+                    ]
                     run(
                         [*command, *(f"./{package}" for package in packages)],
                         cwd=module_root(),

@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import IO, Any
 
 from finetune_cluster.archive import MANIFEST, descriptor
 from finetune_cluster.console import ClusterError, run
+from finetune_cluster.locks import locked
 from finetune_cluster.paths import cache_root
 
 CHUNK = 1 << 20
@@ -88,6 +90,13 @@ def find_image(tag: str) -> StoredImage | None:
         if any(name in (tag, f"localhost/{tag}") for name in image.get("names") or []):
             return _read_image(tag, image)
     return None
+
+
+def delete_store() -> None:
+    """Delete all images."""
+    with locked(images_root() / ".lock", "the image store"):
+        for name in ("store", "run", "tmp"):
+            shutil.rmtree(images_root() / name, ignore_errors=True)
 
 
 def tags() -> list[str]:

@@ -27,7 +27,7 @@ def remove(instance: Instance, seconds: float = 20) -> None:
         while folder.exists():
             for path, _, _ in os.walk(folder, topdown=False):
                 with contextlib.suppress(OSError):
-                    os.rmdir(path)
+                    Path(path).rmdir()
             if folder.exists():
                 if time.monotonic() > end:
                     raise ClusterError(

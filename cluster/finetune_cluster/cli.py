@@ -24,7 +24,9 @@ DEFAULT = "finetune"
 def up(
     name: Name = DEFAULT,
     nodes: Annotated[int, typer.Option(help="How many nodes at least.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="Pretended nvidia.com/gpu a node.")] = 2,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="Pretended nvidia.com/gpu a node. Default: as it is, at first 2.")
+    ] = None,
     gpu_product: Annotated[str, typer.Option(help="Label nvidia.com/gpu.product of nodes with GPUs.")] = "Pretend",
     memory_per_node: Annotated[
         str | None, typer.Option(help="What pods may request on a node, for example 8Gi. Default: all.")
@@ -102,6 +104,14 @@ def images() -> None:
     from finetune_cluster.images import tags
 
     print("\n".join(tags()))
+
+
+@app.command()
+def prune() -> None:
+    """Delete the store of built images. Nodes keep what was loaded; the next build starts anew."""
+    from finetune_cluster.buildstore import delete_store
+
+    delete_store()
 
 
 @app.command()

@@ -59,7 +59,8 @@ def import_stream(init: int, write: Callable[[IO[bytes]], None]) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    assert process.stdin and process.stderr
+    assert process.stdin
+    assert process.stderr
     broken = False
     try:
         write(process.stdin)

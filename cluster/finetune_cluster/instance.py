@@ -15,6 +15,7 @@ MAX_NODES = 16
 DNS_ADDRESS = "169.254.20.10"  # link-local, on lo of every node
 DOMAIN = "cluster.local"
 API_PORT = 6443
+DEFAULT_GPUS = 2
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,14 @@ class Instance:
         """Address of the service ``kubernetes``."""
         return f"10.98.{self.index}.1"
 
-    def with_nodes(self, count: int, gpus: int, memory_mib: int | None) -> "Instance":
-        """The same cluster with at least ``count`` nodes, all with these GPUs and this memory."""
+    def with_nodes(self, count: int, gpus: int | None, memory_mib: int | None) -> "Instance":
+        """The same cluster with at least ``count`` nodes, all with these GPUs and this memory; None leaves them as they are."""
         if not 1 <= count <= MAX_NODES:
             raise ClusterError(f"{count} nodes asked for; a cluster has between 1 and {MAX_NODES}.")
         total = max(count, len(self.nodes))
+        first = self.nodes[0] if self.nodes else Node(self.name, 1, DEFAULT_GPUS)
+        gpus = first.gpus if gpus is None else gpus
+        memory_mib = first.memory_mib if memory_mib is None else memory_mib
         nodes = [Node(f"{self.name}-{ordinal}", ordinal, gpus, memory_mib) for ordinal in range(1, total + 1)]
         return replace(self, nodes=tuple(nodes))
 

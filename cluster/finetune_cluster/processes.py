@@ -10,7 +10,6 @@ from pathlib import Path
 from finetune_cluster.console import ClusterError
 from finetune_cluster.instance import Instance, Node
 
-
 REAP_SECONDS = 5.0
 
 

@@ -27,6 +27,7 @@ from finetune_cluster.steps import After, Call, Evicted, Pod, Running, Script, S
 GPU = "nvidia.com/gpu"
 ADDRESS = "127.0.0.1"
 LEASE_SECONDS = 10
+TRIES = 600  # a minute, when the server is away
 MERGE_PATCH = {"Content-Type": "application/merge-patch+json"}
 log = logging.getLogger(__name__)
 
@@ -294,20 +295,22 @@ class ScriptedKubelet:
         exists_ok: bool = False,
     ) -> dict[str, Any]:
         kind = headers if method == "PATCH" else {"Content-Type": "application/json"}
-        while True:
+        for _ in range(TRIES):
             try:
                 data = json.dumps(body) if body is not None else None
                 async with self._session.request(method, path, data=data, params=params, headers=kind) as response:
                     if (missing_ok and response.status in (404, 409)) or (exists_ok and response.status == 409):
                         return {}
-                    if response.status in (429, 500, 503, 504):
-                        raise aiohttp.ClientError(response.reason)
-                    if response.status >= 400:
+                    busy = response.status in (429, 500, 503, 504)
+                    if response.status >= 400 and not busy:
                         raise ScriptError(f"{method} {path}: {response.status} {await response.text()}")
-                    result: dict[str, Any] = await response.json()
-                    return result
-            except (aiohttp.ClientError, TimeoutError):
-                await asyncio.sleep(0.1)  # the API server is restarting or busy
+                    if not busy:
+                        result: dict[str, Any] = await response.json()
+                        return result
+            except (aiohttp.ClientError, TimeoutError) as error:
+                log.info("%s %s: trying again after %r", method, path, error)
+            await asyncio.sleep(0.1)  # the API server is restarting or busy
+        raise ScriptError(f"{method} {path}: no answer after {TRIES} tries")
 
 
 class ScriptError(Exception):

@@ -23,9 +23,16 @@ NODES = "/api/v1/nodes"
 
 
 def up(
-    name: str, nodes: int, gpus_per_node: int, memory_mib: int | None = None, gpu_product: str | None = None
+    name: str,
+    nodes: int = 1,
+    gpus_per_node: int | None = None,
+    memory_mib: int | None = None,
+    gpu_product: str | None = None,
 ) -> Instance:
-    """A healthy cluster of that name with at least so many nodes. Repairs what is broken, adds what is missing."""
+    """A healthy cluster of that name with at least so many nodes. Repairs what is broken, adds what is missing, and leaves the rest.
+
+    None keeps what the cluster has; a new one gets 2 GPUs a node and all memory. Running nodes keep their memory until they restart.
+    """
     if os.geteuid() != 0:
         raise ClusterError(
             "Nodes are namespaces with network devices of their own, which only root can make: run as root."

@@ -79,16 +79,16 @@ def test_two_at_once_do_not_disturb_each_other(second: str, image: str) -> None:
 
 
 def test_down_leaves_nothing_behind(cluster: Instance, second: str, image: str) -> None:
-    before = traces(cluster)
+    before = traces(second)
     instance = up(second, 2, 1)
     assert_works(instance, image)
-    during = traces(cluster)
+    during = traces(second)
     assert processes_of(instance)
     assert all(during[kind] - before[kind] for kind in ("devices and addresses", "routes", "cgroups")), (
         "the test sees what there is"
     )
     down(second)
-    after = traces(cluster)
+    after = traces(second)
     assert {kind: after[kind] - before[kind] for kind in before} == {kind: set() for kind in before}
     assert {kind: before[kind] - after[kind] for kind in before} == {kind: set() for kind in before}
     assert processes_of(instance) == set()
@@ -98,7 +98,7 @@ def test_down_leaves_nothing_behind(cluster: Instance, second: str, image: str) 
 
 @pytest.mark.parametrize("moment", [0.3, 1.2, 2.5])
 def test_down_leaves_nothing_of_a_half_built_cluster(cluster: Instance, second: str, moment: float) -> None:
-    before = traces(cluster)
+    before = traces(second)
     process = start_up(second)
     try:
         process.wait(moment)
@@ -107,7 +107,7 @@ def test_down_leaves_nothing_of_a_half_built_cluster(cluster: Instance, second: 
         process.wait()
     instance = load(second)
     down(second)
-    after = traces(cluster)
+    after = traces(second)
     assert {kind: after[kind] - before[kind] for kind in before} == {kind: set() for kind in before}
     assert instance is None or processes_of(instance) == set()
 

@@ -189,5 +189,5 @@ def test_a_burst_of_jobs_is_played_in_seconds(light: LightCluster, api: Api) -> 
             if not left:
                 break
         assert not left
-        print(f"{count} jobs in {time.monotonic() - begin:.1f} s")
+        assert time.monotonic() - begin < 30
         assert kubelet.errors == []

@@ -2,31 +2,28 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
+from finetune_cluster.buildstore import images_root
 from finetune_cluster.cgroups import ROOT
 from finetune_cluster.instance import Instance
 
 FOLDERS = ("/etc", "/run", "/run/netns", "/var/lib", "/var/log", "/var/lib/cni", "/etc/cni", "/opt")
 
 
-def traces(ignore: Instance | None = None) -> dict[str, set[str]]:
-    """Everything there is now, by kind. ``ignore`` is a cluster that goes on running meanwhile, whose pods come and go."""
-    other = ignore.cgroup_parent if ignore else "\0"
+def traces(name: str) -> dict[str, set[str]]:
+    """Everything there is now, by kind, apart from the pods of other clusters than ``name`` and from builds, which come and go meanwhile."""
+    others = re.compile(rf"/finetune-cluster-(?!{name}(/|$))|/process_api")
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     return {
-        "mounts": {
-            line.split(" ", 4)[4].split(" ")[0] for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        },
+        "mounts": {point for point in points if not point.startswith(str(images_root()))},
         "devices and addresses": set(_addresses()),
         "routes": set(_output("ip", "route", "show", "table", "all").splitlines()),
         "firewall rules": set(_output("nft", "list", "ruleset").splitlines()),
         "network namespaces": set(_output("ip", "netns", "list").splitlines()),
-        "cgroups": {
-            folder
-            for folder, _, _ in os.walk(ROOT)
-            if f"/{other}/" not in f"{folder}/" and "/process_api" not in folder
-        },
+        "cgroups": {folder for folder, _, _ in os.walk(ROOT) if not others.search(folder)},
         "hosts entries": set(Path("/etc/hosts").read_text().splitlines()),
         "files": {str(entry) for folder in FOLDERS if Path(folder).is_dir() for entry in Path(folder).iterdir()},
     }
