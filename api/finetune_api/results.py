@@ -158,12 +158,12 @@ class QuantizedModule(ApiModel):
 
     name: str
     sha256: Sha256
-    weight_sha256: Sha256 | None = None
-    """SHA-256 of the packed bytes alone."""
     offset: float | None = None
     """What double quantization took off the constants: their mean, whose last bits differ between CPU and GPU."""
-    constants_mean: float | None = None
-    """Mean of the constants as used, float64: tells rounding from another weight where ``sha256`` differs."""
+    constants_mean: float
+    """Mean of the block constants as used."""
+    codes_mean: float
+    """Mean of the 4-bit codes (0 to 15). The two means tell another device's rounding from another weight where ``sha256`` differs."""
 
 
 class TrainResult(ApiModel):
@@ -194,7 +194,10 @@ class MergeCheck(ApiModel):
 
     held_out_loss_adapter: float
     held_out_loss_merged: float
+    held_out_loss_trained: float | None = None
+    """What the train stage measured on the same rows; absent where the merge is into other weights than it used."""
     relative_difference: float
+    """Merged against base + adapter."""
     tolerance: float
     rows: int
 
@@ -217,6 +220,7 @@ class Manifest(ApiModel):
     data: DataSummary
     versions: dict[str, str]
     attempts: list[dict[str, object]]
+    warnings: list[str] = []
     created_at: str
     files: list[FileRecord]
 
@@ -253,3 +257,4 @@ class PublishReport(ApiModel):
     adapter_bytes: int
     merged_bytes: int | None = None
     files: int
+    warnings: list[str] = []

@@ -29,23 +29,20 @@ def describe(name: str, packed: torch.Tensor, state: Any) -> QuantizedModule:
         packed: uint8, two 4-bit values a byte.
         state: bitsandbytes' QuantState.
     """
-    weight = _bytes(packed)
-    digest = hashlib.sha256(weight)
-    for tensor in (
-        state.absmax,
-        state.code,
-        state.offset,
-        *((state.state2.absmax, state.state2.code) if state.nested else ()),
-    ):
-        if tensor is not None:
-            digest.update(_bytes(tensor))
+    digest = hashlib.sha256(_bytes(packed))
+    nested = (state.offset, state.state2.absmax, state.state2.code) if state.nested else ()
+    for tensor in (state.absmax, state.code, *nested):
+        digest.update(_bytes(tensor))
     digest.update(f"{state.quant_type} {state.blocksize} {tuple(state.shape)} {state.dtype}".encode())
+    codes = packed.detach().reshape(-1).view(torch.uint8)
+    # In parts: the sum of a large weight's codes would pass what float32 holds exactly, and a float64 copy is 16 times its size.
+    total = sum(int((part >> 4).sum()) + int((part & 15).sum()) for part in codes.split(1 << 24))
     return QuantizedModule(
         name=name,
         sha256=digest.hexdigest(),
-        weight_sha256=hashlib.sha256(weight).hexdigest(),
         offset=float(state.offset) if state.nested else None,
         constants_mean=float(constants(state).double().mean()),
+        codes_mean=total / (2 * codes.numel()),
     )
 
 

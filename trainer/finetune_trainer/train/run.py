@@ -24,7 +24,8 @@ from finetune_trainer.waiting import wait_until_available
 log = logging.getLogger(__name__)
 
 CHECK_ROWS = 32
-"""Held-out rows on which publish compares its own measurement with this stage's."""
+CHECK_TOKENS = 8192
+"""Publish compares its own measurement with this stage's on the first held-out rows, at most so many of them and their tokens."""
 
 
 def run(ctx: StageContext) -> TrainReport:
@@ -123,7 +124,7 @@ def run(ctx: StageContext) -> TrainReport:
         for p, b, t in zip(prepared.prompts, answers_base, answers_tuned, strict=True)
     ]
 
-    check_rows = min(CHECK_ROWS, len(held_out))
+    check_rows = rows_to_check([held_out.length(i) for i in range(len(held_out))])
     result = TrainResult(
         snapshot_digest=snapshot.digest(),
         execution_id=ctx.execution_id,
@@ -178,6 +179,14 @@ def upload_reports(
         ctx, lambda: output.put_bytes(ANSWERS_FILE, data), limit_seconds=inputs.GPU_PATIENCE_SECONDS
     )
     return [save.upload_metrics(ctx, metrics, output), record]
+
+
+def rows_to_check(lengths: list[int]) -> int:
+    """How many of the first rows fit one batch of CHECK_TOKENS, padding included; at least one."""
+    count = 0
+    while count < min(CHECK_ROWS, len(lengths)) and max(lengths[: count + 1]) * (count + 1) <= CHECK_TOKENS:
+        count += 1
+    return max(1, count)
 
 
 def report_step(ctx: StageContext, entry: dict[str, float]) -> None:

@@ -1,0 +1,91 @@
+"""A LoRA adapter as a file, read without peft: this is the second opinion on what the adapter does."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from finetune_api.failures import Reason
+from finetune_trainer.errors import StageError
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+UNKNOWN_SETTINGS = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
+)  # fmt: skip
+"""Settings that change what the tensors mean. The operator sets none of them; a file that has one is refused, not misread."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One module's update, ΔW = scaling · B · A, both float32: A (rank, inputs), B (outputs, rank)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates by module name, and base tensors that the adapter replaces (trained biases), by tensor name."""
+
+    folder: Path
+    scaling: float
+    modules: frozenset[str]
+    replaced: frozenset[str]
+    keys: dict[str, str]
+    """Tensor names of the base's vocabulary to the file's keys."""
+
+    def lora(self, module: str) -> Lora:
+        """The update of a module."""
+        return Lora(self._read(f"{module}.lora_A.weight"), self._read(f"{module}.lora_B.weight"), self.scaling)
+
+    def replacement(self, tensor: str) -> torch.Tensor:
+        """The trained values of a base tensor."""
+        return self._read(tensor)
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self.folder / WEIGHTS, "pt") as file:
+            return file.get_tensor(self.keys[name]).float()  # type: ignore[no-any-return]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read the configuration and the names.
+
+    Raises:
+        StageError: VerificationFailed, if the adapter is not a plain LoRA adapter.
+    """
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    if config.get("peft_type") != "LORA":
+        raise StageError(
+            Reason.VERIFICATION_FAILED, f"the adapter's peft_type is {config.get('peft_type')!r}, not LORA."
+        )
+    strange = [name for name in UNKNOWN_SETTINGS if config.get(name)]
+    if strange:
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the adapter's configuration sets {', '.join(strange)}, which cannot be merged.",
+        )
+    rank, alpha = config["r"], config["lora_alpha"]
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = {k: k.removeprefix(PREFIX).replace(".base_layer.", ".") for k in file.keys()}  # noqa: SIM118 - not a dict
+        ranks = {file.get_slice(k).get_shape()[0] for k in names if k.endswith(".lora_A.weight")}
+    keys = {name: key for key, name in names.items()}
+    modules = {n.removesuffix(".lora_A.weight") for n in keys if n.endswith(".lora_A.weight")}
+    halves = {n.removesuffix(".lora_B.weight") for n in keys if n.endswith(".lora_B.weight")}
+    if not modules or modules != halves or ranks != {rank}:
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the adapter is not whole: {len(modules)} lora_A and {len(halves)} lora_B tensors, ranks {sorted(ranks)}, "
+            f"configured rank {rank}.",
+        )
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Adapter(folder, scaling, frozenset(modules), frozenset(n for n in keys if ".lora_" not in n), keys)

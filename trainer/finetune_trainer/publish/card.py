@@ -1,0 +1,54 @@
+"""The model card: what a person needs who finds the adapter without having seen the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from finetune_api.results import MergeCheck, PrepareResult, TrainResult
+from finetune_api.snapshot import Snapshot
+from finetune_api.uris import HubLocation, parse_uri
+from finetune_trainer.s3 import S3Store
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+
+
+def model_card(
+    snapshot: Snapshot,
+    prepared: PrepareResult,
+    trained: TrainResult,
+    output: S3Store,
+    merge_check: MergeCheck | None,
+    *,
+    merged: bool,
+) -> str:
+    """README.md of ``adapter/``, or of ``merged/``."""
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - Markdown
+    )
+    location = parse_uri(snapshot.spec.model.uri)
+    return environment.from_string(TEMPLATE.read_text()).render(
+        base_uri=snapshot.spec.model.uri,
+        base_id=location.repo_id if isinstance(location, HubLocation) else None,
+        commit=prepared.model_commit,
+        job=snapshot.job,
+        method=snapshot.plan.method,
+        plan=snapshot.plan,
+        training=snapshot.spec.training,
+        output=snapshot.spec.output,
+        sources=[s.uri for s in snapshot.spec.data.train],
+        data=prepared.data,
+        data_hash=prepared.data_hash,
+        metrics=trained.metrics,
+        verification=trained.verification,
+        trained=trained,
+        merge_check=merge_check,
+        merged=merged,
+        adapter_uri=output.uri("adapter"),
+        merged_uri=output.uri("merged"),
+    )

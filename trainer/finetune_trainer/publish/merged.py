@@ -1,0 +1,108 @@
+"""The merged model: fetch the base, merge, check, upload. The only part of publish that needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from finetune_api.failures import Reason
+from finetune_api.results import MERGED_DIR, PREPARED_HELD_OUT, FileRecord, MergeCheck, PrepareResult, TrainResult
+from finetune_api.spec import MergedBase
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.publish.adapter import read_adapter
+from finetune_trainer.publish.check import lost_in_rounding, merge_check
+from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
+from finetune_trainer.publish.nf4 import RoundTrip
+from finetune_trainer.publish.safetensors_stream import Checkpoint
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.train.device import usable_cpus
+from finetune_trainer.train.evaluate import pad_token_id
+from finetune_trainer.train.inputs import fetch_base, must_equal
+from finetune_trainer.train.rows import Rows, read_rows
+from finetune_trainer.waiting import wait_until_available
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """The merged folder, here, checked."""
+
+    folder: Path
+    check: MergeCheck
+    warnings: list[str]
+
+
+def make_merged(
+    ctx: StageContext, workspace: S3Store, adapter_folder: Path, prepared: PrepareResult, trained: TrainResult
+) -> MergedModel:
+    """Merge the adapter into the same base files that were trained on.
+
+    Raises:
+        StageError: VerificationFailed, UnsupportedModel, and what the model's source raises.
+    """
+    torch.set_num_threads(usable_cpus())
+    snapshot, spec = ctx.snapshot, ctx.snapshot.spec
+    ctx.reporter.report(activity="Downloading")
+    base_files = fetch_base(ctx, prepared.model_commit, trained.base_files, limit_seconds=None)
+    rows = fetch_held_out(ctx, workspace, prepared)
+
+    ctx.reporter.report(activity="Merging")
+    quantization = snapshot.plan.method.quantization
+    round_trip = None
+    if quantization is not None and spec.output.merged.base is MergedBase.QUANTIZED:
+        round_trip = RoundTrip(quantization, trained.quantized_modules, getattr(torch, trained.base_dtype))
+    checkpoint = Checkpoint(base_files.folder)
+    base = BaseWeights(checkpoint, round_trip)
+    adapter = read_adapter(adapter_folder)
+    dtype: torch.dtype = getattr(torch, spec.output.merged.dtype.value)
+    folder = ctx.work_dir / MERGED_DIR
+    total = sum(t.elements for t in checkpoint.tensors.values()) * dtype.itemsize
+    merge(base, adapter, dtype, folder, ctx.reporter.transfer("merge", total))
+    write_companions(base_files.folder, [f.path for f in base_files.files], adapter_folder, dtype, folder)
+
+    ctx.reporter.report(activity="Verifying")
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=spec.model.trust_remote_code, local_files_only=True
+    )
+    check = merge_check(
+        base, adapter, folder, base_files.folder, rows, pad_token_id(tokenizer), trained,
+        same_base=quantization is None or round_trip is not None, trust_remote_code=spec.model.trust_remote_code,
+    )  # fmt: skip
+    warnings = lost_in_rounding(check, trained.metrics, spec.output.merged.dtype.value)
+    return MergedModel(folder, check, quantization_warnings(round_trip) + warnings)
+
+
+def quantization_warnings(round_trip: RoundTrip | None) -> list[str]:
+    """What a reader of the manifest should know about the 4-bit round trip."""
+    if round_trip is None or not round_trip.inexact:
+        return []
+    return [
+        f"{len(round_trip.inexact)} of {len(round_trip.modules)} weights quantize on this CPU to 4-bit values that differ in "
+        f"rounding from those of training (such as {min(round_trip.inexact)})."
+    ]
+
+
+def fetch_held_out(ctx: StageContext, workspace: S3Store, prepared: PrepareResult) -> Rows:
+    """The held-out rows, checked against the prepare stage's record."""
+    path = ctx.work_dir / PREPARED_HELD_OUT
+    try:
+        found = wait_until_available(ctx, lambda: workspace.download_file(PREPARED_HELD_OUT, path))
+    except NotFound as error:
+        raise StageError(Reason.VERIFICATION_FAILED, f"{workspace.uri(PREPARED_HELD_OUT)} has disappeared.") from error
+    must_equal(found, next(f for f in prepared.files if f.path == PREPARED_HELD_OUT), workspace.uri(PREPARED_HELD_OUT))
+    return read_rows(path)
+
+
+def upload_merged(ctx: StageContext, folder: Path, output: S3Store) -> list[FileRecord]:
+    """Replace what an earlier execution may have left below ``merged/``."""
+    ctx.reporter.report(activity="Uploading")
+    total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+    def upload() -> list[FileRecord]:
+        output.delete_prefix(MERGED_DIR)
+        return output.upload_dir(folder, MERGED_DIR, ctx.reporter.transfer("upload", total))
+
+    return wait_until_available(ctx, upload)

@@ -1,0 +1,89 @@
+"""The 4-bit round trip: base weights as training saw them, proven by the records that training left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
+
+from finetune_api.failures import Reason
+from finetune_api.results import QuantizedModule
+from finetune_api.spec import Quantization
+from finetune_trainer.errors import StageError
+from finetune_trainer.train.quantized import describe
+
+BLOCK_WEIGHTS = 64
+BLOCK_CONSTANTS = 256
+CODES_TOLERANCE = 1e-3
+"""Largest difference of the mean 4-bit code. Another weight of n elements differs by about 4.6/√n, a rounding tie by 1/n."""
+CONSTANTS_TOLERANCE = 1e-3
+"""Largest relative difference of the mean block constant."""
+
+
+class RoundTrip:
+    """Quantizes and dequantizes exactly the modules that training held in 4 bit, and checks each against its record.
+
+    A record's SHA-256 covers the packed weights and all constants. Where it matches, the weights are training's, bit for
+    bit; that is the rule when both stages ran on CPUs. A GPU's kernels may break a tie the other way (they multiply by the
+    reciprocal where the CPU divides), so a mismatch is accepted with a warning if the mean code and the mean constant
+    agree as closely as only the same weights do. What it means for the model is then for the merge check to say.
+    """
+
+    def __init__(self, quantization: Quantization, records: list[QuantizedModule], dtype: torch.dtype) -> None:
+        self._type = quantization.type.value.lower()
+        self._dtype = dtype
+        self._records = {r.name: r for r in records}
+        self.inexact: set[str] = set()
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The modules that were quantized."""
+        return frozenset(self._records)
+
+    def __call__(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` after the round trip, in the type that training loaded it in.
+
+        Raises:
+            StageError: VerificationFailed, if training used another weight.
+        """
+        record = self._records[module]
+        packed, state = quantize_4bit(
+            weight.to(self._dtype).contiguous(),
+            blocksize=BLOCK_WEIGHTS,
+            compress_statistics=False,
+            quant_type=self._type,
+        )
+        if record.offset is not None:
+            state = double_quantized(state, record.offset)
+        found = describe(module, packed, state)
+        if found.sha256 != record.sha256:
+            self._judge(found, record)
+        return dequantize_4bit(packed, state)  # type: ignore[no-any-return]
+
+    def _judge(self, found: QuantizedModule, record: QuantizedModule) -> None:
+        codes = abs(found.codes_mean - record.codes_mean)
+        constants = abs(found.constants_mean - record.constants_mean) / max(abs(record.constants_mean), 1e-12)
+        if codes > CODES_TOLERANCE or constants > CONSTANTS_TOLERANCE:
+            raise StageError(
+                Reason.VERIFICATION_FAILED,
+                f"{record.name} quantizes to other values than in training: mean code {found.codes_mean:.4f} instead of "
+                f"{record.codes_mean:.4f}, mean constant {found.constants_mean:.3g} instead of {record.constants_mean:.3g}.",
+            )
+        self.inexact.add(record.name)
+
+
+def double_quantized(state: Any, offset: float) -> Any:
+    """Quantize the constants with a given offset, otherwise as bitsandbytes' ``compress_statistics`` does."""
+    mean = torch.tensor(offset, dtype=torch.float32)
+    absmax, state2 = quantize_blockwise(state.absmax - mean, blocksize=BLOCK_CONSTANTS)
+    return QuantState(
+        absmax=absmax,
+        shape=state.shape,
+        dtype=state.dtype,
+        blocksize=state.blocksize,
+        code=state.code,
+        quant_type=state.quant_type,
+        offset=mean,
+        state2=state2,
+    )

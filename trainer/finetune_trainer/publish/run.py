@@ -1,0 +1,134 @@
+"""The publish stage, top to bottom: check, merge, describe, write the manifest, clean up. Without a merge it never imports torch."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from finetune_api.results import (
+    ADAPTER_DIR,
+    MANIFEST,
+    MERGED_DIR,
+    PREPARE_RESULT,
+    FileRecord,
+    Manifest,
+    PrepareResult,
+    PublishReport,
+    TrainResult,
+)
+from finetune_api.spec import Retention
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.publish.card import model_card
+from finetune_trainer.publish.whole import fetch_published, read_train_result
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.waiting import wait_until_available
+
+log = logging.getLogger(__name__)
+
+
+def run(ctx: StageContext) -> PublishReport:
+    """Publish what was trained. ``manifest.json`` is written last: no manifest, no result.
+
+    Raises:
+        StageError: VerificationFailed, UnsupportedModel, and what stores raise.
+    """
+    output, workspace = ctx.output_store(), ctx.workspace_store()
+    done = wait_until_available(ctx, lambda: finished_manifest(ctx, output))
+    if done is not None:
+        log.info("this snapshot is published already: nothing to do")
+        clean_up(ctx, workspace)
+        return report(done)
+
+    # Check.
+    ctx.reporter.report(activity="Checking")
+    trained = read_train_result(ctx, workspace)
+    prepared = wait_until_available(ctx, lambda: workspace.get_model(PREPARE_RESULT, PrepareResult))
+    adapter_folder = fetch_published(ctx, output, trained)
+
+    # Merge.
+    files: list[FileRecord] = [*trained.adapter_files, *trained.report_files]
+    warnings: list[str] = list(prepared.warnings)
+    check = None
+    if ctx.snapshot.spec.output.merged.enabled:
+        from finetune_trainer.publish import merged
+
+        model = merged.make_merged(ctx, workspace, adapter_folder, prepared, trained)
+        check = model.check
+        warnings += model.warnings
+        (model.folder / "README.md").write_text(
+            model_card(ctx.snapshot, prepared, trained, output, check, merged=True), encoding="utf-8"
+        )
+        files += merged.upload_merged(ctx, model.folder, output)
+
+    # Describe.
+    card = model_card(ctx.snapshot, prepared, trained, output, check, merged=False).encode()
+    files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
+    manifest = make_manifest(ctx, prepared, trained, files, warnings).model_copy(update={"merge_check": check})
+    wait_until_available(ctx, lambda: output.put_model(MANIFEST, manifest))
+    clean_up(ctx, workspace)
+    return report(manifest)
+
+
+def finished_manifest(ctx: StageContext, output: S3Store) -> Manifest | None:
+    """The manifest of an earlier execution of this snapshot, if its files are all there."""
+    try:
+        manifest = output.get_model(MANIFEST, Manifest)
+        if manifest.snapshot_digest != ctx.snapshot.digest():
+            return None
+        whole = all(output.head(f.path).size == f.size for f in manifest.files)
+    except (NotFound, ValidationError):
+        return None
+    return manifest if whole else None
+
+
+def make_manifest(
+    ctx: StageContext, prepared: PrepareResult, trained: TrainResult, files: list[FileRecord], warnings: list[str]
+) -> Manifest:
+    """Everything by which a result can be checked, compared and repeated."""
+    snapshot = ctx.snapshot
+    model = snapshot.spec.model
+    return Manifest(
+        job={"name": snapshot.job.name, "namespace": snapshot.job.namespace, "uid": snapshot.job.uid},
+        base_model={"uri": model.uri, "revision": model.revision, "commit": prepared.model_commit},
+        data_hash=prepared.data_hash,
+        snapshot_digest=snapshot.digest(),
+        config=snapshot.to_json_dict(),
+        metrics=trained.metrics,
+        verification=trained.verification,
+        data=prepared.data,
+        versions=trained.versions,
+        attempts=[
+            {"stage": "train", "executionId": trained.execution_id},
+            {"stage": "publish", "executionId": ctx.execution_id},
+        ],
+        warnings=warnings,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=sorted(files, key=lambda f: f.path),
+    )
+
+
+def clean_up(ctx: StageContext, workspace: S3Store) -> None:
+    """Delete the workspace, a copy of possibly private rows, unless it is to be kept. The result stands already, so this only warns."""
+    if ctx.snapshot.spec.output.workspace.retention is Retention.KEEP:
+        return
+    try:
+        workspace.delete_prefix("")
+    except (StageError, NotFound) as error:
+        log.warning("the workspace %s could not be deleted: %s", workspace.uri(), error)
+
+
+def report(manifest: Manifest) -> PublishReport:
+    """What the operator needs of a manifest."""
+    merged_bytes = sum(f.size for f in manifest.files if f.path.startswith(f"{MERGED_DIR}/"))
+    return PublishReport(
+        metrics=manifest.metrics,
+        verification=manifest.verification,
+        merge_check=manifest.merge_check,
+        adapter_bytes=sum(f.size for f in manifest.files if f.path.startswith(f"{ADAPTER_DIR}/")),
+        merged_bytes=merged_bytes or None,
+        files=len(manifest.files),
+        warnings=manifest.warnings,
+    )

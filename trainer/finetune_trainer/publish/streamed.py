@@ -1,0 +1,142 @@
+"""A forward pass with one layer's weights in memory at a time, so that a 70B is checked in the memory of a layer.
+
+The model is transformers' own code, built without weights; hooks put a module's weights in just before it runs and take
+them out just after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune_api.failures import Reason
+from finetune_trainer.errors import StageError
+from finetune_trainer.publish.adapter import Adapter
+from finetune_trainer.train.loss import LearnedTokenLoss
+from finetune_trainer.train.rows import Rows, collate
+
+Read = Callable[[str], torch.Tensor]
+"""The values of a tensor by its name."""
+
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Settings by which models change their logits after the head (transformers 5.23)."""
+
+
+class StreamedModel:
+    """A causal language model whose weights come from ``read`` when they are needed.
+
+    Args:
+        config_folder: folder with config.json (and the model's code, if trusted).
+        names: tensors that ``read`` can give.
+        adapter: added unmerged, as W·x + scaling · B·(A·x).
+
+    Raises:
+        StageError: UnsupportedModel, if the weights' names are not those of the model's modules.
+    """
+
+    def __init__(
+        self, config_folder: Path, names: set[str], read: Read, dtype: torch.dtype, *,
+        adapter: Adapter | None = None, trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        config = AutoConfig.from_pretrained(config_folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        # Buffers (rotary frequencies) are computed, not loaded, so they must be real.
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            )
+        self.model.eval().requires_grad_(False)
+        self._read = read
+        self._dtype = dtype
+        self._sources = tensor_sources(self.model, names)
+        if adapter is not None:
+            for name in sorted(adapter.modules):
+                self.model.get_submodule(name).register_forward_hook(_adapter_hook(adapter, name))
+        for name, module in streamed_modules(self.model):
+            module.register_forward_pre_hook(self._filler(name))
+            module.register_forward_hook(_emptier)
+
+    def loss(self, rows: Rows, indices: list[int], pad_id: int) -> float:
+        """Σ NLL / Σ tokens over the learned tokens of ``indices``, in one batch."""
+        batch = collate(rows, indices, pad_id)
+        nll = LearnedTokenLoss(self.model)
+        config = self.model.config.get_text_config()
+        # Decided by the configuration here: trying it out would stream the whole model twice.
+        nll.head_apart = not any(getattr(config, name, None) for name in LOGIT_SETTINGS)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._dtype is not torch.float32):
+            values = nll.per_token(batch).double()
+        return math.fsum(values.tolist()) / max(1, values.numel())
+
+    def _filler(self, prefix: str) -> Callable[..., None]:
+        def fill(module: nn.Module, _inputs: Any) -> None:
+            for name, _ in list(module.named_parameters()):
+                full = f"{prefix}.{name}" if prefix else name
+                put(module, name, self._read(self._sources[full]).to(self._dtype))
+
+        return fill
+
+
+def streamed_modules(model: Any) -> list[tuple[str, nn.Module]]:
+    """The modules that are filled and emptied as a whole: each decoder layer, and every other module with weights of its own."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise StageError(Reason.UNSUPPORTED_MODEL, f"{type(model).__name__} has no list of {count} layers.")
+    stack, layers = lists[0]
+    found = [(f"{stack}.{i}", layer) for i, layer in enumerate(layers)]
+    found += [
+        (name, module)
+        for name, module in model.named_modules()
+        if not name.startswith(f"{stack}.") and next(module.parameters(recurse=False), None) is not None
+    ]
+    return found
+
+
+def tensor_sources(model: Any, names: set[str]) -> dict[str, str]:
+    """For each parameter the tensor it is loaded from: its own, or that of the embedding it is tied to."""
+    sources = {}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = {f"{n}.weight" for n, m in model.named_modules() if m is head}
+    shared = next(f"{n}.weight" for n, m in model.named_modules() if m is embedding)
+    missing = []
+    # Duplicates stay in, because before loading a tied head may already be the embedding's parameter.
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name in names:
+            sources[name] = name
+        elif name in tied and model.config.get_text_config().tie_word_embeddings and shared in names:
+            sources[name] = shared
+        else:
+            missing.append(name)
+    if missing:
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"{len(missing)} weights of {type(model).__name__} (such as {missing[0]}) are not in the model's files under that name.",
+        )
+    return sources
+
+
+def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Set a parameter below ``module``."""
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _emptier(module: nn.Module, _inputs: Any, output: Any) -> Any:
+    for name, parameter in list(module.named_parameters()):
+        put(module, name, torch.empty_like(parameter, device="meta"))
+    return output
+
+
+def _adapter_hook(adapter: Adapter, name: str) -> Callable[..., torch.Tensor]:
+    def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        lora = adapter.lora(name)
+        update = nn.functional.linear(nn.functional.linear(inputs[0], lora.a), lora.b) * lora.scaling
+        return (output + update).to(output.dtype)
+
+    return add

@@ -1,0 +1,59 @@
+"""Are the adapter and the reports in the bucket what the train stage wrote? Runs without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_api.failures import Reason
+from finetune_api.results import ADAPTER_DIR, TRAIN_RESULT, FileRecord, TrainResult
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.train.inputs import must_equal
+from finetune_trainer.waiting import wait_until_available
+
+
+def read_train_result(ctx: StageContext, workspace: S3Store) -> TrainResult:
+    """``train/result.json`` of this snapshot.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    try:
+        result = wait_until_available(ctx, lambda: workspace.get_model(TRAIN_RESULT, TrainResult))
+    except NotFound as error:
+        raise StageError(
+            Reason.VERIFICATION_FAILED, f"{workspace.uri(TRAIN_RESULT)} is missing: the train stage has not finished."
+        ) from error
+    if result.snapshot_digest != ctx.snapshot.digest():
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"{workspace.uri(TRAIN_RESULT)} was written for another configuration of this job.",
+        )
+    return result
+
+
+def fetch_published(ctx: StageContext, output: S3Store, result: TrainResult) -> Path:
+    """Read every adapter and report file back and compare it with its record; returns the local adapter folder.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    moved = ctx.reporter.transfer("download", sum(f.size for f in (*result.adapter_files, *result.report_files)))
+    for record in (*result.adapter_files, *result.report_files):
+        path = ctx.work_dir / "published" / record.path
+        must_equal(
+            wait_until_available(ctx, lambda r=record, p=path: _fetch(output, r, p, moved)),
+            record,
+            output.uri(record.path),
+        )  # type: ignore[misc]
+    return ctx.work_dir / "published" / ADAPTER_DIR
+
+
+def _fetch(output: S3Store, record: FileRecord, path: Path, moved: object) -> FileRecord:
+    try:
+        return output.download_file(record.path, path, moved)  # type: ignore[arg-type]
+    except NotFound as error:
+        raise StageError(
+            Reason.VERIFICATION_FAILED, f"{output.uri(record.path)} has disappeared since training."
+        ) from error
