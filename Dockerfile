@@ -9,25 +9,19 @@
 # one small layer of our code. So a change of our code rebuilds and moves kilobytes, not torch.
 
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
+ARG UV_VERSION=0.13.9
 
 FROM ${BASE_IMAGE} AS base
 ENV PYTHONUNBUFFERED=1 PATH=/app/.venv/bin:/usr/local/bin:/usr/bin:/bin
 WORKDIR /app
 RUN echo 'nonroot:x:65532:65532:nonroot:/work/home:/usr/sbin/nologin' >> /etc/passwd \
  && echo 'nonroot:x:65532:' >> /etc/group
-
-FROM base AS uv
-ARG UV_VERSION=0.13.9
-RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv==${UV_VERSION}
-
-# Bytecode is compiled here because the containers' root is read-only: without it every start would compile torch anew.
+COPY images/install.sh /app/install.sh
 
 FROM base AS operator
+ARG UV_VERSION
 COPY images/requirements-operator.txt /app/requirements.txt
-RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
-    --mount=type=cache,target=/root/.cache/uv \
-    /opt/uv/bin/uv venv -q /app/.venv \
- && UV_LINK_MODE=copy /opt/uv/bin/uv pip install -q --python /app/.venv --require-hashes --compile-bytecode -r /app/requirements.txt
+RUN --mount=type=cache,target=/root/.cache/uv sh /app/install.sh ${UV_VERSION}
 COPY api/finetune_api /app/finetune_api
 COPY operator/finetune_operator /app/finetune_operator
 RUN python -m compileall -q /app/finetune_api /app/finetune_operator
@@ -35,11 +29,9 @@ USER 65532:65532
 ENTRYPOINT ["python", "-m", "finetune_operator"]
 
 FROM base AS prepare
+ARG UV_VERSION
 COPY images/requirements-prepare.txt /app/requirements.txt
-RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
-    --mount=type=cache,target=/root/.cache/uv \
-    /opt/uv/bin/uv venv -q /app/.venv \
- && UV_LINK_MODE=copy /opt/uv/bin/uv pip install -q --python /app/.venv --require-hashes --compile-bytecode -r /app/requirements.txt
+RUN --mount=type=cache,target=/root/.cache/uv sh /app/install.sh ${UV_VERSION}
 COPY api/finetune_api /app/finetune_api
 COPY trainer/finetune_trainer /app/finetune_trainer
 RUN python -m compileall -q /app/finetune_api /app/finetune_trainer
@@ -47,11 +39,9 @@ USER 65532:65532
 ENTRYPOINT ["python", "-m", "finetune_trainer"]
 
 FROM base AS trainer
+ARG UV_VERSION
 COPY images/requirements-trainer.txt /app/requirements.txt
-RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
-    --mount=type=cache,target=/root/.cache/uv \
-    /opt/uv/bin/uv venv -q /app/.venv \
- && UV_LINK_MODE=copy /opt/uv/bin/uv pip install -q --python /app/.venv --require-hashes --compile-bytecode -r /app/requirements.txt
+RUN --mount=type=cache,target=/root/.cache/uv sh /app/install.sh ${UV_VERSION}
 COPY api/finetune_api /app/finetune_api
 COPY trainer/finetune_trainer /app/finetune_trainer
 RUN python -m compileall -q /app/finetune_api /app/finetune_trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,19 +11,14 @@ from typing import Any, TypeVar
 
 import typer
 
-from demo import dataset, images, show, store
+from demo import images, install, show, store
 from demo.follow import follow, is_true
 from demo.target import NAMESPACE, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError, Target, current_target, existing_target
 from finetune_cluster.console import ClusterError
-from finetune_cluster.paths import cache_root
 
 Result = TypeVar("Result")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 JOB = "quickstart"
-MODEL = "SmolLM2-135M-Instruct"
-DATASET = "kubernetes-api"
-MODEL_CACHE = f"{MODEL}-1"
-"""Folder name in the cache; the number rises when what demo/model.py writes changes."""
 
 
 class Steps:
@@ -53,16 +47,16 @@ def up() -> None:
     """Set everything up, run examples/quickstart.yaml, and show what came out."""
     steps = Steps()
     if existing_target() is None:
-        steps("local cluster", cluster_up)
+        steps("local cluster", install.cluster_up)
     target = current_target()
     references = steps("images", lambda: images.ensure(target))
-    steps("object store", lambda: install_store(target, references))
-    model = steps("base model (SmolLM2-135M-Instruct)", model_folder)
-    data = steps("dataset (Kubernetes API documentation)", dataset_folder)
+    steps("object store", lambda: install.install_store(target, references))
+    model = steps("base model (SmolLM2-135M-Instruct)", install.model_folder)
+    data = steps("dataset (Kubernetes API documentation)", install.dataset_folder)
     with store.access(target) as access:
         client = access.client()
-        steps("upload model and dataset", lambda: upload(client, model, data))
-        steps("operator (Helm chart)", lambda: install_operator(target, references))
+        steps("upload model and dataset", lambda: install.upload(client, model, data))
+        steps("operator (Helm chart)", lambda: install.install_operator(target, references))
         job = steps("kubectl apply -f examples/quickstart.yaml", lambda: run_job(target))
         report(client, job)
     print("\nTime per step\n" + steps.table())
@@ -73,70 +67,11 @@ def up() -> None:
         )
 
 
-def cluster_up() -> None:
-    """The local cluster with pretended GPUs."""
-    command = [sys.executable, "-m", "finetune_cluster", "up", "--nodes", os.environ.get("NODES", "1")]
-    command += ["--gpus-per-node", os.environ.get("GPUS_PER_NODE", "2")]
-    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
-        raise DemoError("the local cluster did not come up; see above")
-
-
-def namespace(name: str) -> dict[str, Any]:
-    """A namespace that enforces the restricted pod security standard."""
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
-
-
-def install_store(target: Target, references: images.References) -> None:
-    """Namespaces and the S3 server."""
-    target.apply(namespace(NAMESPACE), namespace(SYSTEM_NAMESPACE))
-    store.install(target, references.store)
-
-
-def model_folder() -> Path:
-    """The base model, built once and kept in the cache. In a process of its own, which then frees torch's memory."""
-    folder = cache_root() / "demo" / MODEL_CACHE
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [sys.executable, "-m", "demo.model", str(folder)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL
-        )
-    return folder
-
-
-def dataset_folder() -> Path:
-    """The dataset, built anew (two seconds)."""
-    folder = cache_root() / "demo" / DATASET
-    print(f"    {dataset.build(folder)}")
-    return folder
-
-
-def upload(client: Any, model: Path, data: Path) -> None:
-    """What is not in the buckets yet."""
-    store.ensure_buckets(client)
-    sent = store.upload_folder(client, model, "models", MODEL) + store.upload_folder(client, data, "datasets", DATASET)
-    print(f"    {sent} files sent")
-
-
-def install_operator(target: Target, references: images.References) -> None:
-    """The chart, as a user installs it."""
-    arguments = ["upgrade", "--install", RELEASE, str(ROOT / "charts" / "finetune-operator")]
-    arguments += ["--namespace", SYSTEM_NAMESPACE, "--create-namespace", "--wait", "--timeout", "180s"]
-    for name, reference in (
-        ("operator", references.operator),
-        ("prepare", references.prepare),
-        ("trainer", references.trainer),
-    ):
-        repository, _, tag = reference.rpartition(":")
-        arguments += ["--set", f"images.{name}.repository={repository}", "--set-string", f"images.{name}.tag={tag}"]
-    target.helm(*arguments)
-
-
 def run_job(target: Target) -> dict[str, Any]:
     """Apply the example (an earlier run of it goes first) and follow it to its end."""
     target.kubectl("delete", "ftj", JOB, "-n", NAMESPACE, "--ignore-not-found", "--cascade=foreground")
     target.kubectl("apply", "-n", NAMESPACE, "-f", str(ROOT / "examples" / "quickstart.yaml"))
-    return follow(target, JOB)
+    return follow(target, NAMESPACE, JOB)
 
 
 def report(client: Any, job: dict[str, Any]) -> None:
@@ -171,8 +106,8 @@ def env() -> None:
         "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_REGION": store.REGION,
         "OUTPUT_URI": "s3://results/playground",
-        "MODEL_URI": f"s3://models/{MODEL}",
-        "DATASET_URI": f"s3://datasets/{DATASET}/train.jsonl",
+        "MODEL_URI": f"s3://models/{install.MODEL}",
+        "DATASET_URI": f"s3://datasets/{install.DATASET}/train.jsonl",
     }
     if target.kubeconfig is not None:
         values = {"KUBECONFIG": str(target.kubeconfig), **values}

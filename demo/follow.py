@@ -8,15 +8,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from demo.target import NAMESPACE, DemoError, Target
+from demo.target import DemoError, Target
 
 HEADER = f"{'TIME':>6}  {'PHASE':<11} {'ACTIVITY':<12} {'PROGRESS':>8}  {'LOSS':>7}  {'ETA':>5}  MESSAGE"
 
 
-def versions(target: Target, name: str, timeout_seconds: float) -> Iterator[dict[str, Any]]:
+def versions(target: Target, namespace: str, name: str, timeout_seconds: float) -> Iterator[dict[str, Any]]:
     """Every version of the job that the API server sends, until it is finished or time is up."""
     command = target.kubectl_command(
-        "get", "ftj", name, "-n", NAMESPACE, "--watch", "-o", "json", f"--request-timeout={timeout_seconds:.0f}s"
+        "get", "ftj", name, "-n", namespace, "--watch", "-o", "json", f"--request-timeout={timeout_seconds:.0f}s"
     )
     decoder, buffer = json.JSONDecoder(), ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
@@ -56,13 +56,13 @@ def line(job: dict[str, Any], elapsed: float) -> str:
     )
 
 
-def follow(target: Target, name: str, timeout_seconds: float = 1200) -> dict[str, Any]:
+def follow(target: Target, namespace: str, name: str, timeout_seconds: float = 1200) -> dict[str, Any]:
     """Print a line for every change and return the finished job."""
     started = time.monotonic()
     last = ""
     job: dict[str, Any] = {}
     print(HEADER)
-    for job in versions(target, name, timeout_seconds):
+    for job in versions(target, namespace, name, timeout_seconds):
         text = line(job, time.monotonic() - started)
         if text[6:] != last:
             print(text, flush=True)

@@ -29,7 +29,12 @@ class References:
 
 def reference(target: str, registry: str | None) -> str:
     """``<registry>/finetune-<target>:<hash of what it is built from>``."""
-    paths = [ROOT / "Dockerfile", ROOT / "images" / f"requirements-{target}.txt", *(ROOT / s for s in SOURCES[target])]
+    paths = [
+        ROOT / "Dockerfile",
+        ROOT / "images" / "install.sh",
+        ROOT / "images" / f"requirements-{target}.txt",
+        *(ROOT / s for s in SOURCES[target]),
+    ]
     return f"{registry or 'localhost'}/finetune-{target}:{content_hash(paths)}"
 
 

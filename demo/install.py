@@ -1,0 +1,77 @@
+"""Sets the demo up, one step a function: cluster, store, operator, model and data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from demo import dataset, images, store
+from demo.target import NAMESPACE, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError, Target
+from finetune_cluster.paths import cache_root
+
+MODEL = "SmolLM2-135M-Instruct"
+DATASET = "kubernetes-api"
+MODEL_CACHE = f"{MODEL}-1"
+"""Folder name in the cache; the number rises when what demo/model.py writes changes."""
+
+
+def cluster_up() -> None:
+    """The local cluster with pretended GPUs."""
+    command = [sys.executable, "-m", "finetune_cluster", "up", "--nodes", os.environ.get("NODES", "1")]
+    command += ["--gpus-per-node", os.environ.get("GPUS_PER_NODE", "2")]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+        raise DemoError("the local cluster did not come up; see above")
+
+
+def namespace(name: str) -> dict[str, Any]:
+    """A namespace that enforces the restricted pod security standard."""
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+
+
+def install_store(target: Target, references: images.References) -> None:
+    """Namespaces and the S3 server."""
+    target.apply(namespace(NAMESPACE), namespace(SYSTEM_NAMESPACE))
+    store.install(target, references.store)
+
+
+def model_folder() -> Path:
+    """The base model, built once and kept in the cache. In a process of its own, which then frees torch's memory."""
+    folder = cache_root() / "demo" / MODEL_CACHE
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [sys.executable, "-m", "demo.model", str(folder)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL
+        )
+    return folder
+
+
+def dataset_folder() -> Path:
+    """The dataset, built anew (two seconds)."""
+    folder = cache_root() / "demo" / DATASET
+    print(f"    {dataset.build(folder)}")
+    return folder
+
+
+def upload(client: Any, model: Path, data: Path) -> None:
+    """What is not in the buckets yet."""
+    store.ensure_buckets(client)
+    sent = store.upload_folder(client, model, "models", MODEL) + store.upload_folder(client, data, "datasets", DATASET)
+    print(f"    {sent} files sent")
+
+
+def install_operator(target: Target, references: images.References) -> None:
+    """The chart, as a user installs it."""
+    arguments = ["upgrade", "--install", RELEASE, str(ROOT / "charts" / "finetune-operator")]
+    arguments += ["--namespace", SYSTEM_NAMESPACE, "--create-namespace", "--wait", "--timeout", "180s"]
+    for name, reference in (
+        ("operator", references.operator),
+        ("prepare", references.prepare),
+        ("trainer", references.trainer),
+    ):
+        repository, _, tag = reference.rpartition(":")
+        arguments += ["--set", f"images.{name}.repository={repository}", "--set-string", f"images.{name}.tag={tag}"]
+    target.helm(*arguments)
