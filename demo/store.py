@@ -207,8 +207,13 @@ def upload_folder(client: S3Client, folder: Path, bucket: str, prefix: str) -> i
 def ensure_buckets(client: S3Client) -> None:
     """Create the demo's buckets."""
     for bucket in BUCKETS:
-        try:
-            client.create_bucket(Bucket=bucket)
-        except ClientError as error:
-            if error.response["Error"]["Code"] not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
-                raise
+        ensure_bucket(client, bucket)
+
+
+def ensure_bucket(client: S3Client, bucket: str) -> None:
+    """Create a bucket unless it is there."""
+    try:
+        client.create_bucket(Bucket=bucket)
+    except ClientError as error:
+        if error.response["Error"]["Code"] not in ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"):
+            raise

@@ -1,0 +1,90 @@
+"""The main job, on the real cluster: apply, wait, and look at what is in the bucket."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pytest
+
+from demo.target import SYSTEM_NAMESPACE
+from tests.e2e.stack import BUCKET, Space, condition, finished, is_true, rows, spec_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+
+def artifacts(space: Space, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Prefix of the job's output in the bucket, and its manifest."""
+    uri = job["status"]["artifacts"]["uri"]
+    prefix = uri.removeprefix(f"s3://{BUCKET}/").rstrip("/")
+    manifest = json.loads(space.bucket.get_object(Bucket=BUCKET, Key=f"{prefix}/manifest.json")["Body"].read())
+    return prefix, manifest
+
+
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
+def test_a_job_leaves_a_whole_verified_result_and_a_true_status(space: Space, method: str) -> None:
+    spec = spec_for(space.put(rows(40)), method={"type": method, "lora": {"rank": 4}})
+    spec["output"]["merged"] = {"enabled": True}
+    space.apply("whole", spec)
+    job = space.until("whole", finished, 600, "finished")
+    status = job["status"]
+    assert is_true(job, "Complete"), json.dumps(status, indent=1)
+    assert status["phase"] == "Succeeded"
+    assert status["observedGeneration"] == job["metadata"]["generation"]
+    assert status["plan"]["method"] == method
+    assert status["progress"]["summary"] == "2/2"
+    assert status["metrics"]["heldOutLoss"] > 0
+    assert [a["stage"] for a in status["attempts"]] == ["prepare", "train", "publish"]
+
+    prefix, manifest = artifacts(space, job)
+    listed = {
+        o["Key"].removeprefix(f"{prefix}/"): o["Size"]
+        for o in space.bucket.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/")["Contents"]
+    }
+    named = {f["path"]: f for f in manifest["files"]}
+    assert set(listed) == {*named, "manifest.json"}, "the manifest names every file, and the workspace is gone"
+    for path, record in named.items():
+        body = space.bucket.get_object(Bucket=BUCKET, Key=f"{prefix}/{path}")["Body"].read()
+        assert (len(body), hashlib.sha256(body).hexdigest()) == (record["size"], record["sha256"]), path
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/tokenizer.json"} <= set(named)
+    assert {"merged/model.safetensors", "merged/config.json", "reports/metrics.jsonl"} <= set(named)
+    assert manifest["verification"]["relativeDifference"] <= 1e-3
+    assert len(space.gpu_pods.seen) == 1, "one pod asked for a GPU: the training pod"
+
+
+def test_events_tell_the_story(space: Space) -> None:
+    space.apply("story", spec_for(space.put(rows(40))))
+    space.until("story", finished, 600, "finished")
+    events = space.target.get("events", "-n", space.name, "--field-selector=involvedObject.name=story")["items"]
+    reasons = {e["reason"] for e in events}
+    assert {"Prepared", "Started", "Trained", "Succeeded"} <= reasons, reasons
+
+
+def test_a_missing_gpu_is_an_error_unless_the_job_says_cpu(space: Space) -> None:
+    """The node pretends to have GPUs: the pod is scheduled, and its container finds none."""
+    space.apply("no-gpu", spec_for(space.put(rows(40)), training={"useCpu": False}))
+    job = space.until("no-gpu", finished, 300, "finished")
+    failed = condition(job, "Failed")
+    assert failed["reason"] == "NoGPU"
+    assert "training.useCpu" in failed["message"]
+
+
+def test_the_operator_killed_in_the_middle_changes_nothing(space: Space) -> None:
+    space.apply("steady", spec_for(space.put(rows(40))))
+    for stage in ("Preparing", "Training", "Publishing"):
+        space.until("steady", lambda job, stage=stage: job.get("status", {}).get("phase") == stage, 300, stage)
+        space.target.kubectl(
+            "delete",
+            "pod",
+            "-n",
+            SYSTEM_NAMESPACE,
+            "-l",
+            "app.kubernetes.io/name=finetune-operator",
+            "--grace-period=0",
+            "--force",
+            "--wait=false",
+        )
+    job = space.until("steady", finished, 300, "finished")
+    assert is_true(job, "Complete"), json.dumps(job["status"], indent=1)
+    assert [a["stage"] for a in job["status"]["attempts"]] == ["prepare", "train", "publish"]
