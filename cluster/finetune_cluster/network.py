@@ -59,6 +59,9 @@ def node_commands(instance: Instance, node: Node) -> list[list[str]]:
         ["ip", "address", "add", f"{DNS_ADDRESS}/32", "dev", "lo"],
         ["ip", "address", "add", f"{address}/24", "dev", NODE_DEVICE],
         ["ip", "link", "set", NODE_DEVICE, "up"],
+        # Never taken as it stands: kube-proxy sends what goes to a service elsewhere. But without any route the API server,
+        # which is a process of the node, could not even begin to call webhooks and aggregated APIs.
+        ["ip", "route", "add", instance.service_cidr, "dev", NODE_DEVICE, "src", address],
         *(
             ["ip", "route", "add", instance.pod_cidr(o), "via", f"10.99.{instance.index}.{1 + o}", "src", address]
             for o in others

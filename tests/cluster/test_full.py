@@ -68,6 +68,13 @@ def test_pods_find_each_other_by_name_through_a_service(api: Api, image: str) ->
     assert ended(api, "asks")["exitCode"] == 0
 
 
+def test_the_nodes_own_processes_reach_services_as_the_api_server_must_for_webhooks(api: Api, image: str) -> None:
+    api.create(PODS, pod("web", container(image, "serve", ":8080", "hello"), labels={"app": "web"}))
+    address = api.create(SERVICES, service("web", 8080))["spec"]["clusterIP"]
+    api.create(PODS, pod("on-the-host", container(image, "get", f"http://{address}", "20"), hostNetwork=True))
+    assert ended(api, "on-the-host")["exitCode"] == 0
+
+
 def test_a_name_that_does_not_exist_is_refused_at_once(api: Api, image: str) -> None:
     api.create(
         PODS,
