@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import typer
 
 from demo import images, install, show, store
-from demo.follow import follow, is_true
+from demo.follow import Run, follow, is_true
 from demo.target import NAMESPACE, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError, Target, current_target, existing_target
 from finetune_cluster.console import ClusterError
 
@@ -57,17 +57,18 @@ def up() -> None:
         client = access.client()
         steps("upload model and dataset", lambda: install.upload(client, model, data))
         steps("operator (Helm chart)", lambda: install.install_operator(target, references))
-        job = steps("kubectl apply -f examples/quickstart.yaml", lambda: run_job(target))
-        report(client, job)
+        run = steps("kubectl apply -f examples/quickstart.yaml", lambda: run_job(target))
+        report(client, run.job)
+    print("\nFrom apply to the first training step: " + run.to_first_step())
     print("\nTime per step\n" + steps.table())
     print('\nPlay on: eval "$(make -s demo-env)"; README, "A second job". Clean up: make demo-down')
-    if not is_true(job, "Complete"):
+    if not is_true(run.job, "Complete"):
         raise DemoError(
             f"FineTuneJob {JOB} did not complete; see above, and `kubectl describe ftj {JOB} -n {NAMESPACE}`"
         )
 
 
-def run_job(target: Target) -> dict[str, Any]:
+def run_job(target: Target) -> Run:
     """Apply the example (an earlier run of it goes first) and follow it to its end."""
     target.kubectl("delete", "ftj", JOB, "-n", NAMESPACE, "--ignore-not-found", "--cascade=foreground")
     target.kubectl("apply", "-n", NAMESPACE, "-f", str(ROOT / "examples" / "quickstart.yaml"))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from demo.target import DemoError, Target
@@ -56,15 +57,40 @@ def line(job: dict[str, Any], elapsed: float) -> str:
     )
 
 
-def follow(target: Target, namespace: str, name: str, timeout_seconds: float = 1200) -> dict[str, Any]:
-    """Print a line for every change and return the finished job."""
+@dataclass
+class Run:
+    """A finished job and when, in seconds after `kubectl apply`, it first showed each phase, and its first training step."""
+
+    job: dict[str, Any] = field(default_factory=dict)
+    reached: dict[str, float] = field(default_factory=dict)
+
+    def note(self, job: dict[str, Any], elapsed: float) -> None:
+        """Take in one version of the job."""
+        self.job = job
+        status = job.get("status", {})
+        if "phase" in status:
+            self.reached.setdefault(status["phase"], elapsed)
+        if (status.get("progress", {}).get("step") or 0) >= 1:
+            self.reached.setdefault("first step", elapsed)
+
+    def to_first_step(self) -> str:
+        """The time from apply to the first training step, split."""
+        order = [name for name in ("Preparing", "Queued", "Training", "first step") if name in self.reached]
+        parts = [f"{name} {self.reached[name]:.0f} s" for name in order]
+        return " → ".join(parts)
+
+
+def follow(target: Target, namespace: str, name: str, timeout_seconds: float = 1200) -> Run:
+    """Print a line for every change until the job is finished."""
     started = time.monotonic()
     last = ""
-    job: dict[str, Any] = {}
+    run = Run()
     print(HEADER)
     for job in versions(target, namespace, name, timeout_seconds):
-        text = line(job, time.monotonic() - started)
+        elapsed = time.monotonic() - started
+        run.note(job, elapsed)
+        text = line(job, elapsed)
         if text[6:] != last:
             print(text, flush=True)
             last = text[6:]
-    return job
+    return run
