@@ -30,7 +30,7 @@ def buildah(*arguments: str | Path, show: bool = False) -> str:
     temporary.mkdir(parents=True, exist_ok=True)
     where: list[str | Path] = ["--root", root / "store", "--runroot", root / "run", "--storage-driver", "overlay"]
     env = {"TMPDIR": str(temporary), "BUILDAH_ISOLATION": "chroot", "BUILDAH_FORMAT": "oci"}
-    return run(["buildah", *where, *arguments], env=env, show=show)
+    return run(["nice", "-n", "10", "buildah", *where, *arguments], env=env, show=show)
 
 
 @dataclass(frozen=True)

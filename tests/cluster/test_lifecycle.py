@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
 from finetune_cluster.api import Api, condition
@@ -18,7 +19,7 @@ from finetune_cluster.paths import module_root
 from finetune_cluster.processes import node_inits, programs
 from finetune_cluster.status import cluster_status
 from finetune_cluster.up import NODES, healthy, up
-from tests.cluster.objects import JOBS, container, job
+from tests.cluster.objects import JOBS, PODS, container, job, pod, termination
 from tests.cluster.traces import processes_of, traces
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -28,6 +29,12 @@ def start_up(name: str) -> subprocess.Popen[bytes]:
     """`up` in a process of its own, that can be killed."""
     command = [sys.executable, "-m", "finetune_cluster", "up", "--name", name, "--gpus-per-node", "1"]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(module_root())}, stderr=subprocess.DEVNULL)
+
+
+def call(*arguments: str) -> None:
+    """The driver's command line."""
+    command = [sys.executable, "-m", "finetune_cluster", *arguments]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(module_root())}, stderr=subprocess.DEVNULL)
 
 
 def assert_works(instance: Instance, image: str) -> None:
@@ -41,8 +48,7 @@ def assert_works(instance: Instance, image: str) -> None:
 def test_up_again_changes_nothing_and_takes_two_seconds(cluster: Instance) -> None:
     before = node_inits(cluster)
     begin = time.monotonic()
-    command = [sys.executable, "-m", "finetune_cluster", "up", "--name", cluster.name, "--gpus-per-node", "2"]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(module_root())}, stderr=subprocess.DEVNULL)
+    call("up", "--name", cluster.name)
     assert time.monotonic() - begin < 3
     assert node_inits(cluster) == before
 
@@ -116,6 +122,35 @@ def test_down_of_a_cluster_that_is_not_there_is_fine(second: str) -> None:
     assert not down(second)
     ensure_bridge(load_or_create(second))
     assert down(second)
+
+
+def test_pods_of_two_nodes_reach_each_other(second: str, image: str) -> None:
+    instance = up(second, 2, 1)
+    serving, asking = (node.name for node in instance.nodes)
+    with Api(instance.kubeconfig) as api:
+        api.create(PODS, pod("serves", container(image, "serve", ":8080", "hello"), nodeName=serving))
+        address = api.wait(PODS, "serves", lambda p: condition(p, "Ready") == "True", 40, "server runs")["status"][
+            "podIP"
+        ]
+        asks = container(image, "get", f"http://{address.replace('.', '-')}.default.pod.cluster.local:8080", "20")
+        api.create(PODS, pod("asks", asks, nodeName=asking))
+        ended = api.wait(PODS, "asks", lambda p: bool(termination(p)), 40, "client has ended")
+        assert termination(ended)["exitCode"] == 0
+
+
+def test_a_silenced_kubelet_makes_its_node_not_ready_while_its_pods_run_on(second: str, image: str) -> None:
+    instance = up(second, 2, 1)
+    silent = instance.nodes[1].name
+    with Api(instance.kubeconfig) as api:
+        api.create(PODS, pod("serves", container(image, "serve", ":8080", "hello"), nodeName=silent))
+        address = api.wait(PODS, "serves", lambda p: condition(p, "Ready") == "True", 40, "server runs")["status"][
+            "podIP"
+        ]
+        call("kill-node", silent, "--kubelet", "--name", second)
+        api.wait(NODES, silent, lambda n: condition(n, "Ready") == "Unknown", 90, "node is not Ready")
+        assert httpx.get(f"http://{address}:8080", trust_env=False).text == "hello"
+        call("start-node", silent, "--name", second)
+        api.wait(NODES, silent, lambda n: condition(n, "Ready") == "True", 60, "node is Ready")
 
 
 def test_a_lost_node_becomes_not_ready_and_comes_back(second: str, image: str) -> None:
