@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
@@ -73,10 +73,13 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, template: str) -> None:
         self._template = template
         self._marked = bool(GENERATION.search(template))
-        self._variables: dict[str, Any] = {
-            **tokenizer.special_tokens_map,
-            "strftime_now": lambda fmt: FROZEN_NOW.strftime(fmt),
-        }
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        # transformers 5.23 refuses functions as template variables, so the clock is replaced where the template is kept.
+        try:
+            compiled = _compile_jinja_template(template)
+        except jinja2.TemplateError as error:
+            raise StageError(Reason.UNSUPPORTED_MODEL, f"the chat template is broken: {error}") from error
+        compiled.environment.globals["strftime_now"] = FROZEN_NOW.strftime
 
     def render(self, messages: list[Message], learn_from: int = 0) -> Rendered:
         """Text and answers of a conversation that ends with an assistant turn.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 CHUNK_CHARACTERS = 1 << 16
+_NUMBER_GOES_ON = ("", *".eE+-0123456789")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -88,13 +89,14 @@ class _Buffer:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._position)
             except (json.JSONDecodeError, RecursionError) as error:
-                # Wrong, or merely not read to its end yet: only more text can tell.
+                # Wrong, or merely not read to its end yet: only more text can tell. (Reading on moves positions.)
+                ahead = max(0, getattr(error, "pos", self._position) - self._position)
                 if len(self._text) - self._position <= max_characters and self._grow():
                     continue
-                self.take(getattr(error, "pos", self._position) - self._position)
+                self.take(ahead)
                 raise self.broken() from error
             # A number may go on in the next chunk; objects and arrays end where they end.
-            if end == len(self._text) and self._more():
+            if self._text[end : end + 1] in _NUMBER_GOES_ON and self._more():
                 continue
             self.take(end - self._position)
             return value
