@@ -22,7 +22,7 @@ def status_after(
         "podIP": addresses[1],
         "podIPs": [{"ip": addresses[1]}],
         "startTime": old.get("startTime", now),
-        "conditions": _conditions(step, now),
+        "conditions": _merged(old.get("conditions", []), _conditions(step, now)),
         "containerStatuses": [_container(pod, c, step, now, old) for c in pod["spec"]["containers"]],
     }
     initial = pod["spec"].get("initContainers", [])
@@ -39,6 +39,16 @@ def status_after(
         case Evicted():
             status |= {"phase": "Failed", "reason": "Evicted", "message": step.message}
     return status
+
+
+def _merged(old: list[Status], new: list[Status]) -> list[Status]:
+    """The new conditions, and those that others wrote: the eviction API sets DisruptionTarget. Times change with statuses only."""
+    before = {condition["type"]: condition for condition in old}
+    for condition in new:
+        last = before.pop(condition["type"], {})
+        if last.get("status") == condition["status"]:
+            condition["lastTransitionTime"] = last["lastTransitionTime"]
+    return [*new, *before.values()]
 
 
 def _conditions(step: Waiting | Running | Terminated | Evicted, now: str) -> list[Status]:

@@ -4,38 +4,32 @@ It keeps one watch on pods and a task a pod, and writes only when something chan
 """
 
 import asyncio
-import base64
 import contextlib
-import datetime
 import inspect
-import json
 import logging
-import ssl
-import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
-import yaml
-
+from finetune_cluster.async_api import MERGE_PATCH, AsyncApi
 from finetune_cluster.pod_status import status_after
-from finetune_cluster.steps import After, Call, Evicted, Pod, Running, Script, Step, Terminated, Unschedulable
+from finetune_cluster.scripted_nodes import ADDRESS, create_node, now, renew_leases
+from finetune_cluster.steps import After, Call, Evicted, Pod, Running, Script, Step, Terminated, Unschedulable, Waiting
 
 GPU = "nvidia.com/gpu"
-ADDRESS = "127.0.0.1"
-LEASE_SECONDS = 10
-TRIES = 600  # a minute, when the server is away
-MERGE_PATCH = {"Content-Type": "application/merge-patch+json"}
+PODS = "/api/v1/pods"
+NOT_FOUND, CONFLICT = 404, 409
+Written = Running | Terminated | Evicted | Unschedulable | Waiting
 log = logging.getLogger(__name__)
 
 
 class ScriptedKubelet:
     """Binds every pod to a node of its own making, if its GPUs are free there, and takes it through the steps of ``script``.
 
-    ``script(pod)`` gives the steps; None leaves the pod alone. A deleted pod that ran ends with exit code 143, as by SIGTERM.
+    ``script(pod)`` gives the steps; None leaves the pod alone. ``on_delete(pod)`` gives those of a deleted pod that ran, for example
+    a hook and ``Terminated(0)``; by default it ends with exit code 143, as by SIGTERM. Then the pod goes.
     ``pods`` counts those seen; ``errors`` holds what went wrong in hooks and requests, for a test to assert that it is empty.
     """
 
@@ -44,32 +38,35 @@ class ScriptedKubelet:
         kubeconfig: Path,
         script: Script,
         *,
+        on_delete: Script | None = None,
         nodes: int = 1,
         gpus_per_node: int = 8,
         name: str = "scripted",
         labels: Mapping[str, str] | None = None,
     ) -> None:
-        self._kubeconfig, self.script, self._gpus_per_node = kubeconfig, script, gpus_per_node
+        self._kubeconfig, self.script, self.on_delete = kubeconfig, script, on_delete
+        self._gpus_per_node = gpus_per_node
         self._labels = {"nvidia.com/gpu.product": "Scripted", **(labels or {})}
         self._free = {f"{name}-{number}": gpus_per_node for number in range(1, nodes + 1)}
         self._freed = asyncio.Condition()
+        self._api: AsyncApi
+        self._background: list[asyncio.Task[None]] = []
+        # All by the pod's uid
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._last: dict[str, Pod] = {}
         self._held: dict[str, tuple[str, int]] = {}
-        self._session: aiohttp.ClientSession
-        self._background: list[asyncio.Task[None]] = []
-        self._addresses = 0
         self.pods = 0
         self.errors: list[BaseException] = []
 
     async def __aenter__(self) -> Self:
-        self._session = _session(self._kubeconfig)
+        self._api = AsyncApi(self._kubeconfig)
         try:
-            await asyncio.gather(*(self._create_node(node) for node in self._free))
-            version = await self._list()
-            self._background = [asyncio.create_task(self._watch(version)), asyncio.create_task(self._renew_leases())]
+            resources = {GPU: str(self._gpus_per_node)}
+            await asyncio.gather(*(create_node(self._api, node, self._labels, resources) for node in self._free))
+            work = [self._watch(await self._list()), renew_leases(self._api, self._free)]
+            self._background = [asyncio.create_task(self._guard(each)) for each in work]
         except BaseException:
-            await self._session.close()
+            await self._api.close()
             raise
         return self
 
@@ -80,42 +77,25 @@ class ScriptedKubelet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._session.close()
+        await self._api.close()
 
-    # The watch
+    # What happens to pods
 
     async def _list(self) -> str:
-        listing = await self._request("GET", "/api/v1/pods", params={"resourceVersion": "0"})
+        listing = await self._api.request("GET", PODS)
+        uids = {pod["metadata"]["uid"] for pod in listing["items"]}
+        for pod in [pod for uid, pod in self._last.items() if uid not in uids]:
+            self._see("DELETED", pod)
         for pod in listing["items"]:
             self._see("ADDED", pod)
         return str(listing["metadata"]["resourceVersion"])
 
     async def _watch(self, version: str) -> None:
         while True:
-            try:
-                async for kind, item in self._events(version):
-                    if kind == "ERROR":
-                        version = await self._list()
-                        break
-                    version = item["metadata"]["resourceVersion"]
-                    if kind != "BOOKMARK":
-                        self._see(kind, item)
-            except (aiohttp.ClientError, TimeoutError) as error:
-                log.info("watch broken, continuing from %s: %s", version, error)
-                await asyncio.sleep(0.1)  # the API server is restarting
-
-    async def _events(self, version: str) -> AsyncIterator[tuple[str, Pod]]:
-        query = {"watch": "true", "resourceVersion": version, "allowWatchBookmarks": "true"}
-        async with self._session.get(
-            "/api/v1/pods", params=query, timeout=aiohttp.ClientTimeout(total=None)
-        ) as response:
-            if response.status == 410:
-                yield "ERROR", {}
-                return
-            response.raise_for_status()
-            async for line in response.content:
-                event = json.loads(line)
-                yield event["type"], event["object"]
+            async for kind, item in self._api.events(PODS, version):
+                if kind in ("ADDED", "MODIFIED", "DELETED"):
+                    self._see(kind, item)
+            version = await self._list()
 
     def _see(self, kind: str, pod: Pod) -> None:
         uid = pod["metadata"]["uid"]
@@ -136,13 +116,13 @@ class ScriptedKubelet:
             self.pods += not known
             self._tasks[uid] = asyncio.create_task(self._guard(self._play(pod)), name="play")
 
-    async def _guard(self, work: Any) -> None:
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            log.exception("scripted pod failed")
+            log.exception("scripted kubelet failed")
             self.errors.append(error)
 
     # One pod
@@ -151,52 +131,68 @@ class ScriptedKubelet:
         steps = self.script(pod)
         if steps is None:
             return
-        uid = pod["metadata"]["uid"]
-        bound = bool(pod["spec"].get("nodeName"))
-        address = self._next_address()
         try:
-            for step in steps:
-                if isinstance(step, After):
-                    await asyncio.sleep(step.seconds)
-                elif isinstance(step, Call):
-                    result = step.hook(self._last.get(uid, pod))
-                    if inspect.isawaitable(result):
-                        await result
-                else:
-                    if not bound and not isinstance(step, Unschedulable):
-                        await self._bind(pod)
-                        bound = True
-                    await self._write(pod, step, address)
-                    if isinstance(step, Terminated | Evicted):
-                        return
-            await asyncio.Event().wait()  # as the last step left it, until it is deleted; holds its GPUs
+            if not await self._take(pod, steps):
+                await asyncio.Event().wait()  # stays as it is, with its GPUs, until it is deleted
         finally:
-            await self._release(uid)
+            await self._release(pod["metadata"]["uid"])
+
+    async def _remove(self, pod: Pod) -> None:
+        uid = pod["metadata"]["uid"]
+        last = self._last.get(uid, pod)
+        if not _ended(last) and last["spec"].get("nodeName"):
+            ran = last.get("status", {}).get("phase") == "Running"
+            steps = (self.on_delete(last) if self.on_delete and ran else None) or ()
+            if not await self._take(last, steps):
+                await self._write(last, Terminated(143 if ran else 137))
+        options = {"gracePeriodSeconds": 0, "preconditions": {"uid": uid}}
+        await self._api.request("DELETE", _path(pod), body=options, may_fail=(NOT_FOUND, CONFLICT))
+
+    async def _take(self, pod: Pod, steps: Iterable[Step]) -> bool:
+        """Take the pod through the steps; says whether it ended."""
+        uid = pod["metadata"]["uid"]
+        for step in steps:
+            if isinstance(step, After):
+                await asyncio.sleep(step.seconds)
+            elif isinstance(step, Call):
+                result = step.hook(self._last.get(uid, pod))
+                if inspect.isawaitable(result):
+                    await result
+            else:
+                if uid not in self._held and not pod["spec"].get("nodeName") and not isinstance(step, Unschedulable):
+                    await self._bind(pod)
+                await self._write(pod, step)
+                if isinstance(step, Terminated | Evicted):
+                    return True
+        return False
 
     async def _bind(self, pod: Pod) -> None:
         wanted, uid = _gpus(pod), pod["metadata"]["uid"]
         node = self._place(pod, wanted)
         if node is None:
-            message = f"0/{len(self._free)} nodes are available: {len(self._free)} Insufficient {GPU}."
-            await self._write(pod, Unschedulable(message), "")
+            count = len(self._free)
+            await self._write(pod, Unschedulable(f"0/{count} nodes are available: {count} Insufficient {GPU}."))
             async with self._freed:
                 while (node := self._place(pod, wanted)) is None:
                     await self._freed.wait()
         self._free[node] -= wanted
         self._held[uid] = (node, wanted)
-        target = {
+        binding = {
             "apiVersion": "v1",
             "kind": "Binding",
-            "metadata": {"name": pod["metadata"]["name"]},
+            "metadata": {"name": pod["metadata"]["name"], "uid": uid},
             "target": {"kind": "Node", "name": node},
         }
-        await self._request("POST", f"{_path(pod)}/binding", body=target, missing_ok=True)
+        await self._api.request("POST", f"{_path(pod)}/binding", body=binding, may_fail=(NOT_FOUND, CONFLICT))
 
     def _place(self, pod: Pod, gpus: int) -> str | None:
         selector = pod["spec"].get("nodeSelector", {}).items()
-        if not selector <= {**self._labels, "kubernetes.io/hostname": None}.items():
-            return None
-        return next((node for node, free in self._free.items() if free >= gpus), None)
+        fits = (
+            node
+            for node, free in self._free.items()
+            if free >= gpus and selector <= {**self._labels, "kubernetes.io/hostname": node}.items()
+        )
+        return next(fits, None)
 
     async def _release(self, uid: str) -> None:
         node, gpus = self._held.pop(uid, ("", 0))
@@ -205,116 +201,14 @@ class ScriptedKubelet:
                 self._free[node] += gpus
                 self._freed.notify_all()
 
-    async def _remove(self, pod: Pod) -> None:
+    async def _write(self, pod: Pod, step: Written) -> None:
         uid = pod["metadata"]["uid"]
-        last = self._last.get(uid, pod)
-        if not _ended(last) and last["spec"].get("nodeName"):
-            started = last.get("status", {}).get("containerStatuses")
-            await self._write(last, Terminated(143 if started else 137), last.get("status", {}).get("podIP", ADDRESS))
-        options = {"gracePeriodSeconds": 0, "preconditions": {"uid": uid}}
-        await self._request("DELETE", _path(pod), body=options, missing_ok=True)
-
-    async def _write(self, pod: Pod, step: Running | Terminated | Evicted | Unschedulable | Any, address: str) -> None:
-        last = self._last.get(pod["metadata"]["uid"], pod)
-        status = status_after(last, step, _now(), (ADDRESS, address))
-        body = {"metadata": {"uid": pod["metadata"]["uid"]}, "status": status}
-        written = await self._request("PATCH", f"{_path(pod)}/status", body=body, missing_ok=True)
-        if written and pod["metadata"]["uid"] in self._last:
-            self._last[pod["metadata"]["uid"]] = written
-
-    def _next_address(self) -> str:
-        self._addresses += 1
-        return f"10.{96 + self._addresses // 65536 % 32}.{self._addresses // 256 % 256}.{self._addresses % 256}"
-
-    # Nodes
-
-    async def _create_node(self, name: str) -> None:
-        resources = {
-            "cpu": "256",
-            "memory": "2Ti",
-            "pods": "10000",
-            "ephemeral-storage": "10Ti",
-            GPU: str(self._gpus_per_node),
-        }
-        now = _now()
-        ready = {
-            "type": "Ready",
-            "status": "True",
-            "reason": "Scripted",
-            "lastHeartbeatTime": now,
-            "lastTransitionTime": now,
-        }
-        status = {
-            "capacity": resources,
-            "allocatable": resources,
-            "conditions": [ready],
-            "addresses": [{"type": "InternalIP", "address": ADDRESS}, {"type": "Hostname", "address": name}],
-            "nodeInfo": {"kubeletVersion": "v1.34.4", "operatingSystem": "linux", "architecture": "amd64"}
-            | dict.fromkeys(
-                (
-                    "machineID",
-                    "systemUUID",
-                    "bootID",
-                    "kernelVersion",
-                    "osImage",
-                    "containerRuntimeVersion",
-                    "kubeProxyVersion",
-                ),
-                "",
-            ),
-        }
-        labels = {"kubernetes.io/hostname": name, **self._labels}
-        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}, "status": status}
-        await self._request("POST", "/api/v1/nodes", body=node, exists_ok=True)
-        await self._renew_lease(name)
-
-    async def _renew_leases(self) -> None:
-        while True:  # or the node controller takes the nodes for lost and deletes their pods
-            await asyncio.sleep(LEASE_SECONDS)
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                await asyncio.gather(*(self._renew_lease(name) for name in self._free))
-
-    async def _renew_lease(self, node: str) -> None:
-        spec = {"holderIdentity": node, "leaseDurationSeconds": 40, "renewTime": _now(micro=True)}
-        lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": node}, "spec": spec}
-        path = f"/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{node}"
-        headers = {"Content-Type": "application/apply-patch+yaml"}
-        await self._request(
-            "PATCH", path, body=lease, headers=headers, params={"fieldManager": "scripted-kubelet", "force": "true"}
-        )
-
-    async def _request(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: object = None,
-        params: Mapping[str, str] | None = None,
-        headers: Mapping[str, str] = MERGE_PATCH,
-        missing_ok: bool = False,
-        exists_ok: bool = False,
-    ) -> dict[str, Any]:
-        kind = headers if method == "PATCH" else {"Content-Type": "application/json"}
-        for _ in range(TRIES):
-            try:
-                data = json.dumps(body) if body is not None else None
-                async with self._session.request(method, path, data=data, params=params, headers=kind) as response:
-                    if (missing_ok and response.status in (404, 409)) or (exists_ok and response.status == 409):
-                        return {}
-                    busy = response.status in (429, 500, 503, 504)
-                    if response.status >= 400 and not busy:
-                        raise ScriptError(f"{method} {path}: {response.status} {await response.text()}")
-                    if not busy:
-                        result: dict[str, Any] = await response.json()
-                        return result
-            except (aiohttp.ClientError, TimeoutError) as error:
-                log.info("%s %s: trying again after %r", method, path, error)
-            await asyncio.sleep(0.1)  # the API server is restarting or busy
-        raise ScriptError(f"{method} {path}: no answer after {TRIES} tries")
-
-
-class ScriptError(Exception):
-    """The API server refused what the script made us write."""
+        status = status_after(self._last.get(uid, pod), step, now(), (ADDRESS, _address(uid)))
+        body = {"metadata": {"uid": uid}, "status": status}
+        path, missing = f"{_path(pod)}/status", (NOT_FOUND, CONFLICT)
+        written = await self._api.request("PATCH", path, body=body, content_type=MERGE_PATCH, may_fail=missing)
+        if written and uid in self._last:
+            self._last[uid] = written
 
 
 @contextlib.contextmanager
@@ -324,7 +218,7 @@ def scripted_kubelet(kubeconfig: Path, script: Script, **options: Any) -> Iterat
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
-    def wait(work: Any) -> Any:
+    def wait(work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, loop).result(60)
 
     async def begin() -> ScriptedKubelet:
@@ -342,21 +236,6 @@ def scripted_kubelet(kubeconfig: Path, script: Script, **options: Any) -> Iterat
         loop.close()
 
 
-def _session(kubeconfig: Path) -> aiohttp.ClientSession:
-    config = yaml.safe_load(kubeconfig.read_text())
-    cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
-    context = ssl.create_default_context(cadata=base64.b64decode(cluster["certificate-authority-data"]).decode())
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(base64.b64decode(user["client-certificate-data"]) + base64.b64decode(user["client-key-data"]))
-        file.flush()
-        context.load_cert_chain(file.name)
-    # read_bufsize: a line of the watch is a whole pod
-    connector = aiohttp.TCPConnector(ssl=context, limit=24)
-    return aiohttp.ClientSession(
-        cluster["server"], connector=connector, read_bufsize=1 << 23, timeout=aiohttp.ClientTimeout(total=30)
-    )
-
-
 def _path(pod: Pod) -> str:
     return f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}"
 
@@ -369,9 +248,7 @@ def _gpus(pod: Pod) -> int:
     return sum(int(c.get("resources", {}).get("limits", {}).get(GPU, 0)) for c in pod["spec"]["containers"])
 
 
-def _now(*, micro: bool = False) -> str:
-    now = datetime.datetime.now(datetime.UTC)
-    return now.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if micro else "%Y-%m-%dT%H:%M:%SZ")
-
-
-__all__ = ["ScriptedKubelet", "Step", "scripted_kubelet"]
+def _address(uid: str) -> str:
+    """An address that nobody answers at, the same for one pod each time."""
+    number = hash(uid)
+    return f"10.{96 + number % 32}.{number // 32 % 256}.{number // 8192 % 254 + 1}"

@@ -137,6 +137,25 @@ def test_a_deleted_pod_ends_as_by_sigterm_and_is_replaced_by_its_job(light: Ligh
         assert kubelet.errors == []
 
 
+def test_a_deleted_pod_can_end_by_a_script_of_its_own(light: LightCluster, api: Api) -> None:
+    ends = [Call(lambda _: None), Terminated(0, "saved a checkpoint")]
+    with scripted_kubelet(light.kubeconfig, lambda _: run_forever(), on_delete=lambda _: ends):
+        held = pod("graceful", container(IMAGE))
+        held["metadata"]["finalizers"] = ["example.com/look"]
+        api.create(PODS, held)
+        api.wait(PODS, "graceful", lambda p: condition(p, "Ready") == "True", SECONDS, "pod runs")
+        evict = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": "graceful", "namespace": "default"},
+        }
+        api.create(f"{PODS}/graceful/eviction", evict)
+        gone = api.wait(PODS, "graceful", lambda p: bool(termination(p)), SECONDS, "pod has ended")
+        assert termination(gone)["message"] == "saved a checkpoint"
+        assert condition(gone, "DisruptionTarget") == "True", "a condition that another wrote is kept"
+        api.merge(f"{PODS}/graceful", {"metadata": {"finalizers": None}})
+
+
 def test_gpus_are_counted_and_given_back(light: LightCluster, api: Api) -> None:
     with scripted_kubelet(light.kubeconfig, lambda _: run_forever(), gpus_per_node=2):
         api.create(PODS, pod("holds", container(IMAGE, **limits(gpus="2"))))
