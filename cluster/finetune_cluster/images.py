@@ -29,7 +29,7 @@ from finetune_cluster.processes import node_inits
 UV_CACHE = "root/.cache/uv"  # the Dockerfile's cache mount
 DROP_ABOVE = 64 << 20  # layers this big are dropped from the content store once they are unpacked
 
-__all__ = ["build", "ensure_base_image", "full_name", "has_image", "load", "make_image", "tags"]
+__all__ = ["build", "ensure_base_image", "full_name", "has_image", "layers_to_move", "load", "make_image", "tags"]
 
 
 def build(
@@ -91,7 +91,7 @@ def _load(init: int, image: str | Path) -> None:
     stored = find_image(image)
     if not stored:
         raise ClusterError(f"No image {image!r} in the store, which has: {', '.join(tags()) or 'none'}.")
-    missing = _missing(init, stored)
+    missing = layers_to_move(init, stored)
     size = sum(layer.size for layer in missing)
     with step(f"Loading {image}: {len(missing)} of {len(stored.layers)} layers, {size / 1e6:.0f} MB"):
         import_stream(init, lambda stream: _write_archive(stream, stored, missing))
@@ -101,7 +101,8 @@ def _load(init: int, image: str | Path) -> None:
             ctr(init, "content", "rm", digest)
 
 
-def _missing(init: int, image: StoredImage) -> list[StoredLayer]:
+def layers_to_move(init: int, image: StoredImage) -> list[StoredLayer]:
+    """The layers that the node with this PID 1 has neither as a blob nor unpacked."""
     have, unpacked = blobs(init), snapshots(init)
     return [
         layer
