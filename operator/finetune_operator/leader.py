@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from kubernetes.aio.client import V1Lease, V1ObjectMeta
 from kubernetes.aio.leaderelection import electionconfig, leaderelection
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 
@@ -33,7 +34,13 @@ class _TimedLock(LeaseLock):  # type: ignore[misc]
             return False, _Unknown(problem)
 
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:
-        return await self._try(super().create(name, namespace, election_record))
+        # Not the library's own: kubernetes 37.0.1 passes pretty=True, which its own validation refuses (a string is wanted).
+        body = V1Lease(metadata=V1ObjectMeta(name=name), spec=self.update_lease(election_record))
+        return await self._try(self._created(namespace, body))
+
+    async def _created(self, namespace: str, body: V1Lease) -> bool:
+        await self.api_instance.create_namespaced_lease(namespace, body)
+        return True
 
     async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
         return await self._try(super().update(name, namespace, updated_record))
