@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import signal
@@ -18,16 +19,16 @@ from typing import Any
 
 import httpx
 import yaml
+
+from finetune_api.names import LABEL_NAME, LABEL_STAGE, Stage
 from finetune_cluster.api import Api
 from finetune_cluster.light import LightCluster
 from finetune_cluster.scripted_kubelet import ScriptedKubelet, scripted_kubelet
-from finetune_cluster.steps import After, Pod, Running, Step, Terminated
-
-from finetune_api.names import LABEL_NAME, LABEL_STAGE, Stage
+from finetune_cluster.steps import After, Call, Pod, Running, Step, Terminated
 from tests.operator.manifests import success, termination_message
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 40
+SECONDS = 60
 Raw = dict[str, Any]
 
 
@@ -54,6 +55,11 @@ def name_of(pod: Pod) -> str:
 def succeed_stage(pod: Pod, after: float = 0.0) -> list[Step]:
     """Run and end well, with the stage's report."""
     return [Running(), After(after), Terminated(0, termination_message(success(stage_of(pod))))]
+
+
+def until_set(event: threading.Event) -> Call:
+    """A step that ends when a test says so."""
+    return Call(lambda _: asyncio.to_thread(event.wait, 60))
 
 
 def condition(job: Raw, kind: str) -> Raw:
@@ -103,7 +109,7 @@ class OperatorProcess:
         lines = self.get("/metrics", self.metrics_port).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
 
-    def wait_ready(self, seconds: float = 20) -> None:
+    def wait_ready(self, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:

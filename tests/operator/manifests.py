@@ -7,7 +7,15 @@ from typing import Any, Self
 
 from finetune_api.names import Stage
 from finetune_api.progress import StageReport
-from finetune_api.results import DataSummary, LengthPercentiles, PrepareReport, PublishReport, TrainMetrics, TrainReport, Verification
+from finetune_api.results import (
+    DataSummary,
+    LengthPercentiles,
+    PrepareReport,
+    PublishReport,
+    TrainMetrics,
+    TrainReport,
+    Verification,
+)
 
 Raw = dict[str, Any]
 

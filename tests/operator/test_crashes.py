@@ -1,0 +1,133 @@
+"""An operator that dies at any point is as good as one that does not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.names import Stage
+from finetune_cluster.light import LightCluster
+from finetune_cluster.steps import Pod, Step, run_forever
+from tests.operator.harness import Bench, Tls, finetunejobs_of, is_true, stage_of, succeed_stage
+from tests.operator.manifests import Raw, finetunejob
+
+pytestmark = pytest.mark.light
+
+MOST_WRITES = 40
+AT_ONCE = 3
+
+
+@contextmanager
+def bench_in(cluster: LightCluster, tls: Tls, folder: Path, namespace: str) -> Iterator[Bench]:
+    with cluster.admin() as api:
+        api.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
+        api.wait(f"/api/v1/namespaces/{namespace}/serviceaccounts", "default", lambda _: True, 60, "default account")
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(cluster, folder, tls, namespace)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def script(pod: Pod) -> list[Step]:
+    if stage_of(pod) is Stage.TRAIN and pod["metadata"]["labels"]["finetune.dev/job-name"] == "endless":
+        return run_forever()
+    return succeed_stage(pod, 0.2)
+
+
+def remains(bench: Bench, name: str) -> dict[str, Any]:
+    """What a run leaves, without names, UIDs and times."""
+    job = bench.job(name)
+    uid = job["metadata"]["uid"]
+    status = job["status"]
+
+    def plain(value: Any) -> Any:
+        text = str(value)
+        return text.replace(uid, "UID").replace(uid[:8], "UID8").replace(bench.namespace, "NS")
+
+    jobs = {plain(j["metadata"]["name"]): plain(spec_of(j)) for j in bench.stage_jobs() if not j["metadata"].get("deletionTimestamp")}
+    maps = bench.api.get(f"/api/v1/namespaces/{bench.namespace}/configmaps")["items"]
+    mine = [m for m in maps if m["metadata"]["name"] != "kube-root-ca.crt"]
+    return {
+        "phase": status["phase"],
+        "conditions": [(c["type"], c["status"], c["reason"]) for c in status["conditions"]],
+        "attempts": [(a["stage"], a["outcome"]) for a in status["attempts"]],
+        "plan": status["plan"],
+        "data": status["data"],
+        "metrics": status.get("metrics"),
+        "artifacts": plain(status.get("artifacts")),
+        "snapshot": [(plain(m["metadata"]["name"]), sorted(m["data"]), m["immutable"]) for m in mine],
+        "jobs": jobs,
+    }
+
+
+def spec_of(job: Raw) -> Raw:
+    template = job["spec"]["template"]
+    labels = {k: v for k, v in template["metadata"]["labels"].items() if k.startswith("finetune.dev")}
+    return {"labels": labels, "pod": template["spec"], "limit": job["spec"]["backoffLimit"]}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "deadline"), [("story", None), ("endless", 2)])
+def test_killed_after_any_of_its_writes_it_ends_in_the_same_objects(
+    cluster: LightCluster, tls: Tls, tmp_path: Path, name: str, deadline: int | None
+) -> None:
+    builder = finetunejob(name) if deadline is None else finetunejob(name).deadline(deadline)
+    manifest = builder.build()
+    enough = threading.Event()
+
+    def run(crash_after: int) -> dict[str, Any] | None:
+        """The remains of a run with one crash; of an undisturbed one for 0; None if there were not so many writes."""
+        namespace = f"crash-{name}-{crash_after}"
+        if enough.is_set():
+            return None
+        with ExitStack() as stack:
+            bench = stack.enter_context(bench_in(cluster, tls, tmp_path / namespace, namespace))
+            stack.enter_context(bench.script(script))
+            module = "tests.operator.crashing_operator" if crash_after else "finetune_operator"
+            operator = bench.start_operator(wait=False, module=module, CRASH_AFTER_WRITES=str(crash_after))
+            bench.apply({**manifest, "metadata": dict(manifest["metadata"])})
+            if crash_after:
+                died = wait_for_end(bench, operator, name)
+                if not died:
+                    enough.set()
+                    return None
+                bench.start_operator()
+            bench.until_finished(name, 120)
+            selector = {"labelSelector": "finetune.dev/stage=train"}
+            if deadline is not None:
+                bench.until_gone(f"/apis/batch/v1/namespaces/{namespace}/jobs", query=selector)
+            return remains(bench, name)
+
+    undisturbed = run(0)
+    assert undisturbed is not None
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        results = dict(zip(range(1, MOST_WRITES), pool.map(run, range(1, MOST_WRITES)), strict=False))
+    crashes = {n: r for n, r in results.items() if r is not None}
+    assert len(crashes) >= 6
+    for number, left in crashes.items():
+        assert left == undisturbed, f"killed after write {number}"
+
+
+def wait_for_end(bench: Bench, operator: Any, name: str) -> bool:
+    """Whether the operator died before the job's story was over (its Events included)."""
+    finished = 0
+    for _ in bench.api.watch(finetunejobs_of(bench.namespace), 120, {"timeoutSeconds": "1"}):
+        if operator.process.poll() is not None:
+            return True
+        if is_true(bench.job(name), "Finished"):
+            finished += 1
+        if finished > 3:
+            break
+    try:
+        operator.process.wait(5)
+    except Exception:
+        return False
+    return True

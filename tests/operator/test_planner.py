@@ -1,0 +1,396 @@
+"""The planner, row by row: what is observed, and what must follow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from finetune_api.names import Stage
+from finetune_api.status import ConditionType, Phase, ProgressStatus
+from finetune_operator.planning import plan
+from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.model import Refusal, Urgency
+from tests.operator.manifests import failure, success
+from tests.operator.world import START, World, world
+
+
+def message(w: World, kind: ConditionType) -> str:
+    found = find(w.status, kind)
+    assert found is not None
+    return found.message
+
+
+def reason(w: World, kind: ConditionType) -> str:
+    found = find(w.status, kind)
+    assert found is not None
+    return found.reason
+
+
+def in_training(**spec: object) -> World:
+    w = world(**spec)
+    w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.settle()
+    return w
+
+
+def in_publishing(**spec: object) -> World:
+    w = world(**spec)
+    w.pass_stage()
+    w.pass_stage()
+    w.settle()
+    return w
+
+
+def test_a_new_job_gets_its_snapshot_and_its_first_job_before_any_status() -> None:
+    decided = world().plan()
+    assert (decided.create_snapshot, decided.create_job) == (True, Stage.PREPARE)
+
+
+def test_the_first_status_is_written_at_once() -> None:
+    w = world()
+    w.apply(w.plan())
+    decided = w.plan()
+    assert decided.urgency is Urgency.NOW
+    assert decided.status is not None
+    assert decided.status.phase is Phase.PREPARING
+
+
+def test_the_training_job_is_created_before_status_tells_that_prepare_is_done() -> None:
+    w = world()
+    w.pass_stage()
+    assert w.plan().create_job is Stage.TRAIN
+
+
+def test_every_phase_is_passed_in_order() -> None:
+    w = world()
+    seen = []
+
+    def look() -> None:
+        w.settle()
+        assert w.status.phase is not None
+        seen.append(w.status.phase)
+
+    look()
+    for stage in Stage:
+        w.start_pod()
+        look()
+        w.run_pod()
+        look()
+        w.end_pod(0, success(stage))
+        look()
+    assert list(dict.fromkeys(seen)) == [
+        Phase.PREPARING,
+        Phase.QUEUED,
+        Phase.TRAINING,
+        Phase.PUBLISHING,
+        Phase.SUCCEEDED,
+    ]
+
+
+def test_events_tell_the_story_in_order() -> None:
+    w = in_publishing()
+    w.pass_stage()
+    w.settle()
+    assert [e.reason for e in w.events] == ["Prepared", "Started", "Trained", "Succeeded"]
+
+
+def test_a_failure_before_training_says_that_no_gpu_was_used() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.end_pod(11, failure(Stage.PREPARE, "InvalidData", "3 of 5,120 rows cannot be used (limit 0). train.jsonl:17 is bad"))
+    w.settle()
+    assert message(w, ConditionType.FAILED) == (
+        "InvalidData: 3 of 5,120 rows cannot be used (limit 0). train.jsonl:17 is bad. "
+        "Fix the rows, or set data.checks.maxBadRows. No GPU was used."
+    )
+
+
+def test_a_failure_in_training_does_not_claim_that_no_gpu_was_used() -> None:
+    w = in_training()
+    w.end_pod(22, failure(Stage.TRAIN, "NonFiniteLoss", "loss is NaN at step 3"))
+    w.settle()
+    assert message(w, ConditionType.FAILED) == "NonFiniteLoss: loss is NaN at step 3. Lower training.optimizer.learningRate."
+
+
+def test_a_message_that_gives_the_advice_itself_does_not_give_it_twice() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.end_pod(11, failure(Stage.PREPARE, "InvalidData", "bad. Fix the rows, or set data.checks.maxBadRows."))
+    w.settle()
+    assert message(w, ConditionType.FAILED).count("maxBadRows") == 1
+
+
+def test_a_reason_that_is_not_a_condition_reason_becomes_unknown() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.end_pod(1, failure(Stage.PREPARE, "not a reason", "strange"))
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "Unknown"
+
+
+def test_a_failed_jobs_exit_code_is_found_in_its_condition_when_the_pods_are_gone() -> None:
+    w = world()
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    words = "Container prepare for pod ns/x failed with exit code 16 matching FailJob rule at index 1"
+    w.jobs[job.name] = replace(job, failed_at=w.now, failed_reason="PodFailurePolicy", failed_message=words)
+    assert w.settle().requeue_after is not None, "its pod may still come into sight"
+    w.tick(6)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "AccessDenied"
+
+
+def test_a_finished_job_lets_nothing_run_on() -> None:
+    w = in_training(activeDeadlineSeconds=30)
+    w.tick(31)
+    decided = w.plan()
+    assert decided.status is not None
+    assert not decided.deletes, "the end is recorded first, then the pods go"
+    w.apply(decided)
+    assert [d.name.rsplit("-", 1)[1] for d in w.plan().deletes] == ["train"]
+
+
+def test_the_deadline_counts_running_time_only() -> None:
+    w = world(activeDeadlineSeconds=15)
+    w.pass_stage()  # runs 10 s
+    w.settle()
+    w.start_pod()
+    w.settle()
+    w.tick(3600)
+    assert w.settle().requeue_after is None, "a pod that does not run costs nothing"
+    w.run_pod()
+    decided = w.settle()
+    assert decided.requeue_after == pytest.approx(5.05)
+    w.tick(5)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "DeadlineExceeded"
+    assert w.status.active_seconds == 15
+
+
+def test_one_wait_longer_than_allowed_fails_with_what_was_missing() -> None:
+    w = in_training()
+    w = world(pendingTimeoutSeconds=60)
+    w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.change_pod(unschedulable="0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", unschedulable_since=w.now)
+    decided = w.settle()
+    assert decided.requeue_after == pytest.approx(60.05)
+    assert reason(w, ConditionType.WAITING) == "Unschedulable"
+    assert "no node has room for 1 × nvidia.com/gpu: 0/3 nodes" in message(w, ConditionType.WAITING)
+    w.tick(60)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "PendingTimeout"
+    assert message(w, ConditionType.FAILED).startswith("PendingTimeout: waited 1m00s for Unschedulable: no node has room")
+    assert message(w, ConditionType.FAILED).endswith("No GPU was used.")
+
+
+def test_another_thing_that_is_missing_has_a_clock_of_its_own() -> None:
+    w = world(pendingTimeoutSeconds=60)
+    w.settle()
+    w.start_pod()
+    w.change_pod(unschedulable="no room", unschedulable_since=w.now)
+    w.settle()
+    w.tick(50)
+    w.change_pod(unschedulable="", node="n", waiting_reason="ErrImagePull", waiting_message="connection refused")
+    w.settle()
+    w.tick(50)
+    w.settle()
+    assert w.status.phase is Phase.PREPARING
+    assert reason(w, ConditionType.WAITING) == "ImageUnavailable"
+    assert w.status.waiting_since == "2026-03-01T12:00:50Z"
+
+
+def test_a_wait_that_a_pod_tells_comes_and_goes_with_its_posts() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    pod = w.pod()
+    assert pod is not None
+    w.post(ProgressStatus(execution_id=pod.uid, waiting_reason="SecretMissing", waiting_message="Secret hf-token"))
+    w.settle()
+    assert reason(w, ConditionType.WAITING) == "SecretMissing"
+    w.post(ProgressStatus(execution_id=pod.uid))
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING)
+
+
+def test_a_wait_that_an_earlier_pod_told_does_not_count() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.post(ProgressStatus(execution_id="another", waiting_reason="SecretMissing", waiting_message="x"))
+    w.settle()
+    assert find(w.status, ConditionType.WAITING) is None
+
+
+def test_a_refused_create_is_not_repeated_before_its_time() -> None:
+    w = world()
+    w.refusal = Refusal("exceeded quota", w.now + timedelta(seconds=8))
+    decided = w.plan()
+    assert decided.create_job is None
+    assert decided.requeue_after == pytest.approx(8.05)
+    assert decided.status is not None
+    assert decided.status.phase is Phase.PENDING
+    w.settle()
+    w.tick(8)
+    assert w.plan().create_job is Stage.PREPARE
+
+
+def test_suspending_deletes_finished_jobs_too_and_forgets_the_milestones() -> None:
+    w = in_training()
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    assert {d.name.rsplit("-", 1)[1] for d in w.plan().deletes} == {"prepare", "train"}
+    w.settle()
+    assert w.status.phase is Phase.TRAINING, "as long as a pod is left"
+    w.collect()
+    w.settle()
+    assert w.status.phase is Phase.SUSPENDED
+    assert not is_true(w.status, ConditionType.PREPARED)
+
+
+def test_a_job_is_not_made_anew_before_the_old_ones_pods_are_gone() -> None:
+    w = in_training()
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    w.spec = w.spec.model_copy(update={"suspend": False})
+    assert w.plan().create_job is None
+    w.collect()
+    assert w.plan().create_job is Stage.TRAIN, "suspension was never complete, so prepare need not run again"
+
+
+def test_a_resumed_job_says_that_training_restarts() -> None:
+    w = in_training()
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    w.collect()
+    w.settle()
+    w.spec = w.spec.model_copy(update={"suspend": False})
+    w.settle()
+    assert w.live_job() is not None
+    assert w.events[-1].reason == "Resumed"
+    assert "restarts from the beginning" in w.events[-1].message
+
+
+def test_success_wins_over_a_late_suspend() -> None:
+    w = in_publishing()
+    w.pass_stage()
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    assert w.status.phase is Phase.SUCCEEDED
+
+
+def test_a_lost_report_is_written_down_before_the_job_goes() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.end_pod(0, None)
+    assert w.settle().requeue_after is not None, "it may still come"
+    w.tick(6)
+    decided = w.plan()
+    assert not decided.deletes
+    assert decided.urgency is Urgency.NOW
+    w.apply(decided)
+    assert w.plan().deletes
+
+
+def test_lost_reports_are_bounded() -> None:
+    w = world()
+    for _ in range(4):
+        w.settle()
+        w.start_pod()
+        w.run_pod()
+        w.end_pod(0, None)
+        w.settle()
+        w.tick(6)
+        w.settle()
+        w.collect()
+    assert "each time its report was lost" in message(w, ConditionType.FAILED)
+
+
+def test_a_report_that_only_the_final_post_brought_counts() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.settle()
+    pod = w.pod()
+    assert pod is not None
+    w.post(ProgressStatus(execution_id=pod.uid, report=success(Stage.PREPARE)))
+    w.end_pod(0, None)
+    assert w.plan().create_job is Stage.TRAIN
+
+
+def test_the_training_job_alone_proves_that_prepare_is_done() -> None:
+    w = in_training()
+    w.status = w.status.model_copy(update={"conditions": [], "phase": None})
+    w.jobs = {n: j for n, j in w.jobs.items() if j.stage is Stage.TRAIN}
+    w.pods = {n: p for n, p in w.pods.items() if p.stage is Stage.TRAIN}
+    assert w.settle().create_job is None
+    assert is_true(w.status, ConditionType.PREPARED)
+
+
+def test_status_alone_proves_that_prepare_is_done() -> None:
+    w = in_training()
+    w.jobs, w.pods = {}, {}
+    assert w.plan().create_job is Stage.TRAIN
+
+
+def test_a_job_being_deleted_is_left_to_the_garbage_collector() -> None:
+    w = in_training()
+    w.deleting = True
+    assert w.plan().idle
+
+
+def test_time_to_live_counts_from_completion() -> None:
+    w = in_publishing(ttlSecondsAfterFinished=30)
+    w.pass_stage()
+    assert w.settle().requeue_after == 30
+    w.tick(30)
+    assert w.plan().delete_self
+
+
+def test_a_spec_that_cannot_be_read_fails_the_job() -> None:
+    w = world()
+    observation = w.observe()
+    view = replace(observation.job, spec=None, spec_error="spec.method: unknown")
+    decided = plan(replace(observation, job=view))
+    assert decided.status is not None
+    assert decided.status.phase is Phase.FAILED
+
+
+def test_bookkeeping_alone_is_not_urgent() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    decided = w.plan()
+    assert decided.status is not None
+    assert decided.urgency is Urgency.LATER
+
+
+def test_times_of_conditions_move_only_when_they_flip() -> None:
+    w = in_training()
+    before = find(w.status, ConditionType.PREPARED)
+    w.tick(100)
+    w.end_pod(0, None)
+    w.settle()
+    w.tick(6)
+    w.settle()
+    assert find(w.status, ConditionType.PREPARED) == before
+    assert w.now > START

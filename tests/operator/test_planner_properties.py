@@ -1,0 +1,200 @@
+"""The planner under random histories: users, kubelets, controllers and failures act in any order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from finetune_api.names import Stage
+from finetune_api.progress import StageReport
+from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, ProgressStatus
+from finetune_operator.planning.conditions import is_true
+from finetune_operator.planning.model import Refusal
+from tests.operator.manifests import failure, success
+from tests.operator.world import World, world
+
+
+class Histories(RuleBasedStateMachine):
+    """Any of these may happen at any time; the operator may stop after any single step of a plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world: World = world()
+        self.end: FineTuneJobStatus | None = None
+
+    @initialize(
+        deadline=st.sampled_from([None, 30]), pending=st.sampled_from([20, 3600]), ttl=st.sampled_from([None, 60])
+    )
+    def create(self, deadline: int | None, pending: int, ttl: int | None) -> None:
+        self.world = world(activeDeadlineSeconds=deadline, pendingTimeoutSeconds=pending, ttlSecondsAfterFinished=ttl)
+
+    # The operator
+
+    @rule()
+    def reconcile_once(self) -> None:
+        if not self.world.gone:
+            self.world.apply(self.world.plan())
+            self._note_the_end()
+
+    @rule()
+    def reconcile_until_nothing_is_left_to_do(self) -> None:
+        if not self.world.gone:
+            self.world.settle()
+            self._note_the_end()
+
+    @rule()
+    def forget_what_was_in_memory(self) -> None:
+        self.world.refusal = None
+
+    # People
+
+    @rule(value=st.booleans())
+    def suspend_or_resume(self, value: bool) -> None:
+        self.world.spec = self.world.spec.model_copy(update={"suspend": value})
+        self.world.generation += 1
+
+    @rule()
+    def somebody_deletes_a_job(self) -> None:
+        job = next(iter(self.world.jobs.values()), None)
+        if job is not None:
+            self.world.jobs[job.name] = replace(job, deleting=True)
+            for pod in [p for p in self.world.pods.values() if p.owner_uid == job.uid]:
+                self.world.pods[pod.name] = replace(pod, deleting=True)
+
+    # The cluster
+
+    @rule(seconds=st.sampled_from([1, 6, 31]))
+    def time_passes(self, seconds: int) -> None:
+        self.world.tick(seconds)
+
+    @rule()
+    def a_pod_starts(self) -> None:
+        self.world.start_pod()
+
+    @rule()
+    def a_pod_runs(self) -> None:
+        pod = self.world.pod()
+        if pod is not None and not pod.running:
+            self.world.run_pod()
+
+    @rule(report=st.booleans(), trained=st.booleans())
+    def a_pod_succeeds(self, report: bool, trained: bool) -> None:
+        pod = self.world.pod()
+        if pod is not None:
+            self.world.end_pod(0, success(pod.stage, trained) if report else None)
+
+    @rule(code=st.sampled_from([1, 11, 61, 137, 143]), told=st.booleans())
+    def a_pod_fails(self, code: int, told: bool) -> None:
+        pod = self.world.pod()
+        if pod is not None:
+            report: StageReport | None = failure(pod.stage, "InvalidData", "bad rows") if told else None
+            self.world.end_pod(code, report)
+
+    @rule()
+    def a_pod_vanishes(self) -> None:
+        pod = next(iter(self.world.pods.values()), None)
+        if pod is not None:
+            del self.world.pods[pod.name]
+
+    @rule(what=st.sampled_from(["image", "node", "volume", "told"]))
+    def a_pod_waits(self, what: str) -> None:
+        pod = self.world.pod()
+        if pod is None:
+            return
+        if what == "told" and pod.running:
+            self.world.post(
+                ProgressStatus(execution_id=pod.uid, waiting_reason="SecretMissing", waiting_message="hf-token")
+            )
+        elif not pod.running and what == "image":
+            self.world.change_pod(waiting_reason="ErrImagePull", waiting_message="refused")
+        elif not pod.running and what == "node":
+            self.world.change_pod(unschedulable="no room", unschedulable_since=self.world.now)
+        elif not pod.running and what == "volume":
+            self.world.change_pod(node="n", sandbox_missing_since=self.world.now)
+
+    @rule(value=st.booleans())
+    def kueue_suspends_or_admits(self, value: bool) -> None:
+        job = self.world.live_job()
+        if job is not None:
+            self.world.jobs[job.name] = replace(job, suspended=value)
+            if value:
+                for pod in [p for p in self.world.pods.values() if p.owner_uid == job.uid and not p.ended]:
+                    del self.world.pods[pod.name]
+
+    @rule()
+    def deletions_finish(self) -> None:
+        self.world.collect()
+
+    @precondition(lambda self: self.world.live_job() is None)
+    @rule()
+    def the_api_server_refuses(self) -> None:
+        self.world.refusal = Refusal("exceeded quota", self.world.now + timedelta(seconds=5))
+
+    # What must always hold
+
+    def _note_the_end(self) -> None:
+        if self.end is None and is_true(self.world.status, ConditionType.FINISHED):
+            self.end = self.world.status.model_copy(update={"progress": None})
+
+    @invariant()
+    def at_most_one_stage_is_live(self) -> None:
+        live = [j for j in self.world.jobs.values() if not j.finished and not j.deleting]
+        assert len(live) <= 1, live
+
+    @invariant()
+    def pods_of_two_stages_never_run_together(self) -> None:
+        stages = {p.stage for p in self.world.pods.values() if p.running}
+        assert len(stages) <= 1, stages
+
+    @invariant()
+    def an_end_is_final(self) -> None:
+        if self.end is None:
+            return
+        assert self.world.status.model_copy(update={"progress": None}) == self.end
+        assert not self.world.gone or self.world.spec.ttl_seconds_after_finished is not None
+
+    @invariant()
+    def a_plan_applied_leaves_nothing_to_plan(self) -> None:
+        if self.world.gone:
+            return
+        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
+        copy.settle()
+        if not copy.gone:
+            assert copy.plan().idle
+
+    @invariant()
+    def suspended_holds_no_pods(self) -> None:
+        if self.world.gone or not self.world.spec.suspend or self.end is not None:
+            return
+        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
+        copy.settle()
+        copy.collect()
+        copy.settle()
+        if copy.status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+            return
+        if any(not p.deleting for p in copy.pods.values()):
+            return  # orphans of a Job that somebody deleted: the garbage collector's
+        assert copy.status.phase is Phase.SUSPENDED
+        assert not copy.pods
+        assert not copy.jobs
+
+    @invariant()
+    def finished_means_complete_or_failed_and_not_both(self) -> None:
+        kinds = (ConditionType.COMPLETE, ConditionType.FAILED)
+        true = [k for k in kinds if is_true(self.world.status, k)]
+        assert len(true) == (1 if is_true(self.world.status, ConditionType.FINISHED) else 0)
+
+    @invariant()
+    def no_gpu_is_asked_for_before_prepare_is_done(self) -> None:
+        if self.world.job(Stage.TRAIN) is not None and not self.world.gone:
+            assert self.world.snapshot is not None
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)

@@ -1,0 +1,303 @@
+"""The progress endpoint: who may post, what becomes of it, and how often it is written."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from finetune_api.names import Stage
+from finetune_api.progress import ProgressPost
+from finetune_api.status import ProgressStatus
+from finetune_cluster.steps import Call, Pod, Running, Step, Terminated, run_forever
+from finetune_operator.planning.clock import human_duration
+from finetune_operator.progress.protocol import fold, from_kubeflow, merge
+from tests.operator.harness import (
+    ROOT,
+    Bench,
+    OperatorProcess,
+    Recorder,
+    condition,
+    finetunejobs_of,
+    is_true,
+    pods_of,
+    stage_of,
+    succeed_stage,
+    until_set,
+)
+from tests.operator.manifests import finetunejob, success
+from tests.operator.world import START
+
+Raw = dict[str, Any]
+
+
+def train_forever(pod: Pod) -> list[Step]:
+    return run_forever() if stage_of(pod) is Stage.TRAIN else succeed_stage(pod)
+
+
+class Poster:
+    """Posts as a pod does."""
+
+    def __init__(self, bench: Bench, operator: OperatorProcess, pod: Raw, job: str) -> None:
+        self._context = ssl.create_default_context(cafile=str(bench.tls.ca))
+        self.url = f"https://localhost:{operator.progress_port}/v1/namespaces/{bench.namespace}/finetunejobs/{job}"
+        self.pod = pod
+        self.token = bench.token(pod)
+        self.sequence = 0
+        self.http = httpx.Client(verify=self._context, timeout=20, trust_env=False)
+
+    def post(self, token: str | None = None, **fields: object) -> httpx.Response:
+        self.sequence += 1
+        body = {
+            "executionId": self.pod["metadata"]["uid"],
+            "stage": stage_of(self.pod),
+            "sequence": self.sequence,
+            **fields,
+        }
+        return self.raw(body, token)
+
+    def raw(self, body: object, token: str | None = None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {token or self.token}"}
+        return self.http.post(f"{self.url}/progress", json=body, headers=headers)
+
+
+def training_pod(bench: Bench, name: str) -> Raw:
+    bench.until_phase(name, "Training")
+    [pod] = [p for p in bench.pods() if stage_of(p) is Stage.TRAIN and p["metadata"]["labels"]["finetune.dev/job-name"] == name]
+    return pod
+
+
+@pytest.mark.light
+def test_a_post_shows_in_status_as_people_read_it(bench: Bench) -> None:
+    operator = bench.start_operator(FINETUNE_PROGRESS_INTERVAL_SECONDS="1")
+    with bench.script(train_forever):
+        bench.apply(finetunejob("live").build())
+        poster = Poster(bench, operator, training_pod(bench, "live"), "live")
+        answer = poster.post(
+            activity="Training", step=118, totalSteps=640, loss=1.31249, etaSeconds=840.0, tokensPerSecond=1051.26
+        )
+        assert answer.status_code == 200, answer.text
+        seen = bench.until("live", lambda j: bool(j["status"].get("progress", {}).get("summary")), "progress")
+    progress = seen["status"]["progress"]
+    assert (progress["summary"], progress["loss"], progress["eta"]) == ("118/640", 1.3125, "14m")
+    managers = {f["manager"] for f in seen["metadata"]["managedFields"] if f.get("subresource") == "status"}
+    assert managers == {"finetune-operator", "finetune-operator-progress"}
+
+
+@pytest.mark.light
+def test_only_a_pod_of_the_job_may_post_for_it(bench: Bench) -> None:
+    operator = bench.start_operator()
+    with bench.script(train_forever):
+        bench.apply(finetunejob("mine").build())
+        bench.apply(finetunejob("other").build())
+        mine = training_pod(bench, "mine")
+        other = training_pod(bench, "other")
+        poster = Poster(bench, operator, mine, "mine")
+        assert poster.post(token="nonsense").status_code == 401
+        assert poster.post(token=bench.token(mine, audience="another")).status_code == 401
+        assert poster.post(token=bench.token(other)).status_code == 403
+        assert Poster(bench, operator, mine, "other").post().status_code == 403
+        assert Poster(bench, operator, mine, "nobody").post().status_code == 404
+        labels = {**mine["metadata"]["labels"], "job-name": "x"}
+        forged = bench.api.create(
+            pods_of(bench.namespace),
+            {
+                "metadata": {"name": "forged", "labels": labels},
+                "spec": {"containers": [{"name": "c", "image": "i"}]},
+            },
+        )
+        assert Poster(bench, operator, forged, "mine").post().status_code == 403
+        lie = poster.raw({"executionId": other["metadata"]["uid"], "stage": "train", "sequence": 1})
+        assert (lie.status_code, lie.json()["reason"]) == (403, "Forbidden")
+        bad = poster.post(step=-1)
+        assert bad.status_code == 422
+        assert "step" in bad.json()["message"]
+        assert poster.http.post(f"{poster.url}/progress", content=b"{", headers={"Authorization": f"Bearer {poster.token}"}).status_code == 422
+        big = poster.raw({"x": "y" * 100_000})
+        assert big.status_code == 413
+        assert "progress" not in bench.job("mine")["status"]
+        assert poster.post(step=1).status_code == 200
+
+
+@pytest.mark.light
+def test_progress_is_written_at_most_once_per_interval(bench: Bench) -> None:
+    interval = 3.0
+    operator = bench.start_operator(FINETUNE_PROGRESS_INTERVAL_SECONDS=str(interval))
+    with bench.script(train_forever):
+        bench.apply(finetunejob("chatty").build())
+        poster = Poster(bench, operator, training_pod(bench, "chatty"), "chatty")
+        recorder = Recorder(bench.cluster, finetunejobs_of(bench.namespace))
+        begin = time.monotonic()
+        while time.monotonic() - begin < 4 * interval:
+            assert poster.post(step=poster.sequence, totalSteps=1000, loss=1.0 / poster.sequence).status_code == 200
+        spent = time.monotonic() - begin
+        recorder.stop()
+    writes = {r["metadata"]["resourceVersion"] for kind, r in recorder.events if kind == "MODIFIED"}
+    assert poster.sequence > 20
+    assert 2 <= len(writes) <= spent / interval + 2, "the first one is written at once"
+
+
+@pytest.mark.light
+def test_a_wait_that_a_pod_tells_shows_at_once_and_goes_at_once(bench: Bench) -> None:
+    operator = bench.start_operator()
+    secret = threading.Event()
+
+    def script(pod: Pod) -> list[Step]:
+        if stage_of(pod) is Stage.PREPARE:
+            return [Running(), until_set(secret), *succeed_stage(pod)[1:]]
+        return succeed_stage(pod)
+
+    with bench.script(script):
+        bench.apply(finetunejob("needs").build())
+        pod = bench.api.wait(
+            pods_of(bench.namespace), None, lambda p: p["status"]["phase"] == "Running", 60, "prepare runs"
+        )
+        poster = Poster(bench, operator, pod, "needs")
+        poster.post(waiting={"reason": "SecretMissing", "message": "Secret hf-token does not exist"})
+        waiting = bench.until_waiting("needs", "SecretMissing", 15)
+        assert "Secret hf-token" in condition(waiting, "Waiting")["message"]
+        assert "Create the Secret in the job's namespace." in condition(waiting, "Waiting")["message"]
+        poster.post(activity="Checking")
+        bench.until("needs", lambda j: condition(j, "Waiting").get("status") == "False", "the wait is over", 15)
+        secret.set()
+        assert is_true(bench.until_finished("needs"), "Complete")
+
+
+@pytest.mark.light
+def test_an_acknowledged_final_post_survives_a_lost_termination_message(bench: Bench) -> None:
+    operator = bench.start_operator()
+    answers: list[Raw] = []
+
+    def script(pod: Pod) -> list[Step]:
+        def post_final(_: Pod) -> None:
+            report = success(stage_of(pod)).to_json_dict()
+            answers.append(Poster(bench, operator, pod, "final").post(final=report).json())
+
+        import asyncio
+
+        return [Running(), Call(lambda p: asyncio.to_thread(post_final, p)), Terminated(0, "")]
+
+    with bench.script(script):
+        bench.apply(finetunejob("final").build())
+        done = bench.until_finished("final")
+    assert is_true(done, "Complete")
+    assert answers == [{"accepted": True, "recorded": True}] * 3
+    assert [a["outcome"] for a in done["status"]["attempts"]] == ["Succeeded"] * 3
+    assert done["status"]["metrics"]["heldOutLoss"] == 0.861
+
+
+@pytest.mark.light
+def test_a_job_costs_at_most_five_writes_before_its_training_pod(bench: Bench) -> None:
+    operator = bench.start_operator()
+    counted: list[float] = []
+
+    def script(pod: Pod) -> list[Step]:
+        import asyncio
+
+        def post_final(_: Pod) -> None:
+            poster = Poster(bench, operator, pod, "thrifty")
+            poster.post(activity="Checking")
+            poster.post(activity="Tokenizing")
+            poster.post(final=success(stage_of(pod)).to_json_dict())
+
+        def count(_: Pod) -> None:
+            lines = operator.get("/metrics", operator.metrics_port).text.splitlines()
+            writes = [x for x in lines if x.startswith("finetune_api_writes_total") and "tokenreviews" not in x]
+            counted.append(sum(float(x.rsplit(" ", 1)[1]) for x in writes))
+
+        if stage_of(pod) is Stage.PREPARE:
+            return [Running(), Call(lambda p: asyncio.to_thread(post_final, p)), *succeed_stage(pod)[1:]]
+        if stage_of(pod) is Stage.TRAIN:
+            return [Call(lambda p: asyncio.to_thread(count, p)), *succeed_stage(pod)]
+        return succeed_stage(pod)
+
+    with bench.script(script):
+        bench.apply(finetunejob("thrifty").build())
+        bench.until_finished("thrifty")
+    assert counted
+    assert counted[0] <= 5
+
+
+CALLBACK = """
+from types import SimpleNamespace
+from transformers.integrations.integration_utils import KubeflowCallback
+callback = KubeflowCallback()
+state = SimpleNamespace(is_world_process_zero=True, max_steps=640, global_step=118, epoch=0.55)
+callback.on_train_begin(None, state, None)
+callback.on_log(None, state, None, logs={"loss": 1.3125, "learning_rate": 2e-4})
+callback._last_update_time = 0.0
+callback._start_time -= 100
+callback.on_step_end(None, state, None)
+assert callback._update_status(progress_percent=18, metrics=callback._metrics, force=True), "not accepted"
+"""
+
+
+@pytest.mark.light
+def test_transformers_own_callback_reports_unmodified(bench: Bench) -> None:
+    operator = bench.start_operator(FINETUNE_PROGRESS_INTERVAL_SECONDS="1")
+    with bench.script(train_forever):
+        bench.apply(finetunejob("flow").build())
+        pod = training_pod(bench, "flow")
+        environment = {e["name"]: e.get("value", "") for e in pod["spec"]["containers"][0]["env"]}
+        token = bench.folder / "token"
+        token.write_text(bench.token(pod))
+        env = {
+            "PATH": "/usr/bin:/bin",
+            "KUBEFLOW_TRAINER_SERVER_URL": environment["KUBEFLOW_TRAINER_SERVER_URL"],
+            "KUBEFLOW_TRAINER_SERVER_CA_CERT": str(bench.tls.ca),
+            "KUBEFLOW_TRAINER_SERVER_TOKEN": str(token),
+        }
+        assert f":{operator.progress_port}/" in env["KUBEFLOW_TRAINER_SERVER_URL"]
+        done = subprocess.run(
+            [sys.executable, "-c", CALLBACK], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        seen = bench.until("flow", lambda j: j["status"].get("progress", {}).get("step") == 118, "progress")
+    progress = seen["status"]["progress"]
+    assert progress["summary"] == "118/640"
+    assert progress["loss"] == 1.3125
+    assert progress["eta"]
+
+
+# The pure part
+
+
+def post(sequence: int, **fields: Any) -> ProgressPost:
+    return ProgressPost(execution_id="e", stage=fields.pop("stage", Stage.TRAIN), sequence=sequence, **fields)
+
+
+def test_absent_fields_keep_their_last_value() -> None:
+    both = fold(post(1, step=1, total_steps=9, loss=2.0), post(2, step=2))
+    assert (both.sequence, both.step, both.total_steps, both.loss) == (2, 2, 9, 2.0)
+
+
+def test_a_new_execution_of_training_starts_with_a_clean_slate() -> None:
+    old = ProgressStatus(execution_id="before", stage="train", sequence=70, step=9, loss=1.0)
+    new = merge(old, post(1, activity="Loading"), START)
+    assert (new.step, new.loss, new.sequence) == (None, None, 1)
+
+
+def test_publish_keeps_the_figures_of_training() -> None:
+    old = ProgressStatus(execution_id="before", stage="train", sequence=70, step=640, total_steps=640, summary="640/640", loss=0.874)
+    new = merge(old, post(1, stage=Stage.PUBLISH, activity="Uploading"), START)
+    assert (new.summary, new.loss, new.eta) == ("640/640", 0.874, None)
+
+
+def test_a_loss_that_is_not_a_number_is_left_out() -> None:
+    body = {"trainerStatus": {"metrics": [{"name": "loss", "value": "nan"}, {"name": "current_step", "value": "3"}]}}
+    read = from_kubeflow(body, "e", Stage.TRAIN, 0)
+    assert (read.loss, read.step) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (60, "1m"), (840, "14m"), (3599, "1h00m"), (7500, "2h05m"), (273_600, "3d04h")],
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert human_duration(seconds) == text

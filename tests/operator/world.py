@@ -1,0 +1,174 @@
+"""A small model of a cluster for the planner's tests: applies plans, and lets pods and Job controllers act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+from finetune_api.names import Stage, stage_job_name
+from finetune_api.progress import StageReport
+from finetune_api.snapshot import Images, JobIdentity, make_snapshot
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus, ProgressStatus
+from finetune_operator.planning import Observation, Plan, plan
+from finetune_operator.planning.model import EventNote, JobView, Pod, Refusal, SnapshotRecord, StageJob
+from tests.operator.manifests import finetunejob, success
+
+START = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+UID = "3f9c2a11-0000-4000-8000-000000000000"
+
+
+@dataclass
+class World:
+    """One FineTuneJob and what exists for it."""
+
+    spec: FineTuneJobSpec
+    now: datetime = START
+    status: FineTuneJobStatus = field(default_factory=FineTuneJobStatus)
+    jobs: dict[str, StageJob] = field(default_factory=dict)
+    pods: dict[str, Pod] = field(default_factory=dict)
+    snapshot: SnapshotRecord | None = None
+    refusal: Refusal | None = None
+    conflict: str | None = None
+    deleting: bool = False
+    gone: bool = False
+    generation: int = 1
+    events: list[EventNote] = field(default_factory=list)
+    numbers: int = 0
+
+    # What the operator does
+
+    def observe(self) -> Observation:
+        view = JobView("ns", "story", UID, self.generation, START, self.deleting, self.spec, "", self.status)
+        return Observation(
+            view,
+            self.now,
+            tuple(self.jobs.values()),
+            tuple(self.pods.values()),
+            self.snapshot,
+            self.refusal,
+            self.conflict,
+        )
+
+    def plan(self) -> Plan:
+        return plan(self.observe())
+
+    def apply(self, decided: Plan) -> None:
+        """As the reconciler does: a plan that creates is followed by a new look, not by its status."""
+        if decided.create_snapshot:
+            self.make_snapshot()
+        if decided.create_job is not None:
+            self.create_job(decided.create_job)
+            return
+        for delete in decided.deletes:
+            job = self.jobs[delete.name]
+            assert job.uid == delete.uid
+            self.jobs[delete.name] = replace(job, deleting=True)
+            for pod in [p for p in self.pods.values() if p.owner_uid == job.uid]:
+                self.pods[pod.name] = replace(pod, deleting=True)
+        if decided.delete_self:
+            self.gone = True
+        if decided.status is not None:
+            progress = self.status.progress
+            # Through JSON, as the API server would.
+            text = decided.status.model_dump_json(by_alias=True, exclude_none=True)
+            self.status = FineTuneJobStatus.model_validate_json(text).model_copy(update={"progress": progress})
+            self.events.extend(decided.events)
+
+    def settle(self, limit: int = 12) -> Plan:
+        """Apply plans until there is nothing to do; the last plan."""
+        for _ in range(limit):
+            decided = self.plan()
+            if decided.idle:
+                return decided
+            self.apply(decided)
+        raise AssertionError(f"no fixed point: {decided}")
+
+    def make_snapshot(self) -> None:
+        identity = JobIdentity(name="story", namespace="ns", uid=UID, generation=1)
+        snapshot = make_snapshot(self.spec, identity, Images(prepare="p", train="t"), "1")
+        self.snapshot = SnapshotRecord(snapshot, snapshot.digest())
+
+    def create_job(self, stage: Stage) -> None:
+        name = stage_job_name("story", UID, stage)
+        assert name not in self.jobs, "the API server would answer 409"
+        self.jobs[name] = StageJob(name, self._uid("job"), stage, self.now)
+
+    # What the cluster does
+
+    def _uid(self, kind: str) -> str:
+        self.numbers += 1
+        return f"{kind}-{self.numbers}"
+
+    def job(self, stage: Stage) -> StageJob | None:
+        return next((j for j in self.jobs.values() if j.stage is stage), None)
+
+    def live_job(self) -> StageJob | None:
+        return next((j for j in self.jobs.values() if not j.finished and not j.deleting), None)
+
+    def pod(self) -> Pod | None:
+        return next((p for p in self.pods.values() if not p.ended and not p.deleting), None)
+
+    def start_pod(self) -> None:
+        job = self.live_job()
+        if job is None or job.suspended or any(p.owner_uid == job.uid and not p.ended for p in self.pods.values()):
+            return
+        uid = self._uid("pod")
+        self.pods[uid] = Pod(uid, uid, job.uid, job.stage, self.now)
+
+    def change_pod(self, **fields: object) -> None:
+        pod = self.pod()
+        if pod is not None:
+            self.pods[pod.name] = replace(pod, **fields)  # type: ignore[arg-type]
+
+    def run_pod(self) -> None:
+        self.change_pod(
+            phase="Running", node="gpu-7", started_at=self.now, unschedulable="", unschedulable_since=None, waiting_reason=""
+        )
+
+    def end_pod(self, code: int = 0, report: StageReport | None = None) -> None:
+        pod = self.pod()
+        if pod is None or not pod.running:
+            return
+        self.change_pod(phase="Failed" if code else "Succeeded", finished_at=self.now, exit_code=code, report=report)
+        job = next(j for j in self.jobs.values() if j.uid == pod.owner_uid)
+        if code == 0:
+            self.jobs[job.name] = replace(job, complete_at=self.now)
+        else:
+            self.jobs[job.name] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")
+
+    def pass_stage(self, trained: bool = False) -> None:
+        """The current stage's Job starts a pod, which ends well."""
+        self.settle()
+        job = self.live_job()
+        assert job is not None
+        self.start_pod()
+        self.run_pod()
+        self.settle()
+        self.tick(10)
+        self.end_pod(0, success(job.stage, trained))
+
+    def collect(self) -> None:
+        """Finish foreground deletions."""
+        for pod in [p for p in self.pods.values() if p.deleting]:
+            del self.pods[pod.name]
+        for job in [j for j in self.jobs.values() if j.deleting]:
+            if not any(p.owner_uid == job.uid for p in self.pods.values()):
+                del self.jobs[job.name]
+
+    def drop_pods(self) -> None:
+        """Somebody deletes the ended pods."""
+        for pod in [p for p in self.pods.values() if p.ended]:
+            del self.pods[pod.name]
+
+    def tick(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    def post(self, progress: ProgressStatus) -> None:
+        self.status = self.status.model_copy(update={"progress": progress})
+
+
+def world(**spec: object) -> World:
+    """A world with the smallest FineTuneJob and these spec fields (camelCase)."""
+    raw = finetunejob("story").set(**spec).build()["spec"]
+    return World(FineTuneJobSpec.model_validate(raw))
