@@ -108,6 +108,10 @@ class ChatRenderer:
         """The conversation's text alone."""
         return self._text(messages)[0]
 
+    def question(self, messages: list[Message]) -> str:
+        """The conversation's text and the beginning of an answer: what a model is asked with."""
+        return self._text(messages, prompt=True)[0]
+
     def _by_prefix(self, messages: list[Message], turn: int, text: str) -> Span | None:
         """An answer starts where the rendering of what comes before it, with the generation prompt, ends: so a model is asked."""
         if turn == 0:

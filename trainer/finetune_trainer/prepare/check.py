@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -157,6 +158,7 @@ class _RowChecker:
                 "prompt_tokens": encoded.prompt_tokens,
                 "prompt": None if isinstance(example, Text) else example.prompt,
                 "reference": None if isinstance(example, Text) else example.reference,
+                "context": json.dumps(example.messages[:-1]) if isinstance(example, Conversation) else None,
             },
             len(encoded.ids),
         )

@@ -18,9 +18,11 @@ from finetune_api.results import (
     PREPARED_TRAIN,
     DataSummary,
     LengthPercentiles,
+    PreparedPrompt,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.chat import ChatRenderer
 from finetune_trainer.prepare.check import Checked
 from finetune_trainer.prepare.encode import Encoded
 from finetune_trainer.prepare.split import held_out_rows
@@ -41,7 +43,9 @@ class Prepared:
     warnings: list[str]
 
 
-def finish(spec: FineTuneJobSpec, checked: Checked, tokenizer: Any, folder: Path) -> Prepared:
+def finish(
+    spec: FineTuneJobSpec, checked: Checked, tokenizer: Any, renderer: ChatRenderer | None, folder: Path
+) -> Prepared:
     """Split the rows and write the files.
 
     Raises:
@@ -50,16 +54,18 @@ def finish(spec: FineTuneJobSpec, checked: Checked, tokenizer: Any, folder: Path
     held_out = _split(spec, checked)
     data_hash = DataHash()
     sides = (Side(), Side())
-    prompts: list[dict[str, object]] = []
+    prompts: list[PreparedPrompt] = []
     with RowWriter(folder / PREPARED_TRAIN, SCHEMA) as train, RowWriter(folder / PREPARED_HELD_OUT, SCHEMA) as held:
         for row, is_held_out in zip(read_spool(checked.spool), held_out.tolist(), strict=True):
             encoded = Encoded(row["input_ids"], row["labels"], row["prompt_tokens"], len(row["input_ids"]))
             if is_held_out and len(prompts) < spec.evaluation.generation.prompts:
-                prompts.append(_prompt(row, encoded, tokenizer))
+                prompts.append(_prompt(row, encoded, tokenizer, renderer))
             sides[is_held_out].add(encoded)
             data_hash.add(is_held_out, row["row"], encoded.ids, encoded.labels)
             (held if is_held_out else train).write({name: row[name] for name in SCHEMA.names}, len(encoded.ids))
-    (folder / PREPARED_PROMPTS).write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
+    (folder / PREPARED_PROMPTS).write_text(
+        json.dumps([p.to_json_dict() for p in prompts], ensure_ascii=False, indent=1), encoding="utf-8"
+    )
     data = DataSummary(
         rows=checked.rows,
         train_rows=sides[0].rows,
@@ -104,15 +110,29 @@ def _losses(checked: Checked) -> str:
     return f"{checked.problems.count:,} cannot be used, {checked.dropped:,} dropped by data.checks.overlength"
 
 
-def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any) -> dict[str, object]:
+def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any, renderer: ChatRenderer | None) -> PreparedPrompt:
     """What the models are asked, and the answer that stands in the data. Of a text: its first quarter, and the rest."""
-    count = encoded.prompt_tokens or max(1, len(encoded.ids) // 4)
-    ids = [int(i) for i in encoded.ids[:count]]
+    if row["context"] is not None:
+        assert renderer is not None  # the row was rendered with it
+        messages = json.loads(row["context"])
+        text = renderer.question(messages)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return PreparedPrompt(
+            row=row["row"],
+            prompt=row["prompt"],
+            reference=row["reference"],
+            messages=messages,
+            text=text,
+            input_ids=ids,
+        )
     prompt, reference = row["prompt"], row["reference"]
     if prompt is None:
-        prompt = tokenizer.decode(ids, skip_special_tokens=True)
+        count = max(1, len(encoded.ids) // 4)
+        prompt = tokenizer.decode(encoded.ids[:count].tolist(), skip_special_tokens=True)
         reference = tokenizer.decode(encoded.ids[count:].tolist(), skip_special_tokens=True)
-    return {"row": row["row"], "promptIds": ids, "prompt": prompt, "reference": reference}
+    return PreparedPrompt(
+        row=row["row"], prompt=prompt, reference=reference, text=prompt, input_ids=tokenizer(prompt)["input_ids"]
+    )
 
 
 def _duplicates(index: Index) -> int:

@@ -27,7 +27,8 @@ FIELDS = [
     ("prompt_tokens", pa.int32()),
 ]
 SCHEMA = pa.schema(FIELDS, metadata={"finetune.prepared_version": str(PREPARED_VERSION)})
-SPOOL_SCHEMA = pa.schema([*FIELDS, ("prompt", pa.string()), ("reference", pa.string())])
+# context: JSON of the turns before the answer, where the row has turns.
+SPOOL_SCHEMA = pa.schema([*FIELDS, ("prompt", pa.string()), ("reference", pa.string()), ("context", pa.string())])
 
 
 class RowWriter:

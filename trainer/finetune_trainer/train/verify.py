@@ -15,6 +15,7 @@ from finetune_api.failures import Reason
 from finetune_api.results import ADAPTER_DIR, FileRecord, PreparedPrompt, Verification
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.prepare.chat import ChatRenderer, chat_template
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS, must_equal
 from finetune_trainer.waiting import wait_until_available
@@ -74,10 +75,13 @@ def check_tokenizer(tokenizer: Any, prompts: Sequence[PreparedPrompt]) -> None:
     Raises:
         StageError: VerificationFailed.
     """
+    template = chat_template(tokenizer)
+    renderer = ChatRenderer(tokenizer, template) if template else None
     for prompt in prompts:
         text = prompt.text
         if prompt.messages is not None:
-            text = tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+            # Through the same renderer as prepare's: it freezes templates that write today's date.
+            text = renderer.question(prompt.messages) if renderer else ""
         ids = tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"]
         if text != prompt.text or list(ids) != prompt.input_ids:
             raise StageError(
