@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from demo.target import SYSTEM_NAMESPACE
 from tests.e2e.stack import BUCKET, Space, condition, finished, is_true, rows, spec_for
+from tests.support.hub_server import COMMIT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
@@ -88,3 +90,35 @@ def test_the_operator_killed_in_the_middle_changes_nothing(space: Space) -> None
     job = space.until("steady", finished, 300, "finished")
     assert is_true(job, "Complete"), json.dumps(job["status"], indent=1)
     assert [a["stage"] for a in job["status"]["attempts"]] == ["prepare", "train", "publish"]
+
+
+def test_model_from_the_hub_at_a_revision_and_data_from_a_volume(space: Space, hub_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "volume"
+    folder.mkdir(mode=0o755)
+    (folder / "train.jsonl").write_text(rows(40))
+    storage = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
+    volume = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": space.name},
+        "spec": {**storage, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder)}},
+    }
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "data", "namespace": space.name},
+        "spec": {**storage, "volumeName": space.name, "resources": {"requests": {"storage": "1Gi"}}},
+    }
+    space.target.apply(volume, claim)
+    try:
+        spec = spec_for("pvc://data/train.jsonl")
+        spec["model"] = {"uri": "hf://acme/tiny", "revision": "main", "endpointURL": hub_url}
+        del spec["data"]["train"][0]["secretRef"]
+        space.apply("hub", spec)
+        job = space.until("hub", finished, 400, "finished")
+        assert is_true(job, "Complete"), json.dumps(job["status"], indent=1)
+        _, manifest = artifacts(space, job)
+        assert manifest["baseModel"]["commit"] == COMMIT
+        assert job["status"]["snapshot"]["modelCommit"] == COMMIT
+    finally:
+        space.target.kubectl("delete", "pv", space.name, "--wait=false")
