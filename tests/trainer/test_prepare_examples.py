@@ -25,7 +25,11 @@ SYSTEM: dict[str, Any] = {"role": "system", "content": "s"}
     [
         (M, {"messages": [USER, BOT]}, Conversation([USER, BOT])),
         (M, {"messages": [SYSTEM, USER, BOT, USER, BOT]}, Conversation([SYSTEM, USER, BOT, USER, BOT])),
-        (M, {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, BOT]}, Conversation([USER, BOT])),
+        (
+            M,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, BOT]},
+            Conversation([USER, BOT]),
+        ),
         (M, {"messages": [{**USER, "tool_calls": None, "name": None}, BOT]}, Conversation([USER, BOT])),
         (P, {"prompt": "q", "completion": "a"}, Completion("q", "a")),
         (P, {"prompt": [USER], "completion": [BOT]}, Conversation([USER, BOT], learn_from=1)),
@@ -33,7 +37,11 @@ SYSTEM: dict[str, Any] = {"role": "system", "content": "s"}
         (P, {"prompt": [USER], "completion": [BOT], "system": "s"}, Conversation([SYSTEM, USER, BOT], learn_from=2)),
         (A, {"instruction": "q", "output": "a"}, Conversation([USER, BOT])),
         (A, {"instruction": "q", "input": "", "output": "a", "system": "s"}, Conversation([SYSTEM, USER, BOT])),
-        (A, {"instruction": "q", "input": "i", "output": "a"}, Conversation([{"role": "user", "content": "q\n\ni"}, BOT])),
+        (
+            A,
+            {"instruction": "q", "input": "i", "output": "a"},
+            Conversation([{"role": "user", "content": "q\n\ni"}, BOT]),
+        ),
         (T, {"text": "t", "other": 1}, Text("t")),
     ],
 )
@@ -120,7 +128,9 @@ def test_wrong_columns_fail_with_what_was_found_and_how_to_map() -> None:
     assert "found question, answer" in info.value.message
     assert "data.train[0].columns" in info.value.message
     with pytest.raises(StageError, match=r"expected question and completion \(format PromptCompletion\)"):
-        detect(source(format="PromptCompletion"), "data.train[0]", {"prompt": "question"}, [RawRow("t.csv:2", {"x": 1})])
+        detect(
+            source(format="PromptCompletion"), "data.train[0]", {"prompt": "question"}, [RawRow("t.csv:2", {"x": 1})]
+        )
 
 
 def test_a_mapping_of_an_unknown_field_is_refused() -> None:

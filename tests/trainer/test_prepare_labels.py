@@ -66,11 +66,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     tokenizer = load_tokenizer(folder, False)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]}
+    )
     return tokenizer
 
 
-def encode(tokenizer: Any, template: str, messages: list[Message], loss_on: LossOn = LossOn.ASSISTANT, **kw: int) -> Encoded:
+def encode(
+    tokenizer: Any, template: str, messages: list[Message], loss_on: LossOn = LossOn.ASSISTANT, **kw: int
+) -> Encoded:
     return Encoder(tokenizer, ChatRenderer(tokenizer, template), loss_on).encode(Conversation(messages, **kw))
 
 
@@ -88,7 +92,13 @@ def learned(tokenizer: Any, encoded: Encoded) -> list[str]:
 
 @pytest.mark.parametrize(
     ("template", "end"),
-    [(CHATML, "<|im_end|>"), (SMOLLM2, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MARKED, "<|im_end|>"), (THOUGHTS, "<|im_end|>")],
+    [
+        (CHATML, "<|im_end|>"),
+        (SMOLLM2, "<|im_end|>"),
+        (LLAMA3, "<|eot_id|>"),
+        (MARKED, "<|im_end|>"),
+        (THOUGHTS, "<|im_end|>"),
+    ],
     ids=["ChatML", "SmolLM2", "Llama 3", "marked", "thoughts"],
 )
 def test_all_answers_are_learned_with_their_ending_and_nothing_else(tokenizer: Any, template: str, end: str) -> None:
@@ -150,7 +160,9 @@ def test_a_template_that_forgets_answers_is_found_before_any_row(tokenizer: Any)
 
 
 @pytest.mark.parametrize("loss_on", list(LossOn))
-@pytest.mark.parametrize(("prompt", "completion"), [("Say: ", "hello"), ("Say:", " hello"), ("The q", "uick fox"), ("é", "é")])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("Say: ", "hello"), ("Say:", " hello"), ("The q", "uick fox"), ("é", "é")]
+)
 def test_completions_are_learned_with_eos_and_prompts_are_not(
     tokenizer: Any, loss_on: LossOn, prompt: str, completion: str
 ) -> None:

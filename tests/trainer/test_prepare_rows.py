@@ -58,7 +58,9 @@ CSV = 'text,n\né,1\n"b\nc",2\n'
     ids=["jsonl with a blank line", "jsonl with BOM and CRLF", "json", "json indented", "jsonl named json", "objects named json",
          "jsonl.gz", "parquet", "json without an ending"],
 )  # fmt: skip
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, data: bytes | str, sources: list[str]) -> None:
+def test_every_kind_of_file_gives_the_same_rows(
+    tmp_path: Path, name: str, data: bytes | str, sources: list[str]
+) -> None:
     assert values(rows_of(tmp_path, name, data)) == list(zip(sources, [A, B], strict=True))
 
 
@@ -121,7 +123,9 @@ JSON = st.recursive(
 
 
 @given(st.lists(JSON, max_size=5), st.integers(1, 7), st.sampled_from([None, 1]), st.booleans())
-def test_json_values_do_not_depend_on_how_the_file_is_cut(rows: list[Any], chunk: int, indent: int | None, array: bool) -> None:
+def test_json_values_do_not_depend_on_how_the_file_is_cut(
+    rows: list[Any], chunk: int, indent: int | None, array: bool
+) -> None:
     text = json.dumps(rows, indent=indent) if array else "\n".join(json.dumps(r, indent=indent) for r in [{}, *rows])
     wanted = rows if array else [{}, *rows]
     original = json_stream.CHUNK_CHARACTERS

@@ -15,7 +15,9 @@ GROUPS = st.lists(st.integers(0, 12), min_size=2, max_size=80).filter(lambda gro
 
 
 @given(GROUPS, st.floats(0.01, 0.5), st.integers(0, 9))
-def test_groups_stay_whole_both_sides_have_rows_and_the_seed_decides(groups: list[int], fraction: float, seed: int) -> None:
+def test_groups_stay_whole_both_sides_have_rows_and_the_seed_decides(
+    groups: list[int], fraction: float, seed: int
+) -> None:
     array = np.array(groups, np.uint64)
     held = held_out_rows(array, fraction, seed)
     assert 0 < held.sum() < len(groups)

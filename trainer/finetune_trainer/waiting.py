@@ -17,6 +17,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def pause(seconds: float) -> None:
+    """Between two tries; tests replace it."""
+    time.sleep(seconds)
+
+
 def wait_until_available(
     ctx: StageContext,
     fn: Callable[[], T],
@@ -41,7 +46,7 @@ def wait_until_available(
         wait=wait_exponential_jitter(initial=1, max=10, jitter=1),
         stop=stop_never if limit_seconds is None else stop_after_delay(limit_seconds),
         before_sleep=report,
-        sleep=sleep,
+        sleep=lambda seconds: pause(seconds),
         reraise=True,
     )
     result = retrying(fn)

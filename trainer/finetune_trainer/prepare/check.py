@@ -85,6 +85,8 @@ def check_data(ctx: StageContext, model: BaseModel) -> Checked:
             first = list(itertools.islice(rows, LOOKED_AT))
             fmt = detect(source.spec, source.field, mapping, first)
             for raw in itertools.chain(first, rows):
+                if fmt is None and raw.value is not None:
+                    fmt = detect(source.spec, source.field, mapping, [raw])
                 checker.check(raw, source, fmt, mapping)
             found = checked.rows - before
             if not found:

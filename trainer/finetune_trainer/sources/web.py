@@ -12,7 +12,7 @@ import httpx
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.s3_transfer import CHUNK_BYTES, IDLE_ATTEMPTS, OnBytes
+from finetune_trainer.s3_transfer import IDLE_ATTEMPTS, OnBytes
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def _fetch(client: httpx.Client, url: str, part: Path, note: Path, on_bytes: OnB
         size = start
         try:
             with part.open("ab" if resumed else "wb") as file:
-                for chunk in response.iter_raw(CHUNK_BYTES):
+                # Chunks as they arrive: with a chunk size httpx loses what it had gathered when the connection breaks.
+                for chunk in response.iter_raw():
                     file.write(chunk)
                     size += len(chunk)
                     _told(on_bytes, len(chunk))
