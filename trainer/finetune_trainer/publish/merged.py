@@ -19,7 +19,7 @@ from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
 from finetune_trainer.publish.nf4 import RoundTrip
 from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.s3 import S3Store
-from finetune_trainer.train.device import usable_cpus
+from finetune_trainer.train.device import use_all_cpus
 from finetune_trainer.train.evaluate import pad_token_id
 from finetune_trainer.train.inputs import fetch_base, must_equal
 from finetune_trainer.train.rows import Rows, read_rows
@@ -43,7 +43,7 @@ def make_merged(
     Raises:
         StageError: VerificationFailed, UnsupportedModel, and what the model's source raises.
     """
-    torch.set_num_threads(usable_cpus())
+    use_all_cpus()
     snapshot, spec = ctx.snapshot, ctx.snapshot.spec
     ctx.reporter.report(activity="Downloading")
     base_files = fetch_base(ctx, prepared.model_commit, trained.base_files, limit_seconds=None)

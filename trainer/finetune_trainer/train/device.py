@@ -26,7 +26,7 @@ class Compute:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in ``dtype``, whatever the trainables are kept in. Used alike for training, evaluation and answers."""
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
 
 def pick_compute(use_cpu: bool) -> Compute:
@@ -39,13 +39,19 @@ def pick_compute(use_cpu: bool) -> Compute:
         StageError: NoGPU.
     """
     if use_cpu:
-        torch.set_num_threads(usable_cpus())
+        use_all_cpus()
         return Compute(torch.device("cpu"), torch.bfloat16, f"cpu ({torch.get_num_threads()} threads)")
     if not torch.cuda.is_available():
         raise StageError(Reason.NO_GPU, f"the training container sees no GPU: {what_was_found()}.")
     torch.cuda.set_device(0)
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return Compute(torch.device("cuda", 0), dtype, torch.cuda.get_device_name(0))
+
+
+def use_all_cpus() -> None:
+    """As many threads as this container may use, unless its environment (``runtime.env``) says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cpus())
 
 
 def what_was_found() -> str:

@@ -1,0 +1,133 @@
+"""The data schedule, batches, and the loss over learned tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune_api.spec import Length
+from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
+from finetune_trainer.train.rows import IGNORED, Rows, batches_by_length, collate
+from finetune_trainer.train.schedule import make_schedule
+from tests.support.prepared import encode, questions, table
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_model: Path) -> Rows:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return Rows(table([encode(tokenizer, q) for q in questions(12)]))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("rows", "epochs", "batch"), [(10, 3, 4), (7, 1, 16), (5, 2.5, 3), (1, 4, 1)])
+def test_every_row_is_seen_as_often_as_the_length_asks(rows: int, epochs: float, batch: int) -> None:
+    schedule = make_schedule(rows, Length(epochs=epochs), batch, seed=1)
+    seen = Counter(i for step in range(schedule.steps) for i in schedule.step_rows(step))
+    assert sum(seen.values()) == round(epochs * rows)
+    assert set(seen) == set(range(rows)) or epochs < 1
+    assert max(seen.values()) - min(seen.values()) <= 1
+    assert schedule.epoch_after(schedule.steps - 1) == pytest.approx(round(epochs * rows) / rows)
+
+
+def test_an_epoch_is_a_permutation_of_its_own_and_the_seed_decides_it() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        return make_schedule(40, Length(epochs=2), 40, seed).step_rows(number)
+
+    assert sorted(epoch(1, 0)) == list(range(40))
+    assert epoch(1, 0) == epoch(1, 0)
+    assert epoch(1, 0) != epoch(1, 1)
+    assert epoch(1, 0) != epoch(2, 0)
+
+
+def test_steps_do_not_depend_on_the_micro_batch() -> None:
+    schedule = make_schedule(22, Length(epochs=2), 8, seed=3)
+    for step in range(schedule.steps):
+        for size in (1, 2, 4, 8):
+            assert [i for b in schedule.micro_batches(step, size) for i in b] == schedule.step_rows(step)
+
+
+def test_length_in_steps_gives_full_steps() -> None:
+    schedule = make_schedule(5, Length(steps=4), 4, seed=0)
+    assert [len(schedule.step_rows(s)) for s in range(schedule.steps)] == [4, 4, 4, 4]
+
+
+def test_padding_reaches_the_longest_row_only_and_is_neither_seen_nor_learned(rows: Rows) -> None:
+    batch = collate(rows, [0, 3, 5], pad_id=2)
+    lengths = [rows.length(i) for i in (0, 3, 5)]
+    assert batch["input_ids"].shape == (3, max(lengths))
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    for line, length in enumerate(lengths):
+        assert (batch["labels"][line, length:] == IGNORED).all()
+
+
+def test_the_end_token_is_learned_although_it_pads(rows: Rows) -> None:
+    end = 2
+    batch = collate(rows, [0, 3], pad_id=end)
+    for line, index in enumerate((0, 3)):
+        last = rows.length(index) - 1
+        assert batch["input_ids"][line, last] == end
+        assert batch["labels"][line, last] == end
+
+
+def test_evaluation_batches_hold_every_row_once_within_the_budget(rows: Rows) -> None:
+    batches = batches_by_length(rows, token_budget=80)
+    assert sorted(i for b in batches for i in b) == list(range(len(rows)))
+    assert all(len(b) == 1 or len(b) * max(rows.length(i) for i in b) <= 80 for b in batches)
+
+
+def test_the_loss_is_that_of_transformers(rows: Rows, model: torch.nn.Module) -> None:
+    batch = collate(rows, [0, 1, 2, 3], pad_id=0)
+    theirs = model(**batch).loss  # mean over learned tokens
+    ours = LearnedTokenLoss(model)(batch) / learned_tokens(batch["labels"])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_of_logits_change_neither_loss_nor_gradient(rows: Rows, model: torch.nn.Module) -> None:
+    batch = collate(rows, [0, 1, 2, 3], pad_id=0)
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    results = []
+    for chunk_bytes in (1 << 30, 7 * 4 * 400):
+        model.zero_grad()
+        loss = LearnedTokenLoss(model, chunk_bytes)(batch)
+        loss.backward()
+        assert weight.grad is not None
+        results.append((loss.detach(), weight.grad.clone()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_changes_its_logits_is_evaluated_whole(rows: Rows, tiny_model: Path) -> None:
+    class Scaled(torch.nn.Module):
+        """Stands for Granite and its like: logits are divided after the head."""
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner, self.config, self.base_model = inner, inner.config, inner.base_model
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.inner.get_output_embeddings()  # type: ignore[no-any-return,operator]
+
+        def forward(self, **kwargs: torch.Tensor) -> object:
+            out = self.inner(**kwargs)
+            out.logits = out.logits / 8
+            return out
+
+    model = Scaled(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    loss = LearnedTokenLoss(model)
+    batch = collate(rows, [0, 1], pad_id=0)
+    shifted = torch.nn.functional.cross_entropy(
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].flatten(0, 1),
+        batch["labels"][:, 1:].flatten(),
+        reduction="sum",
+    )
+    torch.testing.assert_close(loss(batch), shifted, rtol=1e-5, atol=1e-4)
+    assert loss.head_apart is False

@@ -1,0 +1,213 @@
+"""The optimization: what must not change its result, and what must stop it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_api.failures import Reason
+from finetune_api.snapshot import Snapshot
+from finetune_trainer.errors import StageError
+from finetune_trainer.train import device, evaluate, model
+from finetune_trainer.train.rows import Rows
+from finetune_trainer.train.schedule import make_schedule
+from finetune_trainer.train.trainer import LoraTrainer, StepLog, training_arguments
+from tests.support.prepared import deep_merge, encode, job_spec, questions, snapshot_of, table
+
+CPU32 = device.Compute(torch.device("cpu"), torch.float32, "cpu")
+CPU16 = device.Compute(torch.device("cpu"), torch.bfloat16, "cpu")
+
+
+def snapshot(**updates: Any) -> Snapshot:
+    return snapshot_of(deep_merge(job_spec(None, "bucket"), updates), "u" * 32)
+
+
+def rows_of(folder: Path, count: int) -> Rows:
+    tokenizer = model.load_tokenizer(folder, snapshot())
+    return Rows(table([encode(tokenizer, q) for q in questions(count)]))
+
+
+def fit(
+    folder: Path, tmp_path: Path, run: Snapshot, compute: device.Compute = CPU32, rows: Rows | None = None
+) -> tuple[Any, StepLog]:
+    """A trained model and its step log."""
+    rows = rows or rows_of(folder, 20)
+    peft_model = model.attach_adapter(model.load_base(folder, run, compute), run)
+    training = run.spec.training
+    schedule = make_schedule(len(rows), training.length, training.global_batch_sequences, training.seed)
+    log = StepLog(schedule, rows, lambda _: None)
+    LoraTrainer(
+        model=peft_model, args=training_arguments(run, compute, schedule.steps, tmp_path), rows=rows, schedule=schedule,
+        micro_batch=run.plan.micro_batch_sequences, pad_id=0, compute=compute, callbacks=[log],
+    ).train()  # fmt: skip
+    return peft_model, log
+
+
+def weights_of(peft_model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in peft_model.named_parameters() if p.requires_grad}
+
+
+def test_the_loss_curve_does_not_depend_on_the_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
+    # 20 rows of different lengths, 8 to a step: steps cross epochs and the last one is ragged.
+    runs = [
+        fit(tiny_model, tmp_path, snapshot(training={"microBatchSequences": n, "length": {"epochs": 1.3}}))
+        for n in (1, 2, 4, 8)
+    ]
+    curves = [[step["loss"] for step in log.steps] for _, log in runs]
+    assert len(curves[0]) == 4
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+    first = weights_of(runs[0][0])
+    for trained, _ in runs[1:]:
+        for name, weight in weights_of(trained).items():
+            torch.testing.assert_close(weight, first[name], rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    (off, log_off), (on, log_on) = (
+        fit(tiny_model, tmp_path, snapshot(training={"gradientCheckpointing": flag, "length": {"steps": 3}}))
+        for flag in (False, True)
+    )
+    assert any(getattr(m, "gradient_checkpointing", False) for m in on.modules())
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in off.modules())
+    assert [s["loss"] for s in log_on.steps] == pytest.approx([s["loss"] for s in log_off.steps], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
+def test_trainables_are_float32_and_the_base_is_not_touched(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    run = snapshot(method={"type": method}, training={"length": {"steps": 2}})
+    fresh = dict(model.load_base(tiny_model, run, CPU16).named_parameters())
+    trained, _ = fit(tiny_model, tmp_path, run, CPU16)
+    assert {p.dtype for p in weights_of(trained).values()} == {torch.float32}
+    for name, parameter in trained.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, fresh[name.replace(".base_layer.", ".")]), name
+            assert parameter.dtype in (torch.bfloat16, torch.uint8)
+
+
+def test_evaluating_a_4_bit_base_first_does_not_cut_its_gradient(tiny_model: Path) -> None:
+    # bitsandbytes repacks weights for the CPU at the first forward in evaluation mode; that kernel has no backward.
+    run = snapshot(method={"type": "QLoRA"})
+    rows = rows_of(tiny_model, 4)
+    gradients = []
+    for evaluate_first in (False, True):
+        base = model.load_base(tiny_model, run, CPU16)
+        if evaluate_first:
+            evaluate.held_out_loss(base, rows, 0, CPU16)
+        peft_model = model.attach_adapter(base, run).train()
+        batch = {"input_ids": torch.tensor([rows.ids(0)]), "attention_mask": torch.ones(1, rows.length(0)).long()}
+        with CPU16.autocast():
+            peft_model(**batch, labels=torch.tensor([rows.labels(0)])).loss.backward()
+        gradients.append({n: p.grad for n, p in peft_model.named_parameters() if p.grad is not None and p.grad.any()})
+    assert set(gradients[0]) == set(gradients[1])
+    # lora_A has no gradient yet because lora_B is zero; every lora_B has one, the first layer's too.
+    assert len(gradients[1]) == 14
+
+
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
+def test_the_held_out_loss_does_not_depend_on_batches_or_padding(tiny_model: Path, method: str) -> None:
+    base = model.load_base(tiny_model, snapshot(method={"type": method}), CPU32)
+    rows = rows_of(tiny_model, 12)
+    losses = [evaluate.held_out_loss(base, rows, pad, CPU32, budget) for pad, budget in ((0, 1), (2, 64), (7, 100_000))]
+    assert all(one.tokens == losses[0].tokens for one in losses)
+    assert [one.loss for one in losses] == pytest.approx([losses[0].loss] * 3, rel=1e-5 if method == "LoRA" else 2e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "sgd"])
+def test_a_loss_that_is_not_finite_fails_before_it_reaches_the_weights(
+    tiny_model: Path, tmp_path: Path, optimizer: str
+) -> None:
+    run = snapshot(training={"length": {"steps": 2}, "optimizer": {"name": optimizer}})
+    base = model.load_base(tiny_model, run, CPU32)
+    base.get_parameter("model.norm.weight").data[0] = float("nan")
+    rows = rows_of(tiny_model, 8)
+    peft_model = model.attach_adapter(base, run)
+    before = {n: w.clone() for n, w in weights_of(peft_model).items()}
+    schedule = make_schedule(len(rows), run.spec.training.length, 8, 0)
+    trainer = LoraTrainer(
+        model=peft_model, args=training_arguments(run, CPU32, schedule.steps, tmp_path), rows=rows, schedule=schedule,
+        micro_batch=4, pad_id=0, compute=CPU32, callbacks=[],
+    )  # fmt: skip
+    with pytest.raises(StageError, match=r"nan at step 1 of 2") as caught:
+        trainer.train()
+    assert caught.value.reason is Reason.NON_FINITE_LOSS
+    assert all(torch.equal(w, before[n]) for n, w in weights_of(peft_model).items())
+
+
+def test_the_schedule_and_optimizer_of_the_spec_are_used(tiny_model: Path, tmp_path: Path) -> None:
+    training = {
+        "length": {"steps": 10},
+        "scheduler": "Linear",
+        "warmup": {"fraction": 0.2},
+        "optimizer": {"learningRate": 0.01, "weightDecay": 0.1, "maxGradNorm": 0.5},
+    }
+    run = snapshot(training=training)
+    _, log = fit(tiny_model, tmp_path, run)
+    rates = [round(step["learning_rate"], 6) for step in log.steps]
+    assert rates == [0, 0.005, 0.01, 0.00875, 0.0075, 0.00625, 0.005, 0.00375, 0.0025, 0.00125]
+    arguments = training_arguments(run, CPU32, 10, tmp_path)
+    assert (arguments.weight_decay, arguments.max_grad_norm) == (0.1, 0.5)
+
+
+def test_a_missing_gpu_is_an_error_that_says_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "void")
+    with pytest.raises(StageError, match=r"sees no GPU.*NVIDIA_VISIBLE_DEVICES.*void") as caught:
+        device.pick_compute(use_cpu=False)
+    assert caught.value.reason is Reason.NO_GPU
+
+
+def test_the_cpu_is_used_when_asked_for_even_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compute = device.pick_compute(use_cpu=True)
+    assert (compute.device.type, compute.dtype) == ("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"), [("150000 100000", 2), ("100000 100000", 1), ("max 100000", None), ("", None)]
+)
+def test_threads_follow_the_cgroup_quota(tmp_path: Path, quota: str, cpus: int | None) -> None:
+    import os
+
+    (tmp_path / "cpu.max").write_text(quota)
+    assert device.usable_cpus(tmp_path / "cpu.max") == min(
+        cpus or len(os.sched_getaffinity(0)), len(os.sched_getaffinity(0))
+    )
+
+
+def test_an_unknown_target_module_names_the_ones_that_exist(tiny_model: Path) -> None:
+    run = snapshot(method={"lora": {"targetModules": ["query_key_value"]}})
+    with pytest.raises(StageError, match=r"down_proj.*q_proj") as caught:
+        model.attach_adapter(model.load_base(tiny_model, run, CPU32), run)
+    assert caught.value.reason is Reason.UNKNOWN_TARGET_MODULE
+
+
+def test_trained_biases_are_put_back_when_the_adapter_is_taken_off(tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    run = snapshot(method={"lora": {"bias": "All"}})
+    base = model.load_base(tmp_path, run, CPU16)
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    peft_model = model.attach_adapter(base, run)
+    original = model.trained_base_weights(peft_model)
+    assert set(original) == {f"model.layers.0.self_attn.{p}_proj.bias" for p in "qkv"}
+    with torch.no_grad():
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter += 1
+    bare = model.detach_adapter(peft_model, original, torch.bfloat16)
+    after = dict(bare.named_parameters())
+    assert set(after) == set(before)
+    assert all(torch.equal(after[n], before[n]) and after[n].dtype == before[n].dtype for n in before)
