@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +129,6 @@ def wait_for_end(bench: Bench, operator: Any, name: str) -> bool:
             break
     try:
         operator.process.wait(5)
-    except Exception:
+    except subprocess.TimeoutExpired:
         return False
     return True
