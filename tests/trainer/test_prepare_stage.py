@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -365,12 +366,8 @@ def test_missing_secrets_are_waited_for_and_used_when_they_appear(
     for slot in ("output", "model", "train-0"):
         for file in (bench.pod.secrets / slot).iterdir():
             file.unlink()
-        seen = mended(
-            bench,
-            monkeypatch,
-            lambda slot=slot: bench.s3.write_secret(bench.pod.secrets / slot),
-            training={"seed": len(slot)},
-        )  # type: ignore[misc]
+        restore = partial(bench.s3.write_secret, bench.pod.secrets / slot)
+        seen = mended(bench, monkeypatch, restore, training={"seed": len(slot)})
         assert [reason for reason, _ in seen] == [Reason.SECRET_MISSING] * 2
         assert f"Secret s3 (for {slot}) does not exist or is empty" in seen[0][1]
 
@@ -381,12 +378,8 @@ def test_unreachable_endpoints_are_waited_for_and_used_when_they_answer(
     bench.put(ROWS)
     for slot in ("output", "train-0"):
         bench.s3.write_secret(bench.pod.secrets / slot, endpoint="http://127.0.0.1:9")
-        seen = mended(
-            bench,
-            monkeypatch,
-            lambda slot=slot: bench.s3.write_secret(bench.pod.secrets / slot),
-            training={"seed": len(slot)},
-        )  # type: ignore[misc]
+        restore = partial(bench.s3.write_secret, bench.pod.secrets / slot)
+        seen = mended(bench, monkeypatch, restore, training={"seed": len(slot)})
         assert {reason for reason, _ in seen} == {Reason.STORAGE_UNAVAILABLE}
         assert "http://127.0.0.1:9" in seen[0][1]
 
@@ -437,7 +430,8 @@ def test_tokenizer_hash_changes_with_the_tokenizer(bench: Bench, tmp_path: Path)
     bench.put(ROWS)
     bench.run()
     before = PrepareResult.model_validate_json(bench.object("prepare/result.json")).tokenizer_hash
-    write_tokenizer(tmp_path / "t" if (tmp_path / "t").mkdir() is None else tmp_path, "{{ messages[-1]['content'] }}")
+    (tmp_path / "t").mkdir()
+    write_tokenizer(tmp_path / "t", "{{ messages[0]['role'] + messages[-1]['content'] }}")
     bench.s3.put_dir(bench.bucket, "model", tmp_path / "t")
     bench.run(training={"seed": 5}, objective={"sft": {"lossOn": "Completion"}})
     assert PrepareResult.model_validate_json(bench.object("prepare/result.json")).tokenizer_hash != before

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
+from pydantic import ValidationError
 
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
@@ -111,6 +112,8 @@ class Reporter:
             self._closed = True
             self._waiting = None
             self._changed.notify_all()
+        if self._url is None:
+            return False
         if self._thread is not None:
             self._thread.join(timeout=TIMEOUT.read)
         for attempt in range(attempts):
@@ -152,19 +155,18 @@ class Reporter:
                 # Grows over restarts of a container in the same pod too, because at most one post in two seconds is made.
                 self._sequence = max(self._sequence + 1, int(time.time()))
                 sequence = self._sequence
+            identity = {
+                "execution_id": self._execution_id,
+                "stage": self._stage,
+                "sequence": sequence,
+                "waiting": waiting,
+            }
             try:
-                post = ProgressPost.model_validate(
-                    {
-                        **fields,
-                        **extra,
-                        "waiting": waiting,
-                        "execution_id": self._execution_id,
-                        "stage": self._stage,
-                        "sequence": sequence,
-                    }
-                )
-                if self._url is None:
-                    return False
+                post = ProgressPost.model_validate({**fields, **extra, **identity})
+            except ValidationError as error:
+                log.warning("progress that is not in the vocabulary is left out: %s", error)
+                post = ProgressPost.model_validate({**extra, **identity})
+            try:
                 self._post(post)
             except Exception as error:  # noqa: BLE001 - reporting must never stop a stage, whatever goes wrong
                 log.debug("progress post failed: %s: %s", type(error).__name__, error)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import boto3
+import botocore.loaders
 import botocore.session
 from botocore.config import Config
 from botocore.credentials import Credentials as BotocoreCredentials
@@ -48,6 +49,10 @@ CLIENT_CONFIG = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
 }
+
+
+# botocore parses a megabyte of service description per session; a shared loader does it once.
+_LOADER = botocore.loaders.create_loader()
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def make_client(credentials: Credentials, scratch: Path) -> S3Client:
     """A client for one source. ``scratch`` takes the CA bundle, where the Secret holds one."""
     credentials.aws()  # a missing Secret is told before anything is tried
     session = botocore.session.get_session()
+    session.register_component("data_loader", _LOADER)
     if credentials.folder is not None:
         session.get_component("credential_provider").insert_before("env", _FolderProvider(credentials))
     endpoint = credentials.endpoint_url

@@ -74,7 +74,11 @@ def translate(error: Exception, uri: str) -> Exception:
         if code in MISSING or status == 404:
             return NotFound(uri)
         if code in REFUSED or status in (401, 403):
-            return StageError(Reason.ACCESS_DENIED, f"the store refused {error.operation_name} on {uri}: {text}")
+            hint = ""
+            if code in ("AccessDenied", "403") and error.operation_name in ("GetObject", "HeadObject"):
+                # AWS answers so for an object that does not exist, unless the credentials may list the bucket.
+                hint = "; reading needs s3:GetObject and s3:ListBucket"
+            return StageError(Reason.ACCESS_DENIED, f"the store refused {error.operation_name} on {uri}: {text}{hint}")
         if code in PASSING or status >= 500 or status == 429:
             return StageError(Reason.STORAGE_UNAVAILABLE, f"the store cannot serve {uri} now: {text}")
         return StageError(Reason.UNKNOWN, f"{error.operation_name} on {uri} failed: {text}")

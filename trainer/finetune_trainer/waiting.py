@@ -27,7 +27,6 @@ def wait_until_available(
     fn: Callable[[], T],
     *,
     limit_seconds: float | None = None,
-    sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """The result of ``fn``, called again for as long as it fails with a reason that waits.
 

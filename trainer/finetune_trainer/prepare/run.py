@@ -57,7 +57,6 @@ def run(ctx: StageContext) -> PrepareReport:
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
     checked = check_data(ctx, model)
-    ctx.reporter.report(activity="Splitting")
     prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared")
     for warning in (warnings := model.warnings + prepared.warnings):
         log.warning("%s", warning)

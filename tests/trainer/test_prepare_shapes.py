@@ -1,0 +1,126 @@
+"""Parameter counts from shapes alone equal those of the real thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.failures import Reason
+from finetune_api.snapshot import ResolvedLora
+from finetune_api.spec import LoraBias
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.shapes import count_parameters
+from finetune_trainer.sources.model import TensorHeaders
+
+Q_V = ["q_proj", "v_proj"]
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def lora(rank: int, modules: list[str], bias: LoraBias = LoraBias.NONE) -> ResolvedLora:
+    return ResolvedLora(rank=rank, alpha=2 * rank, dropout=0, bias=bias, target_modules=modules)
+
+
+def llama(
+    hidden: int, intermediate: int, layers: int, key_value: int, vocabulary: int, bias: bool = False
+) -> TensorHeaders:
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "lm_head.weight": (vocabulary, hidden),
+    }
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{layer}.self_attn.k_proj.weight": (key_value, hidden),
+            f"{layer}.self_attn.v_proj.weight": (key_value, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{layer}.mlp.gate_proj.weight": (intermediate, hidden),
+            f"{layer}.mlp.up_proj.weight": (intermediate, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, intermediate),
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.rotary_emb.inv_freq": (64,),
+        }
+        if bias:
+            shapes |= {f"{layer}.self_attn.{m}.bias": (n,) for m, n in (("q_proj", hidden), ("k_proj", key_value))}
+    shapes["model.norm.weight"] = (hidden,)
+    return {name: ("BF16", shape) for name, shape in shapes.items()}
+
+
+LLAMA_3_8B = llama(4096, 14336, 32, 1024, 128256)
+
+
+@pytest.mark.parametrize(
+    ("modules", "rank", "trainable"),
+    [
+        (QKVO, 16, 13_631_488),
+        (Q_V, 8, 3_407_872),
+        (["all-linear"], 16, 41_943_040),
+        (["self_attn.q_proj"], 1, 32 * 8192),
+    ],
+)
+def test_llama_3_8b_has_the_published_counts(modules: list[str], rank: int, trainable: int) -> None:
+    parameters = count_parameters(LLAMA_3_8B, lora(rank, modules))
+    assert parameters.trainable == trainable
+    assert parameters.total == 8_030_261_248
+
+
+def test_biases_are_counted_as_peft_trains_them() -> None:
+    headers = llama(64, 128, 2, 32, 100, bias=True)
+    none, only, every = (
+        count_parameters(headers, lora(4, Q_V, bias)).trainable
+        for bias in (LoraBias.NONE, LoraBias.LORA_ONLY, LoraBias.ALL)
+    )
+    assert (only - none, every - none) == (2 * 64, 2 * (64 + 32))
+
+
+def test_gpt2_names_are_understood() -> None:
+    headers: TensorHeaders = {
+        "wte.weight": ("F32", (50257, 768)),
+        "wpe.weight": ("F32", (1024, 768)),
+        "h.0.attn.bias": ("F32", (1, 1, 1024, 1024)),
+        "h.0.attn.c_attn.weight": ("F32", (768, 2304)),
+        "h.0.attn.c_attn.bias": ("F32", (2304,)),
+    }
+    parameters = count_parameters(headers, lora(8, ["all-linear"]))
+    assert parameters.targets == ["h.0.attn.c_attn"]
+    assert parameters.trainable == 8 * (768 + 2304)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [("query", Reason.UNKNOWN_TARGET_MODULE), ("proj", Reason.UNKNOWN_TARGET_MODULE), ("lm_head", Reason.INVALID_CONFIG),
+     ("embed_tokens", Reason.INVALID_CONFIG), ("input_layernorm", Reason.UNKNOWN_TARGET_MODULE)],
+)  # fmt: skip
+def test_a_module_that_cannot_be_adapted_is_named_with_those_that_can(module: str, reason: Reason) -> None:
+    with pytest.raises(StageError) as info:
+        count_parameters(LLAMA_3_8B, lora(8, ["q_proj", module]))
+    assert info.value.reason is reason
+    assert module in info.value.message
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in info.value.message
+
+
+@pytest.mark.parametrize(
+    ("modules", "bias"), [(["all-linear"], "none"), (Q_V, "none"), (["up_proj"], "all"), (QKVO, "lora_only")]
+)
+def test_counts_equal_pefts_own(tiny_model: Path, modules: list[str], bias: Any) -> None:
+    peft = pytest.importorskip("peft")
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
+        total = model.num_parameters()
+        target: Any = modules[0] if modules == ["all-linear"] else modules
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(r=8, target_modules=target, bias=bias, task_type="CAUSAL_LM")
+        )
+    with safe_open(tiny_model / "model.safetensors", "np") as file:
+        headers = {name: ("F32", tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    bias_name = {"none": LoraBias.NONE, "all": LoraBias.ALL, "lora_only": LoraBias.LORA_ONLY}[bias]
+    counted = count_parameters(headers, lora(8, modules, bias_name))
+    assert counted.trainable == wrapped.get_nb_trainable_parameters()[0]
+    assert counted.total == total
