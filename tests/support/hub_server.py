@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import ssl
 import threading
 from dataclasses import dataclass, field
@@ -64,19 +65,19 @@ class Log:
 class HubServer:
     """``endpoint`` is the Hub, ``cdn`` its other origin; ``files`` maps plain paths to contents (any origin)."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, host: str = "localhost") -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.files: dict[str, bytes] = {}
         self.faults = Faults()
         self.log = Log()
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self)) for _ in range(2)]
+        self._servers = [ThreadingHTTPServer((socket.gethostbyname(host), 0), _handler(self)) for _ in range(2)]
         scheme = "https" if tls else "http"
         for server in self._servers:
             if tls is not None:
                 server.socket = tls.wrap_socket(server.socket, server_side=True)
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.endpoint, self.cdn = (f"{scheme}://localhost:{s.server_address[1]}" for s in self._servers)
+        self.endpoint, self.cdn = (f"{scheme}://{host}:{s.server_address[1]}" for s in self._servers)
 
     def add_model(self, repo_id: str, folder: Path, *, gated: bool = False, private: bool = False) -> None:
         """Publish a model folder."""
