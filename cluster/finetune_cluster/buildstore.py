@@ -16,6 +16,8 @@ from finetune_cluster.locks import locked
 from finetune_cluster.paths import cache_root
 
 CHUNK = 1 << 20
+# In namespaces of its own: the mounts that buildah leaves behind, and what a killed build still runs, end with it.
+ALONE = ("unshare", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "nice", "-n", "10")
 
 
 def images_root() -> Path:
@@ -30,7 +32,7 @@ def buildah(*arguments: str | Path, show: bool = False) -> str:
     temporary.mkdir(parents=True, exist_ok=True)
     where: list[str | Path] = ["--root", root / "store", "--runroot", root / "run", "--storage-driver", "overlay"]
     env = {"TMPDIR": str(temporary), "BUILDAH_ISOLATION": "chroot", "BUILDAH_FORMAT": "oci"}
-    return run(["nice", "-n", "10", "buildah", *where, *arguments], env=env, show=show)
+    return run([*ALONE, "buildah", *where, *arguments], env=env, show=show)
 
 
 @dataclass(frozen=True)

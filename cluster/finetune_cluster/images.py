@@ -47,6 +47,7 @@ def build(
     """
     ensure_packages(IMAGES)
     with locked(images_root() / ".lock", "the image store"):
+        buildah("rm", "--all")  # of builds that were killed
         base = ensure_base_image()
         _share_uv_cache()
         folder = context or checkout_root()
