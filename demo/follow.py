@@ -11,6 +11,7 @@ from typing import Any
 
 from demo.target import DemoError, Target
 
+STAGE_OF_PHASE = {"Preparing": "prepare", "Training": "train", "Publishing": "publish"}
 HEADER = f"{'TIME':>6}  {'PHASE':<11} {'ACTIVITY':<12} {'PROGRESS':>8}  {'LOSS':>7}  {'ETA':>5}  MESSAGE"
 
 
@@ -50,8 +51,11 @@ def line(job: dict[str, Any], elapsed: float) -> str:
     status = job.get("status", {})
     progress = status.get("progress", {})
     loss = progress.get("loss")
+    phase = status.get("phase", "-")
+    # What a stage did last stays in status until the next one reports.
+    activity = progress.get("activity") if STAGE_OF_PHASE.get(phase) == progress.get("stage") else None
     return (
-        f"{elapsed:5.0f}s  {status.get('phase', '-'):<11} {progress.get('activity') or '-':<12} "
+        f"{elapsed:5.0f}s  {phase:<11} {activity or '-':<12} "
         f"{progress.get('summary') or '-':>8}  {f'{loss:.3f}' if loss is not None else '-':>7}  "
         f"{progress.get('eta') or '-':>5}  {status.get('message') or ''}"
     )

@@ -78,7 +78,9 @@ def manifests(image: str, key: str, secret: str) -> list[dict[str, Any]]:
         ],
         "ports": [{"containerPort": PORT}],
         "readinessProbe": {"tcpSocket": {"port": PORT}, "periodSeconds": 1},
-        "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}},
+        "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "3Gi"}},
+        # Go would otherwise let uploads of merged weights grow the heap up to the limit, and be killed.
+        "env": [{"name": "GOMEMLIMIT", "value": "1GiB"}],
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
