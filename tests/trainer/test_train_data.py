@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def test_every_row_is_seen_as_often_as_the_length_asks(rows: int, epochs: float,
     assert set(seen) == set(range(rows)) or epochs < 1
     assert max(seen.values()) - min(seen.values()) <= 1
     assert schedule.epoch_after(schedule.steps - 1) == pytest.approx(round(epochs * rows) / rows)
+
+
+@pytest.mark.parametrize(("epochs", "rows", "batch"), [(1.1, 10, 11), (2.5, 5, 4), (0.01, 10, 4), (3, 10, 4)])
+def test_the_schedule_has_the_steps_that_prepare_announced(epochs: float, rows: int, batch: int) -> None:
+    announced = math.ceil(epochs * rows / batch)
+    schedule = make_schedule(rows, Length(epochs=epochs), batch, 0, announced)
+    assert schedule.steps == announced
+    assert all(schedule.step_rows(s) for s in range(announced))
 
 
 def test_an_epoch_is_a_permutation_of_its_own_and_the_seed_decides_it() -> None:

@@ -76,8 +76,13 @@ def run(ctx: StageContext) -> TrainReport:
     ctx.reporter.report(activity="Training", held_out_loss=loss_base.loss)
     peft_model = model.attach_adapter(base, snapshot)
     trained_base = model.trained_base_weights(peft_model)
-    schedule = make_schedule(len(rows), spec.training.length, spec.training.global_batch_sequences, spec.training.seed)
-    assert schedule.steps == prepared.result.total_steps, (schedule.steps, prepared.result.total_steps)
+    schedule = make_schedule(
+        len(rows),
+        spec.training.length,
+        spec.training.global_batch_sequences,
+        spec.training.seed,
+        prepared.result.total_steps,
+    )
     steps = StepLog(schedule, rows, lambda entry: report_step(ctx, entry))
     trainer = LoraTrainer(
         model=peft_model,

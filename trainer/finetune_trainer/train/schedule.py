@@ -54,8 +54,11 @@ class Schedule:
         return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
 
 
-def make_schedule(rows: int, length: Length, global_batch: int, seed: int) -> Schedule:
+def make_schedule(rows: int, length: Length, global_batch: int, seed: int, steps: int | None = None) -> Schedule:
     """The schedule that ``length`` asks for.
+
+    Args:
+        steps: how many there must be, as announced by the prepare stage; a share of an epoch may be rounded either way.
 
     Raises:
         ValueError: there are no rows.
@@ -63,8 +66,9 @@ def make_schedule(rows: int, length: Length, global_batch: int, seed: int) -> Sc
     if rows < 1:
         raise ValueError("there are no rows to train on")
     if length.steps is not None:
-        total = length.steps * global_batch
-    else:
-        assert length.epochs is not None  # Length has exactly one of the two
-        total = max(1, round(length.epochs * rows))
+        return Schedule(rows, global_batch, seed, length.steps * global_batch)
+    assert length.epochs is not None  # Length has exactly one of the two
+    total = max(1, round(length.epochs * rows))
+    if steps is not None:
+        total = min(max(total, (steps - 1) * global_batch + 1), steps * global_batch)
     return Schedule(rows, global_batch, seed, total)

@@ -1,0 +1,120 @@
+"""Every verification of the train stage has teeth: what was tampered with between save and verify fails the job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from finetune_api.failures import Reason
+from finetune_api.results import PREPARE_RESULT, FileRecord, PrepareResult
+from finetune_trainer.errors import StageError
+from finetune_trainer.s3 import S3Store
+from finetune_trainer.train import run as train
+from finetune_trainer.train import save as save_module
+from tests.support.prepared import PreparedJob, prepare_job
+
+ADAPTER = "adapter/adapter_model.safetensors"
+CONFIG = "adapter/adapter_config.json"
+TOKENIZER = "adapter/tokenizer.json"
+
+
+@pytest.fixture
+def job(s3: Any, tiny_model: Path, tmp_path: Path) -> PreparedJob:
+    return prepare_job(s3, tmp_path, tiny_model, method={"type": "QLoRA"}, training={"length": {"steps": 8}})
+
+
+def zero_lora_b(data: bytes) -> bytes:
+    tensors = load(data)
+    return save({n: torch.zeros_like(t) if "lora_B" in n else t for n, t in tensors.items()})
+
+
+def without_a_tensor(data: bytes) -> bytes:
+    tensors = load(data)
+    del tensors[min(tensors)]
+    return save(tensors)
+
+
+def halved_alpha(data: bytes) -> bytes:
+    config = json.loads(data)
+    return json.dumps({**config, "lora_alpha": config["lora_alpha"] // 2}).encode()
+
+
+def swapped_tokens(data: bytes) -> bytes:
+    tokenizer = json.loads(data)
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    return json.dumps(tokenizer).encode()
+
+
+def tamper(monkeypatch: pytest.MonkeyPatch, key: str, change: Callable[[bytes], bytes], *, consistent: bool) -> None:
+    """Change a file in the bucket after the upload; ``consistent`` changes its recorded hash too."""
+    upload = save_module.upload_adapter
+
+    def uploaded(ctx: Any, folder: Path, output: S3Store) -> list[FileRecord]:
+        records = upload(ctx, folder, output)
+        changed = output.put_bytes(key, change(output.get_bytes(key)))
+        return [changed if consistent and r.path == key else r for r in records]
+
+    monkeypatch.setattr(save_module, "upload_adapter", uploaded)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        (ADAPTER, zero_lora_b, "held-out loss"),
+        (CONFIG, halved_alpha, "held-out loss"),
+        (ADAPTER, without_a_tensor, "LoRA tensors"),
+        (TOKENIZER, swapped_tokens, "tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("consistent", [False, True], ids=["bytes", "bytes and hash"])
+def test_a_tampered_adapter_folder_fails(
+    job: PreparedJob, monkeypatch: pytest.MonkeyPatch, key: str, change: Callable[[bytes], bytes], said: str, consistent: bool
+) -> None:  # fmt: skip
+    tamper(monkeypatch, key, change, consistent=consistent)
+    with pytest.raises(StageError, match=said if consistent else "changed: found") as caught:
+        train.run(job.context())
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+    assert not job.context().workspace_store().exists("train/result.json")
+
+
+def test_a_vanished_adapter_file_fails(job: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = save_module.upload_adapter
+
+    def uploaded(ctx: Any, folder: Path, output: S3Store) -> list[FileRecord]:
+        records = upload(ctx, folder, output)
+        output.delete(CONFIG)
+        return records
+
+    monkeypatch.setattr(save_module, "upload_adapter", uploaded)
+    with pytest.raises(StageError, match="is not there"):
+        train.run(job.context())
+
+
+def test_tampered_prepared_rows_fail_before_training(job: PreparedJob) -> None:
+    store = job.context().workspace_store()
+    store.put_bytes("prepare/train.parquet", store.get_bytes("prepare/held_out.parquet"))
+    with pytest.raises(StageError, match=r"train\.parquet changed") as caught:
+        train.run(job.context())
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+
+
+def test_another_base_than_prepared_fails_before_training(job: PreparedJob) -> None:
+    store = job.context().workspace_store()
+    result = store.get_model(PREPARE_RESULT, PrepareResult)
+    known = FileRecord(path="model.safetensors", size=1, sha256="1" * 64)
+    store.put_model(PREPARE_RESULT, result.model_copy(update={"model_files": [known]}))
+    with pytest.raises(StageError, match=r"model\.safetensors changed") as caught:
+        train.run(job.context())
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+
+
+def test_prepared_data_of_another_snapshot_are_refused(job: PreparedJob) -> None:
+    with pytest.raises(StageError, match="another configuration"):
+        train.run(job.with_spec(training={"seed": 7}).context())
