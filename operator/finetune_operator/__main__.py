@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -50,6 +51,7 @@ class Operator:
         )
         self.health = Health(self.cache, self.queue, settings.stall_seconds, settings.resync_seconds)
         self.health.last_resync = lambda: self.resync.last_success
+        self.health.silent_lists = lambda: self.resync.silent
         self.progress = ProgressServer(api, self.cache, self.informer, self.pace, settings, lambda: self.health.leading)
 
     async def run(self, stop: asyncio.Event) -> bool:
@@ -137,6 +139,9 @@ async def serve(settings: Settings) -> bool:
 def main() -> None:
     """Entry point; exits 1 when leadership was lost, so that the container starts anew with nothing left over."""
     settings = Settings()
+    # What is imported stays; and in a burst, JSON makes many dicts that die young without cycles.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kopf").setLevel(logging.WARNING)
     sys.exit(0 if asyncio.run(serve(settings)) else 1)

@@ -25,6 +25,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote, urlencode
+from urllib.request import getproxies
 
 import aiohttp
 from kubernetes.aio.client import ApiClient, Configuration
@@ -65,6 +66,8 @@ class Api:
 
     def __init__(self, configuration: Configuration, connections: int = 32, timeout_seconds: float = 15.0) -> None:
         configuration.connection_pool_maxsize = connections
+        # Where no proxy is set, aiohttp would still look for one in a thread, for every request.
+        configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
         self.client = ApiClient(configuration)
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._host = configuration.host.rstrip("/")
@@ -82,8 +85,9 @@ class Api:
         body: Raw | None = None,
         query: dict[str, str] | None = None,
         content_type: str = "application/json",
+        read_answer: bool = True,
     ) -> Raw:
-        """One request.
+        """One request; the answer, or nothing where nobody reads it.
 
         Raises:
             ApiError: any answer but a 2xx, or none.
@@ -102,7 +106,7 @@ class Api:
             metrics.API_WRITES.labels(verb=method.lower(), resource=_resource(path)).inc()
             if self.after_write is not None:
                 await self.after_write(method, path)
-        answer = json.loads(data) if data else {}
+        answer = json.loads(data) if data and read_answer else {}
         assert isinstance(answer, dict)
         return answer
 
@@ -138,9 +142,9 @@ class Api:
 
     # Children
 
-    async def create(self, path: str, body: Raw) -> Raw:
+    async def create(self, path: str, body: Raw, read_answer: bool = True) -> Raw:
         """POST an object to a collection."""
-        return await self.request("POST", path, body)
+        return await self.request("POST", path, body, read_answer=read_answer)
 
     async def get(self, path: str) -> Raw:
         """GET an object."""

@@ -53,7 +53,7 @@ class EventRecorder:
             while self._work.urgent:  # noqa: ASYNC110 - a look now and then is all this needs
                 await asyncio.sleep(COURTESY_SECONDS)
             try:
-                await self._api.create(events_path(pending.job.namespace), self._body(pending))
+                await self._api.create(events_path(pending.job.namespace), self._body(pending), read_answer=False)
             except ApiError as problem:
                 metrics.EVENTS_DROPPED.inc()
                 logger.info("Event %s of %s was not recorded: %s", pending.note.reason, pending.job.name, problem)

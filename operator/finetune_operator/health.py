@@ -18,6 +18,8 @@ from finetune_operator import metrics
 from finetune_operator.cache import Cache, Key
 from finetune_operator.workqueue import WorkQueue
 
+SILENT_LISTS = 3
+
 
 @dataclass
 class Health:
@@ -31,6 +33,7 @@ class Health:
     ready: bool = False
     """The endpoint answers; a standby is ready too."""
     last_resync: Callable[[], float] = field(default=time.monotonic)
+    silent_lists: Callable[[], int] = field(default=lambda: 0)
 
     def problem(self) -> str | None:
         """Why this process should be restarted, or None."""
@@ -40,6 +43,8 @@ class Health:
         age = time.monotonic() - self.last_resync()
         if self.leading and age > 3 * self.resync_seconds + 60:
             return f"nothing could be listed for {age:.0f} s"
+        if self.leading and self.silent_lists() >= SILENT_LISTS:
+            return "lists find changes that the watches do not tell"
         return None
 
 

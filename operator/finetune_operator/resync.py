@@ -36,6 +36,9 @@ class Resync:
         self._namespaces: tuple[str | None, ...] = namespaces or (None,)
         self._seconds = seconds
         self._first = True
+        self._found = 0
+        self.silent = 0
+        """How many lists in a row found changes while no watch told any."""
         self.last_success = time.monotonic()
 
     async def run(self) -> None:
@@ -51,6 +54,8 @@ class Resync:
 
     async def once(self) -> None:
         """One full list of everything, and every unfinished job looked at once more."""
+        heard = self._informer.last_event > self.last_success
+        self._found = 0
         for namespace in self._namespaces:
             await self._children(jobs_path(namespace), namespace, "jobs")
             await self._children(pods_path(namespace), namespace, "pods")
@@ -59,6 +64,7 @@ class Resync:
             finished = is_true(cached.status, ConditionType.FINISHED)
             if not finished or (cached.spec is not None and cached.spec.ttl_seconds_after_finished is not None):
                 self._informer.enqueue(key)
+        self.silent = self.silent + 1 if self._found and not heard and not self._first else 0
         self._first = False
         self.last_success = time.monotonic()
         metrics.RESYNC_TIMESTAMP.set_to_current_time()
@@ -91,5 +97,6 @@ class Resync:
             self._informer.enqueue(key)
 
     def _missed(self, kind: str) -> None:
+        self._found += 1
         if not self._first:
             metrics.WATCH_MISSED.labels(resource=kind).inc()

@@ -36,6 +36,7 @@ class Snapshots:
         self._settings = settings
         self._known: dict[str, SnapshotRecord] = {}
         self._version = operator_version()
+        self._bundle: tuple[int, str] | None = None
 
     def forget(self, uid: str) -> None:
         """The job is gone."""
@@ -44,6 +45,14 @@ class Snapshots:
     def known(self, uid: str) -> SnapshotRecord | None:
         """The snapshot, if this process has seen it."""
         return self._known.get(uid)
+
+    def _authority(self) -> str:
+        """The CA bundle; read again only when its file changed."""
+        file = self._settings.ca_file
+        stamp = file.stat().st_mtime_ns if file is not None else 0
+        if self._bundle is None or self._bundle[0] != stamp:
+            self._bundle = stamp, self._settings.ca_bundle()
+        return self._bundle[1]
 
     async def find(self, job: JobView) -> SnapshotRecord | None:
         """The stored snapshot, or None if there is none."""
@@ -66,9 +75,9 @@ class Snapshots:
         snapshot = make_snapshot(job.spec, identity, self._settings.images, self._version)
         text = snapshot.canonical_json()
         digest = hashlib.sha256(text.encode()).hexdigest()
-        body = snapshot_config_map(Owner.of(job), text, digest, self._settings.ca_bundle())
+        body = snapshot_config_map(Owner.of(job), text, digest, self._authority())
         try:
-            await self._api.create(configmaps_path(job.namespace), body)
+            await self._api.create(configmaps_path(job.namespace), body, read_answer=False)
         except ApiError as problem:
             if problem.status != 409:
                 raise

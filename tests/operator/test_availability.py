@@ -17,9 +17,6 @@ from tests.operator.test_progress import Poster, train_forever, training_pod
 
 pytestmark = pytest.mark.light
 
-ELECTION = {"FINETUNE_LEADER_ELECTION": "true"}
-
-
 def role(operator: OperatorProcess) -> str:
     return operator.get("/readyz").text
 
@@ -32,9 +29,9 @@ def until_leader(operator: OperatorProcess, seconds: float = 60) -> None:
 
 
 def test_of_two_operators_one_leads_and_the_other_takes_over_when_it_is_killed(bench: Bench) -> None:
-    first = bench.start_operator(**ELECTION)
+    first = bench.start_operator(FINETUNE_LEADER_ELECTION="true")
     until_leader(first)
-    second = bench.start_operator(**ELECTION)
+    second = bench.start_operator(FINETUNE_LEADER_ELECTION="true")
     assert role(second) == "standby"
     assert second.get("/healthz").status_code == 200
     go = threading.Event()
@@ -54,9 +51,9 @@ def test_of_two_operators_one_leads_and_the_other_takes_over_when_it_is_killed(b
 
 
 def test_an_operator_that_is_stopped_hands_its_lease_over_at_once(bench: Bench) -> None:
-    first = bench.start_operator(**ELECTION)
+    first = bench.start_operator(FINETUNE_LEADER_ELECTION="true")
     until_leader(first)
-    second = bench.start_operator(**ELECTION)
+    second = bench.start_operator(FINETUNE_LEADER_ELECTION="true")
     assert first.stop() == 0
     begin = time.monotonic()
     until_leader(second)
@@ -64,7 +61,7 @@ def test_an_operator_that_is_stopped_hands_its_lease_over_at_once(bench: Bench) 
 
 
 def test_a_leader_that_loses_its_lease_exits(bench: Bench) -> None:
-    leader = bench.start_operator(**ELECTION)
+    leader = bench.start_operator(FINETUNE_LEADER_ELECTION="true")
     until_leader(leader)
     path = f"/apis/coordination.k8s.io/v1/namespaces/{bench.namespace}/leases/finetune-operator"
     for _ in range(3):
@@ -74,9 +71,9 @@ def test_a_leader_that_loses_its_lease_exits(bench: Bench) -> None:
 
 
 def test_a_standby_takes_progress_posts_too(bench: Bench) -> None:
-    first = bench.start_operator(**ELECTION)
+    first = bench.start_operator(FINETUNE_LEADER_ELECTION="true")
     until_leader(first)
-    second = bench.start_operator(**ELECTION, FINETUNE_PROGRESS_INTERVAL_SECONDS="1")
+    second = bench.start_operator(FINETUNE_LEADER_ELECTION="true", FINETUNE_PROGRESS_INTERVAL_SECONDS="1")
     with bench.script(train_forever):
         bench.apply(finetunejob("any").build())
         poster = Poster(bench, second, training_pod(bench, "any"), "any")

@@ -20,6 +20,8 @@ from finetune_operator.planning.conditions import is_true
 TRUST_SECONDS = 120.0
 """How long a checked token is believed: a deleted pod's token is refused after this at the latest."""
 DISTRUST_SECONDS = 10.0
+STATUS_SECONDS = 5.0
+"""A standby, which watches nothing, reads a job's status at most so often for posts that it only collects."""
 CAPACITY = 4096
 _EXTRA = "authentication.kubernetes.io/"
 
@@ -61,6 +63,7 @@ class Authenticator:
         self._api = api
         self._cache = cache
         self._tokens: OrderedDict[bytes, tuple[float, Identity | None]] = OrderedDict()
+        self._statuses: OrderedDict[str, tuple[float, FineTuneJobStatus]] = OrderedDict()
         self._callers: OrderedDict[tuple[Identity, Key], tuple[float, Caller]] = OrderedDict()
 
     async def identify(self, authorization: str) -> Identity:
@@ -149,8 +152,8 @@ class Authenticator:
             raise Refused(404, "NotFound", f"there is no FineTuneJob {key}")
         return str(raw["metadata"]["uid"])
 
-    async def status_of(self, caller: Caller) -> FineTuneJobStatus:
-        """The job's status: from the watch where there is one, else fresh.
+    async def status_of(self, caller: Caller, fresh: bool = True) -> FineTuneJobStatus:
+        """The job's status: from the watch where there is one, else read; a few seconds old unless ``fresh``.
 
         Raises:
             Refused: 404 when the job is gone, 409 when it has been replaced or has ended.
@@ -158,6 +161,8 @@ class Authenticator:
         cached = self._cache.jobs.get(caller.key)
         if cached is not None:
             uid, status = cached.uid, cached.status
+        elif not fresh and (known := self._statuses.get(caller.job_uid)) and known[0] > time.monotonic():
+            uid, status = caller.job_uid, known[1]
         else:
             try:
                 raw = await self._finetunejob(caller.key)
@@ -166,6 +171,7 @@ class Authenticator:
             if raw is None:
                 raise Refused(404, "NotFound", f"there is no FineTuneJob {caller.key}")
             uid, status = str(raw["metadata"]["uid"]), parse_status(raw.get("status") or {})
+            _remember(self._statuses, uid, (time.monotonic() + STATUS_SECONDS, status))
         if uid != caller.job_uid:
             raise Refused(409, "Conflict", f"FineTuneJob {caller.key} has been replaced by another")
         if is_true(status, ConditionType.FINISHED):

@@ -57,7 +57,7 @@ class ProgressWriter:
         Raises:
             Refused: 409 for an execution that another has replaced, 503 when a final could not be written.
         """
-        status = await self._auth.status_of(caller)
+        status = await self._auth.status_of(caller, fresh=False)
         stream = self._streams.get(caller.job_uid)
         written = status.progress
         if stream is None:
