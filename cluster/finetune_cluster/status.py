@@ -89,10 +89,7 @@ def cluster_status(instance: Instance) -> ClusterStatus:
 
 def _node_status(instance: Instance, node: Node, init: int | None, item: Object) -> NodeStatus:
     status: Object = item.get("status", {})
-    images = {
-        next((name for name in image["names"] if "@" not in name), image["names"][0]): image["sizeBytes"]
-        for image in status.get("images", [])
-    }
+    images = {_image_name(image): image["sizeBytes"] for image in status.get("images", []) if image.get("names")}
     return NodeStatus(
         name=node.name,
         address=instance.address(node),
@@ -104,6 +101,12 @@ def _node_status(instance: Instance, node: Node, init: int | None, item: Object)
         programs=[ProgramStatus(p.program, p.pid, resident_mib(p.pid)) for p in (programs(init) if init else [])],
         images=images,
     )
+
+
+def _image_name(image: Object) -> str:
+    """Its tag, or its digest if it has none. (An image whose tag was taken away has no names at all, and is not shown.)"""
+    names: list[str] = image["names"]
+    return next((name for name in names if "@" not in name), names[0])
 
 
 def show(status: ClusterStatus) -> None:

@@ -51,6 +51,7 @@ def test_up_again_changes_nothing_and_takes_two_seconds(cluster: Instance) -> No
     call("up", "--name", cluster.name)
     assert time.monotonic() - begin < 3
     assert node_inits(cluster) == before
+    call("status", "--name", cluster.name)  # exit code 0: healthy
 
 
 def test_up_repairs_what_died(cluster: Instance, image: str) -> None:
