@@ -50,7 +50,8 @@ class RowWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            columns = [_column([row[f.name] for row in self._rows], f.type) for f in self._schema]
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
             self._rows, self._tokens = [], 0
 
     def __enter__(self) -> RowWriter:
@@ -62,6 +63,14 @@ class RowWriter:
         if kind is None:
             self._flush()
         self._writer.close()
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """An Arrow column. Lists of ids come as arrays, which Arrow would copy number by number."""
+    if not pa.types.is_list(kind):
+        return pa.array(values, kind)
+    offsets = np.cumsum([0, *(len(v) for v in values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values).astype(np.int32, copy=False)))
 
 
 def read_spool(path: Path) -> Iterator[dict[str, Any]]:

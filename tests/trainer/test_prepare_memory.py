@@ -1,0 +1,82 @@
+"""Files are read, and prepared rows written and read, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from finetune_trainer.prepare.rows import read_rows
+from finetune_trainer.prepare.store import SCHEMA, RowWriter, read_spool
+from finetune_trainer.sources.data import DataFile
+
+TEXT = "x" * 2000
+ROWS = 6000
+
+
+@contextmanager
+def peak_below(limit: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < limit, f"{peak / 1e6:.1f} MB"
+
+
+def _lines(path: Path) -> None:
+    with path.open("w") as file:
+        file.writelines(json.dumps({"text": TEXT, "n": i}) + "\n" for i in range(ROWS))
+
+
+def _array(path: Path) -> None:
+    with path.open("w") as file:
+        file.write("[")
+        file.writelines(("," if i else "") + json.dumps({"text": TEXT, "n": i}) for i in range(ROWS))
+        file.write("]")
+
+
+def _csv(path: Path) -> None:
+    with path.open("w") as file:
+        file.write("text,n\n")
+        file.writelines(f"{TEXT},{i}\n" for i in range(ROWS))
+
+
+@pytest.mark.parametrize(("name", "write"), [("t.jsonl", _lines), ("t.json", _array), ("t.csv", _csv)])
+def test_reading_twelve_megabytes_takes_less_than_two(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
+    write(tmp_path / name)
+    with peak_below(2_000_000):
+        assert sum(1 for row in read_rows(DataFile(tmp_path / name, name)) if row.problem is None) == ROWS
+
+
+def test_writing_and_reading_48_megabytes_of_prepared_rows_holds_one_row_group(tmp_path: Path) -> None:
+    ids = np.arange(1000, dtype=np.int32)
+    write_and_read(tmp_path, ids, 1)  # pyarrow imports much of itself only now
+    with peak_below(12_000_000):
+        write_and_read(tmp_path, ids, 6000)
+
+
+def write_and_read(tmp_path: Path, ids: np.ndarray, rows: int) -> None:
+    before = pa.total_allocated_bytes()
+    with RowWriter(tmp_path / "f.parquet", SCHEMA) as writer:
+        for row in range(rows):
+            fields: dict[str, object] = {
+                "row": row,
+                "source": "f:1",
+                "input_ids": ids,
+                "labels": ids,
+                "prompt_tokens": 1,
+            }
+            writer.write(fields, len(ids))
+    for row, stored in enumerate(read_spool(tmp_path / "f.parquet")):
+        assert stored["row"] == row
+        assert np.array_equal(stored["labels"], ids)
+        assert pa.total_allocated_bytes() - before < 60_000_000
+    assert row == rows - 1
