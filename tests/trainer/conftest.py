@@ -12,6 +12,7 @@ import boto3
 import pytest
 
 from tests.support import seaweed
+from tests.support.fault_proxy import FaultProxy
 from tests.support.hub_server import HubServer
 from tests.support.tiny_model import build_tiny_model
 
@@ -87,3 +88,10 @@ def hub() -> Iterator[HubServer]:
     """A server that answers as the Hugging Face Hub does; see its ``faults``."""
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture
+def s3_proxy(s3: S3) -> Iterator[FaultProxy]:
+    """A proxy in front of ``s3`` with fault switches."""
+    with FaultProxy(s3.endpoint) as proxy:
+        yield proxy

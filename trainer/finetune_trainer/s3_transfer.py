@@ -183,9 +183,9 @@ def upload(client: S3Client, bucket: str, key: str, name: str, path: Path, on_by
     part_bytes = max(PART_BYTES, math.ceil(size / MAX_PARTS))
     with translated(uri):
         upload_id = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        parts: list[CompletedPartTypeDef] = []
+        sent = 0
         try:
-            parts: list[CompletedPartTypeDef] = []
-            sent = 0
             with path.open("rb") as file:
                 while data := file.read(part_bytes):
                     sha256.update(data)
@@ -205,6 +205,7 @@ def upload(client: S3Client, bucket: str, key: str, name: str, path: Path, on_by
             )
         except BaseException:
             _abort(client, bucket, key, upload_id)
+            _told(on_bytes, -sent)
             raise
     return FileRecord(path=name, size=sent, sha256=sha256.hexdigest())
 

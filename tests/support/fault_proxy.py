@@ -1,0 +1,121 @@
+"""A proxy in front of an S3 server that breaks what networks and stores break."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from urllib.parse import urlsplit
+
+
+@dataclass
+class S3Faults:
+    """What goes wrong. Counters count down; -1 is for ever."""
+
+    unavailable: int = 0
+    """Requests answered 503 SlowDown."""
+    drop_after_bytes: int = 0
+    """GET bodies end after so many bytes…"""
+    drops: int = 0
+    """…so many times."""
+    corrupt: int = 0
+    """GET bodies with a flipped byte."""
+    corrupt_uploads: int = 0
+    """PUT bodies with a flipped byte."""
+    fail_part: int = 0
+    """The multipart part of this number is answered 500, always."""
+    requests: list[tuple[str, str]] = field(default_factory=list)
+
+
+class FaultProxy:
+    """Forwards everything to ``upstream``, the Host header unchanged, so that signatures stay right."""
+
+    def __init__(self, upstream: str) -> None:
+        self.faults = S3Faults()
+        proxy = self
+        host = urlsplit(upstream).netloc
+
+        class Handler(_Handler):
+            faults = proxy.faults
+            upstream = host
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> FaultProxy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    faults: S3Faults
+    upstream: str
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._forward()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.faults.requests.append((self.command, self.path))
+        if self._happens("unavailable"):
+            return self._answer(503, {}, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+        if self.faults.fail_part and f"partNumber={self.faults.fail_part}&" in f"{self.path}&":
+            return self._answer(500, {}, b"<Error><Code>InternalError</Code><Message>broken</Message></Error>")
+        if self.command == "PUT" and body and self._happens("corrupt_uploads"):
+            body = bytes([body[0] ^ 1]) + body[1:]
+        connection = http.client.HTTPConnection(self.upstream, timeout=30)
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in ("connection", "expect"):
+                connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        data = answer.read()
+        headers = {
+            k: v
+            for k, v in answer.getheaders()
+            if k.lower() not in ("connection", "transfer-encoding", "content-length")
+        }
+        length = answer.getheader("Content-Length")
+        connection.close()
+        if self.command == "HEAD":
+            return self._answer(answer.status, headers, b"", int(length or 0))
+        reading = self.command == "GET" and answer.status in (200, 206) and "list-type" not in self.path
+        if reading and data and self._happens("corrupt"):
+            data = bytes([data[0] ^ 1]) + data[1:]
+        if reading and len(data) > self.faults.drop_after_bytes and self._happens("drops"):
+            self._answer(answer.status, headers, data[: self.faults.drop_after_bytes], len(data))
+            self.close_connection = True
+            self.connection.close()
+            return None
+        return self._answer(answer.status, headers, data)
+
+    def _happens(self, fault: str) -> bool:
+        left = getattr(self.faults, fault)
+        if left > 0:
+            setattr(self.faults, fault, left - 1)
+        return bool(left)
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes, length: int | None = None) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
