@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from finetune_api.names import Stage
 from finetune_api.progress import ProgressPost, StageReport
 from finetune_trainer import reporter as module
 from finetune_trainer.reporter import Reporter
+from tests.support.tls import localhost_certificate
 
 FINAL = StageReport(stage=Stage.PREPARE, succeeded=True, reason="Succeeded", message="done")
 
@@ -24,7 +26,7 @@ FINAL = StageReport(stage=Stage.PREPARE, succeeded=True, reason="Succeeded", mes
 class Endpoint:
     """Takes posts; ``status`` is what it answers; ``hold`` keeps it from answering."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.posts: queue.Queue[tuple[str, str | None, ProgressPost]] = queue.Queue()
         self.status = 204
         self.open = threading.Event()
@@ -45,8 +47,10 @@ class Endpoint:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.server.server_address[1]}"
 
     def next(self) -> ProgressPost:
         return self.posts.get(timeout=10)[2]
@@ -163,3 +167,21 @@ def test_posts_are_the_shared_vocabulary(endpoint: Endpoint) -> None:
     r = reporter(endpoint)
     r.report(tokens_per_second=5.5)
     assert json.loads(endpoint.next().model_dump_json(by_alias=True, exclude_none=True))["tokensPerSecond"] == 5.5
+
+
+def test_the_operator_is_trusted_by_the_ca_of_now_and_by_no_other(tmp_path: Path) -> None:
+    ca, tls = localhost_certificate(tmp_path / "own")
+    other, _ = localhost_certificate(tmp_path / "other")
+    endpoint = Endpoint(tls)
+    mounted = tmp_path / "ca.crt"
+    mounted.write_bytes(other.read_bytes())
+    try:
+        r = reporter(endpoint, ca_file=mounted)
+        assert not r.final(FINAL, attempts=1)
+        assert endpoint.posts.empty()
+        mounted.write_bytes(ca.read_bytes())
+        assert r.final(FINAL, attempts=1)
+        assert endpoint.next().final == FINAL
+    finally:
+        endpoint.server.shutdown()
+        endpoint.server.server_close()

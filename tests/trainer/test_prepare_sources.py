@@ -17,6 +17,7 @@ from finetune_trainer.sources.model import ModelSource, resolve_model
 from finetune_trainer.sources.web import download_url
 from tests.support.hub_server import COMMIT, VALID_TOKEN, WEAK_TOKEN, HubServer
 from tests.support.tiny_model import build_tiny_model
+from tests.support.tls import localhost_certificate
 from tests.support.trainer_run import Pod
 from tests.trainer.conftest import S3
 
@@ -353,3 +354,16 @@ def test_web_errors_have_names(hub: HubServer, tmp_path: Path, unavailable: int,
     with pytest.raises(StageError) as info:
         fetch_url(hub, tmp_path / "f", name)
     assert info.value.reason is reason
+
+
+def test_a_private_ca_may_stand_in_the_secret_of_a_web_source(pod: Pod, tmp_path: Path) -> None:
+    ca, tls = localhost_certificate(tmp_path / "tls")
+    with HubServer(tls) as server:
+        server.files["/d/train set.jsonl"] = b"{}"
+        uri = f"{server.endpoint}/d/train%20set.jsonl?sig=1"
+        with pytest.raises(StageError, match="certificate verify failed") as info:
+            data(pod, uri)
+        assert info.value.reason is Reason.HUB_UNAVAILABLE
+        (pod.secrets / "train-0").mkdir(parents=True)
+        (pod.secrets / "train-0" / "AWS_CA_BUNDLE").write_text(ca.read_text())
+        assert data(pod, uri, secretRef={"name": "ca"}) == {"train set.jsonl": b"{}"}
