@@ -162,8 +162,9 @@ class QuantizedModule(ApiModel):
     """What double quantization took off the constants: their mean, whose last bits differ between CPU and GPU."""
     constants_mean: float
     """Mean of the block constants as used."""
-    codes_mean: float
-    """Mean of the 4-bit codes (0 to 15). The two means tell another device's rounding from another weight where ``sha256`` differs."""
+    codes_sample: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
+    """Packed bytes at evenly spread positions. Sample and mean tell another device's rounding from another weight where
+    ``sha256`` differs."""
 
 
 class TrainResult(ApiModel):

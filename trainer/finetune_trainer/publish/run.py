@@ -42,8 +42,9 @@ def run(ctx: StageContext) -> PublishReport:
         clean_up(ctx, workspace)
         return report(done)
 
-    # Check.
+    # Check. A manifest that is not whole proves nothing, so it goes first.
     ctx.reporter.report(activity="Checking")
+    wait_until_available(ctx, lambda: output.delete(MANIFEST))
     trained = read_train_result(ctx, workspace)
     prepared = wait_until_available(ctx, lambda: workspace.get_model(PREPARE_RESULT, PrepareResult))
     adapter_folder = fetch_published(ctx, output, trained)

@@ -19,14 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish.adapter import Adapter
-from finetune_trainer.train.loss import LearnedTokenLoss
+from finetune_trainer.train.loss import LearnedTokenLoss, head_stands_apart
 from finetune_trainer.train.rows import Rows, collate
 
 Read = Callable[[str], torch.Tensor]
 """The values of a tensor by its name."""
-
-LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""Settings by which models change their logits after the head (transformers 5.23)."""
 
 
 class StreamedModel:
@@ -48,9 +45,7 @@ class StreamedModel:
         config = AutoConfig.from_pretrained(config_folder, trust_remote_code=trust_remote_code, local_files_only=True)
         # Buffers (rotary frequencies) are computed, not loaded, so they must be real.
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-            )
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model.eval().requires_grad_(False)
         self._read = read
         self._dtype = dtype
@@ -66,9 +61,8 @@ class StreamedModel:
         """Σ NLL / Σ tokens over the learned tokens of ``indices``, in one batch."""
         batch = collate(rows, indices, pad_id)
         nll = LearnedTokenLoss(self.model)
-        config = self.model.config.get_text_config()
-        # Decided by the configuration here: trying it out would stream the whole model twice.
-        nll.head_apart = not any(getattr(config, name, None) for name in LOGIT_SETTINGS)
+        # Decided by the configuration alone here: trying it out would stream the whole model twice.
+        nll.head_apart = head_stands_apart(self.model.config)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._dtype is not torch.float32):
             values = nll.per_token(batch).double()
         return math.fsum(values.tolist()) / max(1, values.numel())

@@ -16,6 +16,19 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 << 20
 """Most memory that one chunk of float32 logits may take."""
+LOGIT_SETTINGS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""Settings by which models change their logits after the head (transformers 5.23)."""
+
+
+def head_stands_apart(config: Any) -> bool:
+    """Whether, by a model's configuration, its logits are what its head gives."""
+    return all(getattr(config.get_text_config(), name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
 
 
 class LearnedTokenLoss:
@@ -24,8 +37,9 @@ class LearnedTokenLoss:
     Only positions that predict a learned token go through the language-model head, a chunk at a time: with a vocabulary of
     128k, the logits of 8k tokens are 4 GiB in float32, twice that with their gradient, and most are prompt or padding.
 
-    Calling the decoder and the head apart skips what some models do to their logits (Gemma caps, Granite divides). It is
-    tried on a few tokens first; where the logits differ from the model's own forward, that one is used.
+    Calling the decoder and the head apart skips what some models do to their logits (Gemma caps, Granite divides). Those
+    are known by their configuration; for others it is tried on a few tokens first. Where it does not hold, the model's own
+    forward is used.
     """
 
     def __init__(self, causal_lm: Any, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -33,7 +47,7 @@ class LearnedTokenLoss:
         self.head: nn.Module = causal_lm.get_output_embeddings()
         config = causal_lm.config.get_text_config()
         self.chunk_tokens = max(1, chunk_bytes // (4 * config.vocab_size))
-        self.head_apart: bool | None = None
+        self.head_apart: bool | None = None if head_stands_apart(causal_lm.config) else False
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Scalar, float32, differentiable. Zero (and connected to the graph) where nothing is learned."""

@@ -35,7 +35,6 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
     quantization = snapshot.plan.method.quantization
     arguments: dict[str, Any] = {
         "dtype": compute.dtype,
-        "attn_implementation": "sdpa",
         "trust_remote_code": snapshot.spec.model.trust_remote_code,
         "local_files_only": True,
         "use_safetensors": True,

@@ -10,6 +10,8 @@ import torch
 
 from finetune_api.results import QuantizedModule
 
+SAMPLE_BYTES = 64
+
 
 def quantized_modules(model: Any) -> list[QuantizedModule]:
     """A record of each 4-bit weight of the model, adapter attached or not, by its name in the bare base."""
@@ -35,14 +37,13 @@ def describe(name: str, packed: torch.Tensor, state: Any) -> QuantizedModule:
         digest.update(_bytes(tensor))
     digest.update(f"{state.quant_type} {state.blocksize} {tuple(state.shape)} {state.dtype}".encode())
     codes = packed.detach().reshape(-1).view(torch.uint8)
-    # In parts: the sum of a large weight's codes would pass what float32 holds exactly, and a float64 copy is 16 times its size.
-    total = sum(int((part >> 4).sum()) + int((part & 15).sum()) for part in codes.split(1 << 24))
+    spread = torch.linspace(0, codes.numel() - 1, min(SAMPLE_BYTES, codes.numel()), dtype=torch.float64).long()
     return QuantizedModule(
         name=name,
         sha256=digest.hexdigest(),
         offset=float(state.offset) if state.nested else None,
         constants_mean=float(constants(state).double().mean()),
-        codes_mean=total / (2 * codes.numel()),
+        codes_sample=_bytes(codes[spread.to(codes.device)]).hex(),
     )
 
 

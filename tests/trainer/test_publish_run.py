@@ -1,0 +1,220 @@
+"""The publish stage on what the train stage left, and on what somebody tampered with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_api.failures import Reason
+from finetune_api.names import Stage
+from finetune_api.results import MANIFEST, TRAIN_RESULT, Manifest, TrainResult
+from finetune_trainer.errors import StageError
+from finetune_trainer.publish import run as publish
+from finetune_trainer.train import evaluate, inputs, model
+from finetune_trainer.train import run as train
+from finetune_trainer.train.device import Compute
+from tests.support.prepared import PreparedJob, prepare_job
+from tests.support.tiny_model import build_tiny_model
+
+MERGED = {"output": {"merged": {"enabled": True}, "workspace": {"retention": "Keep"}}}
+
+
+@pytest.fixture(scope="module", params=["LoRA", "QLoRA"])
+def trained(request: pytest.FixtureRequest, s3: Any, tmp_path_factory: Any) -> PreparedJob:
+    """A trained job on a sharded base, to be published as it is."""
+    folder = tmp_path_factory.mktemp("job")
+    base = build_tiny_model(folder / "base", shards=2, tied=request.param == "QLoRA")
+    job = prepare_job(s3, folder, base, method={"type": request.param}, **MERGED)
+    train.run(job.context())
+    return job
+
+
+@pytest.fixture
+def copy(trained: PreparedJob, s3: Any, tmp_path: Path) -> PreparedJob:
+    """The trained job's bucket once more, to tamper with."""
+    from finetune_api.snapshot import Snapshot
+
+    bucket = s3.new_bucket()
+    for key in s3.keys(trained.bucket):
+        if key.endswith(MANIFEST):
+            continue
+        s3.put(bucket, key, s3.client.get_object(Bucket=trained.bucket, Key=key)["Body"].read())
+    # Only the bucket's name differs, so the digest in the results is brought up to date.
+    text = trained.snapshot.model_dump_json(by_alias=True).replace(trained.bucket, bucket)
+    job = replace(trained, snapshot=Snapshot.model_validate_json(text), bucket=bucket)
+    store = job.context(Stage.PUBLISH).workspace_store()
+    for key in ("prepare/result.json", TRAIN_RESULT):
+        store.put_bytes(
+            key, store.get_bytes(key).replace(trained.snapshot.digest().encode(), job.snapshot.digest().encode())
+        )
+    return job
+
+
+@pytest.fixture(scope="module")
+def published(trained: PreparedJob) -> PreparedJob:
+    publish.run(trained.context(Stage.PUBLISH))
+    return trained
+
+
+def manifest_of(job: PreparedJob) -> Manifest:
+    return job.context(Stage.PUBLISH).output_store().get_model(MANIFEST, Manifest)
+
+
+def test_the_manifest_lists_every_file_with_its_hash(published: PreparedJob, s3: Any) -> None:
+    manifest = manifest_of(published)
+    store = published.context(Stage.PUBLISH).output_store()
+    listed = {f.path for f in manifest.files}
+    present = {i.key for i in store.list() if not i.key.startswith("workspace/")}
+    assert present == listed | {MANIFEST}
+    assert {
+        "adapter/README.md",
+        "merged/README.md",
+        "merged/model.safetensors.index.json",
+        "reports/metrics.jsonl",
+    } <= listed
+    folder = published.context(Stage.PUBLISH).work_dir
+    for record in manifest.files:
+        assert store.download_file(record.path, folder / record.path) == record
+    assert manifest.merge_check is not None
+    assert manifest.merge_check.relative_difference < 0.01
+    assert manifest.warnings == []
+
+
+def test_the_merged_model_answers_as_base_and_adapter_do(published: PreparedJob, tmp_path: Path) -> None:
+    store = published.context(Stage.PUBLISH).output_store()
+    store.download_dir("merged", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    assert not hasattr(merged.config, "quantization_config")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    prompts = inputs.PROMPTS.validate_json(published.context().workspace_store().get_bytes("prepare/prompts.json"))
+    compute = Compute(torch.device("cpu"), torch.bfloat16, "cpu")
+    answers = evaluate.greedy_answers(merged, [p.input_ids for p in prompts], tokenizer, compute, 8)
+    assert answers == [a["tuned"] for a in json.loads(store.get_bytes("reports/answers.json"))]
+    assert tokenizer.chat_template
+
+
+def test_the_card_has_front_matter_and_numbers(published: PreparedJob) -> None:
+    store = published.context(Stage.PUBLISH).output_store()
+    card = store.get_bytes("adapter/README.md").decode()
+    assert card.startswith("---\n")
+    assert "library_name: peft" in card
+    assert "pipeline_tag: text-generation" in card
+    assert f"{manifest_of(published).metrics.held_out_loss:.4f}" in card
+    assert "library_name: transformers" in store.get_bytes("merged/README.md").decode()
+
+
+def test_a_published_job_is_not_published_again(published: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = manifest_of(published)
+    monkeypatch.setattr(publish, "fetch_published", lambda *_: pytest.fail("published again"))
+    report = publish.run(published.context(Stage.PUBLISH, execution="execution-9"))
+    assert report.merge_check == before.merge_check
+    assert manifest_of(published) == before
+
+
+def zero_lora_b(data: bytes) -> bytes:
+    return save({n: torch.zeros_like(t) if "lora_B" in n else t for n, t in load(data).items()})
+
+
+def halved_alpha(data: bytes) -> bytes:
+    config = json.loads(data)
+    return json.dumps({**config, "lora_alpha": config["lora_alpha"] // 2}).encode()
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [("adapter/adapter_model.safetensors", zero_lora_b), ("adapter/adapter_config.json", halved_alpha)],
+)
+@pytest.mark.parametrize("consistent", [False, True], ids=["bytes", "bytes and hash"])
+def test_an_adapter_changed_after_training_fails(
+    copy: PreparedJob, key: str, change: Callable[[bytes], bytes], consistent: bool
+) -> None:
+    output, workspace = copy.context(Stage.PUBLISH).output_store(), copy.context(Stage.PUBLISH).workspace_store()
+    changed = output.put_bytes(key, change(output.get_bytes(key)))
+    if consistent:
+        result = workspace.get_model(TRAIN_RESULT, TrainResult)
+        files = [changed if f.path == key else f for f in result.adapter_files]
+        workspace.put_model(TRAIN_RESULT, result.model_copy(update={"adapter_files": files}))
+    fails(copy, "training measured" if consistent else "changed: found")
+
+
+@pytest.mark.parametrize("consistent", [False, True], ids=["bytes", "bytes and hash"])
+def test_another_base_fails(copy: PreparedJob, s3: Any, tmp_path: Path, consistent: bool) -> None:
+    tied = copy.snapshot.plan.method.quantization is not None
+    other = build_tiny_model(tmp_path / "other", seed=5, shards=2, tied=tied)
+    s3.put_dir(copy.bucket, "base", other)
+    if consistent:
+        workspace = copy.context(Stage.PUBLISH).workspace_store()
+        result = workspace.get_model(TRAIN_RESULT, TrainResult)
+        files = inputs.hash_files(other, [f.path for f in result.base_files])
+        workspace.put_model(TRAIN_RESULT, result.model_copy(update={"base_files": files}))
+    fails(copy, "(training measured|quantizes to other values)" if consistent else "changed: found")
+
+
+def test_a_wrongly_merged_tensor_fails(copy: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A merge that forgets one shard's updates: right names, right shapes, right hashes of wrong weights.
+    from finetune_trainer.publish import merge
+
+    parts = merge.merged_parts
+
+    def forgetful(base: Any, adapter: Any, info: Any) -> Any:
+        if info.file.startswith("model-00001"):
+            return (rows.to(info.dtype) for _, rows in base.rows(info.name))
+        return parts(base, adapter, info)
+
+    monkeypatch.setattr(merge, "merged_parts", forgetful)
+    fails(copy, "the merged model has")
+
+
+def fails(job: PreparedJob, said: str) -> None:
+    context = job.context(Stage.PUBLISH)
+    with pytest.raises(StageError, match=said) as caught:
+        publish.run(context)
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+    assert not context.output_store().exists(MANIFEST)
+
+
+def test_without_a_merge_neither_torch_nor_the_base_is_needed(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
+    job = prepare_job(s3, tmp_path, tiny_model, training={"length": {"steps": 2}})
+    train.run(job.context())
+    context = job.context(Stage.PUBLISH)
+    script = tmp_path / "publish.py"
+    script.write_text(
+        "import sys, pathlib\n"
+        "from finetune_api.names import Stage\n"
+        "from finetune_api.snapshot import Snapshot\n"
+        "from finetune_trainer.context import StageContext\n"
+        "from finetune_trainer.publish.run import run\n"
+        "from finetune_trainer.reporter import Reporter\n"
+        "snapshot, work, secrets = sys.argv[1:]\n"
+        "ctx = StageContext(Snapshot.model_validate_json(pathlib.Path(snapshot).read_text()), Stage.PUBLISH, 'e',\n"
+        "    pathlib.Path(work), pathlib.Path(secrets), pathlib.Path('/none'), Reporter(Stage.PUBLISH, 'e'))\n"
+        "report = run(ctx)\n"
+        "assert report.merged_bytes is None and report.files > 5, report\n"
+        "loaded = {'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    (tmp_path / "snapshot.json").write_text(job.snapshot.canonical_json())
+    arguments = [script, tmp_path / "snapshot.json", context.work_dir, context.secrets_dir]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # The workspace, a copy of the rows, is gone; results stay.
+    assert s3.keys(job.bucket, job.snapshot.workspace.key) == []
+    assert manifest_of(job).snapshot_digest == job.snapshot.digest()
+
+
+def test_a_tuned_tokenizer_reads_as_the_base_does(published: PreparedJob, tmp_path: Path) -> None:
+    store = published.context(Stage.PUBLISH).output_store()
+    store.download_dir("adapter", tmp_path)
+    tokenizer = model.load_tokenizer(tmp_path, published.snapshot)
+    assert tokenizer("The pod runs.")["input_ids"]
