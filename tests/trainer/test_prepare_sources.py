@@ -367,3 +367,15 @@ def test_a_private_ca_may_stand_in_the_secret_of_a_web_source(pod: Pod, tmp_path
         (pod.secrets / "train-0").mkdir(parents=True)
         (pod.secrets / "train-0" / "AWS_CA_BUNDLE").write_text(ca.read_text())
         assert data(pod, uri, secretRef={"name": "ca"}) == {"train set.jsonl": b"{}"}
+
+
+def test_a_mirror_with_a_private_ca_is_trusted_by_the_secret(pod: Pod, tiny_model: Path, tmp_path: Path) -> None:
+    ca, tls = localhost_certificate(tmp_path / "tls")
+    with HubServer(tls) as server:
+        server.add_model("org/tiny", tiny_model)
+        with pytest.raises(StageError, match="certificate verify failed") as info:
+            hub_model(pod, server, VALID_TOKEN)
+        assert info.value.reason is Reason.HUB_UNAVAILABLE
+        (pod.secrets / "model" / "AWS_CA_BUNDLE").write_text(ca.read_text())
+        folder = hub_model(pod, server, VALID_TOKEN).fetch(tmp_path / "m", weights=True)
+        assert (folder / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()

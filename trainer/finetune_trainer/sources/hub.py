@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._http import hf_request_event_hook
 from huggingface_hub.utils.tqdm import tqdm as hub_tqdm
 
 from finetune_api.failures import Reason
@@ -138,6 +140,7 @@ class HubRepository:
         return f"hf://{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
 
     def _api(self) -> HfApi:
+        _trust(self._credentials.values().get("AWS_CA_BUNDLE"))
         return HfApi(endpoint=self._credentials.hub()[1], token=self._token())
 
     def _token(self) -> str | bool:
@@ -173,6 +176,21 @@ class HubRepository:
     def _unavailable(self, error: BaseException) -> StageError:
         endpoint = self._credentials.hub()[1] or constants.ENDPOINT
         return StageError(Reason.HUB_UNAVAILABLE, f"cannot read {self} from {endpoint}: {_first_line(error)}")
+
+
+_trusted: set[str] = set()
+
+
+def _trust(ca_bundle: str | None) -> None:
+    """Make huggingface_hub trust a private CA too (PEM text or a path). It has one client for all repositories."""
+    if not ca_bundle or ca_bundle in _trusted:
+        return
+    _trusted.add(ca_bundle)
+    context = ssl.create_default_context()
+    for known in _trusted:
+        context.load_verify_locations(**{"cadata" if "BEGIN CERTIFICATE" in known else "cafile": known})
+    hooks = {"request": [hf_request_event_hook]}
+    set_client_factory(lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None, verify=context))
 
 
 def remove_download_notes(folder: Path) -> None:
