@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from finetune_api.failures import Reason
@@ -9,6 +10,7 @@ from finetune_api.results import ADAPTER_DIR, TRAIN_RESULT, FileRecord, TrainRes
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.s3_transfer import OnBytes
 from finetune_trainer.train.inputs import must_equal
 from finetune_trainer.waiting import wait_until_available
 
@@ -42,17 +44,14 @@ def fetch_published(ctx: StageContext, output: S3Store, result: TrainResult) -> 
     moved = ctx.reporter.transfer("download", sum(f.size for f in (*result.adapter_files, *result.report_files)))
     for record in (*result.adapter_files, *result.report_files):
         path = ctx.work_dir / "published" / record.path
-        must_equal(
-            wait_until_available(ctx, lambda r=record, p=path: _fetch(output, r, p, moved)),
-            record,
-            output.uri(record.path),
-        )  # type: ignore[misc]
+        found = wait_until_available(ctx, partial(_fetch, output, record, path, moved))
+        must_equal(found, record, output.uri(record.path))
     return ctx.work_dir / "published" / ADAPTER_DIR
 
 
-def _fetch(output: S3Store, record: FileRecord, path: Path, moved: object) -> FileRecord:
+def _fetch(output: S3Store, record: FileRecord, path: Path, moved: OnBytes) -> FileRecord:
     try:
-        return output.download_file(record.path, path, moved)  # type: ignore[arg-type]
+        return output.download_file(record.path, path, moved)
     except NotFound as error:
         raise StageError(
             Reason.VERIFICATION_FAILED, f"{output.uri(record.path)} has disappeared since training."

@@ -55,7 +55,7 @@ def held_out_loss(
         for indices in batches_by_length(rows, budget):
             batch = {k: v.to(compute.device) for k, v in collate(rows, indices, pad_id).items()}
             counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
-            for index, part in zip(indices, loss.per_token(batch).split(counts), strict=True):
+            for index, part in zip(indices, torch.split(loss.per_token(batch), counts), strict=True):
                 nll[index], tokens[index] = float(part.double().sum()), part.numel()
     return HeldOutLoss(nll, tokens)
 

@@ -67,7 +67,7 @@ class LearnedTokenLoss:
         targets = labels[learned]
         if len(targets) <= self.chunk_tokens:
             return self._nll(hidden, targets)
-        parts = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
+        parts = zip(torch.split(hidden, self.chunk_tokens), torch.split(targets, self.chunk_tokens), strict=True)
         if torch.is_grad_enabled():
             # Recomputed in the backward pass, so that one chunk's logits exist at a time there too.
             return torch.cat([checkpoint(self._nll, h, t, use_reentrant=False) for h, t in parts])

@@ -151,7 +151,7 @@ def assert_trainables_float32(model: Any) -> int:
     """
     wrong = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype is not torch.float32]
     assert not wrong, f"trainable weights that are not float32: {wrong[:3]}"
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
     assert count, "nothing is trainable"
     return count
 

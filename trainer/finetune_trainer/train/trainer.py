@@ -75,7 +75,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             StageError: NonFiniteLoss, before the weights take it in.
         """
         with self.compute.autocast():
-            loss = self.nll(inputs) / num_items_in_batch.clamp(min=1)
+            loss: torch.Tensor = self.nll(inputs) / num_items_in_batch.clamp(min=1)
         if not math.isfinite(loss.item()):
             raise StageError(
                 Reason.NON_FINITE_LOSS,

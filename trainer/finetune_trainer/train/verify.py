@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,8 @@ def fetch_back(ctx: StageContext, output: S3Store, records: Sequence[FileRecord]
     for record in records:
         path = folder / record.path.removeprefix(f"{ADAPTER_DIR}/")
         try:
-            found = wait_until_available(
-                ctx,
-                lambda r=record, p=path: output.download_file(r.path, p),
-                limit_seconds=GPU_PATIENCE_SECONDS,  # type: ignore[misc]
-            )
+            download = partial(output.download_file, record.path, path)
+            found = wait_until_available(ctx, download, limit_seconds=GPU_PATIENCE_SECONDS)
         except NotFound as error:
             raise StageError(
                 Reason.VERIFICATION_FAILED, f"{output.uri(record.path)} was uploaded and is not there."
