@@ -212,15 +212,18 @@ class Bench:
 
     def until_gone(self, path: str, seconds: float = SECONDS, query: dict[str, str] | None = None) -> None:
         """Wait until a collection is empty."""
-        names: set[str] = {i["metadata"]["name"] for i in self.api.http.get(path, params=query or {}).json()["items"]}
+        listing = self.api.http.get(path, params=query or {}).json()
+        names: set[str] = {i["metadata"]["name"] for i in listing["items"]}
         if not names:
             return
-        for kind, raw in self.api.watch(path, seconds, query):
+        # From the list's version on: what is deleted before the watch begins must still be told.
+        version = listing["metadata"]["resourceVersion"]
+        for kind, raw in self.api.watch(path, seconds, {**(query or {}), "resourceVersion": version}):
             if kind == "DELETED":
                 names.discard(raw["metadata"]["name"])
             else:
                 names.add(raw["metadata"]["name"])
-            if not names and not self.api.http.get(path, params=query or {}).json()["items"]:
+            if not names:
                 return
         raise AssertionError(f"still there after {seconds} s: {names}")
 

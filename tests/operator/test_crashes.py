@@ -22,6 +22,8 @@ pytestmark = pytest.mark.light
 
 MOST_WRITES = 40
 AT_ONCE = 3
+URL: dict[str, Any] = {"FINETUNE_PROGRESS_URL": "https://operator.test:8443"}
+"""Otherwise a random port of the harness would tell the Jobs of two processes apart."""
 
 
 @contextmanager
@@ -93,14 +95,14 @@ def test_killed_after_any_of_its_writes_it_ends_in_the_same_objects(
             bench = stack.enter_context(bench_in(cluster, tls, tmp_path / namespace, namespace))
             stack.enter_context(bench.script(script))
             module = "tests.operator.crashing_operator" if crash_after else "finetune_operator"
-            operator = bench.start_operator(wait=False, module=module, CRASH_AFTER_WRITES=str(crash_after))
+            operator = bench.start_operator(wait=False, module=module, CRASH_AFTER_WRITES=str(crash_after), **URL)
             bench.apply({**manifest, "metadata": dict(manifest["metadata"])})
             if crash_after:
                 died = wait_for_end(bench, operator, name)
                 if not died:
                     enough.set()
                     return None
-                bench.start_operator()
+                bench.start_operator(**URL)
             bench.until_finished(name, 120)
             selector = {"labelSelector": "finetune.dev/stage=train"}
             if deadline is not None:

@@ -89,9 +89,9 @@ def test_a_deadline_stops_the_pods_and_names_itself(bench: Bench) -> None:
         assert condition(failed, "Failed")["reason"] == "DeadlineExceeded"
         assert "activeDeadlineSeconds is 3" in condition(failed, "Failed")["message"]
         train = f"{bench.job('late')['metadata']['uid']}"
-        bench.until_gone(
-            pods_of(bench.namespace), query={"labelSelector": f"finetune.dev/job-uid={train},finetune.dev/stage=train"}
-        )
+        selector = {"labelSelector": f"finetune.dev/job-uid={train},finetune.dev/stage=train"}
+        bench.until_gone(pods_of(bench.namespace), query=selector)
+        bench.until_gone(jobs_of(bench.namespace), query=selector)
     assert failed["status"]["activeSeconds"] >= 3
     assert all(a["outcome"] != "Running" for a in failed["status"]["attempts"])
 

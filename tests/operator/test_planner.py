@@ -388,6 +388,31 @@ def test_bookkeeping_alone_is_not_urgent() -> None:
     assert decided.urgency is Urgency.LATER
 
 
+def test_another_word_is_no_transition() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.change_pod(waiting_reason="ErrImagePull", waiting_message="connection refused")
+    w.settle()
+    before = find(w.status, ConditionType.WAITING)
+    w.tick(30)
+    w.change_pod(waiting_reason="ImagePullBackOff", waiting_message="back-off")
+    w.settle()
+    after = find(w.status, ConditionType.WAITING)
+    assert before is not None
+    assert after is not None
+    assert after.message != before.message
+    assert after.last_transition_time == before.last_transition_time
+
+
+def test_a_pod_whose_job_is_gone_holds_the_next_one_back() -> None:
+    w = in_training()
+    w.jobs = {}
+    assert w.plan().create_job is None
+    w.pods = {}
+    assert w.plan().create_job is Stage.TRAIN
+
+
 def test_times_of_conditions_move_only_when_they_flip() -> None:
     w = in_training()
     before = find(w.status, ConditionType.PREPARED)

@@ -131,7 +131,9 @@ class World:
         if pod is None or not pod.running:
             return
         self.change_pod(phase="Failed" if code else "Succeeded", finished_at=self.now, exit_code=code, report=report)
-        job = next(j for j in self.jobs.values() if j.uid == pod.owner_uid)
+        job = next((j for j in self.jobs.values() if j.uid == pod.owner_uid), None)
+        if job is None:
+            return
         if code == 0:
             self.jobs[job.name] = replace(job, complete_at=self.now)
         else:
