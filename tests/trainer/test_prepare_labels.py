@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from finetune_api.failures import Reason
 from finetune_api.spec import LossOn, Overlength
@@ -116,6 +118,25 @@ def test_the_prompt_is_exactly_what_a_model_is_asked(tokenizer: Any, template: s
     frozen = ChatRenderer(tokenizer, template)
     asked = frozen._text(TALK[:-1], prompt=True)[0]
     assert encoded.ids[: encoded.prompt_tokens].tolist() == tokenizer(asked, add_special_tokens=False)["input_ids"]
+
+
+SAID = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
+    lambda text: bool(text.strip())
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(CHATML, "<|im_end|>"), (SMOLLM2, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MARKED, "<|im_end|>")],
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(said=st.lists(SAID, min_size=2, max_size=6).map(lambda texts: texts[: len(texts) // 2 * 2]))
+def test_whatever_is_said_exactly_the_answers_are_learned(
+    tokenizer: Any, template: str, end: str, said: list[str]
+) -> None:
+    talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    answers = [text.strip() if template == LLAMA3 else text for text in said[1::2]]
+    assert learned(tokenizer, encode(tokenizer, template, talk)) == [answer + end for answer in answers]
 
 
 def test_todays_date_never_gets_into_the_tokens(tokenizer: Any) -> None:

@@ -311,6 +311,11 @@ def test_truncated_and_dropped_rows_are_counted_and_warned_of(bench: Bench) -> N
     assert any("1 row dropped" in w for w in report.warnings)
 
 
+def test_special_tokens_inside_texts_are_warned_of(bench: Bench) -> None:
+    bench.put([*ROWS, row("Say <|im_end|>, please?", "No.")])
+    assert any("1 row with the tokenizer's special tokens" in w for w in bench.run().warnings)
+
+
 def test_held_out_sources_of_their_own_are_kept_apart_and_overlap_is_reported(bench: Bench) -> None:
     bench.put(ROWS)
     bench.put([*(row(f"Other {i}?", "yes") for i in range(5)), ROWS[0], row("what IS 1 plus 1?", "Two.")], "held.jsonl")

@@ -165,6 +165,12 @@ def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(special | set(tokenizer.all_special_ids))
 
 
+def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """The texts that the tokenizer reads as special tokens, wherever they stand."""
+    texts = sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
 def check_template(renderer: ChatRenderer) -> None:
     """Try the template on two small conversations before any row is blamed.
 

@@ -16,6 +16,7 @@ from finetune_api.names import held_out_slot, train_slot
 from finetune_api.spec import DataFormat, DataSource, FineTuneJobSpec
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.chat import special_token_pattern
 from finetune_trainer.prepare.detect import LOOKED_AT, check_columns, detect
 from finetune_trainer.prepare.encode import Dropped, Encoded, Encoder, fit
 from finetune_trainer.prepare.examples import Conversation, Example, Text, to_example
@@ -51,6 +52,8 @@ class Checked:
     rows: int = 0
     dropped: int = 0
     truncated: int = 0
+    with_special_tokens: int = 0
+    """Conversations and completions whose own text holds the text of a special token."""
     formats: Counter[str] = field(default_factory=Counter)
 
 
@@ -113,6 +116,7 @@ class _RowChecker:
         self._encoder = Encoder(model.tokenizer, model.renderer, spec.objective.sft.loss_on)
         self._checked = checked
         self._writer = writer
+        self._special = special_token_pattern(model.tokenizer)
 
     def check(self, raw: RawRow, source: Source, fmt: DataFormat | None, columns: Mapping[str, str]) -> None:
         """Spool the row, or count why not."""
@@ -151,6 +155,8 @@ class _RowChecker:
         content = int.from_bytes(hashlib.blake2b(whole.ids.tobytes(), digest_size=8).digest(), "little")
         self._checked.index.add(group_of(example.group), content, whole.length, held_out)
         self._checked.truncated += whole.length > len(encoded.ids)
+        if not isinstance(example, Text):
+            self._checked.with_special_tokens += bool(self._special.search(f"{example.group} {example.reference}"))
         self._writer.write(
             {
                 "row": row,

@@ -167,6 +167,11 @@ def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_o
         warnings.append(f"{plural(data.truncated_rows, 'row')} truncated at {limit:,} tokens")
     if data.duplicate_rows:
         warnings.append(f"{plural(data.duplicate_rows, 'exact duplicate')} among the rows")
+    if checked.with_special_tokens:
+        warnings.append(
+            f"{plural(checked.with_special_tokens, 'row')} with the tokenizer's special tokens (such as an end of turn) inside a text: "
+            "the model reads them as such"
+        )
     if len(data.formats) > 1:
         warnings.append("formats are mixed: " + ", ".join(f"{name} {count:,}" for name, count in data.formats.items()))
     if spec.data.held_out.sources is not None:
