@@ -19,6 +19,8 @@ from tests.support.tiny_model import build_tiny_model
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+    from tests.support.prepare_bench import Bench
+
 
 @dataclass(frozen=True)
 class S3:
@@ -95,3 +97,15 @@ def s3_proxy(s3: S3) -> Iterator[FaultProxy]:
     """A proxy in front of ``s3`` with fault switches."""
     with FaultProxy(s3.endpoint) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def bench(tmp_path: Path, s3: S3, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A bucket with the tiny model, and the prepare stage to run on it. A stage that waits where it should fail fails here."""
+    from tests.support.prepare_bench import Bench  # it imports transformers: only whoever needs it waits for that
+
+    def never(seconds: float) -> None:
+        raise AssertionError("the stage waits")
+
+    monkeypatch.setattr("finetune_trainer.waiting.pause", never)
+    return Bench(tmp_path / "pod", s3, tiny_model)
