@@ -15,6 +15,7 @@ from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3 import S3Store, connect
 from finetune_trainer.s3_transfer import PART_BYTES
 from tests.support import seaweed
+from tests.support.hub_server import HubServer
 from tests.trainer.conftest import S3
 
 
@@ -155,6 +156,14 @@ def test_an_unreachable_store_is_known_within_seconds(tmp_path: Path, s3: S3) ->
     s3.write_secret(tmp_path / "secret", endpoint=f"http://127.0.0.1:{port}")
     store = connect(S3Location("b", ""), Credentials("output", "s", tmp_path / "secret"), tmp_path)
     with pytest.raises(StageError) as info:
+        store.get_bytes("x")
+    assert info.value.reason is Reason.STORAGE_UNAVAILABLE
+
+
+def test_a_web_server_that_is_no_store_is_not_taken_for_an_empty_one(s3: S3, hub: HubServer, tmp_path: Path) -> None:
+    s3.write_secret(tmp_path / "secret", endpoint=hub.endpoint)
+    store = connect(S3Location("bucket", ""), Credentials("output", "s", tmp_path / "secret"), tmp_path)
+    with pytest.raises(StageError, match="404 without an S3 error") as info:
         store.get_bytes("x")
     assert info.value.reason is Reason.STORAGE_UNAVAILABLE
 

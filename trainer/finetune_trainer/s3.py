@@ -41,7 +41,7 @@ PARALLEL_FILES = 4
 CLIENT_CONFIG = {
     # botocore waits 60 s to connect, times its retries: "unreachable" must be known, and said, within seconds.
     "connect_timeout": 5,
-    "read_timeout": 30,
+    "read_timeout": 20,
     "retries": {"mode": "standard", "total_max_attempts": 2},
     "tcp_keepalive": True,
     "max_pool_connections": 2 * PARALLEL_FILES,

@@ -34,7 +34,6 @@ REFUSED = {
     "401",
     "403",
 }
-MISSING = {"NoSuchKey", "NotFound", "404"}
 PASSING = {
     "SlowDown",
     "RequestTimeout",
@@ -71,8 +70,14 @@ def translate(error: Exception, uri: str) -> Exception:
         if code == "NoSuchBucket":
             bucket = uri.removeprefix("s3://").split("/", 1)[0]
             return StageError(Reason.BUCKET_NOT_FOUND, f"bucket {bucket} of {uri} does not exist")
-        if code in MISSING or status == 404:
+        if code == "NoSuchKey" or (status == 404 and error.operation_name == "HeadObject"):
             return NotFound(uri)
+        if status == 404:
+            # A web server or proxy: taking its 404 for a missing object would turn a wrong endpoint into a missing model.
+            return StageError(
+                Reason.STORAGE_UNAVAILABLE,
+                f"{uri}: the endpoint answered 404 without an S3 error; is it an S3-compatible store?",
+            )
         if code in REFUSED or status in (401, 403):
             hint = ""
             if code in ("AccessDenied", "403") and error.operation_name in ("GetObject", "HeadObject"):
