@@ -62,7 +62,10 @@ class Resync:
             await self._finetunejobs(namespace)
         for key, cached in list(self._cache.jobs.items()):
             finished = is_true(cached.status, ConditionType.FINISHED)
-            if not finished or (cached.spec is not None and cached.spec.ttl_seconds_after_finished is not None):
+            expires = cached.spec is not None and cached.spec.ttl_seconds_after_finished is not None
+            # An operator that died right after it wrote "Failed" left a Job behind that must not run on.
+            runs_on = any(not job.finished for job in self._cache.family(cached.uid).jobs.values())
+            if not finished or expires or runs_on:
                 self._informer.enqueue(key)
         self.silent = self.silent + 1 if self._found and not heard and not self._first else 0
         self._first = False
