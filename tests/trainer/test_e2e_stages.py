@@ -88,5 +88,5 @@ def test_a_job_ends_in_an_adapter_and_a_merged_model_that_others_can_load(
         trained.metrics.held_out_loss,
     ]
 
-    # Every stage again: nothing is done twice, whatever got lost on the way. Prepare has no result to find any more.
+    # Again, in another pod: the manifest is found, and nothing is done twice.
     assert publish(pod.context(spec, Stage.PUBLISH)) == published

@@ -25,6 +25,9 @@ from finetune_trainer.train.rows import Rows, collate
 Read = Callable[[str], torch.Tensor]
 """The values of a tensor by its name."""
 
+LOGITS_BYTES = 32 << 20
+"""Most memory for a chunk of float32 logits: what a small layer's weights take."""
+
 
 class StreamedModel:
     """A causal language model whose weights come from ``read`` when they are needed.
@@ -60,7 +63,7 @@ class StreamedModel:
     def loss(self, rows: Rows, indices: list[int], pad_id: int) -> float:
         """Σ NLL / Σ tokens over the learned tokens of ``indices``, in one batch."""
         batch = collate(rows, indices, pad_id)
-        nll = LearnedTokenLoss(self.model)
+        nll = LearnedTokenLoss(self.model, LOGITS_BYTES)
         # Decided by the configuration alone here: trying it out would stream the whole model twice.
         nll.head_apart = head_stands_apart(self.model.config)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._dtype is not torch.float32):
