@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from demo import dataset, images, store
-from demo.target import NAMESPACE, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError, Target
+from demo.target import NAMESPACE, RELEASE, ROOT, SYSTEM_NAMESPACE, Target
 from finetune_cluster.paths import cache_root
+from finetune_cluster.up import up
 
 MODEL = "SmolLM2-135M-Instruct"
 DATASET = "kubernetes-api"
@@ -20,10 +21,8 @@ MODEL_CACHE = f"{MODEL}-1"
 
 def cluster_up() -> None:
     """The local cluster with pretended GPUs."""
-    command = [sys.executable, "-m", "finetune_cluster", "up", "--nodes", os.environ.get("NODES", "1")]
-    command += ["--gpus-per-node", os.environ.get("GPUS_PER_NODE", "2")]
-    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
-        raise DemoError("the local cluster did not come up; see above")
+    name = os.environ.get("CLUSTER_NAME", "finetune")
+    up(name, nodes=int(os.environ.get("NODES", "1")), gpus_per_node=int(os.environ.get("GPUS_PER_NODE", "2")))
 
 
 def namespace(name: str) -> dict[str, Any]:

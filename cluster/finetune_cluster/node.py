@@ -195,6 +195,8 @@ def _kubelet(instance: Instance, node: Node, plane: ControlPlane) -> dict[str, o
         "cgroupDriver": "cgroupfs",
         "cgroupRoot": f"/{instance.cgroup(node)}",
         "failCgroupV1": False,
+        # Default: 1m. A Secret that appears late, mounted as optional, is in the pod after at most about that time.
+        "syncFrequency": "10s",
         "failSwapOn": False,
         "enforceNodeAllocatable": [],
         "oomScoreAdj": 0,

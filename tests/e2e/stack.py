@@ -46,13 +46,20 @@ class GpuPods(threading.Thread):
         for line in self._process.stdout:
             event = json.loads(line)
             self.opened.set()  # the initial bookmark comes at once, even with no pod there
-            for container in event["object"].get("spec", {}).get("containers", []):
+            for container in (event["object"].get("spec") or {}).get("containers") or []:  # a bookmark has null here
                 if GPU in container.get("resources", {}).get("limits", {}):
                     self.seen.add(event["object"]["metadata"]["name"])
 
+    def so_far(self) -> set[str]:
+        """Names of pods that asked for a GPU; the watch must have held until now."""
+        assert self.is_alive(), "the watch on pods ended, so nothing can be said"
+        return self.seen
+
     def stop(self) -> None:
+        """End the watch."""
         self._process.terminate()
         self._process.wait(timeout=10)
+        self.join(timeout=10)
 
 
 @dataclass

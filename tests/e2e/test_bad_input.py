@@ -82,7 +82,7 @@ def test_fails_for_good_with_reason_and_advice(space: Space, case: Case, reason:
     for word in words:
         assert word in failed["message"]
     assert job["status"]["phase"] == "Failed"
-    assert not space.gpu_pods.seen
+    assert not space.gpu_pods.so_far()
 
 
 def waits_for(reason: str) -> Callable[[dict[str, Any]], bool]:
@@ -94,7 +94,7 @@ def test_a_missing_secret_is_waited_for_and_heals(space: Space) -> None:
     space.apply("waits", spec)
     job = space.until("waits", waits_for("SecretMissing"), SECONDS, "waiting for the Secret")
     assert "later" in condition(job, "Waiting")["message"]
-    assert not space.gpu_pods.seen
+    assert not space.gpu_pods.so_far()
     key, secret = store.credentials(space.target)
     space.secret("later", AWS_ACCESS_KEY_ID=key, AWS_SECRET_ACCESS_KEY=secret, AWS_ENDPOINT_URL=store.IN_CLUSTER)
     job = space.until("waits", finished, 400, "finished")
@@ -113,7 +113,7 @@ def test_an_unreachable_endpoint_is_waited_for_until_the_timeout(space: Space) -
     assert "StorageUnavailable" in failed["message"]
     assert "127.0.0.1:9" in failed["message"]
     assert time.monotonic() - started < 40
-    assert not space.gpu_pods.seen
+    assert not space.gpu_pods.so_far()
 
 
 def test_a_missing_image_is_waited_for_before_a_gpu_is_asked_for(space: Space) -> None:
@@ -123,7 +123,7 @@ def test_a_missing_image_is_waited_for_before_a_gpu_is_asked_for(space: Space) -
     assert "127.0.0.1:5999/no/image:1" in condition(job, "Waiting")["message"]
     job = space.until("waits", finished, SECONDS, "timed out")
     assert condition(job, "Failed")["reason"] == "PendingTimeout"
-    assert not space.gpu_pods.seen
+    assert not space.gpu_pods.so_far()
 
 
 def test_a_gpu_that_never_comes_is_named_and_timed_and_heals_when_it_comes(space: Space) -> None:
@@ -163,7 +163,7 @@ def test_a_gated_model_without_token_fails_with_what_to_do(space: Space, hub_url
     failed = condition(job, "Failed")
     assert failed["reason"] == "GatedModel"
     assert "HF_TOKEN" in failed["message"]
-    assert not space.gpu_pods.seen
+    assert not space.gpu_pods.so_far()
 
 
 def test_the_tiny_model_is_where_these_tests_say() -> None:

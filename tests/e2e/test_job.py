@@ -52,7 +52,7 @@ def test_a_job_leaves_a_whole_verified_result_and_a_true_status(space: Space, me
     assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/tokenizer.json"} <= set(named)
     assert {"merged/model.safetensors", "merged/config.json", "reports/metrics.jsonl"} <= set(named)
     assert manifest["verification"]["relativeDifference"] <= 1e-3
-    assert len(space.gpu_pods.seen) == 1, "one pod asked for a GPU: the training pod"
+    assert len(space.gpu_pods.so_far()) == 1, "one pod asked for a GPU: the training pod"
 
 
 def test_events_tell_the_story(space: Space) -> None:
