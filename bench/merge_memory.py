@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.model
-        if folder is None:
+        folder = arguments.model or Path(scratch) / "model"
+        if arguments.model is None:
             repository = Path(__file__).resolve().parents[1]
             subprocess.run([sys.executable, "-m", "demo.model", folder], check=True, cwd=repository)
         base = Checkpoint(folder)
