@@ -80,7 +80,11 @@ def manifests(image: str, key: str, secret: str) -> list[dict[str, Any]]:
         "readinessProbe": {"tcpSocket": {"port": PORT}, "periodSeconds": 1},
         "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "3Gi"}},
         # Go would otherwise let uploads of merged weights grow the heap up to the limit, and be killed.
-        "env": [{"name": "GOMEMLIMIT", "value": "1GiB"}],
+        "env": [
+            {"name": "GOMEMLIMIT", "value": "1GiB"},
+            # One volume at a time for each bucket: by default a bucket takes seven of the server's volumes.
+            {"name": "WEED_MASTER_VOLUME_GROWTH_COPY_1", "value": "1"},
+        ],
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},

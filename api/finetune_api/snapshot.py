@@ -16,8 +16,7 @@ from finetune_api.uris import S3Location, parse_uri
 
 SNAPSHOT_VERSION = 1
 DEFAULT_LEARNING_RATE = 2e-4
-DEFAULT_GPU_MICRO_BATCH = 4
-DEFAULT_CPU_MICRO_BATCH = 1
+DEFAULT_MICRO_BATCH = 4
 
 
 class JobIdentity(ApiModel):
@@ -107,13 +106,13 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
     """Resolve the defaults that depend on other fields.
 
     alpha = 2 × rank and a learning rate of 2e-4 are what the LoRA and QLoRA papers' successors settled on; the micro-batch
-    is the largest divisor of the global batch up to 4 on a GPU and 1 on a CPU, where padding costs time and memory is no limit.
+    is the largest divisor of the global batch up to 4, which keeps a GPU or CPU busy and fits where a sequence does.
     A micro-batch the user names is lowered to the next divisor, so that the global batch stays exact.
     """
     method = spec.method
     lora = method.lora
     training = spec.training
-    limit = training.micro_batch_sequences or (DEFAULT_CPU_MICRO_BATCH if training.use_cpu else DEFAULT_GPU_MICRO_BATCH)
+    limit = training.micro_batch_sequences or DEFAULT_MICRO_BATCH
     micro_batch = largest_divisor(training.global_batch_sequences, limit)
     return Plan(
         method=ResolvedMethod(

@@ -11,7 +11,7 @@ from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.shapes import count_parameters
+from finetune_trainer.prepare.shapes import check_mergeable, count_parameters
 from finetune_trainer.sources.model import TensorHeaders
 
 Q_V = ["q_proj", "v_proj"]
@@ -124,3 +124,21 @@ def test_counts_equal_pefts_own(tiny_model: Path, modules: list[str], bias: Any)
     counted = count_parameters(headers, lora(8, modules, bias_name))
     assert counted.trainable == wrapped.get_nb_trainable_parameters()[0]
     assert counted.total == total
+
+
+def test_a_dense_decoder_can_be_merged() -> None:
+    check_mergeable(llama(8, 16, 1, 8, 32), "s3://models/llama")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"wte.weight": ("F32", (32, 8)), "h.0.attn.c_attn.weight": ("F32", (8, 24))},
+        llama(8, 16, 1, 8, 32) | {"model.layers.0.mlp.experts.0.w1.weight": ("F32", (8, 8))},
+    ],
+    ids=["tensors named otherwise", "a mixture of experts"],
+)
+def test_a_model_that_publish_could_not_merge_is_refused_before_a_gpu_is_asked_for(headers: TensorHeaders) -> None:
+    with pytest.raises(StageError, match=r"output\.merged\.enabled: false") as error:
+        check_mergeable(headers, "s3://models/other")
+    assert error.value.reason is Reason.UNSUPPORTED_MODEL

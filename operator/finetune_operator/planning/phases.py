@@ -73,7 +73,7 @@ def success_message(report: PublishReport) -> str:
         f"(base model {metrics.held_out_loss_base:.3f})."
     )
     if report.merge_check is not None:
-        text += f" Merged model checked: {report.merge_check.held_out_loss_merged:.3f}."
+        text += f" Merged model agrees with base + adapter within {report.merge_check.relative_difference:.1%}."
     return text
 
 

@@ -13,7 +13,13 @@ from finetune_api.results import FileRecord
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
-from finetune_trainer.prepare.shapes import Parameters, check_config, count_parameters, is_mixture_of_experts
+from finetune_trainer.prepare.shapes import (
+    Parameters,
+    check_config,
+    check_mergeable,
+    count_parameters,
+    is_mixture_of_experts,
+)
 from finetune_trainer.s3_transfer import CHUNK_BYTES
 from finetune_trainer.sources.model import CONFIG_PATTERNS, ModelSource, TensorHeaders, resolve_model
 from finetune_trainer.waiting import wait_until_available
@@ -54,6 +60,8 @@ def inspect_model(ctx: StageContext) -> BaseModel:
 
     model, folder, headers = wait_until_available(ctx, fetch)
     config = check_config(folder, spec.uri)
+    if ctx.snapshot.spec.output.merged.enabled:
+        check_mergeable(headers, spec.uri)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
     template = chat_template(tokenizer)
     renderer = ChatRenderer(tokenizer, template) if template else None

@@ -133,3 +133,20 @@ def _biases(tensors: Mapping[str, tuple[int, ...]], targets: list[str], bias: Lo
     if bias is LoraBias.ALL:
         return sum(math.prod(shape) for name, shape in tensors.items() if name.endswith(".bias"))
     return sum(math.prod(tensors[f"{name}.bias"]) for name in targets if f"{name}.bias" in tensors)
+
+
+def check_mergeable(headers: TensorHeaders, uri: str) -> None:
+    """Refuse now what publish could not merge after the GPU time is spent: it reads weights by the names of the modules.
+
+    Raises:
+        StageError: UnsupportedModel.
+    """
+    usual = "model.embed_tokens.weight" in headers and any(name.startswith("model.layers.0.") for name in headers)
+    if usual and not is_mixture_of_experts(headers):
+        return
+    found = "a mixture of experts" if usual else f"tensors named otherwise (such as {min(headers)})"
+    raise StageError(
+        Reason.UNSUPPORTED_MODEL,
+        f"{uri} cannot be merged: expected a dense decoder with tensors named model.layers.…, found {found}. "
+        "Set output.merged.enabled: false to train the adapter alone.",
+    )
