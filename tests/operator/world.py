@@ -79,7 +79,7 @@ class World:
         """Apply plans until there is nothing to do; the last plan."""
         for _ in range(limit):
             decided = self.plan()
-            if decided.idle:
+            if decided.idle or self.gone:
                 return decided
             self.apply(decided)
         raise AssertionError(f"no fixed point: {decided}")
