@@ -110,7 +110,9 @@ async def burst(client: Client, namespace: str, size: int) -> dict[str, float]:
     statuses = time.perf_counter()
     while True:
         items = (await client.request("GET", path))["items"]
-        right = [j for j in items if (j.get("status") or {}).get("phase") == "Preparing" and j["status"].get("snapshot")]
+        right = [
+            j for j in items if (j.get("status") or {}).get("phase") == "Preparing" and j["status"].get("snapshot")
+        ]
         if len(right) == size:
             break
         if time.perf_counter() - statuses > 120:
@@ -189,7 +191,9 @@ async def measure(bench: Bench, bursts: list[int]) -> Raw:
         await client.request("POST", "/api/v1/namespaces", {"metadata": {"name": "bare"}})
         bare = [await bare_loop(client, "bare", 300)]
         await drain(client, "bare")
-        operator = bench.start_operator(FINETUNE_NAMESPACES="", FINETUNE_LEADER_ELECTION="true", FINETUNE_LEASE_NAMESPACE="default")
+        operator = bench.start_operator(
+            FINETUNE_NAMESPACES="", FINETUNE_LEADER_ELECTION="true", FINETUNE_LEASE_NAMESPACE="default"
+        )
         await leading(operator)
         for size in bursts:
             namespace = f"burst-{size}"
@@ -253,7 +257,9 @@ def main() -> None:
                     runs.append(asyncio.run(measure(bench, sizes)))
                 finally:
                     bench.close()
-    print(f"{'burst':>6} {'p50 s':>7} {'p99 s':>7} {'jobs/s':>7} {'ratio':>6} {'statuses +s':>12} {'CPU ms/job':>11} {'RSS MB':>7}")
+    print(
+        f"{'burst':>6} {'p50 s':>7} {'p99 s':>7} {'jobs/s':>7} {'ratio':>6} {'statuses +s':>12} {'CPU ms/job':>11} {'RSS MB':>7}"
+    )
     for run in runs:
         for size, f in run["bursts"].items():
             print(

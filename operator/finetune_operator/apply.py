@@ -85,7 +85,9 @@ class Applier:
                 raise
             there = await self._api.get(f"{path}/{stage_job_name(job.name, job.uid, stage)}")
             if owner_uid(there["metadata"]) != job.uid:
-                raise Conflict(f"Job {there['metadata']['name']} exists and is not controlled by this FineTuneJob.") from None
+                raise Conflict(
+                    f"Job {there['metadata']['name']} exists and is not controlled by this FineTuneJob."
+                ) from None
             self._cache.put_job(there)
 
     async def delete_job(self, job: JobView, delete: DeleteJob) -> None:

@@ -122,7 +122,11 @@ def stage_job(owner: Owner, record: SnapshotRecord, stage: Stage, settings: Sett
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                     {
                         "action": "FailJob",
-                        "onExitCodes": {"containerName": stage.value, "operator": "In", "values": list(PERMANENT_EXIT_CODES)},
+                        "onExitCodes": {
+                            "containerName": stage.value,
+                            "operator": "In",
+                            "values": list(PERMANENT_EXIT_CODES),
+                        },
                     },
                 ]
             },
@@ -290,7 +294,9 @@ def _volumes(owner: Owner, spec: FineTuneJobSpec, stage: Stage) -> tuple[list[Ma
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - shared memory of data loaders and NCCL
     for slot, secret in _secrets(spec, stage).items():
         # Optional: the pod starts without it, reports SecretMissing and goes on when it appears; mode: readable by fsGroup.
-        volumes.append({"name": f"secret-{slot}", "secret": {"secretName": secret, "optional": True, "defaultMode": 0o440}})
+        volumes.append(
+            {"name": f"secret-{slot}", "secret": {"secretName": secret, "optional": True, "defaultMode": 0o440}}
+        )
         mounts.append({"name": f"secret-{slot}", "mountPath": f"{SECRETS_MOUNT}/{slot}", "readOnly": True})
     for index, claim in enumerate(_claims(spec, stage)):
         volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})

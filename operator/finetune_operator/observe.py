@@ -163,7 +163,9 @@ def trim_pod(raw: Raw) -> Pod | None:
     report = parse_report(message)
     scheduled: Raw = next((c for c in conditions if c.get("type") == "PodScheduled"), {})
     refused = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
-    sandbox = next((c for c in conditions if c.get("type") == "PodReadyToStartContainers" and c.get("status") == "False"), None)
+    sandbox = next(
+        (c for c in conditions if c.get("type") == "PodReadyToStartContainers" and c.get("status") == "False"), None
+    )
     disruption = _first(conditions, "DisruptionTarget")
     phase = str(status.get("phase") or "Pending")
     node = str((raw.get("spec") or {}).get("nodeName") or "")

@@ -27,7 +27,13 @@ class Resync:
     """Lists all three kinds and compares them with the cache."""
 
     def __init__(
-        self, api: Api, cache: Cache, informer: Informer, reconciler: Reconciler, namespaces: tuple[str, ...], seconds: float
+        self,
+        api: Api,
+        cache: Cache,
+        informer: Informer,
+        reconciler: Reconciler,
+        namespaces: tuple[str, ...],
+        seconds: float,
     ) -> None:
         self._api = api
         self._cache = cache

@@ -93,7 +93,9 @@ class Snapshots:
         try:
             snapshot = Snapshot.model_validate_json(text)
         except ValidationError as problem:
-            raise Conflict(f"ConfigMap {raw['metadata']['name']} holds no readable run snapshot: {problem}") from problem
+            raise Conflict(
+                f"ConfigMap {raw['metadata']['name']} holds no readable run snapshot: {problem}"
+            ) from problem
         record = SnapshotRecord(snapshot, hashlib.sha256(text.encode()).hexdigest())
         self._known[job.uid] = record
         return record

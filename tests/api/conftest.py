@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from finetune_cluster.light import LightCluster
 
+from finetune_cluster.light import LightCluster
 from tests.support.apiserver import ApiServer
 
 

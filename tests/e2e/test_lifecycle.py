@@ -21,7 +21,7 @@ def training(job: dict[str, object]) -> bool:
 
 
 def test_suspending_frees_everything_and_resuming_trains_anew(space: Space) -> None:
-    space.apply("pause", spec_for(space.put(rows(40)), training={"length": {"steps": 60}}))
+    space.apply("pause", spec_for(space.put(rows(40)), training={"length": {"steps": 1500}}))
     space.until("pause", training, 300, "training")
     space.patch("pause", {"suspend": True})
     job = space.until("pause", lambda j: is_true(j, "Suspended"), 180, "suspended")

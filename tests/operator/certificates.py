@@ -46,7 +46,5 @@ def make_tls(folder: Path) -> Tls:
     files = Tls(folder / "tls.crt", folder / "tls.key", folder / "ca.crt")
     files.ca.write_bytes(ca.public_bytes(pem))
     files.cert.write_bytes(leaf.public_bytes(pem))
-    files.key.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
+    files.key.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
     return files

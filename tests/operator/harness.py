@@ -167,7 +167,9 @@ class Bench:
             **env,
         }
         with log.open("wb") as out:
-            process = subprocess.Popen([sys.executable, "-m", module], env=environment, cwd=ROOT, stdout=out, stderr=out)
+            process = subprocess.Popen(
+                [sys.executable, "-m", module], env=environment, cwd=ROOT, stdout=out, stderr=out
+            )
         operator = OperatorProcess(process, log, *ports)
         self.operators.append(operator)
         if wait:
@@ -189,7 +191,9 @@ class Bench:
     def until(self, name: str, check: Callable[[Raw], bool], what: str, seconds: float = SECONDS) -> Raw:
         """Wait on a watch until a FineTuneJob is as wanted."""
         last: Raw = {}
-        for kind, raw in self.api.watch(finetunejobs_of(self.namespace), seconds, {"fieldSelector": f"metadata.name={name}"}):
+        for kind, raw in self.api.watch(
+            finetunejobs_of(self.namespace), seconds, {"fieldSelector": f"metadata.name={name}"}
+        ):
             last = raw
             if kind != "DELETED" and check(raw):
                 return raw
@@ -236,12 +240,12 @@ class Bench:
     def events(self, name: str) -> list[tuple[str, str]]:
         """(reason, message) of the Events of a FineTuneJob."""
         items = self.api.get(f"/api/v1/namespaces/{self.namespace}/events")["items"]
-        mine = [e for e in items if e["involvedObject"]["name"] == name and e["involvedObject"]["kind"] == "FineTuneJob"]
+        mine = [
+            e for e in items if e["involvedObject"]["name"] == name and e["involvedObject"]["kind"] == "FineTuneJob"
+        ]
         return [(e["reason"], e["message"]) for e in mine]
 
-    def script(
-        self, steps: Callable[[Pod], Iterable[Step] | None] = succeed_stage, **options: Any
-    ) -> Any:
+    def script(self, steps: Callable[[Pod], Iterable[Step] | None] = succeed_stage, **options: Any) -> Any:
         """A scripted kubelet for this namespace's pods."""
         return _kubelet(self, steps, options)
 
@@ -262,7 +266,9 @@ class Bench:
 
 
 @contextmanager
-def _kubelet(bench: Bench, steps: Callable[[Pod], Iterable[Step] | None], options: dict[str, Any]) -> Iterator[ScriptedKubelet]:
+def _kubelet(
+    bench: Bench, steps: Callable[[Pod], Iterable[Step] | None], options: dict[str, Any]
+) -> Iterator[ScriptedKubelet]:
     def mine(pod: Pod) -> Iterable[Step] | None:
         if pod["metadata"]["namespace"] != bench.namespace or LABEL_STAGE not in (pod["metadata"].get("labels") or {}):
             return None

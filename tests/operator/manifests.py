@@ -127,7 +127,9 @@ def publish_report() -> PublishReport:
 
 def success(stage: Stage, trained: bool = False) -> StageReport:
     """A stage's good end."""
-    result = {Stage.PREPARE: prepare_report(trained), Stage.TRAIN: train_report(), Stage.PUBLISH: publish_report()}[stage]
+    result = {Stage.PREPARE: prepare_report(trained), Stage.TRAIN: train_report(), Stage.PUBLISH: publish_report()}[
+        stage
+    ]
     return StageReport(stage=stage, succeeded=True, reason="Succeeded", message="done", result=result.to_json_dict())
 
 

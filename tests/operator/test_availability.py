@@ -17,6 +17,7 @@ from tests.operator.test_progress import Poster, train_forever, training_pod
 
 pytestmark = pytest.mark.light
 
+
 def role(operator: OperatorProcess) -> str:
     return operator.get("/readyz").text
 

@@ -55,7 +55,11 @@ def remains(bench: Bench, name: str) -> dict[str, Any]:
         text = str(value)
         return text.replace(uid, "UID").replace(uid[:8], "UID8").replace(bench.namespace, "NS")
 
-    jobs = {plain(j["metadata"]["name"]): plain(spec_of(j)) for j in bench.stage_jobs() if not j["metadata"].get("deletionTimestamp")}
+    jobs = {
+        plain(j["metadata"]["name"]): plain(spec_of(j))
+        for j in bench.stage_jobs()
+        if not j["metadata"].get("deletionTimestamp")
+    }
     maps = bench.api.get(f"/api/v1/namespaces/{bench.namespace}/configmaps")["items"]
     mine = [m for m in maps if m["metadata"]["name"] != "kube-root-ca.crt"]
     return {

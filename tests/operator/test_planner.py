@@ -96,6 +96,20 @@ def test_every_phase_is_passed_in_order() -> None:
     ]
 
 
+def test_a_training_pod_that_is_done_is_not_queued_while_its_job_is_not_complete_yet() -> None:
+    w = world()
+    w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.settle()
+    assert w.status.phase is Phase.TRAINING
+    w.change_pod(phase="Succeeded", finished_at=w.now, exit_code=0)
+    w.settle()
+    assert w.status.phase is Phase.TRAINING
+    assert w.status.message == "The training pod is done."
+
+
 def test_events_tell_the_story_in_order() -> None:
     w = in_publishing()
     w.pass_stage()
@@ -108,7 +122,9 @@ def test_a_failure_before_training_says_that_no_gpu_was_used() -> None:
     w.settle()
     w.start_pod()
     w.run_pod()
-    w.end_pod(11, failure(Stage.PREPARE, "InvalidData", "3 of 5,120 rows cannot be used (limit 0). train.jsonl:17 is bad"))
+    w.end_pod(
+        11, failure(Stage.PREPARE, "InvalidData", "3 of 5,120 rows cannot be used (limit 0). train.jsonl:17 is bad")
+    )
     w.settle()
     assert message(w, ConditionType.FAILED) == (
         "InvalidData: 3 of 5,120 rows cannot be used (limit 0). train.jsonl:17 is bad. "
@@ -120,7 +136,10 @@ def test_a_failure_in_training_does_not_claim_that_no_gpu_was_used() -> None:
     w = in_training()
     w.end_pod(22, failure(Stage.TRAIN, "NonFiniteLoss", "loss is NaN at step 3"))
     w.settle()
-    assert message(w, ConditionType.FAILED) == "NonFiniteLoss: loss is NaN at step 3. Lower training.optimizer.learningRate."
+    assert (
+        message(w, ConditionType.FAILED)
+        == "NonFiniteLoss: loss is NaN at step 3. Lower training.optimizer.learningRate."
+    )
 
 
 def test_a_message_that_gives_the_advice_itself_does_not_give_it_twice() -> None:
@@ -197,7 +216,9 @@ def test_one_wait_longer_than_allowed_fails_with_what_was_missing() -> None:
     w.tick(60)
     w.settle()
     assert reason(w, ConditionType.FAILED) == "PendingTimeout"
-    assert message(w, ConditionType.FAILED).startswith("PendingTimeout: waited 1m00s for Unschedulable: no node has room")
+    assert message(w, ConditionType.FAILED).startswith(
+        "PendingTimeout: waited 1m00s for Unschedulable: no node has room"
+    )
     assert message(w, ConditionType.FAILED).endswith("No GPU was used.")
 
 

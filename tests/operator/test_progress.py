@@ -69,7 +69,11 @@ class Poster:
 
 def training_pod(bench: Bench, name: str) -> Raw:
     bench.until_phase(name, "Training")
-    [pod] = [p for p in bench.pods() if stage_of(p) is Stage.TRAIN and p["metadata"]["labels"]["finetune.dev/job-name"] == name]
+    [pod] = [
+        p
+        for p in bench.pods()
+        if stage_of(p) is Stage.TRAIN and p["metadata"]["labels"]["finetune.dev/job-name"] == name
+    ]
     return pod
 
 
@@ -118,7 +122,12 @@ def test_only_a_pod_of_the_job_may_post_for_it(bench: Bench) -> None:
         bad = poster.post(step=-1)
         assert bad.status_code == 422
         assert "step" in bad.json()["message"]
-        assert poster.http.post(f"{poster.url}/progress", content=b"{", headers={"Authorization": f"Bearer {poster.token}"}).status_code == 422
+        assert (
+            poster.http.post(
+                f"{poster.url}/progress", content=b"{", headers={"Authorization": f"Bearer {poster.token}"}
+            ).status_code
+            == 422
+        )
         big = poster.raw({"x": "y" * 100_000})
         assert big.status_code == 413
         assert "progress" not in bench.job("mine")["status"]
@@ -255,7 +264,13 @@ def test_transformers_own_callback_reports_unmodified(bench: Bench) -> None:
         }
         assert f":{operator.progress_port}/" in env["KUBEFLOW_TRAINER_SERVER_URL"]
         done = subprocess.run(
-            [sys.executable, "-c", CALLBACK], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", CALLBACK],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         seen = bench.until("flow", lambda j: j["status"].get("progress", {}).get("step") == 118, "progress")
@@ -284,7 +299,9 @@ def test_a_new_execution_of_training_starts_with_a_clean_slate() -> None:
 
 
 def test_publish_keeps_the_figures_of_training() -> None:
-    old = ProgressStatus(execution_id="before", stage="train", sequence=70, step=640, total_steps=640, summary="640/640", loss=0.874)
+    old = ProgressStatus(
+        execution_id="before", stage="train", sequence=70, step=640, total_steps=640, summary="640/640", loss=0.874
+    )
     new = merge(old, post(1, stage=Stage.PUBLISH, activity="Uploading"), START)
     assert (new.summary, new.loss, new.eta) == ("640/640", 0.874, None)
 

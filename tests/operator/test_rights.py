@@ -44,9 +44,7 @@ def test_the_documented_rights_suffice_and_hold_no_secret(bench: Bench) -> None:
         },
     )
     kubeconfig = bench.cluster.service_account(bench.namespace, "operator")
-    operator = bench.start_operator(
-        KUBECONFIG=str(kubeconfig), FINETUNE_NAMESPACES="", FINETUNE_LEADER_ELECTION="true"
-    )
+    operator = bench.start_operator(KUBECONFIG=str(kubeconfig), FINETUNE_NAMESPACES="", FINETUNE_LEADER_ELECTION="true")
     with bench.script():
         bench.apply(finetunejob("least").ttl(1).build())
         bench.until("least", lambda j: is_true(j, "Complete"), "Complete")

@@ -123,7 +123,12 @@ class World:
 
     def run_pod(self) -> None:
         self.change_pod(
-            phase="Running", node="gpu-7", started_at=self.now, unschedulable="", unschedulable_since=None, waiting_reason=""
+            phase="Running",
+            node="gpu-7",
+            started_at=self.now,
+            unschedulable="",
+            unschedulable_since=None,
+            waiting_reason="",
         )
 
     def end_pod(self, code: int = 0, report: StageReport | None = None) -> None:

@@ -78,7 +78,12 @@ def _from_pod(pod: Pod, old: AttemptStatus | None) -> AttemptStatus:
     started = rfc3339(pod.started_at) if pod.started_at else (old.started_at if old else None)
     if not pod.ended:
         return AttemptStatus(
-            execution_id=pod.uid, stage=pod.stage, pod=pod.name, node=pod.node or None, started_at=started, outcome="Running"
+            execution_id=pod.uid,
+            stage=pod.stage,
+            pod=pod.name,
+            node=pod.node or None,
+            started_at=started,
+            outcome="Running",
         )
     succeeded = pod.exit_code == 0 or (pod.exit_code is None and pod.phase == "Succeeded")
     failure = None if succeeded else pod_failure(pod, pod.stage)

@@ -39,9 +39,7 @@ def transition_time(status: FineTuneJobStatus, kind: ConditionType) -> datetime 
     return parse_time(found.last_transition_time) if found else None
 
 
-def apply_wishes(
-    before: FineTuneJobStatus, wishes: Iterable[Wish], generation: int, now: datetime
-) -> list[Condition]:
+def apply_wishes(before: FineTuneJobStatus, wishes: Iterable[Wish], generation: int, now: datetime) -> list[Condition]:
     """The conditions after ``wishes``; a condition that was never set is added only when it becomes true."""
     result = {c.type: c for c in before.conditions}
     for wish in wishes:

@@ -70,7 +70,8 @@ def _status(look: Look, decision: Decision) -> FineTuneJobStatus:
             "conditions": apply_wishes(before, wishes, obs.job.generation, obs.now),
             "start_time": before.start_time or (rfc3339(min(started)) if started else None),
             "completion_time": before.completion_time or (rfc3339(obs.now) if finished else None),
-            "active_seconds": (int(look.active_seconds) if finished else look.ledger.active_seconds) or before.active_seconds,
+            "active_seconds": (int(look.active_seconds) if finished else look.ledger.active_seconds)
+            or before.active_seconds,
             "running_since": rfc3339(since) if since and not finished else None,
             "waiting_since": rfc3339(look.waiting_since) if waiting and waiting.true and look.waiting_since else None,
             "stages": _stages(look),

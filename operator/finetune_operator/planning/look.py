@@ -55,19 +55,31 @@ class Look:
     def prepare_report(self) -> PrepareReport | None:
         """prepare's result, while its Job tells it."""
         view = self.views[Stage.PREPARE]
-        return PrepareReport.model_validate(view.report.result) if view.state is StageState.SUCCEEDED and view.report else None
+        return (
+            PrepareReport.model_validate(view.report.result)
+            if view.state is StageState.SUCCEEDED and view.report
+            else None
+        )
 
     @cached_property
     def train_report(self) -> TrainReport | None:
         """train's result, while its Job tells it."""
         view = self.views[Stage.TRAIN]
-        return TrainReport.model_validate(view.report.result) if view.state is StageState.SUCCEEDED and view.report else None
+        return (
+            TrainReport.model_validate(view.report.result)
+            if view.state is StageState.SUCCEEDED and view.report
+            else None
+        )
 
     @cached_property
     def publish_report(self) -> PublishReport | None:
         """publish's result, while its Job tells it."""
         view = self.views[Stage.PUBLISH]
-        return PublishReport.model_validate(view.report.result) if view.state is StageState.SUCCEEDED and view.report else None
+        return (
+            PublishReport.model_validate(view.report.result)
+            if view.state is StageState.SUCCEEDED and view.report
+            else None
+        )
 
     @cached_property
     def train_unneeded(self) -> bool:

@@ -39,7 +39,9 @@ def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
     ]
     if report is not None:
         parts[0] += f", {report.total_steps:,} steps"
-        share = f" ({100 * report.trainable_parameters / report.total_parameters:.2f} %)" if report.total_parameters else ""
+        share = (
+            f" ({100 * report.trainable_parameters / report.total_parameters:.2f} %)" if report.total_parameters else ""
+        )
         parts.append(f"{report.trainable_parameters:,} trainable parameters{share}")
         parts.extend(sentence(w)[:-1] for w in report.warnings[:3])
     return PlanStatus(

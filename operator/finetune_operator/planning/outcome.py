@@ -93,9 +93,7 @@ def _belongs(status: FineTuneJobStatus, job: StageJob, pods: tuple[Pod, ...]) ->
     return not pods and any(a.execution_id == execution and a.stage == job.stage for a in status.attempts)
 
 
-def _failure(
-    job: StageJob, pods: tuple[Pod, ...], report: StageReport | None, stage: Stage
-) -> StageFailure | None:
+def _failure(job: StageJob, pods: tuple[Pod, ...], report: StageReport | None, stage: Stage) -> StageFailure | None:
     """What the pods tell about a failed Job; None while no ended pod is visible."""
     ended = sorted((p for p in pods if p.ended), key=lambda p: (p.finished_at or p.created, p.created))
     if not ended:
@@ -115,17 +113,22 @@ def pod_failure(pod: Pod, stage: Stage) -> StageFailure:
         return StageFailure(pod.report.reason, pod.report.message)
     if pod.terminated_reason == "OOMKilled":
         return StageFailure(
-            Reason.HOST_OUT_OF_MEMORY, f"the {stage} container of pod {pod.name} used more memory than its limit and was killed."
+            Reason.HOST_OUT_OF_MEMORY,
+            f"the {stage} container of pod {pod.name} used more memory than its limit and was killed.",
         )
     if pod.pod_reason == "Evicted":
         return StageFailure(Reason.EVICTED, f"pod {pod.name} was evicted: {pod.pod_message.strip()}")
     if pod.exit_code is None:
         why = pod.disrupted or pod.pod_message or pod.pod_reason or "its node did not report how"
-        return StageFailure(Reason.INTERRUPTED if pod.disrupted else Reason.UNKNOWN, f"pod {pod.name} ended: {why.strip()}.")
+        return StageFailure(
+            Reason.INTERRUPTED if pod.disrupted else Reason.UNKNOWN, f"pod {pod.name} ended: {why.strip()}."
+        )
     failure = by_exit_code(pod.exit_code)
     words = f" ({pod.raw_message.strip()[:512]})" if pod.raw_message.strip() else ""
     if failure.reason is Reason.UNKNOWN:
-        return StageFailure(failure.reason, f"the {stage} container of pod {pod.name} ended with exit code {pod.exit_code}{words}.")
+        return StageFailure(
+            failure.reason, f"the {stage} container of pod {pod.name} ended with exit code {pod.exit_code}{words}."
+        )
     return StageFailure(failure.reason, f"{failure.meaning}{words}")
 
 

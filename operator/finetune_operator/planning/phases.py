@@ -28,7 +28,9 @@ def current(
     phase, message = _phase(look)
     wishes = [*milestones(look), *not_suspended(look)]
     if look.wait is not None and look.waiting_since is not None:
-        text = f"{sentence(look.wait.message)} Since {rfc3339(look.waiting_since)}. {advice_for(look.wait.reason)}".strip()
+        text = (
+            f"{sentence(look.wait.message)} Since {rfc3339(look.waiting_since)}. {advice_for(look.wait.reason)}".strip()
+        )
         wishes.append(Wish(ConditionType.WAITING, True, look.wait.reason, text))
         message = f"Waiting: {look.wait.reason}: {text}"
     else:
@@ -98,9 +100,14 @@ def _stage_phase(stage: Stage, look: Look) -> Phase:
         return Phase.PREPARING
     if stage is Stage.PUBLISH:
         return Phase.PUBLISHING
-    if look.view.state is StageState.REPORT_PENDING or any(p.running for p in look.view.pods):
+    if look.view.state is StageState.REPORT_PENDING or any(p.running for p in look.view.pods) or _done(look):
         return Phase.TRAINING
     return Phase.QUEUED
+
+
+def _done(look: Look) -> bool:
+    """Whether the newest pod succeeded: its Job says so some seconds later, and nothing is queued meanwhile."""
+    return bool(look.view.pods) and look.view.pods[-1].exit_code == 0
 
 
 def _stage_message(look: Look) -> str:
@@ -109,6 +116,8 @@ def _stage_message(look: Look) -> str:
     if look.stage is Stage.PUBLISH:
         merged = look.spec.output.merged.enabled
         return "Checks, merges and publishes on a CPU." if merged else "Checks and publishes on a CPU."
+    if _done(look):
+        return "The training pod is done."
     running = [p for p in look.view.pods if p.running]
     if not running:
         return queued_message(look.spec, look.stage, "", admitted=True)

@@ -27,9 +27,7 @@ def notes(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[EventNot
     return tuple(EventNote(n.type, n.reason, n.message[:EVENT_LIMIT]) for n in found)
 
 
-def _became(
-    before: FineTuneJobStatus, after: FineTuneJobStatus, kind: ConditionType, reason: str
-) -> list[EventNote]:
+def _became(before: FineTuneJobStatus, after: FineTuneJobStatus, kind: ConditionType, reason: str) -> list[EventNote]:
     if is_true(before, kind) or not is_true(after, kind):
         return []
     condition = find(after, kind)

@@ -10,7 +10,14 @@ from finetune_api.names import Stage
 from finetune_operator.planning.messages import gpu_request
 from finetune_operator.planning.model import Observation, PlannerConfig, Pod, StageState, StageView
 
-_IMAGE_REASONS = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "RegistryUnavailable"}
+_IMAGE_REASONS = {
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "RegistryUnavailable",
+}
 _CONFIG_REASONS = {"CreateContainerConfigError", "CreateContainerError"}
 
 
@@ -50,9 +57,14 @@ def _pod_wait(obs: Observation, pod: Pod, stage: Stage, config: PlannerConfig) -
         what = f"no node has room for {asked or 'the pod'}"
         return Wait(Reason.UNSCHEDULABLE, f"{what}: {pod.unschedulable}", since)
     if pod.waiting_reason in _IMAGE_REASONS:
-        return Wait(Reason.IMAGE_UNAVAILABLE, f"{pod.waiting_reason}: {pod.waiting_message or 'the image cannot be pulled'}")
+        return Wait(
+            Reason.IMAGE_UNAVAILABLE, f"{pod.waiting_reason}: {pod.waiting_message or 'the image cannot be pulled'}"
+        )
     if pod.waiting_reason in _CONFIG_REASONS:
-        return Wait(Reason.VOLUME_UNAVAILABLE, f"{pod.waiting_reason}: {pod.waiting_message or 'the container cannot be created'}")
+        return Wait(
+            Reason.VOLUME_UNAVAILABLE,
+            f"{pod.waiting_reason}: {pod.waiting_message or 'the container cannot be created'}",
+        )
     missing_since = pod.sandbox_missing_since
     if missing_since is not None and obs.now - missing_since >= timedelta(seconds=config.volume_grace_seconds):
         return Wait(

@@ -134,7 +134,9 @@ class Authenticator:
         labels = meta.get("labels") or {}
         if raw is None or meta["uid"] != identity.pod_uid or labels.get(LABEL_UID) != uid:
             raise forbidden
-        owner = next((r for r in meta.get("ownerReferences") or [] if r.get("controller") and r.get("kind") == "Job"), None)
+        owner = next(
+            (r for r in meta.get("ownerReferences") or [] if r.get("controller") and r.get("kind") == "Job"), None
+        )
         job = await self._get(f"{jobs_path(key.namespace)}/{owner['name']}") if owner else None
         if job is None or owner is None or job["metadata"]["uid"] != owner["uid"] or owner_uid(job["metadata"]) != uid:
             raise forbidden

@@ -61,7 +61,9 @@ class ProgressServer:
             self._reloader = asyncio.ensure_future(_reload(context, cert, key))
         else:
             logger.warning("No certificate: the progress endpoint speaks plain HTTP. Tokens travel in the clear.")
-        site = web.TCPSite(self._runner, self._settings.progress_host, self._settings.progress_port, ssl_context=context)
+        site = web.TCPSite(
+            self._runner, self._settings.progress_host, self._settings.progress_port, ssl_context=context
+        )
         await site.start()
 
     async def stop(self) -> None:
