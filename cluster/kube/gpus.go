@@ -53,7 +53,11 @@ func runPretendGPUs() int {
 	// starts it anew.
 	for ; err == nil; time.Sleep(time.Second) {
 		var now os.FileInfo
-		if now, err = os.Stat(devices.KubeletSocket); err == nil && !os.SameFile(watched, now) {
+		if now, err = os.Stat(devices.KubeletSocket); err == nil && !sameSocket(watched, now) {
+			break
+		}
+		// The kubelet removes the sockets of its plugins when it starts.
+		if _, err = os.Stat(socket); err != nil {
 			break
 		}
 		if wanted, err := readCount(*countFile); err == nil && wanted != count {
@@ -61,6 +65,11 @@ func runPretendGPUs() int {
 		}
 	}
 	return 0
+}
+
+// sameSocket compares the time too: a new socket may well get the inode of the one that was just removed.
+func sameSocket(a, b os.FileInfo) bool {
+	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime())
 }
 
 func readCount(file string) (int, error) {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,19 +19,8 @@ _numbers = itertools.count(1)
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LightCluster]:
     with LightCluster(tmp_path_factory.mktemp("cluster"), name="operator-tests") as light:
-        install(ApiServer(light.kubeconfig, light.kubectl))
+        ApiServer(light.kubeconfig, light.kubectl).install_crd()
         yield light
-
-
-def install(server: ApiServer) -> None:
-    """`kubectl wait` (1.34) fails on a CRD that is so new that it has no conditions."""
-    for _ in range(5):
-        try:
-            server.install_crd()
-        except subprocess.CalledProcessError:
-            continue
-        return
-    server.install_crd()
 
 
 @pytest.fixture(scope="session")

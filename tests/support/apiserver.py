@@ -32,6 +32,7 @@ class ApiServer:
     def install_crd(self) -> None:
         """Apply the CRD and wait until it is served."""
         self.kubectl("apply", "--server-side", "-f", str(CRD)).check_returncode()
-        self.kubectl(
-            "wait", "--for=condition=Established", "crd/finetunejobs.finetune.dev", "--timeout=30s"
-        ).check_returncode()
+        name = "crd/finetunejobs.finetune.dev"
+        # `kubectl wait` (1.34) fails at once on a CRD that is so new that it has no conditions.
+        self.kubectl("wait", "--for=jsonpath={.status.conditions}", name, "--timeout=30s").check_returncode()
+        self.kubectl("wait", "--for=condition=Established", name, "--timeout=30s").check_returncode()
