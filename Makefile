@@ -42,7 +42,7 @@ images: setup ## Build the three images and load them into the local cluster
 	$(PYTHON) -m demo images
 
 test: check ## Every check and every test: unit, API server, whole cluster
-	$(PYTHON) -m pytest -n 3 --dist loadgroup
+	$(PYTHON) -m pytest -n 3 --no-loadscope-reorder
 
 unit: setup ## Tests that need no cluster
 	$(PYTHON) -m pytest -m "not cluster and not light"

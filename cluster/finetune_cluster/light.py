@@ -1,9 +1,7 @@
 """The light cluster: etcd, API server and controller-manager on loopback. No root, no nodes, up in seconds, several side by side."""
 
-import random
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +13,11 @@ from finetune_cluster.api import Api
 from finetune_cluster.binaries import ensure_binaries
 from finetune_cluster.console import ClusterError
 from finetune_cluster.control_plane import ControlPlane
+from finetune_cluster.ports import LOOPBACK, free_ports
 from finetune_cluster.users import service_account_kubeconfig
 
 Component = Literal["etcd", "kube-apiserver", "kube-controller-manager"]
 COMPONENTS: tuple[Component, ...] = ("etcd", "kube-apiserver", "kube-controller-manager")
-LOOPBACK = "127.0.0.1"
-# Below the ports that the kernel gives to outgoing connections, which could take the port of a component that is just being restarted.
-PORTS = range(20000, 32000)
 # The defaults (20 and 30 requests a second) would make the job controller the bottleneck of every burst.
 FAST_CONTROLLERS = (
     "--kube-api-qps=1000",
@@ -48,7 +44,7 @@ class LightCluster:
         self.folder = folder
         self.kubeconfig = folder / "kubeconfig"
         self._binaries = ensure_binaries()
-        port, etcd, peer, manager = _free_ports(4)
+        port, etcd, peer, manager = free_ports(4)
         self._plane = ControlPlane(
             name=name,
             pki=folder / "pki",
@@ -172,17 +168,3 @@ class LightCluster:
     def _last_words(self) -> str:
         logs = [self.folder / f"{component}.log" for component in COMPONENTS]
         return "\n".join(f"{log}: {' | '.join(log.read_text().splitlines()[-2:])}" for log in logs if log.exists())
-
-
-def _free_ports(count: int) -> list[int]:
-    ports: list[int] = []
-    for port in random.sample(PORTS, len(PORTS)):
-        with socket.socket() as probe:
-            try:
-                probe.bind((LOOPBACK, port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            break
-    return ports

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import yaml
 from finetune_api.names import LABEL_NAME, LABEL_STAGE, Stage
 from finetune_cluster.api import Api
 from finetune_cluster.light import LightCluster
+from finetune_cluster.ports import free_ports
 from finetune_cluster.scripted_kubelet import ScriptedKubelet, scripted_kubelet
 from finetune_cluster.steps import After, Call, Pod, Running, Step, Terminated
 from tests.operator.manifests import success, termination_message
@@ -299,17 +299,6 @@ class Recorder:
 
     def stop(self) -> None:
         self._api.http.close()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [int(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 def decode(data: str) -> bytes:

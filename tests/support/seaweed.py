@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+from finetune_cluster.ports import free_ports
 
 ACCESS_KEY, SECRET_KEY = "admin-key", "admin-secret"
 WRITER_KEY, WRITER_SECRET = "writer-key", "writer-secret"
@@ -104,18 +105,6 @@ def start_seaweed(folder: Path, timeout_seconds: float = 60) -> Seaweed:
             raise RuntimeError((folder / "weed.log").read_text()[-3000:])
         time.sleep(0.05)
     return Seaweed(endpoint, process)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [int(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 def _answers(endpoint: str) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from finetune_api.failures import Reason
 from finetune_api.progress import Transfer
 from finetune_api.uris import S3Location
+from finetune_cluster.ports import free_ports
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3 import S3Store, connect
@@ -152,7 +153,7 @@ def test_a_reader_may_not_write(s3: S3, tmp_path: Path) -> None:
 
 
 def test_an_unreachable_store_is_known_within_seconds(tmp_path: Path, s3: S3) -> None:
-    port = seaweed.free_ports(1)[0]
+    port = free_ports(1)[0]
     s3.write_secret(tmp_path / "secret", endpoint=f"http://127.0.0.1:{port}")
     store = connect(S3Location("b", ""), Credentials("output", "s", tmp_path / "secret"), tmp_path)
     with pytest.raises(StageError) as info:
