@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import os
 import platform
 import tarfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,7 +43,8 @@ def make_image(
     world-writable). The result depends on the input only.
     """
     archive.parent.mkdir(parents=True, exist_ok=True)
-    layer_file = archive.with_suffix(".layer")
+    own = f"{os.getpid()}-{threading.get_ident()}"  # others may write the same archive now
+    layer_file = archive.with_suffix(f".{own}.layer")
     with tarfile.open(layer_file, "w") as layer:
         wanted = {"/tmp": 0o1777, **(folders or {})}
         parents = {str(parent) for path in (*files, *wanted) for parent in Path(path).parents} - {"/"}
@@ -73,7 +76,7 @@ def make_image(
             "layers": [{"mediaType": LAYER, "digest": digest, "size": size}],
         }
     ).encode()
-    temporary = archive.with_suffix(".partial")
+    temporary = archive.with_suffix(f".{own}.partial")
     with tarfile.open(temporary, "w") as tar:
         add_bytes(tar, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
         add_bytes(tar, "index.json", index_of([(tag, descriptor(MANIFEST, manifest))]))

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from finetune_cluster.buildstore import buildah, find_image, images_root
+from finetune_cluster.buildstore import ALONE, buildah, find_image, images_root
 from finetune_cluster.console import run, step
 
 SUITE = "bookworm"
@@ -32,10 +32,12 @@ def ensure_base_image() -> str:
     if find_image(tag):
         return tag
     images_root().mkdir(parents=True, exist_ok=True)
+    for stale in images_root().glob("debootstrap-*"):  # of a killed build: the caller holds the store's lock
+        shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(dir=images_root(), prefix="debootstrap-") as name:
         folder = Path(name)
         with step(f"Making the base image of Debian {SUITE} with {', '.join(PACKAGES)}"):
-            run(["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, folder / "root"])
+            run([*ALONE, "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, folder / "root"])
             for pattern in CLUTTER:
                 for path in (folder / "root").glob(pattern):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -5,10 +5,13 @@ from pathlib import Path
 
 from finetune_cluster import cgroups, network
 from finetune_cluster.console import run, say, step
-from finetune_cluster.instance import load
+from finetune_cluster.instance import Instance, load
 from finetune_cluster.locks import locked
 from finetune_cluster.paths import clusters_root
 from finetune_cluster.processes import kill_and_wait, node_inits
+
+REMOVING = "removing"
+"""A file that stands in the cluster's folder from the first deletion to the last."""
 
 
 def down(name: str) -> bool:
@@ -18,19 +21,31 @@ def down(name: str) -> bool:
         if not instance:
             say(f"There is no cluster {name}")
             return False
-        with step(f"Taking down cluster {name}"):
-            for pid in node_inits(instance).values():
-                kill_and_wait(pid)
-            network.remove(instance)
-            cgroups.remove(instance)
-            for mount in _mounts_below(instance.state):
-                run(["umount", "--lazy", mount])
-            # instance.json goes last: it reserves the index, and tells a second `down` what to do if this one is killed.
-            for entry in instance.state.iterdir():
-                if entry.name != "instance.json":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            shutil.rmtree(instance.state)
+        remove(instance)
         return True
+
+
+def half_removed(instance: Instance) -> bool:
+    """Whether a removal began and was killed: what is left is no cluster to start."""
+    return (instance.state / REMOVING).exists()
+
+
+def remove(instance: Instance) -> None:
+    """Delete a cluster. The caller holds its lock."""
+    with step(f"Taking down cluster {instance.name}"):
+        (instance.state / REMOVING).touch()
+        for pid in node_inits(instance).values():
+            kill_and_wait(pid)
+        network.remove(instance)
+        cgroups.remove(instance)
+        for mount in _mounts_below(instance.state):
+            run(["umount", "--lazy", mount])
+        # instance.json goes last: it reserves the index, and tells a second `down` what to do if this one is killed.
+        for entry in instance.state.iterdir():
+            if entry.name not in ("instance.json", REMOVING):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (instance.state / "instance.json").unlink()
+        shutil.rmtree(instance.state)
 
 
 def _mounts_below(folder: Path) -> list[str]:

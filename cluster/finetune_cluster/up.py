@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import datetime
 
 from finetune_cluster import network
 from finetune_cluster.addons import ensure_addons
@@ -11,6 +12,7 @@ from finetune_cluster.binaries import Binaries, ensure_binaries
 from finetune_cluster.console import ClusterError, say, step
 from finetune_cluster.containerd import image_names, import_archive, wait_containerd
 from finetune_cluster.dns import resolves, wait_resolves
+from finetune_cluster.down import half_removed, remove
 from finetune_cluster.instance import DOMAIN, Instance, Node, load, load_or_create
 from finetune_cluster.locks import locked, write_atomically
 from finetune_cluster.node import GPU_RESOURCE, addons_file, configure, pause_image, plane_of, start
@@ -40,6 +42,9 @@ def up(
     with locked(clusters_root() / f".{name}.lock", f"cluster {name}"):
         begin = time.monotonic()
         found = load(name)
+        if found and half_removed(found):
+            remove(found)
+            found = None
         if found and found.with_nodes(nodes, gpus_per_node, memory_mib) == found and healthy(found):
             say(f"Cluster {name} is up: {len(found.nodes)} node(s), {found.server}")
             return found
@@ -49,8 +54,7 @@ def up(
         instance.save()
         network.ensure_bridge(instance)
         plane_of(instance).admin_kubeconfig(instance.kubeconfig)
-        for node in instance.nodes:
-            _ensure_node(instance, node, binaries)
+        started = {node.name: time.time() for node in instance.nodes if _ensure_node(instance, node, binaries)}
         with Api(instance.kubeconfig) as api:
             with step("Waiting for the API server"):
                 api.wait_ready()
@@ -59,7 +63,7 @@ def up(
             _ensure_pause_image(instance, binaries)
             with step("Waiting for nodes, DNS and the default service account"):
                 for node in instance.nodes:
-                    _wait_node(api, instance, node, gpu_product)
+                    _wait_node(api, instance, node, gpu_product, started.get(node.name, 0))
                 api.wait(
                     "/api/v1/namespaces/default/serviceaccounts",
                     "default",
@@ -98,15 +102,16 @@ def ensure_running(instance: Instance, node: Node) -> None:
     _ensure_node(instance, node, ensure_binaries())
 
 
-def _ensure_node(instance: Instance, node: Node, binaries: Binaries) -> None:
-    """Start a node unless it runs. A running one keeps its configuration, apart from its GPUs: restarting would end its pods."""
+def _ensure_node(instance: Instance, node: Node, binaries: Binaries) -> bool:
+    """Start a node unless it runs, and say whether that was needed. A running one keeps its configuration, apart from its GPUs: restarting would end its pods."""
     if node.name in node_inits(instance) and network.connected(instance, node):
         network.ensure_routes(instance, node)
         write_atomically(instance.folder(node) / "gpus", f"{node.gpus}\n")
-        return
+        return False
     with step(f"Starting node {node.name} at {instance.address(node)}"):
         configure(instance, node, binaries)
         start(instance, node, binaries)
+    return True
 
 
 def _ensure_pause_image(instance: Instance, binaries: Binaries) -> None:
@@ -120,11 +125,12 @@ def _ensure_pause_image(instance: Instance, binaries: Binaries) -> None:
             import_archive(init, archive)
 
 
-def _wait_node(api: Api, instance: Instance, node: Node, gpu_product: str | None) -> None:
+def _wait_node(api: Api, instance: Instance, node: Node, gpu_product: str | None, started: float) -> None:
+    # The API server also remembers what the kubelet said before it died; a node that was started since must speak for itself.
     api.wait(
         NODES,
         node.name,
-        lambda item: _node_is_as_wanted(item, node),
+        lambda item: _node_is_as_wanted(item, node) and _heartbeat(item) >= int(started),
         120,
         f"node {node.name} is Ready with {node.gpus} {GPU_RESOURCE}",
     )
@@ -141,3 +147,9 @@ def _node_is_as_wanted(item: Object, node: Node) -> bool:
     return condition(item, "Ready") == "True" and item["status"].get("allocatable", {}).get(GPU_RESOURCE, "0") == str(
         node.gpus
     )
+
+
+def _heartbeat(item: Object) -> float:
+    """When the kubelet last reported Ready, in seconds since the epoch."""
+    beats = [c["lastHeartbeatTime"] for c in item["status"]["conditions"] if c["type"] == "Ready"]
+    return datetime.fromisoformat(beats[0]).timestamp() if beats else 0

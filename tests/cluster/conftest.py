@@ -8,7 +8,9 @@ from finetune_cluster.api import Api
 from finetune_cluster.binaries import ensure_binaries
 from finetune_cluster.down import down
 from finetune_cluster.instance import Instance
+from finetune_cluster.locks import locked
 from finetune_cluster.node import pause_image
+from finetune_cluster.paths import clusters_root
 from finetune_cluster.up import up
 
 MAIN, SECOND = "finetune-test", "finetune-test-2"
@@ -23,13 +25,15 @@ def image() -> str:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Instance]:
-    down(MAIN)
-    yield up(MAIN, nodes=1, gpus_per_node=GPUS)
-    down(MAIN)
+    """Of this run alone: another run on this machine, of whatever checkout, waits here."""
+    with locked(clusters_root() / f".{MAIN}.tests.lock", "the test clusters"):
+        down(MAIN)
+        yield up(MAIN, nodes=1, gpus_per_node=GPUS)
+        down(MAIN)
 
 
 @pytest.fixture
-def second() -> Iterator[str]:
+def second(cluster: Instance) -> Iterator[str]:
     """Name of a cluster that the test brings up itself, while the first one runs."""
     down(SECOND)
     yield SECOND

