@@ -13,6 +13,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 .venv/.ready: pyproject.toml uv.lock
+	@command -v uv >/dev/null || python3 -m pip --version >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq python3-pip; }
 	@command -v uv >/dev/null || python3 -m pip install --quiet --root-user-action=ignore uv==$(UV_VERSION) 2>/dev/null \
 	  || python3 -m pip install --quiet --break-system-packages --root-user-action=ignore uv==$(UV_VERSION)
 	uv sync --frozen --all-extras --quiet
@@ -38,10 +39,13 @@ cluster-status: setup ## What of the local cluster runs
 cluster-down: setup ## Remove the local cluster without a trace
 	$(PYTHON) -m finetune_cluster down
 
+build: setup ## Build what demo and tests run, as far as it is missing (cold 15 minutes, warm nothing)
+	$(PYTHON) -m demo build
+
 images: setup ## Build the three images and load them into the local cluster
 	$(PYTHON) -m demo images
 
-test: check ## Every check and every test: unit, API server, whole cluster
+test: check build ## Every check and every test: unit, API server, whole cluster
 	$(PYTHON) -m pytest -n 3 --no-loadscope-reorder
 
 unit: setup ## Tests that need no cluster
@@ -70,4 +74,4 @@ format: setup ## Format and fix what tools can fix
 bench: setup ## Benchmarks; each prints a table and writes JSON
 	$(PYTHON) -m bench.operator_throughput
 
-.PHONY: help setup demo demo-env demo-down cluster-up cluster-status cluster-down images test unit check generate format bench
+.PHONY: help setup demo demo-env demo-down cluster-up cluster-status cluster-down build images test unit check generate format bench

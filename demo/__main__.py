@@ -13,8 +13,20 @@ import typer
 
 from demo import images, install, show, store
 from demo.follow import Run, follow, is_true
-from demo.target import NAMESPACE, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError, Target, current_target, existing_target
+from demo.target import (
+    CRD,
+    NAMESPACE,
+    RELEASE,
+    ROOT,
+    SYSTEM_NAMESPACE,
+    DemoError,
+    Target,
+    current_target,
+    existing_target,
+)
 from finetune_cluster.console import ClusterError
+from finetune_cluster.locks import write_atomically
+from finetune_cluster.paths import cache_root
 
 Result = TypeVar("Result")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -101,8 +113,9 @@ def env() -> None:
     target = current_target()
     key, secret = store.credentials(target)
     values = {
+        "KUBECONFIG": str(target.kubeconfig or context_kubeconfig(target)),
         "NAMESPACE": NAMESPACE,
-        "AWS_ENDPOINT_URL": store.node_endpoint(target),
+        "AWS_ENDPOINT_URL": store.node_endpoint(target) if target.cluster_name else f"http://localhost:{store.PORT}",
         "AWS_ACCESS_KEY_ID": key,
         "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_REGION": store.REGION,
@@ -110,12 +123,31 @@ def env() -> None:
         "MODEL_URI": f"s3://models/{install.MODEL}",
         "DATASET_URI": f"s3://datasets/{install.DATASET}/train.jsonl",
     }
-    if target.kubeconfig is not None:
-        values = {"KUBECONFIG": str(target.kubeconfig), **values}
     for name, value in values.items():
         print(f"export {name}={value}")
     if target.kubeconfig is not None:
         print(f"export PATH={Path(target.kubectl_path).parent}:{Path(target.helm_path).parent}:$PATH")
+    else:
+        print(
+            f"# The store from here: kubectl port-forward -n {NAMESPACE} service/{store.SERVICE} {store.PORT}:{store.PORT}"
+        )
+
+
+def context_kubeconfig(target: Target) -> Path:
+    """A kubeconfig with the one context that CONTEXT names, so that plain kubectl speaks to the same cluster as the demo."""
+    file = cache_root() / "demo" / "kubeconfig"
+    write_atomically(file, target.kubectl("config", "view", "--minify", "--flatten"), mode=0o600)
+    return file
+
+
+@app.command("build")
+def build() -> None:
+    """Build what demo and tests run, as far as it is missing: programs, images and the base model. Starts nothing."""
+    steps = Steps()
+    steps("programs of the cluster", images.programs)
+    if existing_target() is None:
+        steps("images", images.build_all)
+    steps("base model (SmolLM2-135M-Instruct)", install.model_folder)
 
 
 @app.command("images")
@@ -134,7 +166,12 @@ def down() -> None:
     target.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
     target.helm("uninstall", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--ignore-not-found")
     target.kubectl("delete", "namespace", SYSTEM_NAMESPACE, "--ignore-not-found")
-    target.kubectl("delete", "crd", "finetunejobs.finetune.dev", "--ignore-not-found")
+    if install.crd_owner(target) == (SYSTEM_NAMESPACE, RELEASE):
+        left = target.kubectl("get", "ftj", "--all-namespaces", "--output", "name").split()
+        if left:
+            print(f"The CRD {CRD} stays: {len(left)} FineTuneJobs outside {NAMESPACE} would go with it.")
+        else:
+            target.kubectl("delete", "crd", CRD)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,6 @@ def ensure_locally(cluster_name: str, names: dict[str, str]) -> str:
     from finetune_cluster.archive import content_tag
     from finetune_cluster.images import build, has_image, load, make_image
     from finetune_cluster.instance import require
-    from finetune_cluster.paths import cache_root
 
     instance = require(cluster_name)
     for name, tag in names.items():
@@ -60,11 +60,30 @@ def ensure_locally(cluster_name: str, names: dict[str, str]) -> str:
     weed = weed_binary()
     store = f"localhost/seaweedfs:{content_tag(weed)}"
     if not has_image(instance, store):
-        archive = cache_root() / "images" / "seaweedfs.tar"
-        make_image(archive, store, {"/weed": weed}, ["/weed"])
-        load(instance, [archive])
-        archive.unlink()
+        with tempfile.TemporaryDirectory() as folder:
+            load(instance, [make_image(Path(folder) / "seaweedfs.tar", store, {"/weed": weed}, ["/weed"])])
     return store
+
+
+def programs() -> None:
+    """The cluster's programs and helm, and the packages that nodes and image builds need."""
+    from finetune_cluster.binaries import ensure_binaries, ensure_helm
+    from finetune_cluster.packages import IMAGES, NODE, ensure_packages
+
+    ensure_packages({**NODE, **IMAGES})
+    ensure_binaries()
+    ensure_helm()
+
+
+def build_all() -> None:
+    """Every image into the local store."""
+    from finetune_cluster.buildstore import find_image
+    from finetune_cluster.images import build
+
+    for name in SOURCES:
+        tag = reference(name, None)
+        if find_image(tag) is None:
+            build(name, tag)
 
 
 def weed_binary() -> Path:

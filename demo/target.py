@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SYSTEM_NAMESPACE = "finetune-system"
+SYSTEM_NAMESPACE = "finetune-demo-system"
+"""Not the namespace of the documented installation: on an existing cluster the demo leaves that one alone."""
 NAMESPACE = "finetune-demo"
 RELEASE = "finetune"
+CRD = "finetunejobs.finetune.dev"
 
 
 class DemoError(Exception):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BUCKET = "e2e"
 TINY_MODEL = f"s3://{BUCKET}/tiny-model"
 GPU = "nvidia.com/gpu"
+PREFIX = "e2e-"
 Job = dict[str, Any]
 
 
@@ -179,7 +180,7 @@ def rows(count: int) -> str:
 @contextmanager
 def new_space(target: Target, bucket: S3Client) -> Iterator[Space]:
     """A namespace that enforces the restricted standard, gone afterwards."""
-    name = f"e2e-{uuid.uuid4().hex[:8]}"
+    name = f"{PREFIX}{uuid.uuid4().hex[:8]}"
     target.apply(install.namespace(name))
     space = Space(target, name, bucket)
     key, secret = store.credentials(target)
@@ -203,3 +204,12 @@ def tiny_model(bucket: S3Client, folder: Path) -> None:
 
     build_tiny_model(folder)
     store.upload_folder(bucket, folder, BUCKET, "tiny-model")
+
+
+def clear_leftovers(target: Target) -> None:
+    """What a run that was killed left: namespaces, whose pods hold GPUs, and a node's label."""
+    namespaces = target.kubectl("get", "namespaces", "-o", "name").split()
+    for name in (n for n in namespaces if n.startswith(f"namespace/{PREFIX}")):
+        target.kubectl("delete", name, "--wait=false")
+    if target.cluster_name is not None:
+        target.kubectl("label", "nodes", "--all", f"{GPU}.product={install.GPU_PRODUCT}", "--overwrite")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import shutil
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from demo import images
 from demo.install import install_operator
-from demo.target import RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError
+from demo.target import CRD, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError
 from tests.e2e.conftest import Stack
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -48,20 +55,55 @@ def test_the_operator_has_the_rights_it_needs(stack: Stack) -> None:
     assert allowed(stack, "patch", "finetunejobs.finetune.dev", subresource="status")
 
 
-def test_an_upgrade_keeps_the_certificate_and_upgrades_the_crd(stack: Stack) -> None:
+def test_an_upgrade_keeps_the_certificate_and_upgrades_the_crd(stack: Stack, tmp_path: Path) -> None:
     before = stack.target.get("secret", SECRET, "-n", SYSTEM_NAMESPACE)["data"]
-    crd = "finetunejobs.finetune.dev"
-    stack.target.kubectl("annotate", "crd", crd, "helm.sh/resource-policy-", "--overwrite")
+    older = tmp_path / "finetune-operator"
+    shutil.copytree(ROOT / "charts" / "finetune-operator", older)
+    file = older / "files" / f"{CRD}.yaml"
+    definition = yaml.safe_load(file.read_text())
+    del spec_of(definition)["ttlSecondsAfterFinished"]
+    file.write_text(yaml.safe_dump(definition))
+    stack.target.helm("upgrade", RELEASE, str(older), "-n", SYSTEM_NAMESPACE, "--reuse-values")
+    assert "ttlSecondsAfterFinished" not in spec_of(stack.target.get("crd", CRD))
     install_operator(stack.target, images.ensure(stack.target))
+    assert "ttlSecondsAfterFinished" in spec_of(stack.target.get("crd", CRD))
     assert stack.target.get("secret", SECRET, "-n", SYSTEM_NAMESPACE)["data"] == before
-    assert stack.target.get("crd", crd)["metadata"]["annotations"]["meta.helm.sh/release-name"] == RELEASE
+
+
+def spec_of(crd: dict[str, Any]) -> dict[str, Any]:
+    """The fields of spec in a CRD."""
+    [version] = crd["spec"]["versions"]
+    fields = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    assert isinstance(fields, dict)
+    return fields
+
+
+@pytest.mark.parametrize("state", ["pending-upgrade", "pending-install", "uninstalling"])
+def test_a_release_whose_helm_was_killed_can_be_installed_again(stack: Stack, state: str) -> None:
+    """Helm refuses to touch a release that it left in the middle of something; the demo must not."""
+    history = stack.target.get("secrets", "-n", SYSTEM_NAMESPACE, "-l", f"owner=helm,name={RELEASE}")["items"]
+    newest = max(history, key=lambda s: int(s["metadata"]["labels"]["version"]))
+    stored = base64.b64decode(base64.b64decode(newest["data"]["release"]))
+    release = json.loads(gzip.decompress(stored))
+    release["info"]["status"] = state
+    body = base64.b64encode(base64.b64encode(gzip.compress(json.dumps(release).encode()))).decode()
+    patch = {"data": {"release": body}, "metadata": {"labels": {"status": state}}}
+    stack.target.kubectl(
+        "patch", "secret", newest["metadata"]["name"], "-n", SYSTEM_NAMESPACE, "--type=merge", "-p", json.dumps(patch)
+    )
+    install_operator(stack.target, images.ensure(stack.target))
+    stack.target.kubectl("rollout", "status", "deployment/finetune-operator", "-n", SYSTEM_NAMESPACE, "--timeout=60s")
 
 
 def test_uninstalling_keeps_the_crd_and_its_jobs_and_leaves_nothing_else(stack: Stack) -> None:
-    stack.target.kubectl("apply", "-f", str(ROOT / "examples" / "smallest.yaml"), "-n", "default", "--dry-run=server")
+    manifest = yaml.safe_load((ROOT / "examples" / "smallest.yaml").read_text())
+    manifest["metadata"] = {"name": "kept", "namespace": "default"}
+    manifest["spec"]["suspend"] = True
+    stack.target.apply(manifest)
     stack.target.helm("uninstall", RELEASE, "-n", SYSTEM_NAMESPACE, "--wait")
     try:
-        assert stack.target.exists("crd", "finetunejobs.finetune.dev")
+        assert stack.target.exists("crd", CRD)
+        assert stack.target.exists("ftj", "kept", "-n", "default")
         left = stack.target.kubectl(
             "get", "clusterroles,clusterrolebindings,roles,rolebindings,deployments,services,secrets,serviceaccounts",
             "-A", "-l", f"app.kubernetes.io/instance={RELEASE}", "-o", "name",
@@ -69,6 +111,7 @@ def test_uninstalling_keeps_the_crd_and_its_jobs_and_leaves_nothing_else(stack: 
         assert left.strip() == ""
     finally:
         install_operator(stack.target, images.ensure(stack.target))
+        stack.target.kubectl("delete", "ftj", "kept", "-n", "default", "--ignore-not-found")
 
 
 def test_a_misspelled_value_is_refused(stack: Stack) -> None:

@@ -10,7 +10,7 @@ from tests.e2e.stack import Space, condition, finished, is_true, rows, spec_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
-LONG = {"length": {"steps": 2000}}
+LONG = {"length": {"steps": 1_000_000}}
 """Far longer than any test waits."""
 
 

@@ -92,7 +92,7 @@ def start_seaweed(folder: Path, timeout_seconds: float = 60) -> Seaweed:
     environment = {**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(
-            [weed_binary(), "server", *(f"-{key}={value}" for key, value in arguments.items())],
+            ["setpriv", "--pdeathsig", "KILL", weed_binary(), "server", *(f"-{k}={v}" for k, v in arguments.items())],
             stdout=log,
             stderr=log,
             env=environment,
