@@ -8,10 +8,10 @@ import contextlib
 import inspect
 import logging
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ParamSpec, Self
 
 from finetune_cluster.async_api import MERGE_PATCH, AsyncApi
 from finetune_cluster.pod_status import status_after
@@ -23,6 +23,7 @@ PODS = "/api/v1/pods"
 NOT_FOUND, CONFLICT = 404, 409
 Written = Running | Terminated | Evicted | Unschedulable | Waiting
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 
 
 class ScriptedKubelet:
@@ -63,8 +64,11 @@ class ScriptedKubelet:
         try:
             resources = {GPU: str(self._gpus_per_node)}
             await asyncio.gather(*(create_node(self._api, node, self._labels, resources) for node in self._free))
-            work = [self._watch(await self._list()), renew_leases(self._api, self._free)]
-            self._background = [asyncio.create_task(self._guard(each)) for each in work]
+            version = await self._list()
+            self._background = [
+                asyncio.create_task(self._guard(self._watch, version)),
+                asyncio.create_task(self._guard(renew_leases, self._api, self._free)),
+            ]
         except BaseException:
             await self._api.close()
             raise
@@ -111,14 +115,14 @@ class ScriptedKubelet:
                 if task.get_name() == "remove":
                     return
                 task.cancel()
-            self._tasks[uid] = asyncio.create_task(self._guard(self._remove(pod)), name="remove")
+            self._tasks[uid] = asyncio.create_task(self._guard(self._remove, pod), name="remove")
         elif uid not in self._tasks and not pod["spec"].get("schedulingGates") and not _ended(pod):
             self.pods += not known
-            self._tasks[uid] = asyncio.create_task(self._guard(self._play(pod)), name="play")
+            self._tasks[uid] = asyncio.create_task(self._guard(self._play, pod), name="play")
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, work: Callable[P, Coroutine[Any, Any, None]], *given: P.args, **named: P.kwargs) -> None:
         try:
-            await work
+            await work(*given, **named)
         except asyncio.CancelledError:
             raise
         except Exception as error:
