@@ -249,7 +249,8 @@ FAILURES: dict[Reason, Failure] = {
             None,
             _W,
             "The API server refused an object of this job.",
-            "Read the message: a quota, a policy or an admission webhook stands in the way.",
+            "Read the message: a quota, a limit range, a policy, an admission webhook or a missing service account "
+            "stands in the way.",
         ),
     )
 }

@@ -13,7 +13,7 @@ finetune.dev        finetunejobs/finalizers      update                         
 batch               jobs                         get list watch create delete
 ""                  configmaps                   get create
 ""                  pods                         get list watch
-""                  events                       create
+""                  events                       create list                      (list: a Job's own, when it gets no pod)
 authentication...   tokenreviews                 create                           (always cluster-wide)
 coordination...     leases                       get create update                (its own namespace only)
 ==================  ===========================  ===============================================================

@@ -139,7 +139,10 @@ def trim_job(raw: Raw) -> StageJob | None:
         created=_time(meta.get("creationTimestamp")),
         resource_version=version_of(meta),
         deleting=bool(meta.get("deletionTimestamp")),
-        suspended=bool((raw.get("spec") or {}).get("suspend")),
+        # Resumed, but the Job controller has not noticed yet: startTime and the pods still are those of before.
+        suspended=bool((raw.get("spec") or {}).get("suspend")) or _first(conditions, "Suspended") is not None,
+        started_at=parse_time(status.get("startTime")),
+        active=int(status.get("active") or 0),
         complete_at=_time(complete.get("lastTransitionTime")) if complete else None,
         failed_at=_time(failed.get("lastTransitionTime")) if failed else None,
         failed_reason=str(failed.get("reason") or "") if failed else "",

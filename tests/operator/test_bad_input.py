@@ -161,6 +161,31 @@ def test_a_quota_that_refuses_is_waited_for_and_heals(bench: Bench) -> None:
         assert is_true(bench.until_finished("quota"), "Complete")
 
 
+def test_a_quota_that_refuses_only_the_pods_is_waited_for_in_the_quotas_words_and_heals(bench: Bench) -> None:
+    path = f"/api/v1/namespaces/{bench.namespace}/resourcequotas"
+    bench.api.create(path, {"metadata": {"name": "gpus"}, "spec": {"hard": {"requests.nvidia.com/gpu": "0"}}})
+    bench.api.wait(path, "gpus", lambda q: "hard" in (q.get("status") or {}), 20, "the quota is counted")
+    bench.start_operator()
+    with bench.script():
+        bench.apply(finetunejob("quota").build())
+        waiting = bench.until_waiting("quota", "AdmissionRefused")
+        message = condition(waiting, "Waiting")["message"]
+        assert "the train pod cannot be created: exceeded quota: gpus, requested: requests.nvidia.com/gpu=1" in message
+        assert FAILURES[Reason.ADMISSION_REFUSED].advice in message
+        assert waiting["status"]["phase"] == "Queued"
+        bench.api.delete(f"{path}/gpus")
+        assert is_true(bench.until_finished("quota", 90), "Complete")
+
+
+def test_a_service_account_that_is_missing_is_named_until_the_timeout(bench: Bench) -> None:
+    bench.start_operator()
+    with bench.script():
+        bench.apply(finetunejob("account").set(runtime={"serviceAccountName": "nobody"}).pending_timeout(12).build())
+        failed = bench.until_finished("account")
+    assert condition(failed, "Failed")["reason"] == "PendingTimeout"
+    assert 'serviceaccount "nobody" not found' in condition(failed, "Failed")["message"]
+
+
 def test_a_namespace_that_enforces_restricted_pods_takes_every_stage(bench: Bench) -> None:
     label = "pod-security.kubernetes.io/enforce"
     bench.api.merge(f"/api/v1/namespaces/{bench.namespace}", {"metadata": {"labels": {label: "restricted"}}})

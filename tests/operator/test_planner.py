@@ -9,6 +9,7 @@ import pytest
 
 from finetune_api.names import Stage
 from finetune_api.status import ConditionType, Phase, ProgressStatus
+from finetune_operator.events import plain_refusal
 from finetune_operator.planning import plan
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import Refusal, Urgency
@@ -274,6 +275,76 @@ def test_a_refused_create_is_not_repeated_before_its_time() -> None:
     w.settle()
     w.tick(8)
     assert w.plan().create_job is Stage.PREPARE
+
+
+def test_a_job_that_gets_no_pod_waits_for_what_refuses_it_until_the_timeout() -> None:
+    w = world(pendingTimeoutSeconds=60)
+    decided = w.settle()
+    assert decided.requeue_after == pytest.approx(10.05), "nothing will tell that a pod is missing"
+    w.tick(10)
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert reason(w, ConditionType.WAITING) == "AdmissionRefused"
+    assert f"kubectl describe job {job.name} -n ns" in message(w, ConditionType.WAITING)
+    w.pod_refusal = "exceeded quota: gpus, requested: pods=1, used: pods=3, limited: pods=3"
+    decided = w.settle()
+    assert "the prepare pod cannot be created: exceeded quota: gpus" in message(w, ConditionType.WAITING)
+    assert decided.requeue_after == pytest.approx(50.05)
+    w.tick(50)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "PendingTimeout"
+    assert "exceeded quota: gpus" in message(w, ConditionType.FAILED)
+
+
+def test_a_job_that_gets_its_pod_at_last_waits_no_more() -> None:
+    w = world()
+    w.settle()
+    w.tick(10)
+    w.settle()
+    assert is_true(w.status, ConditionType.WAITING)
+    w.start_pod()
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING)
+
+
+@pytest.mark.parametrize(
+    ("why", "fields"),
+    [
+        ("the Job controller counts one", {"active": 1}),
+        ("it was resumed a moment ago", {"started_at": START + timedelta(seconds=3600)}),
+        ("it is queued", {"suspended": True}),
+    ],
+)
+def test_a_job_without_a_visible_pod_is_not_refused_when(why: str, fields: dict[str, object]) -> None:
+    w = world()
+    w.settle()
+    w.tick(3600)
+    job = w.live_job()
+    assert job is not None
+    w.jobs[job.name] = replace(job, **fields)  # type: ignore[arg-type]
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING), why
+
+
+def test_the_pause_before_a_failed_pod_is_replaced_is_no_refusal() -> None:
+    w = world()
+    w.settle()
+    for _ in range(2):
+        w.start_pod()
+        w.run_pod()
+        w.change_pod(phase="Failed", finished_at=w.now, exit_code=1)
+    w.tick(29)
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING), "20 s of pause and 10 s of grace"
+    w.tick(1)
+    w.settle()
+    assert reason(w, ConditionType.WAITING) == "AdmissionRefused"
+
+
+def test_words_about_a_pod_that_was_never_there_do_not_name_it() -> None:
+    told = 'Error creating: pods "story-3f9c2a11-train-x7k2p" is forbidden: exceeded quota: gpus'
+    assert plain_refusal(told) == "exceeded quota: gpus"
 
 
 def test_suspending_deletes_finished_jobs_too_and_forgets_the_milestones() -> None:

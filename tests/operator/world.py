@@ -29,6 +29,7 @@ class World:
     pods: dict[str, Pod] = field(default_factory=dict)
     snapshot: SnapshotRecord | None = None
     refusal: Refusal | None = None
+    pod_refusal: str = ""
     conflict: str | None = None
     deleting: bool = False
     gone: bool = False
@@ -47,6 +48,7 @@ class World:
             tuple(self.pods.values()),
             self.snapshot,
             self.refusal,
+            self.pod_refusal,
             self.conflict,
         )
 

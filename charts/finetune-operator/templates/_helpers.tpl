@@ -54,7 +54,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, create]
-- apiGroups: ["", events.k8s.io]
+# list: the Job controller's words about a Job that gets no pod, asked for by that Job's UID.
+- apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create, list]
 {{- end -}}

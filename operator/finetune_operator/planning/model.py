@@ -23,6 +23,8 @@ class PlannerConfig:
     """How often a stage may finish without leaving its report before the job fails."""
     volume_grace_seconds: float = 30.0
     """Mounting takes a while; a pod whose sandbox is not ready after this waits for a volume."""
+    pod_grace_seconds: float = 10.0
+    """The Job controller makes a pod within a second or two; a Job without one after this is refused its pods."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class StageJob:
     resource_version: int = 0
     deleting: bool = False
     suspended: bool = False
+    started_at: datetime | None = None
+    """When the Job controller took it up; anew after each suspension."""
+    active: int = 0
+    """Pods that the Job controller counts: it knows of a pod that it just created before the cache does."""
     complete_at: datetime | None = None
     failed_at: datetime | None = None
     failed_reason: str = ""
@@ -136,6 +142,8 @@ class Observation:
     snapshot: SnapshotRecord | None = None
     """As stored in the ConfigMap; absent until it is known to exist."""
     refusal: Refusal | None = None
+    pod_refusal: str = ""
+    """The API server's words to the Job controller, which may not create the pods of a Job (a FailedCreate Event)."""
     conflict: str | None = None
     """The object that exists under a name we need and belongs to something else."""
 

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
 from finetune_operator.planning.messages import gpu_request
-from finetune_operator.planning.model import Observation, PlannerConfig, Pod, StageState, StageView
+from finetune_operator.planning.model import Observation, PlannerConfig, Pod, StageJob, StageState, StageView
 
 _IMAGE_REASONS = {
     "ErrImagePull",
@@ -19,6 +19,8 @@ _IMAGE_REASONS = {
     "RegistryUnavailable",
 }
 _CONFIG_REASONS = {"CreateContainerConfigError", "CreateContainerError"}
+_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 10, 600
+"""The Job controller's pause before it replaces a failed pod: doubled with each failure, up to ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,36 @@ def find_wait(obs: Observation, view: StageView, config: PlannerConfig) -> Wait 
         wait = _pod_wait(obs, pod, view.stage, config)
         if wait is not None:
             return wait
-    return None
+    job = podless(obs, config)
+    return _podless_wait(obs, job, view) if job is not None and job == view.job else None
+
+
+def podless(obs: Observation, config: PlannerConfig) -> StageJob | None:
+    """The Job that should long have a pod and has none: quota, policy or a missing service account refuse them."""
+    grace = timedelta(seconds=config.pod_grace_seconds)
+    return next((j for j in obs.jobs if (due := _pod_due(j, obs.pods)) is not None and obs.now >= due + grace), None)
+
+
+def _pod_due(job: StageJob, pods: tuple[Pod, ...]) -> datetime | None:
+    """Since when a Job should have a pod; None while it has one or needs none."""
+    if job.finished or job.suspended or job.deleting or job.active:
+        return None
+    mine = [p for p in pods if p.owner_uid == job.uid]
+    if any(not p.ended or p.phase == "Succeeded" or p.exit_code == 0 for p in mine):
+        return None
+    due = max(job.created, job.started_at or job.created)
+    if mine:
+        pause = min(_BACKOFF_SECONDS * 2 ** (len(mine) - 1), _LONGEST_BACKOFF_SECONDS)
+        due = max(due, max(p.finished_at or p.created for p in mine) + timedelta(seconds=pause))
+    return due
+
+
+def _podless_wait(obs: Observation, job: StageJob, view: StageView) -> Wait:
+    describe = f"kubectl describe job {job.name} -n {obs.job.namespace}"
+    words = f": {obs.pod_refusal}" if obs.pod_refusal else f" ({describe} shows what stands in the way)"
+    return Wait(
+        Reason.ADMISSION_REFUSED, f"the {view.stage} pod cannot be created{words}", _pod_due(job, obs.pods) or obs.now
+    )
 
 
 def _pod_wait(obs: Observation, pod: Pod, stage: Stage, config: PlannerConfig) -> Wait | None:
@@ -91,5 +122,8 @@ def next_look(obs: Observation, view: StageView, config: PlannerConfig) -> datet
         for p in view.pods
         if p.sandbox_missing_since is not None and not p.ended and not p.deleting
     ]
+    due = _pod_due(view.job, obs.pods) if view.job is not None else None
+    if due is not None:
+        times.append(due + timedelta(seconds=config.pod_grace_seconds))
     future = [t for t in times if t > obs.now]
     return min(future, default=None)
