@@ -44,11 +44,15 @@ PROGRESS_MANAGER = "finetune-operator-progress"
 class ApiError(Exception):
     """An answer that is not a success. ``status`` 0: no answer came (connection, timeout)."""
 
-    def __init__(self, status: int, reason: str, message: str, method: str, path: str) -> None:
+    def __init__(
+        self, status: int, reason: str, message: str, method: str, path: str, fields: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(f"{method} {path}: {status} {reason}: {message}")
         self.status = status
         self.reason = reason
         self.message = message
+        self.fields = fields
+        """Fields of the object that the API server's validation names."""
 
 
 async def load_configuration() -> Configuration:
@@ -218,6 +222,8 @@ def _resource(path: str) -> str:
 def _error(status: int, reason: str, data: bytes, method: str, path: str) -> ApiError:
     try:
         body = json.loads(data)
-        return ApiError(status, str(body.get("reason") or reason), str(body.get("message") or ""), method, path)
+        causes = (body.get("details") or {}).get("causes") or []
+        fields = tuple(str(c["field"]) for c in causes if c.get("field"))
+        return ApiError(status, str(body.get("reason") or reason), str(body.get("message") or ""), method, path, fields)
     except (ValueError, AttributeError):
         return ApiError(status, reason, data[:512].decode(errors="replace"), method, path)

@@ -9,6 +9,8 @@ import pytest
 
 from finetune_api.names import Stage
 from finetune_api.status import ConditionType, Phase, ProgressStatus
+from finetune_operator.apply import refusal
+from finetune_operator.client import ApiError
 from finetune_operator.events import plain_refusal
 from finetune_operator.planning import plan
 from finetune_operator.planning.conditions import find, is_true
@@ -275,6 +277,40 @@ def test_a_refused_create_is_not_repeated_before_its_time() -> None:
     w.settle()
     w.tick(8)
     assert w.plan().create_job is Stage.PREPARE
+
+
+def test_an_object_that_validation_refuses_fails_the_job_in_the_servers_words() -> None:
+    w = world()
+    words = 'Job.batch "story-3f9c2a11-prepare" is invalid: spec.template.labels: Invalid value: "a b"'
+    w.refusal = Refusal(words, w.now + timedelta(seconds=1), for_good=True)
+    w.settle()
+    assert message(w, ConditionType.FAILED) == (
+        f"InvalidConfig: {words}. Change the field that the message names. No GPU was used."
+    )
+
+
+def api_error(status: int, message: str, *fields: str) -> ApiError:
+    return ApiError(status, "Why", message, "POST", "/apis/batch/v1/namespaces/ns/jobs", fields)
+
+
+@pytest.mark.parametrize(
+    ("problem", "words", "for_good"),
+    [
+        (api_error(403, "exceeded quota"), "exceeded quota", False),
+        (api_error(422, "is invalid: spec.x", "spec.x"), "is invalid: spec.x", True),
+        (api_error(422, "ValidatingAdmissionPolicy denied request"), "ValidatingAdmissionPolicy denied request", False),
+        (
+            api_error(500, "failed calling webhook"),
+            "the API server answered 500 (Why): failed calling webhook",
+            False,
+        ),
+        (api_error(0, ""), "the API server answered nothing (Why): Why", False),
+    ],
+)
+def test_what_refuses_an_object_is_told_and_only_validation_is_for_good(
+    problem: ApiError, words: str, for_good: bool
+) -> None:
+    assert refusal(problem, START) == Refusal(words, START, for_good)
 
 
 def test_a_job_that_gets_no_pod_waits_for_what_refuses_it_until_the_timeout() -> None:

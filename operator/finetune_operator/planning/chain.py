@@ -63,6 +63,14 @@ def name_conflict(look: Look) -> Decision | None:
     return fail(look, Reason.NAME_CONFLICT, look.obs.conflict)
 
 
+def invalid_object(look: Look) -> Decision | None:
+    """Fail if the API server's validation refuses what this spec makes of a stage's Job: it will each time."""
+    refusal = look.obs.refusal
+    if refusal is None or not refusal.for_good:
+        return None
+    return fail(look, Reason.INVALID_CONFIG, refusal.message)
+
+
 def succeeded(look: Look) -> Decision | None:
     """Succeed if publish has: its manifest is the last thing written."""
     report = look.publish_report
@@ -193,6 +201,7 @@ Rule = Callable[[Look], Decision | None]
 RULES: tuple[Rule, ...] = (
     invalid_spec,
     name_conflict,
+    invalid_object,
     succeeded,
     stage_failed,
     suspended,

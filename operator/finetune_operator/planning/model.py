@@ -129,6 +129,8 @@ class Refusal:
 
     message: str
     retry_at: datetime
+    for_good: bool = False
+    """Nobody but the author of the spec can mend it: what is created would be the same each time."""
 
 
 @dataclass(frozen=True)
