@@ -14,6 +14,7 @@ from finetune_operator.client import ApiError
 from finetune_operator.events import plain_refusal
 from finetune_operator.planning import plan
 from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.messages import NO_GPU_USED
 from finetune_operator.planning.model import Refusal, Urgency
 from tests.operator.manifests import failure, success
 from tests.operator.world import START, World, world
@@ -143,6 +144,32 @@ def test_a_failure_in_training_does_not_claim_that_no_gpu_was_used() -> None:
         message(w, ConditionType.FAILED)
         == "NonFiniteLoss: loss is NaN at step 3. Lower training.optimizer.learningRate."
     )
+
+
+def test_a_pod_that_waited_on_a_node_for_its_image_held_a_gpu_and_nothing_else_is_claimed() -> None:
+    w = world(pendingTimeoutSeconds=60)
+    w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.change_pod(node="gpu-7", waiting_reason="ErrImagePull", waiting_message="connection refused")
+    w.settle()
+    assert w.status.gpu_held
+    w.pods, w.jobs = {}, {}  # somebody deletes both; the image of the next pod cannot be pulled either
+    w.settle()
+    w.start_pod()
+    w.change_pod(waiting_reason="ErrImagePull", waiting_message="connection refused")
+    w.settle()
+    w.tick(60)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "PendingTimeout"
+    assert NO_GPU_USED not in message(w, ConditionType.FAILED)
+
+
+def test_a_run_without_gpus_used_none_however_it_fails() -> None:
+    w = in_training(training={"useCpu": True}, compute={"gpusPerNode": 0})
+    w.end_pod(22, failure(Stage.TRAIN, "NonFiniteLoss", "loss is NaN at step 3"))
+    w.settle()
+    assert message(w, ConditionType.FAILED).endswith(NO_GPU_USED)
 
 
 def test_a_message_that_gives_the_advice_itself_does_not_give_it_twice() -> None:

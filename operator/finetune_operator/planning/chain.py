@@ -180,7 +180,7 @@ def fail(look: Look, reason: str, message: str) -> Decision:
     waited = reason == Reason.PENDING_TIMEOUT  # its message ends with the advice for what was missing
     if advice and advice not in message and not waited:
         parts.append(advice)
-    if not look.gpu_was_used and not look.trained:
+    if not look.gpu_held and not look.trained:
         parts.append(NO_GPU_USED)
     text = " ".join(parts)
     return Decision(

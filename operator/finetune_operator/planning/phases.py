@@ -62,7 +62,7 @@ def not_suspended(look: Look) -> list[Wish]:
     if not is_true(look.before, ConditionType.SUSPENDED):
         return []
     text = "Runs again, from prepare on."
-    if look.gpu_was_used:
+    if look.training_began:
         text = "Runs again, from prepare on. Unless training had finished, it restarts from the beginning (there are no checkpoints yet)."
     return [Wish(ConditionType.SUSPENDED, False, "Resumed", text)]
 
