@@ -6,8 +6,10 @@ exit code carries the reason even where its termination message is lost (a delet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from finetune_api.names import Stage
 
 
 class Consequence(StrEnum):
@@ -65,10 +67,26 @@ class Failure:
     consequence: Consequence
     meaning: str
     advice: str
+    other_advice: dict[Stage, str] = field(default_factory=dict)
+    """Where a stage's resources are not the spec's to change: the CPU stages get the operator's."""
+
+    def advice_in(self, stage: Stage) -> str:
+        """What to do if it happened in a stage."""
+        return self.other_advice.get(stage, self.advice)
 
 
-def _row(reason: Reason, code: int | None, consequence: Consequence, meaning: str, advice: str) -> Failure:
-    return Failure(reason, code, consequence, meaning, advice)
+def _row(
+    reason: Reason,
+    code: int | None,
+    consequence: Consequence,
+    meaning: str,
+    advice: str,
+    other_advice: dict[Stage, str] | None = None,
+) -> Failure:
+    return Failure(reason, code, consequence, meaning, advice, other_advice or {})
+
+
+_CPU_MEMORY = "Have the platform team raise cpuStages.limits.memory in the operator's chart: compute.memory is the training pod's."
 
 
 _F, _R, _W = Consequence.FAIL, Consequence.RETRY, Consequence.WAIT
@@ -215,6 +233,7 @@ FAILURES: dict[Reason, Failure] = {
             _R,
             "The container used more memory than its limit and was killed.",
             "Raise compute.memory.",
+            {Stage.PREPARE: _CPU_MEMORY, Stage.PUBLISH: _CPU_MEMORY},
         ),
         _row(
             Reason.EVICTED,
@@ -222,6 +241,16 @@ FAILURES: dict[Reason, Failure] = {
             _R,
             "The node evicted the pod.",
             "Raise compute.ephemeralStorage or compute.memory to what the stage needs.",
+            {
+                Stage.PREPARE: (
+                    "Have the platform team raise cpuStages.requests (memory or ephemeralStorage) in the operator's chart "
+                    "to what the stage needs."
+                ),
+                Stage.PUBLISH: (
+                    "Raise compute.ephemeralStorage, or have the platform team raise cpuStages.requests.memory in the "
+                    "operator's chart, to what the stage needs."
+                ),
+            },
         ),
         _row(
             Reason.DEADLINE_EXCEEDED,

@@ -76,7 +76,7 @@ def test_a_failure_that_may_pass_is_repeated_and_then_told(bench: Bench) -> None
         failed = bench.until_finished("big")
     message = condition(failed, "Failed")["message"]
     assert condition(failed, "Failed")["reason"] == "HostOutOfMemory"
-    assert "Raise compute.memory." in message
+    assert "raise cpuStages.limits.memory in the operator's chart" in message
 
 
 def test_a_drained_pod_is_replaced_and_counts_for_nothing(bench: Bench) -> None:

@@ -172,6 +172,25 @@ def test_a_run_without_gpus_used_none_however_it_fails() -> None:
     assert message(w, ConditionType.FAILED).endswith(NO_GPU_USED)
 
 
+@pytest.mark.parametrize(
+    ("stages_before", "advice"),
+    [(0, "cpuStages.limits.memory"), (1, "Raise compute.memory."), (2, "cpuStages.limits.memory")],
+    ids=list(Stage),
+)
+def test_advice_names_what_the_stages_own_resources_come_from(stages_before: int, advice: str) -> None:
+    w = world()
+    for _ in range(stages_before):
+        w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.change_pod(terminated_reason="OOMKilled")
+    w.end_pod(137)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "HostOutOfMemory"
+    assert advice in message(w, ConditionType.FAILED)
+
+
 def test_a_message_that_gives_the_advice_itself_does_not_give_it_twice() -> None:
     w = world()
     w.settle()

@@ -135,7 +135,7 @@ def waited_too_long(look: Look) -> Decision | None:
     waited = look.now - look.waiting_since
     if waited < timedelta(seconds=look.spec.pending_timeout_seconds):
         return None
-    advice = advice_for(look.wait.reason)
+    advice = advice_for(look.wait.reason, look.stage)
     return fail(
         look,
         Reason.PENDING_TIMEOUT,
@@ -176,7 +176,7 @@ def fail(look: Look, reason: str, message: str) -> Decision:
     """The job has failed: what, why and what to do, in one sentence each."""
     reason = str(reason) if _REASON.match(reason) else str(Reason.UNKNOWN)
     parts = [f"{reason}: {sentence(message)}"]
-    advice = advice_for(reason)
+    advice = advice_for(reason, look.stage)
     waited = reason == Reason.PENDING_TIMEOUT  # its message ends with the advice for what was missing
     if advice and advice not in message and not waited:
         parts.append(advice)

@@ -28,9 +28,7 @@ def current(
     phase, message = _phase(look)
     wishes = [*milestones(look), *not_suspended(look)]
     if look.wait is not None and look.waiting_since is not None:
-        text = (
-            f"{sentence(look.wait.message)} Since {rfc3339(look.waiting_since)}. {advice_for(look.wait.reason)}".strip()
-        )
+        text = f"{sentence(look.wait.message)} Since {rfc3339(look.waiting_since)}. {advice_for(look.wait.reason, look.stage)}".strip()
         wishes.append(Wish(ConditionType.WAITING, True, look.wait.reason, text))
         message = f"Waiting: {look.wait.reason}: {text}"
     else:
