@@ -13,6 +13,7 @@ from finetune_operator.apply import refusal
 from finetune_operator.client import ApiError
 from finetune_operator.events import plain_refusal
 from finetune_operator.planning import plan
+from finetune_operator.planning.attempts import MAX_ATTEMPTS
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.messages import NO_GPU_USED
 from finetune_operator.planning.model import Refusal, Urgency
@@ -249,6 +250,32 @@ def test_the_deadline_counts_running_time_only() -> None:
     w.settle()
     assert reason(w, ConditionType.FAILED) == "DeadlineExceeded"
     assert w.status.active_seconds == 15
+
+
+def test_more_executions_than_status_holds_are_counted_once_each() -> None:
+    w = in_training(recovery={"maxFailures": 100})
+    for _ in range(MAX_ATTEMPTS + 6):
+        w.tick(10)
+        w.change_pod(phase="Failed", finished_at=w.now, exit_code=1)
+        w.start_pod()
+        w.run_pod()
+        w.settle()
+    spent = w.status.active_seconds
+    assert spent == 10 + 10 * (MAX_ATTEMPTS + 6), "prepare's 10 s, too"
+    assert len(w.status.attempts) == MAX_ATTEMPTS
+    assert len(w.pods) > MAX_ATTEMPTS, "all pods are still there"
+    for _ in range(3):
+        assert w.settle().idle
+    assert w.status.active_seconds == spent
+
+
+def test_the_time_of_a_pod_that_was_lost_with_its_node_counts() -> None:
+    w = in_training(activeDeadlineSeconds=3600)
+    w.tick(100)
+    w.change_pod(phase="Failed", pod_reason="NodeLost", disrupted="the node is unreachable")
+    w.settle()
+    assert w.status.attempts[-1].outcome == "Failed"
+    assert w.status.active_seconds == 110, "prepare's 10 s and the 100 s of training"
 
 
 def test_one_wait_longer_than_allowed_fails_with_what_was_missing() -> None:
