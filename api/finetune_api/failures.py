@@ -50,6 +50,7 @@ class Reason(StrEnum):
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     UNSCHEDULABLE = "Unschedulable"
     VOLUME_UNAVAILABLE = "VolumeUnavailable"
+    NODE_LOST = "NodeLost"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     EVICTED = "Evicted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
@@ -226,6 +227,13 @@ FAILURES: dict[Reason, Failure] = {
             _W,
             "A volume cannot be mounted.",
             "Check that the PersistentVolumeClaim exists and is bound.",
+        ),
+        _row(
+            Reason.NODE_LOST,
+            None,
+            _W,
+            "A node does not confirm that a deleted pod has stopped.",
+            "Bring the node back, or, once it is surely off, delete its Node object: then the pod is replaced.",
         ),
         _row(
             Reason.HOST_OUT_OF_MEMORY,

@@ -142,7 +142,7 @@ def trim_job(raw: Raw) -> StageJob | None:
         # Resumed, but the Job controller has not noticed yet: startTime and the pods still are those of before.
         suspended=bool((raw.get("spec") or {}).get("suspend")) or _first(conditions, "Suspended") is not None,
         started_at=parse_time(status.get("startTime")),
-        active=int(status.get("active") or 0),
+        active=int(status.get("active") or 0) + int(status.get("terminating") or 0),
         complete_at=_time(complete.get("lastTransitionTime")) if complete else None,
         failed_at=_time(failed.get("lastTransitionTime")) if failed else None,
         failed_reason=str(failed.get("reason") or "") if failed else "",
@@ -182,6 +182,7 @@ def trim_pod(raw: Raw) -> Pod | None:
         resource_version=version_of(meta),
         phase=phase,
         deleting=bool(meta.get("deletionTimestamp")),
+        deletion_due=parse_time(meta.get("deletionTimestamp")),
         node=node,
         unschedulable=str(scheduled.get("message") or "no node fits") if refused else "",
         unschedulable_since=_time(scheduled.get("lastTransitionTime")) if refused else None,

@@ -339,6 +339,31 @@ def test_a_wait_that_an_earlier_pod_told_does_not_count() -> None:
     assert find(w.status, ConditionType.WAITING) is None
 
 
+@pytest.mark.parametrize("job_too", [False, True], ids=["the pod", "its Job, too"])
+def test_a_deleted_pod_whose_node_does_not_confirm_its_end_is_waited_for_and_named(job_too: bool) -> None:
+    w = in_training(pendingTimeoutSeconds=600)
+    job = w.live_job()
+    assert job is not None
+    if job_too:
+        w.jobs[job.name] = replace(job, deleting=True)
+    w.change_pod(deleting=True, deletion_due=w.now + timedelta(seconds=120))
+    assert w.settle().requeue_after == pytest.approx(150.05)
+    w.tick(149)
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING)
+    w.tick(1)
+    decided = w.settle()
+    assert reason(w, ConditionType.WAITING) == "NodeLost"
+    assert "node gpu-7 does not confirm it" in message(w, ConditionType.WAITING)
+    assert "delete its Node object" in message(w, ConditionType.WAITING)
+    assert decided.requeue_after == pytest.approx(570.05), "since the end of its grace period"
+    w.collect()
+    w.settle()
+    w.start_pod()
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING)
+
+
 def test_a_refused_create_is_not_repeated_before_its_time() -> None:
     w = world()
     w.refusal = Refusal("exceeded quota", w.now + timedelta(seconds=8))

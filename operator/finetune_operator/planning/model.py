@@ -23,6 +23,8 @@ class PlannerConfig:
     """How often a stage may finish without leaving its report before the job fails."""
     volume_grace_seconds: float = 30.0
     """Mounting takes a while; a pod whose sandbox is not ready after this waits for a volume."""
+    node_grace_seconds: float = 30.0
+    """A node kills a deleted pod at the end of its grace period and says so; after this much longer it is lost."""
     pod_grace_seconds: float = 10.0
     """The Job controller makes a pod within a second or two; a Job without one after this is refused its pods."""
 
@@ -57,7 +59,7 @@ class StageJob:
     started_at: datetime | None = None
     """When the Job controller took it up; anew after each suspension."""
     active: int = 0
-    """Pods that the Job controller counts: it knows of a pod that it just created before the cache does."""
+    """Pods that the Job controller counts, terminating ones too: between two pods the cache may show none."""
     complete_at: datetime | None = None
     failed_at: datetime | None = None
     failed_reason: str = ""
@@ -82,6 +84,8 @@ class Pod:
     resource_version: int = 0
     phase: str = "Pending"
     deleting: bool = False
+    deletion_due: datetime | None = None
+    """When a deleted pod's grace period ends (deletionTimestamp)."""
     node: str = ""
     unschedulable: str = ""
     """The scheduler's words, while it finds no node."""

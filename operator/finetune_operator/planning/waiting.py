@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
+from finetune_operator.planning.clock import rfc3339
 from finetune_operator.planning.messages import gpu_request
 from finetune_operator.planning.model import Observation, PlannerConfig, Pod, StageJob, StageState, StageView
 
@@ -37,7 +38,12 @@ def find_wait(obs: Observation, view: StageView, config: PlannerConfig) -> Wait 
     """The first thing that keeps a stage from working, or None."""
     if obs.refusal is not None and view.state is StageState.ABSENT:
         return Wait(Reason.ADMISSION_REFUSED, obs.refusal.message)
-    if view.state not in (StageState.STARTING, StageState.RUNNING):
+    if view.state not in (StageState.STARTING, StageState.RUNNING, StageState.STOPPING):
+        return None
+    for pod in view.pods:
+        if not pod.ended and (lost_at := _lost_at(pod, config)) is not None and obs.now >= lost_at:
+            return _node_wait(pod, view)
+    if view.state is StageState.STOPPING:
         return None
     for pod in view.pods:
         if pod.ended or pod.deleting:
@@ -47,6 +53,24 @@ def find_wait(obs: Observation, view: StageView, config: PlannerConfig) -> Wait 
             return wait
     job = podless(obs, config)
     return _podless_wait(obs, job, view) if job is not None and job == view.job else None
+
+
+def _lost_at(pod: Pod, config: PlannerConfig) -> datetime | None:
+    """When a deleted pod that has not ended is taken for lost with its node."""
+    if pod.deletion_due is None or not pod.node:
+        return None
+    return pod.deletion_due + timedelta(seconds=config.node_grace_seconds)
+
+
+def _node_wait(pod: Pod, view: StageView) -> Wait:
+    """No pod replaces one that may still write."""
+    assert pod.deletion_due is not None
+    return Wait(
+        Reason.NODE_LOST,
+        f"the {view.stage} pod {pod.name} should have stopped by {rfc3339(pod.deletion_due)}, and node {pod.node} does not "
+        "confirm it; another pod starts only after it",
+        pod.deletion_due,
+    )
 
 
 def podless(obs: Observation, config: PlannerConfig) -> StageJob | None:
@@ -125,5 +149,6 @@ def next_look(obs: Observation, view: StageView, config: PlannerConfig) -> datet
     due = _pod_due(view.job, obs.pods) if view.job is not None else None
     if due is not None:
         times.append(due + timedelta(seconds=config.pod_grace_seconds))
+    times += [t for p in view.pods if not p.ended and (t := _lost_at(p, config)) is not None]
     future = [t for t in times if t > obs.now]
     return min(future, default=None)
