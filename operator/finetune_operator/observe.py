@@ -99,14 +99,19 @@ def _parse_spec(raw: Raw) -> tuple[FineTuneJobSpec | None, str]:
 
 
 def parse_status(raw: Raw) -> FineTuneJobStatus:
-    """Parse a status; top-level fields that another version wrote and this one cannot read are left out."""
+    """Parse a status that another version may have written: fields it does not know are ignored, and of what it cannot read
+    only that item or field is left out. A condition lost is a job run again."""
     raw = dict(raw)
     for _ in range(len(raw) + 1):
         try:
-            return in_order(FineTuneJobStatus.model_validate(raw))
+            return in_order(FineTuneJobStatus.model_validate(raw, extra="ignore"))
         except ValidationError as problem:
-            for error in problem.errors(include_url=False, include_input=False):
-                raw.pop(str(error["loc"][0]), None)
+            places = {tuple(e["loc"][:2]) for e in problem.errors(include_url=False, include_input=False)}
+        for name in {str(place[0]) for place in places}:
+            bad = {place[1] for place in places if place[0] == name and len(place) > 1}
+            value = raw.pop(name, None)
+            if isinstance(value, list):
+                raw[name] = [item for index, item in enumerate(value) if index not in bad]
     return FineTuneJobStatus()
 
 
@@ -159,7 +164,8 @@ def trim_pod(raw: Raw) -> Pod | None:
         return None
     status = raw.get("status") or {}
     conditions = status.get("conditions") or []
-    container: Raw = next((c for c in status.get("containerStatuses") or []), {})
+    # By name: an injected sidecar may stand first, and it may even end first.
+    container: Raw = next((c for c in status.get("containerStatuses") or [] if c.get("name") == stage), {})
     state = container.get("state") or {}
     waiting, running, ended = state.get("waiting") or {}, state.get("running") or {}, state.get("terminated") or {}
     message = str(ended.get("message") or "")
@@ -206,6 +212,6 @@ def parse_report(message: str) -> StageReport | None:
     if not message.startswith("{"):
         return None
     try:
-        return StageReport.model_validate(json.loads(message))
+        return StageReport.model_validate(json.loads(message), extra="ignore")
     except (ValueError, ValidationError):
         return None

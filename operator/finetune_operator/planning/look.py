@@ -56,7 +56,7 @@ class Look:
         """prepare's result, while its Job tells it."""
         view = self.views[Stage.PREPARE]
         return (
-            PrepareReport.model_validate(view.report.result)
+            PrepareReport.model_validate(view.report.result, extra="ignore")
             if view.state is StageState.SUCCEEDED and view.report
             else None
         )
@@ -66,7 +66,7 @@ class Look:
         """train's result, while its Job tells it."""
         view = self.views[Stage.TRAIN]
         return (
-            TrainReport.model_validate(view.report.result)
+            TrainReport.model_validate(view.report.result, extra="ignore")
             if view.state is StageState.SUCCEEDED and view.report
             else None
         )
@@ -76,7 +76,7 @@ class Look:
         """publish's result, while its Job tells it."""
         view = self.views[Stage.PUBLISH]
         return (
-            PublishReport.model_validate(view.report.result)
+            PublishReport.model_validate(view.report.result, extra="ignore")
             if view.state is StageState.SUCCEEDED and view.report
             else None
         )

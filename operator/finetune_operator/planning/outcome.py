@@ -78,7 +78,7 @@ _RESULTS: dict[Stage, type[ApiModel]] = {
 def _readable(report: StageReport) -> bool:
     """A success whose result was cut off or is of another version is as good as lost."""
     try:
-        _RESULTS[report.stage].model_validate(report.result)
+        _RESULTS[report.stage].model_validate(report.result, extra="ignore")
     except ValidationError:
         return False
     return True
