@@ -184,7 +184,13 @@ FAILURES: dict[Reason, Failure] = {
             "The GPU's memory did not suffice.",
             "Use QLoRA, a smaller training.microBatchSequences or training.maxSequenceTokens.",
         ),
-        _row(Reason.INTERRUPTED, 60, _R, "The container was told to stop.", "Nothing to do: it is started again."),
+        _row(
+            Reason.INTERRUPTED,
+            60,
+            _R,
+            "The container was told to stop or was killed from outside.",
+            "Nothing to do: it is started again.",
+        ),
         _row(Reason.UNKNOWN, 1, _R, "An error that has no name here.", "Read the pod's log."),
         _row(
             Reason.STORAGE_UNAVAILABLE,
@@ -301,7 +307,11 @@ PERMANENT_EXIT_CODES: tuple[int, ...] = tuple(
 
 
 def by_exit_code(code: int) -> Failure:
-    """The failure that an exit code stands for; 143 and 137 are signals from outside, any other unknown code is Unknown."""
-    if code in (143, 130):
+    """The failure that an exit code stands for; any code that is not in the table is Unknown.
+
+    130, 137 and 143 are signals from outside. (Where it was the container's own memory limit that killed it, the kubelet says
+    OOMKilled beside the 137, and that is looked at first.)
+    """
+    if code in (130, 137, 143):
         return FAILURES[Reason.INTERRUPTED]
     return _BY_EXIT_CODE.get(code, FAILURES[Reason.UNKNOWN])

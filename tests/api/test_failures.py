@@ -23,7 +23,7 @@ def test_exit_codes_lead_back_to_their_reason() -> None:
 
 
 def test_signals_from_outside_are_interruptions_and_the_rest_is_unknown() -> None:
-    assert by_exit_code(143).reason is Reason.INTERRUPTED
+    assert all(by_exit_code(code).reason is Reason.INTERRUPTED for code in (130, 137, 143))
     assert by_exit_code(77).reason is Reason.UNKNOWN
 
 
