@@ -595,6 +595,22 @@ def test_time_to_live_counts_from_completion() -> None:
     assert w.plan().delete_self
 
 
+def test_a_finished_job_whose_time_to_live_is_edited_says_so_and_changes_in_nothing_else() -> None:
+    w = in_publishing()
+    w.pass_stage()
+    w.settle()
+    end = w.status
+    told = len(w.events)
+    w.spec = w.spec.model_copy(update={"ttl_seconds_after_finished": 60})
+    w.generation += 1
+    w.tick(30)
+    assert w.settle().requeue_after == 30
+    assert w.status == end.model_copy(update={"observed_generation": w.generation})
+    assert len(w.events) == told
+    w.tick(30)
+    assert w.plan().delete_self
+
+
 def test_a_spec_that_cannot_be_read_fails_the_job() -> None:
     w = world()
     observation = w.observe()

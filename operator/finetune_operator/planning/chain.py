@@ -38,15 +38,27 @@ def plan(obs: Observation, config: PlannerConfig | None = None) -> Plan:
 
 
 def _finished(look: Look) -> Plan:
-    """A finished job never changes again; what still runs for it is stopped, and its time to live counted."""
+    """A finished job never changes again; what still runs for it is stopped, and its time to live counted.
+
+    Its time to live may still be edited: the status then says that this was seen, and nothing else.
+    """
     leftovers = tuple(DeleteJob(j.name, j.uid) for j in look.obs.jobs if not j.finished and not j.deleting)
     spec = look.obs.job.spec
     ttl = spec.ttl_seconds_after_finished if spec is not None else None
+    generation = look.obs.job.generation
+    seen = look.before.observed_generation == generation
+    status = None if seen else look.before.model_copy(update={"observed_generation": generation, "progress": None})
     if ttl is None:
-        return Plan(deletes=leftovers)
+        return Plan(deletes=leftovers, status=status)
     ended = parse_time(look.before.completion_time) or look.now
     left = ttl - (look.now - ended).total_seconds()
-    return Plan(deletes=leftovers, delete_self=left <= 0, requeue_after=left if left > 0 else None)
+    expired = left <= 0
+    return Plan(
+        deletes=leftovers,
+        delete_self=expired,
+        status=None if expired else status,
+        requeue_after=None if expired else left,
+    )
 
 
 def invalid_spec(look: Look) -> Decision | None:
