@@ -288,12 +288,19 @@ def test_one_wait_longer_than_allowed_fails_with_what_was_missing() -> None:
     decided = w.settle()
     assert decided.requeue_after == pytest.approx(60.05)
     assert reason(w, ConditionType.WAITING) == "Unschedulable"
-    assert "no node has room for 1 × nvidia.com/gpu: 0/3 nodes" in message(w, ConditionType.WAITING)
+    assert message(w, ConditionType.WAITING) == (
+        "no node has room for 1 × nvidia.com/gpu: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu. "
+        "Since 2026-03-01T12:00:10Z, and the job fails if it still is so at 2026-03-01T12:01:10Z (pendingTimeoutSeconds is 60). "
+        "Free or add the resource that the message names, or ask for less."
+    )
+    w.tick(30)
+    assert w.plan().idle, "the time that passes is not written down"
+    w.tick(-30)
     w.tick(60)
     w.settle()
     assert reason(w, ConditionType.FAILED) == "PendingTimeout"
     assert message(w, ConditionType.FAILED).startswith(
-        "PendingTimeout: waited 1m00s for Unschedulable: no node has room"
+        "PendingTimeout: waited 1m00s (pendingTimeoutSeconds is 60) and still Unschedulable: no node has room"
     )
     assert message(w, ConditionType.FAILED).endswith("No GPU was used.")
 

@@ -144,14 +144,15 @@ def waited_too_long(look: Look) -> Decision | None:
     """Fail if one thing has been missing without a break for longer than allowed."""
     if look.wait is None or look.waiting_since is None:
         return None
-    waited = look.now - look.waiting_since
-    if waited < timedelta(seconds=look.spec.pending_timeout_seconds):
+    waited, limit = look.now - look.waiting_since, look.spec.pending_timeout_seconds
+    if waited < timedelta(seconds=limit):
         return None
     advice = advice_for(look.wait.reason, look.stage)
     return fail(
         look,
         Reason.PENDING_TIMEOUT,
-        f"waited {exact_duration(waited.total_seconds())} for {look.wait.reason}: {sentence(look.wait.message)} {advice}",
+        f"waited {exact_duration(waited.total_seconds())} (pendingTimeoutSeconds is {limit}) and still {look.wait.reason}: "
+        f"{sentence(look.wait.message)} {advice}",
     )
 
 
