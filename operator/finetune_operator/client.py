@@ -120,14 +120,15 @@ class Api:
         """A FineTuneJob, fresh."""
         return await self.request("GET", f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}")
 
-    async def apply_status(self, namespace: str, name: str, uid: str, status: Raw, manager: str) -> Raw:
-        """Server-side apply on /status. The UID makes it a no to a namesake that was created since (409)."""
-        body = {
-            "apiVersion": API_VERSION,
-            "kind": "FineTuneJob",
-            "metadata": {"name": name, "namespace": namespace, "uid": uid},
-            "status": status,
-        }
+    async def apply_status(
+        self, namespace: str, name: str, uid: str, status: Raw, manager: str, resource_version: str = ""
+    ) -> Raw:
+        """Server-side apply on /status. The UID makes it a no to a namesake that was created since (409), and so does the
+        resourceVersion, if one is given, to whatever was written since that was read."""
+        meta = {"name": name, "namespace": namespace, "uid": uid}
+        if resource_version:
+            meta["resourceVersion"] = resource_version
+        body = {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": meta, "status": status}
         return await self.request(
             "PATCH",
             f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}/status",
