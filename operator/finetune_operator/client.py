@@ -1,22 +1,7 @@
 """The API server as plain JSON: paths in, dicts out, over kubernetes.aio's connection pool and credentials.
 
 Typed models of the client library cost a third of the throughput (facts/kopf.md), so none are used here.
-
-The operator's rights (the chart's ClusterRole or Roles), and nothing else:
-
-==================  ===========================  ===============================================================
-API group           resources                    verbs
-==================  ===========================  ===============================================================
-finetune.dev        finetunejobs                 get list watch delete            (delete: ttlSecondsAfterFinished)
-finetune.dev        finetunejobs/status          patch                            (server-side apply)
-finetune.dev        finetunejobs/finalizers      update                           (blockOwnerDeletion on OpenShift)
-batch               jobs                         get list watch create delete
-""                  configmaps                   get create
-""                  pods                         get list watch
-""                  events                       create list                      (list: a Job's own, when it gets no pod)
-authentication...   tokenreviews                 create                           (always cluster-wide)
-coordination...     leases                       get create update                (its own namespace only)
-==================  ===========================  ===============================================================
+What may be asked for is what the chart grants (templates/_helpers.tpl): tests/operator/test_rights.py holds the two together.
 """
 
 from __future__ import annotations
