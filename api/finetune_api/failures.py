@@ -165,7 +165,8 @@ FAILURES: dict[Reason, Failure] = {
             21,
             _F,
             "The container sees no GPU.",
-            "Check the device plugin and compute.gpu.resourceName; for a run on the CPU set training.useCpu: true.",
+            "Check the device plugin, compute.gpu.resourceName and, where NVIDIA's is not the default container runtime, "
+            "runtime.runtimeClassName; for a run on the CPU set training.useCpu: true.",
         ),
         _row(
             Reason.NON_FINITE_LOSS, 22, _F, "The loss became NaN or infinite.", "Lower training.optimizer.learningRate."
