@@ -138,7 +138,11 @@ class Histories(RuleBasedStateMachine):
 
     def _note_the_end(self) -> None:
         if self.end is None and is_true(self.world.status, ConditionType.FINISHED):
-            self.end = self.world.status.model_copy(update={"progress": None})
+            self.end = self._end()
+
+    def _end(self) -> FineTuneJobStatus:
+        """An edit of the time limits is seen even afterwards."""
+        return self.world.status.model_copy(update={"progress": None, "observed_generation": None})
 
     @invariant()
     def at_most_one_stage_is_live(self) -> None:
@@ -161,7 +165,7 @@ class Histories(RuleBasedStateMachine):
     def an_end_is_final(self) -> None:
         if self.end is None:
             return
-        assert self.world.status.model_copy(update={"progress": None}) == self.end
+        assert self._end() == self.end
         assert not self.world.gone or self.world.spec.ttl_seconds_after_finished is not None
 
     @invariant()
