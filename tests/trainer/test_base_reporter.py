@@ -38,8 +38,9 @@ class Endpoint:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 endpoint.open.wait(10)
                 post = ProgressPost.model_validate_json(body)
+                status = endpoint.status  # before the test sees the post and may change it
                 endpoint.posts.put((self.path, self.headers.get("Authorization"), post))
-                self.send_response(endpoint.status)
+                self.send_response(status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
