@@ -18,7 +18,7 @@ from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_trainer import waiting
 from finetune_trainer.context import StageContext
-from finetune_trainer.entrypoint import TERMINATION_BYTES, main, termination_message
+from finetune_trainer.entrypoint import TERMINATION_BYTES, main, set_up, termination_message
 from finetune_trainer.errors import StageError
 from finetune_trainer.text import shorten, shorten_bytes
 from finetune_trainer.waiting import wait_until_available
@@ -95,6 +95,7 @@ OutOfMemoryError.__module__ = "torch"
             "no space left at /work/x: raise compute.ephemeralStorage",
         ),
         (KeyboardInterrupt(), 60, "told to stop"),
+        (ValueError("Gr\udcf6\udcdfe \ud83d"), 1, r"ValueError: Gr\xf6\xdfe \ud83d"),
         (SystemExit(3), 1, "exit code 3"),
     ],
 )
@@ -193,5 +194,8 @@ def test_a_bounded_wait_raises_the_last_error(tmp_path: Path, monkeypatch: pytes
     assert info.value.consequence is Consequence.WAIT
 
 
-def test_logs_are_silent_about_libraries_telemetry() -> None:
+def test_logs_are_silent_about_libraries_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "")
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    set_up({})
     assert os.environ.get("HF_HUB_DISABLE_TELEMETRY") == "1"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from finetune_api.failures import FAILURES, Consequence, Reason
+from finetune_trainer.text import readable
 
 
 class StageError(Exception):
     """A failure with a name. The reason decides the exit code and whether the job fails, retries or waits."""
 
     def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(f"{reason}: {message}")
         self.reason = reason
-        self.message = message
+        self.message = readable(message)
+        super().__init__(f"{reason}: {self.message}")
 
     def __reduce__(self) -> tuple[type[StageError], tuple[Reason, str]]:
         return type(self), (self.reason, self.message)
