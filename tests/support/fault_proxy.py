@@ -24,6 +24,8 @@ class S3Faults:
     """GET bodies with a flipped byte."""
     corrupt_uploads: int = 0
     """PUT bodies with a flipped byte."""
+    refused_deletes: int = 0
+    """DELETE requests answered 403 AccessDenied."""
     fail_part: int = 0
     """The multipart part of this number is answered 500, always."""
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -74,6 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.faults.requests.append((self.command, self.path))
         if self._happens("unavailable"):
             return self._answer(503, {}, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+        if self.command == "DELETE" and self._happens("refused_deletes"):
+            return self._answer(403, {}, b"<Error><Code>AccessDenied</Code><Message>no deletes</Message></Error>")
         if self.faults.fail_part and f"partNumber={self.faults.fail_part}&" in f"{self.path}&":
             return self._answer(500, {}, b"<Error><Code>InternalError</Code><Message>broken</Message></Error>")
         if self.command == "PUT" and body and self._happens("corrupt_uploads"):

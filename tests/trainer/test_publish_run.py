@@ -23,6 +23,7 @@ from finetune_trainer.publish import run as publish
 from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
 from finetune_trainer.train.device import Compute
+from tests.support.fault_proxy import FaultProxy
 from tests.support.prepared import PreparedJob, prepare_job
 from tests.support.tiny_model import build_tiny_model
 
@@ -211,6 +212,25 @@ def test_without_a_merge_neither_torch_nor_the_base_is_needed(s3: Any, tiny_mode
     # The workspace, a copy of the rows, is gone; results stay.
     assert s3.keys(job.bucket, job.snapshot.workspace.key) == []
     assert manifest_of(job).snapshot_digest == job.snapshot.digest()
+
+
+def test_credentials_that_may_not_delete_publish_too(copy: PreparedJob, s3: Any, s3_proxy: FaultProxy) -> None:
+    s3.put(copy.bucket, f"{copy.snapshot.output.key}/merged/left-behind", "by an earlier execution")
+    context = copy.context(Stage.PUBLISH)
+    s3.write_secret(context.secrets_dir / "output", endpoint=s3_proxy.endpoint)
+    s3_proxy.faults.refused_deletes = -1
+    try:
+        publish.run(context)
+    finally:
+        s3.write_secret(context.secrets_dir / "output")
+    assert "merged/left-behind" not in {f.path for f in manifest_of(copy).files}
+
+
+def test_a_manifest_that_is_not_whole_is_withdrawn_first(copy: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = copy.context(Stage.PUBLISH).output_store()
+    store.put_bytes(MANIFEST, b"{}")
+    store.delete("adapter/adapter_model.safetensors")
+    fails(copy, "has disappeared since training")
 
 
 def test_a_tuned_tokenizer_reads_as_the_base_does(published: PreparedJob, tmp_path: Path) -> None:

@@ -23,10 +23,11 @@ from botocore.credentials import Credentials as BotocoreCredentials
 from botocore.credentials import ReadOnlyCredentials
 from pydantic import BaseModel
 
+from finetune_api.failures import Reason
 from finetune_api.results import FileRecord
 from finetune_api.uris import S3Location
 from finetune_trainer.credentials import Credentials
-from finetune_trainer.errors import NotFound
+from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3_errors import translated
 from finetune_trainer.s3_transfer import OnBytes, download, md5_base64, upload
 
@@ -233,6 +234,18 @@ class S3Store:
         """Delete an object, if it is there."""
         with translated(self.uri(key)):
             self._client.delete_object(Bucket=self.location.bucket, Key=self._key(key))
+
+    def clear(self, prefix: str) -> None:
+        """Delete what an earlier execution left below ``prefix``, as far as the credentials may.
+
+        What stays is written over, or listed in no manifest: credentials that may not delete must not cost a finished run.
+        """
+        try:
+            self.delete_prefix(prefix)
+        except StageError as error:
+            if error.reason is not Reason.ACCESS_DENIED:
+                raise
+            log.warning("what an earlier execution left below %s stays: %s", self.uri(prefix), error.message)
 
     def delete_prefix(self, prefix: str) -> int:
         """Delete all objects below the folder ``prefix``; returns how many."""

@@ -102,7 +102,7 @@ def upload_merged(ctx: StageContext, folder: Path, output: S3Store) -> list[File
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
     def upload() -> list[FileRecord]:
-        output.delete_prefix(MERGED_DIR)
+        output.clear(MERGED_DIR)
         return output.upload_dir(folder, MERGED_DIR, ctx.reporter.transfer("upload", total))
 
     return wait_until_available(ctx, upload)
