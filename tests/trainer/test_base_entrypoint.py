@@ -21,7 +21,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.entrypoint import TERMINATION_BYTES, main, set_up, termination_message
 from finetune_trainer.errors import StageError
 from finetune_trainer.text import shorten, shorten_bytes
-from finetune_trainer.waiting import wait_until_available
+from finetune_trainer.waiting import Patience, wait_until_available
 from tests.support.trainer_run import Pod
 
 SPEC: dict[str, Any] = {
@@ -181,6 +181,41 @@ def test_a_wait_ends_when_the_thing_appears_and_other_errors_pass_through(
         wait_until_available(ctx, lambda: (_ for _ in ()).throw(StageError(Reason.ACCESS_DENIED, "no")))
     assert info.value.reason is Reason.ACCESS_DENIED
     assert len(pauses) == 2
+
+
+@pytest.mark.parametrize(
+    ("failures", "advances", "spent"),
+    [
+        ([1000.0, 1299.0], {}, [False, False]),
+        ([1000.0, 1150.0, 1300.0], {}, [False, False, True]),
+        ([1000.0, 1250.0, 1400.0], {1250.0: 1200.0}, [False, False, False]),
+        ([1000.0, 1400.0], {1400.0: 1001.0}, [False, False]),
+    ],
+    ids=["hours before the first failure", "nothing moved", "got on in between", "got on for long"],
+)
+def test_patience_counts_only_time_without_progress(
+    failures: list[float], advances: dict[float, float], spent: list[bool]
+) -> None:
+    advanced = 0.0
+    patience = Patience(300, lambda: advanced)
+    found = []
+    for now in failures:
+        advanced = advances.get(now, advanced)
+        found.append(patience.spent(now))
+    assert found == spent
+
+
+def test_bytes_moved_again_are_no_progress(tmp_path: Path) -> None:
+    reporter = Pod(tmp_path).context(SPEC).reporter
+    reporter.measure_anew()
+    first = reporter.transfer("download")
+    first(100)
+    reached = reporter.advanced
+    again = reporter.transfer("download")  # the next try
+    again(100)
+    assert reporter.advanced == reached
+    again(1)
+    assert reporter.advanced > reached
 
 
 def test_a_bounded_wait_raises_the_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

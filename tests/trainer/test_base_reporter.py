@@ -112,6 +112,22 @@ def test_the_wait_is_in_every_post_until_it_is_over(endpoint: Endpoint) -> None:
     assert third.waiting is None
 
 
+def test_a_wait_that_lasts_is_said_again_for_an_operator_that_forgot_it(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = reporter(endpoint)
+    r.set_waiting(Reason.SECRET_MISSING, "no Secret x")
+    first = endpoint.next()
+    r.set_waiting(Reason.SECRET_MISSING, "no Secret x")  # the next try, a moment later
+    r.report(step=1)
+    assert endpoint.next().step == 1
+    monkeypatch.setattr(module, "WAITING_AGAIN_SECONDS", 0.0)
+    r.set_waiting(Reason.SECRET_MISSING, "no Secret x")
+    again = endpoint.next()
+    assert again.waiting == first.waiting
+    assert again.sequence > first.sequence
+
+
 def test_values_of_a_failed_post_are_sent_again(endpoint: Endpoint) -> None:
     endpoint.status = 500
     r = reporter(endpoint)

@@ -35,8 +35,7 @@ def run(ctx: StageContext) -> PublishReport:
     Raises:
         StageError: VerificationFailed, UnsupportedModel, and what stores raise.
     """
-    output, workspace = ctx.output_store(), ctx.workspace_store()
-    done = wait_until_available(ctx, lambda: finished_manifest(ctx, output))
+    output, workspace, done = wait_until_available(ctx, lambda: open_stores(ctx))
     if done is not None:
         log.info("this snapshot is published already: nothing to do")
         clean_up(ctx, workspace)
@@ -71,6 +70,15 @@ def run(ctx: StageContext) -> PublishReport:
     wait_until_available(ctx, lambda: output.put_model(MANIFEST, manifest))
     clean_up(ctx, workspace)
     return report(manifest)
+
+
+def open_stores(ctx: StageContext) -> tuple[S3Store, S3Store, Manifest | None]:
+    """Output, workspace, and what an earlier execution finished.
+
+    Opened anew at every try: the Secret may be missing still, or hold an endpoint that somebody mends.
+    """
+    output = ctx.output_store()
+    return output, ctx.workspace_store(), finished_manifest(ctx, output)
 
 
 def finished_manifest(ctx: StageContext, output: S3Store) -> Manifest | None:

@@ -194,6 +194,8 @@ class S3Model(ModelSource):
     def _fetch_file(self, path: str, dest: Path, on_bytes: OnBytes | None) -> None:
         if not (dest / path).is_file():
             self._store.download_file(path, dest / path, on_bytes)
+        elif on_bytes is not None:
+            on_bytes((dest / path).stat().st_size)  # from an earlier try
 
     def _read(self, path: str, start: int, length: int) -> bytes:
         return self._store.read_range(path, start, length)

@@ -51,6 +51,7 @@ def fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
 
 
 def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
+    moved = ctx.reporter.transfer("download")
     try:
         result = workspace.get_model(PREPARE_RESULT, PrepareResult)
     except NotFound as error:
@@ -68,7 +69,7 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
     for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS):
         paths[name] = ctx.work_dir / name
         try:
-            found = workspace.download_file(name, paths[name])
+            found = workspace.download_file(name, paths[name], moved)
         except NotFound as error:
             raise StageError(Reason.VERIFICATION_FAILED, f"{workspace.uri(name)} has disappeared.") from error
         must_equal(found, records[name], workspace.uri(name))

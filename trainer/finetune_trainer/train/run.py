@@ -34,9 +34,8 @@ def run(ctx: StageContext) -> TrainReport:
     Raises:
         StageError: NoGPU, UnsupportedModel, UnknownTargetModule, NonFiniteLoss, VerificationFailed and what stores raise.
     """
-    output, workspace = ctx.output_store(), ctx.workspace_store()
-    done = wait_until_available(
-        ctx, lambda: finished_result(ctx, output, workspace), limit_seconds=inputs.GPU_PATIENCE_SECONDS
+    output, workspace, done = wait_until_available(
+        ctx, lambda: open_stores(ctx), limit_seconds=inputs.GPU_PATIENCE_SECONDS
     )
     if done is not None:
         log.info("this snapshot is trained already: nothing to do")
@@ -161,6 +160,15 @@ def run(ctx: StageContext) -> TrainReport:
         ctx, lambda: workspace.put_model(TRAIN_RESULT, result), limit_seconds=inputs.GPU_PATIENCE_SECONDS
     )
     return report(result)
+
+
+def open_stores(ctx: StageContext) -> tuple[S3Store, S3Store, TrainResult | None]:
+    """Output, workspace, and what an earlier execution finished.
+
+    Opened anew at every try: the Secret may be missing still, or hold an endpoint that somebody mends.
+    """
+    output, workspace = ctx.output_store(), ctx.workspace_store()
+    return output, workspace, finished_result(ctx, output, workspace)
 
 
 def finished_result(ctx: StageContext, output: S3Store, workspace: S3Store) -> TrainResult | None:

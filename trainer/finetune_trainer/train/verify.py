@@ -38,7 +38,7 @@ def fetch_back(ctx: StageContext, output: S3Store, records: Sequence[FileRecord]
     for record in records:
         path = folder / record.path.removeprefix(f"{ADAPTER_DIR}/")
         try:
-            download = partial(output.download_file, record.path, path)
+            download = partial(output.download_file, record.path, path, ctx.reporter.transfer("download", record.size))
             found = wait_until_available(ctx, download, limit_seconds=GPU_PATIENCE_SECONDS)
         except NotFound as error:
             raise StageError(
