@@ -1,8 +1,8 @@
 """One place below a bucket: small objects, files and folders, with errors that have names.
 
 Memory is bounded by a part. Every upload carries an MD5 that the store checks; every download is tied to one version of the
-object (ETag), counted, and checked against the ETag where that is an MD5. boto3's own transfer manager does neither resume
-nor hash while reading, therefore the loops here.
+object (ETag), counted, and checked against what the store tells of its bytes. boto3's own transfer manager does neither resume
+nor hash while reading, therefore the loops of s3_download and s3_transfer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from finetune_api.results import FileRecord
 from finetune_api.uris import S3Location
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.s3_download import download
 from finetune_trainer.s3_errors import translated
-from finetune_trainer.s3_transfer import OnBytes, download, md5_base64, upload
+from finetune_trainer.s3_transfer import OnBytes, md5_base64, upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
