@@ -33,6 +33,8 @@ class S3Faults:
     """Content-Range of partial answers, where it is to be a wrong one."""
     corrupt_uploads: int = 0
     """PUT bodies with a flipped byte."""
+    expired: int = 0
+    """Requests answered 400 ExpiredToken."""
     refused_deletes: int = 0
     """DELETE requests answered 403 AccessDenied."""
     fail_part: int = 0
@@ -85,6 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.faults.requests.append((self.command, self.path))
         if self._happens("unavailable"):
             return self._answer(503, {}, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+        if self._happens("expired"):
+            return self._answer(400, {}, b"<Error><Code>ExpiredToken</Code><Message>expired</Message></Error>")
         if self.command == "DELETE" and self._happens("refused_deletes"):
             return self._answer(403, {}, b"<Error><Code>AccessDenied</Code><Message>no deletes</Message></Error>")
         if self.faults.fail_part and f"partNumber={self.faults.fail_part}&" in f"{self.path}&":

@@ -201,7 +201,7 @@ def test_patience_counts_only_time_without_progress(
     found = []
     for now in failures:
         advanced = advances.get(now, advanced)
-        found.append(patience.spent(now))
+        found.append(patience.spent(now, None))
     assert found == spent
 
 
@@ -216,6 +216,21 @@ def test_bytes_moved_again_are_no_progress(tmp_path: Path) -> None:
     assert reporter.advanced == reached
     again(1)
     assert reporter.advanced > reached
+
+
+def test_a_failure_with_a_patience_of_its_own_is_waited_for_so_long_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = Pod(tmp_path).context(SPEC)
+    clock = [0.0]
+    monkeypatch.setattr(waiting, "pause", lambda seconds: clock.__setitem__(0, clock[0] + 60))
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
+    with pytest.raises(StageError) as info:
+        wait_until_available(
+            ctx, lambda: (_ for _ in ()).throw(StageError(Reason.ACCESS_DENIED, "expired", patience_seconds=300))
+        )
+    assert info.value.reason is Reason.ACCESS_DENIED
+    assert clock[0] == 300
 
 
 def test_a_bounded_wait_raises_the_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,14 @@ import pytest
 
 from finetune_api.failures import Reason
 from finetune_api.uris import S3Location
-from finetune_trainer import s3_download, s3_transfer
+from finetune_trainer import s3_download, s3_transfer, waiting
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import StageError
 from finetune_trainer.s3 import S3Store, connect
 from finetune_trainer.s3_checksum import Hashes, Version, etag_is_md5
+from finetune_trainer.waiting import wait_until_available
 from tests.support.fault_proxy import FaultProxy
+from tests.support.trainer_run import Pod
 from tests.trainer.conftest import S3
 
 DATA = random.Random(0).randbytes(3_000_000)
@@ -176,6 +178,31 @@ def test_an_answer_that_begins_elsewhere_is_not_appended(store: S3Store, s3_prox
         store.download_file("f", tmp_path / "f")
     assert info.value.reason is Reason.STORAGE_UNAVAILABLE
     assert (tmp_path / "f.part").stat().st_size == 0
+
+
+def test_an_expired_token_is_waited_for_because_secrets_rotate(
+    store: S3Store, s3_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_bytes("f", b"x")
+    spec = {
+        "model": {"uri": "hf://o/m"},
+        "data": {"train": [{"uri": "s3://bucket/x"}]},
+        "output": {"uri": "s3://bucket/out"},
+    }
+    ctx = Pod(tmp_path / "pod").context(spec)
+    told: list[str] = []
+
+    def pause(seconds: float) -> None:
+        assert ctx.reporter._waiting is not None
+        told.append(ctx.reporter._waiting.message)
+
+    monkeypatch.setattr(waiting, "pause", pause)
+    for action in (lambda: store.get_bytes("f"), lambda: store.head("f"), lambda: store.put_bytes("f", b"y")):
+        s3_proxy.faults.expired = 2
+        wait_until_available(ctx, action)
+        assert told
+        assert all("expired session token" in text for text in told)
+        told.clear()
 
 
 def test_a_download_of_200_megabytes_holds_a_few_parts_at_most(s3: S3, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -28,9 +27,10 @@ from finetune_api.results import FileRecord
 from finetune_api.uris import S3Location
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.parallel import WORKERS, in_parallel
 from finetune_trainer.s3_download import download
 from finetune_trainer.s3_errors import translated
-from finetune_trainer.s3_transfer import OnBytes, md5_base64, upload
+from finetune_trainer.s3_transfer import OnBytes, md5_base64, told, upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -39,14 +39,13 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
 Records = list[FileRecord]  # S3Store.list hides the builtin inside the class
 
-PARALLEL_FILES = 4
 CLIENT_CONFIG = {
     # botocore waits 60 s to connect, times its retries: "unreachable" must be known, and said, within seconds.
     "connect_timeout": 5,
     "read_timeout": 20,
     "retries": {"mode": "standard", "total_max_attempts": 2},
     "tcp_keepalive": True,
-    "max_pool_connections": 2 * PARALLEL_FILES,
+    "max_pool_connections": 2 * WORKERS,
     # The newer default (CRC32 trailers in aws-chunked bodies) is unknown to many S3-compatible stores; MD5 is known to all.
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
@@ -222,13 +221,16 @@ class S3Store:
         """All objects below ``prefix``, into ``local``; paths in the records are relative to ``prefix``."""
         folder = self.at(prefix)
         keys = [info.key for info in folder.list() if ".." not in info.key.split("/")]
-        return _parallel(lambda key: folder.download_file(key, local / key, on_bytes), keys)
+        return in_parallel(lambda key, check: folder.download_file(key, local / key, _checked(check, on_bytes)), keys)
 
     def upload_dir(self, local: Path, prefix: str, on_bytes: OnBytes | None = None) -> Records:
         """All files below ``local``; paths in the records start with ``prefix``."""
         files = sorted(p for p in local.rglob("*") if p.is_file())
-        return _parallel(
-            lambda path: self.upload_file(path, _join(prefix, path.relative_to(local).as_posix()), on_bytes), files
+        return in_parallel(
+            lambda path, check: self.upload_file(
+                path, _join(prefix, path.relative_to(local).as_posix()), _checked(check, on_bytes)
+            ),
+            files,
         )
 
     def delete(self, key: str) -> None:
@@ -261,18 +263,15 @@ class S3Store:
         return self.location.join(key).key
 
 
-T = TypeVar("T")
-R = TypeVar("R")
+def _checked(check: Callable[[], None], on_bytes: OnBytes | None) -> OnBytes:
+    """``on_bytes`` that ends the transfer when nobody waits for it any more. Bytes taken back end nothing: that is the cleaning up."""
 
+    def moved(count: int) -> None:
+        if count > 0:
+            check()
+        told(on_bytes, count)
 
-def _parallel(fn: Callable[[T], R], items: list[T]) -> list[R]:
-    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="s3") as pool:
-        futures = [pool.submit(fn, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return moved
 
 
 def _join(*parts: str) -> str:

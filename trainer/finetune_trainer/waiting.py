@@ -37,16 +37,18 @@ def wait_until_available(
     ctx.reporter.measure_anew()
     patience = Patience(limit_seconds, lambda: ctx.reporter.advanced)
 
+    def spent(state: RetryCallState) -> bool:
+        return patience.spent(time.monotonic(), _failure(state).patience_seconds)
+
     def report(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        assert isinstance(error, StageError)
+        error = _failure(state)
         log.warning("waiting (%s): %s %s", error.reason, error.message, FAILURES[error.reason].advice)
         ctx.reporter.set_waiting(error.reason, error.message)
 
     retrying = Retrying(
         retry=retry_if_exception(_waits),
         wait=wait_exponential_jitter(initial=1, max=10, jitter=1),
-        stop=lambda _state: patience.spent(time.monotonic()),
+        stop=spent,
         before_sleep=report,
         sleep=lambda seconds: pause(seconds),
         reraise=True,
@@ -64,12 +66,21 @@ class Patience:
         self._advanced = advanced
         self._since: float | None = None
 
-    def spent(self, now: float) -> bool:
-        """Called after each failure."""
+    def spent(self, now: float, patience_seconds: float | None) -> bool:
+        """Called after each failure; ``patience_seconds`` is what that failure itself deserves, if it says so."""
         if self._since is None or self._advanced() > self._since:
             self._since = now
-        return self._limit is not None and now - self._since >= self._limit
+        limits = [limit for limit in (self._limit, patience_seconds) if limit is not None]
+        return bool(limits) and now - self._since >= min(limits)
+
+
+def _failure(state: RetryCallState) -> StageError:
+    error = state.outcome.exception() if state.outcome else None
+    assert isinstance(error, StageError)
+    return error
 
 
 def _waits(error: BaseException) -> bool:
-    return isinstance(error, StageError) and error.consequence is Consequence.WAIT
+    return isinstance(error, StageError) and (
+        error.consequence is Consequence.WAIT or error.patience_seconds is not None
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from finetune_api.results import (
 )
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.parallel import in_parallel
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.model import resolve_model
 from finetune_trainer.waiting import wait_until_available
@@ -125,16 +126,16 @@ def must_equal(found: FileRecord, expected: FileRecord, what: str) -> None:
 
 def hash_files(folder: Path, names: list[str]) -> list[FileRecord]:
     """Size and SHA-256 of files, a few at a time (hashing releases the interpreter lock)."""
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(lambda name: hash_file(folder / name, name), sorted(names)))
+    return in_parallel(lambda name, check: hash_file(folder / name, name, check), sorted(names))
 
 
-def hash_file(path: Path, name: str) -> FileRecord:
+def hash_file(path: Path, name: str, check: Callable[[], None]) -> FileRecord:
     """Read a file once, in parts."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
         while part := file.read(READ_BYTES):
+            check()
             digest.update(part)
             size += len(part)
     return FileRecord(path=name, size=size, sha256=digest.hexdigest())
