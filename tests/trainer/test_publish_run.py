@@ -174,7 +174,7 @@ def test_a_wrongly_merged_tensor_fails(copy: PreparedJob, monkeypatch: pytest.Mo
         return parts(base, adapter, info)
 
     monkeypatch.setattr(merge, "merged_parts", forgetful)
-    fails(copy, "the merged model has")
+    fails(copy, "tensors of the merged model are not base [+] adapter within rounding")
 
 
 def fails(job: PreparedJob, said: str) -> None:

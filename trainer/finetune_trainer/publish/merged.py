@@ -18,6 +18,7 @@ from finetune_trainer.publish.check import lost_in_rounding, merge_check
 from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
 from finetune_trainer.publish.nf4 import RoundTrip
 from finetune_trainer.publish.safetensors_stream import Checkpoint
+from finetune_trainer.publish.written import check_written
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.train.device import use_all_cpus
 from finetune_trainer.train.evaluate import pad_token_id
@@ -64,6 +65,7 @@ def make_merged(
     write_companions(base_files.folder, [f.path for f in base_files.files], adapter_folder, dtype, folder)
 
     ctx.reporter.report(activity="Verifying")
+    check_written(base, adapter, folder)
     tokenizer = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=spec.model.trust_remote_code, local_files_only=True
     )
