@@ -13,12 +13,14 @@ import torch
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.publish.adapter import Adapter
+from finetune_trainer.publish.adapter import Adapter, Lora
 from finetune_trainer.publish.merge import BaseWeights, module_of
-from finetune_trainer.publish.safetensors_stream import Checkpoint, TensorInfo
+from finetune_trainer.publish.safetensors_stream import Checkpoint, TensorInfo, rows_per_chunk
 
 SLACK = 1e-5
 """Relative to |W| + scaling·|B|·|A|: merge and check sum in float32 in another order, 2⁻²⁴ an operation, up to some hundred ranks."""
+CHECK_BYTES = 2 << 20
+"""Float32 values compared at a time."""
 NAMED = 3
 
 
@@ -71,26 +73,36 @@ def check_written(base: BaseWeights, adapter: Adapter, folder: Path) -> None:
 
 def compare_tensor(base: BaseWeights, adapter: Adapter, merged: Checkpoint, info: TensorInfo) -> Written:
     """One tensor of the merged model against the exact sum."""
-    name, dtype = info.name, info.dtype
+    name = info.name
     result = Written()
-    if dtype is None:
+    if info.dtype is None:
         found, original = merged.read(name), base.checkpoint.read(name)
         return Written(found.numel(), 0 if torch.equal(found, original) else found.numel())
     parts = iter([(0, adapter.replacement(name))]) if name in adapter.replaced else base.rows(name)
     lora = adapter.lora(module_of(name)) if name.endswith(".weight") and module_of(name) in adapter.modules else None
     for (start, rows), (_, found) in zip(parts, merged.read_rows(name), strict=True):
-        weight = rows.float()
-        delta, summands = torch.zeros_like(weight), weight.abs()
-        if lora:
-            b, a = lora.b[start : start + len(rows)], lora.scaling * lora.a
-            delta = b @ a
-            summands += b.abs() @ a.abs()
-        exact = weight + delta
-        off = (found.float() - exact).abs()
-        nearest = (exact.to(dtype).float() - exact).abs()
-        # "not …": NaN counts as wrong.
-        result.wrong += int((~(off <= nearest + SLACK * summands)).sum())
-        result.elements += found.numel()
-        result.arrived += float(((found.float() - weight) * delta).sum(dtype=torch.float64))
-        result.update += float((delta * delta).sum(dtype=torch.float64))
+        # A few rows at a time: there are ten float32 values here for each element.
+        step = rows_per_chunk(tuple(rows.shape), CHECK_BYTES)
+        for at in range(0, len(rows), step):
+            b = lora.b[start + at : start + at + step] if lora else None
+            _compare(result, rows[at : at + step].float(), found[at : at + step], b, lora)
     return result
+
+
+def _compare(
+    result: Written, weight: torch.Tensor, found: torch.Tensor, b: torch.Tensor | None, lora: Lora | None
+) -> None:
+    """Add some rows to the result: W (float32), W', and the rows of B that make their update."""
+    delta, summands = torch.zeros_like(weight), weight.abs()
+    if b is not None and lora is not None:
+        a = lora.scaling * lora.a
+        delta = b @ a
+        summands += b.abs() @ a.abs()
+    exact = weight + delta
+    off = (found.float() - exact).abs()
+    nearest = (exact.to(found.dtype).float() - exact).abs()
+    # "not …": NaN counts as wrong.
+    result.wrong += int((~(off <= nearest + SLACK * summands)).sum())
+    result.elements += found.numel()
+    result.arrived += float(((found.float() - weight) * delta).sum(dtype=torch.float64))
+    result.update += float((delta * delta).sum(dtype=torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 << 20
 """Most memory that one chunk of float32 logits may take."""
+WHOLE_LOGITS_BYTES = 1 << 30
+"""Most memory for an evaluated batch's logits where they come all at once: 512 tokens at a vocabulary of 256k."""
 LOGIT_SETTINGS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -46,7 +49,8 @@ class LearnedTokenLoss:
         self.model = causal_lm
         self.head: nn.Module = causal_lm.get_output_embeddings()
         config = causal_lm.config.get_text_config()
-        self.chunk_tokens = max(1, chunk_bytes // (4 * config.vocab_size))
+        self.vocabulary = int(config.vocab_size)
+        self.chunk_tokens = max(1, chunk_bytes // (4 * self.vocabulary))
         self.head_apart: bool | None = None if head_stands_apart(causal_lm.config) else False
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -55,26 +59,39 @@ class LearnedTokenLoss:
 
     def per_token(self, batch: Batch) -> torch.Tensor:
         """NLL of each learned token, row after row: float32, shape (learned tokens,)."""
-        if self.head_apart is None:
-            self.head_apart = self._head_can_stand_apart(batch["input_ids"][:1, :8])
+        apart = self._stands_apart(batch["input_ids"])
         labels = batch["labels"][:, 1:]
         learned = labels != IGNORED
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        if not self.head_apart:
-            logits = self.model(**inputs).logits[:, :-1]
-            return F.cross_entropy(logits[learned].float(), labels[learned], reduction="none")
-        hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][learned]
+        nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = self._nll_of_hidden if apart else _nll_of_logits
+        rows = self.model.base_model(**inputs).last_hidden_state if apart else self.model(**inputs).logits
+        rows = rows[:, :-1][learned]
         targets = labels[learned]
         if len(targets) <= self.chunk_tokens:
-            return self._nll(hidden, targets)
-        parts = zip(torch.split(hidden, self.chunk_tokens), torch.split(targets, self.chunk_tokens), strict=True)
+            return nll(rows, targets)
+        parts = zip(torch.split(rows, self.chunk_tokens), torch.split(targets, self.chunk_tokens), strict=True)
         if torch.is_grad_enabled():
-            # Recomputed in the backward pass, so that one chunk's logits exist at a time there too.
-            return torch.cat([checkpoint(self._nll, h, t, use_reentrant=False) for h, t in parts])
-        return torch.cat([self._nll(h, t) for h, t in parts])
+            # Recomputed in the backward pass, so that one chunk's float32 logits exist at a time there too.
+            return torch.cat([checkpoint(nll, r, t, use_reentrant=False) for r, t in parts])
+        return torch.cat([nll(r, t) for r, t in parts])
 
-    def _nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.head(hidden).float(), targets, reduction="none")
+    def batch_tokens(self, ids: torch.Tensor, most: int) -> int:
+        """How many tokens a batch may have, padding included, so that its logits stay within a gibibyte; ``ids`` are a few to try.
+
+        Only where the model's own forward is needed: elsewhere logits exist a chunk at a time. A row that is longer goes alone.
+        """
+        if self._stands_apart(ids):
+            return most
+        # The logits as computed, those of the learned positions, and float32 in between.
+        return max(1, min(most, WHOLE_LOGITS_BYTES // (8 * self.vocabulary)))
+
+    def _stands_apart(self, ids: torch.Tensor) -> bool:
+        if self.head_apart is None:
+            self.head_apart = self._head_can_stand_apart(ids[:1, :8])
+        return self.head_apart
+
+    def _nll_of_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _nll_of_logits(self.head(hidden), targets)
 
     @torch.no_grad()
     def _head_can_stand_apart(self, ids: torch.Tensor) -> bool:
@@ -91,6 +108,10 @@ class LearnedTokenLoss:
                 "%s changes its logits after the head: training needs all logits at once", type(self.model).__name__
             )
         return bool(same)
+
+
+def _nll_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def learned_tokens(labels: torch.Tensor) -> int:

@@ -62,12 +62,12 @@ def run(ctx: StageContext) -> TrainReport:
     base = model.load_base(base_files.folder, snapshot, compute)
     quantized = quantized_modules(base)
     prompt_ids = [p.input_ids for p in prepared.prompts]
-    max_new_tokens = spec.evaluation.generation.max_new_tokens
+    max_new_tokens, limit = spec.evaluation.generation.max_new_tokens, spec.training.max_sequence_tokens
 
     # Evaluate the base.
     ctx.reporter.report(activity="Evaluating")
     loss_base = evaluate.held_out_loss(base, held_out, pad_id, compute)
-    answers_base = evaluate.greedy_answers(base, prompt_ids, tokenizer, compute, max_new_tokens)
+    answers_base = evaluate.greedy_answers(base, prompt_ids, tokenizer, compute, max_new_tokens, limit)
     metrics_lines: list[dict[str, Any]] = [{"step": 0, "held_out_loss": loss_base.loss}]
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
@@ -122,7 +122,7 @@ def run(ctx: StageContext) -> TrainReport:
     tuned = verify.load_freshly(base, fetched).get_base_model()
     loss_reloaded = evaluate.held_out_loss(tuned, held_out, evaluate.pad_token_id(tokenizer), compute)
     verification = verify.compare(loss_trained.loss, loss_reloaded.loss)
-    answers_tuned = evaluate.greedy_answers(tuned, prompt_ids, tokenizer, compute, max_new_tokens)
+    answers_tuned = evaluate.greedy_answers(tuned, prompt_ids, tokenizer, compute, max_new_tokens, limit)
     answers = [
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
         for p, b, t in zip(prepared.prompts, answers_base, answers_tuned, strict=True)
