@@ -9,7 +9,15 @@ import torch
 from transformers import AutoTokenizer
 
 from finetune_api.failures import Reason
-from finetune_api.results import MERGED_DIR, PREPARED_HELD_OUT, FileRecord, MergeCheck, PrepareResult, TrainResult
+from finetune_api.results import (
+    MERGED_DIR,
+    PREPARED_HELD_OUT,
+    FileRecord,
+    MergeCheck,
+    PrepareResult,
+    SourceFile,
+    TrainResult,
+)
 from finetune_api.spec import MergedBase
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
@@ -47,7 +55,8 @@ def make_merged(
     use_all_cpus()
     snapshot, spec = ctx.snapshot, ctx.snapshot.spec
     ctx.reporter.report(activity="Downloading")
-    base_files = fetch_base(ctx, prepared.model_commit, trained.base_files, limit_seconds=None)
+    expected = [SourceFile(path=f.path, size=f.size, sha256=f.sha256) for f in trained.base_files]
+    base_files = fetch_base(ctx, prepared.model_commit, expected, limit_seconds=None)
     rows = fetch_held_out(ctx, workspace, prepared)
 
     ctx.reporter.report(activity="Merging")

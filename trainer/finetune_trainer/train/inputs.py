@@ -18,12 +18,14 @@ from finetune_api.results import (
     FileRecord,
     PreparedPrompt,
     PrepareResult,
+    SourceFile,
 )
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.parallel import in_parallel
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.model import resolve_model
+from finetune_trainer.stored import read_stored
 from finetune_trainer.waiting import wait_until_available
 
 GPU_PATIENCE_SECONDS = 300
@@ -54,7 +56,7 @@ def fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
 def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
     moved = ctx.reporter.transfer("download")
     try:
-        result = workspace.get_model(PREPARE_RESULT, PrepareResult)
+        result = read_stored(workspace, PREPARE_RESULT, PrepareResult)
     except NotFound as error:
         raise StageError(
             Reason.VERIFICATION_FAILED,
@@ -87,31 +89,48 @@ class BaseFiles:
 
 
 def fetch_base(
-    ctx: StageContext, commit: str | None, expected: list[FileRecord], *, limit_seconds: float | None
+    ctx: StageContext, commit: str | None, expected: list[SourceFile], *, limit_seconds: float | None
 ) -> BaseFiles:
     """Download the base model at ``commit`` and hash every file of it.
 
     Args:
-        expected: records that the files must agree with, as far as they go.
+        expected: what an earlier stage knew of the files. They must agree with it as far as it goes: size, hash, version.
 
     Raises:
         StageError: VerificationFailed, if the base is not the expected one; what the model's source raises.
     """
 
-    def fetch() -> BaseFiles:
+    def fetch() -> tuple[BaseFiles, dict[str, str | None]]:
         source = resolve_model(ctx, commit)
+        present = {f.path for f in source.list_files()}
         total = sum(f.size for f in source.list_files())
         dest = ctx.work_dir / "base"
+        versions = {f.path: source.version(f.path) for f in expected if f.version and f.path in present}
         folder = source.fetch(dest, weights=True, on_bytes=ctx.reporter.transfer("download", total))
-        return BaseFiles(folder, hash_files(folder, [f.path for f in source.list_files()]))
+        return BaseFiles(folder, hash_files(folder, sorted(present))), versions
 
-    base = wait_until_available(ctx, fetch, limit_seconds=limit_seconds)
+    base, versions = wait_until_available(ctx, fetch, limit_seconds=limit_seconds)
     found = {f.path: f for f in base.files}
     for record in expected:
         if record.path not in found:
             raise StageError(Reason.VERIFICATION_FAILED, f"the base model has no {record.path} any more.")
-        must_equal(found[record.path], record, f"{ctx.snapshot.spec.model.uri}: {record.path}")
+        must_be_unchanged(
+            found[record.path], versions.get(record.path), record, f"{ctx.snapshot.spec.model.uri}: {record.path}"
+        )
     return base
+
+
+def must_be_unchanged(found: FileRecord, version: str | None, expected: SourceFile, what: str) -> None:
+    """Raises VerificationFailed if anything differs that both stages know: hash, size, version."""
+    if expected.sha256 is not None:
+        must_equal(found, FileRecord(path=expected.path, size=expected.size, sha256=expected.sha256), what)
+    before, now = (expected.size, expected.version), (found.size, version)
+    if before[0] != now[0] or (None not in (expected.version, version) and expected.version != version):
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"{what} changed since the prepare stage: it had {before[0]} bytes and version {before[1]}, and has {now[0]} bytes and "
+            f"version {now[1]} now.",
+        )
 
 
 def must_equal(found: FileRecord, expected: FileRecord, what: str) -> None:
