@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from finetune_api.failures import Reason
 from finetune_api.spec import Quantization
 from finetune_trainer.errors import StageError
-from finetune_trainer.publish import nf4, safetensors_stream
+from finetune_trainer.publish import nf4, safetensors_stream, written
 from finetune_trainer.publish.adapter import read_adapter
 from finetune_trainer.publish.check import TRAINED_ABSOLUTE, TRAINED_TOLERANCE, must_agree
 from finetune_trainer.publish.merge import BaseWeights, merge, merged_config, write_companions
@@ -66,6 +66,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_stream, "CHUNK_BYTES", 5 * 64 * 4)
     monkeypatch.setattr(safetensors_stream.rows_per_chunk, "__defaults__", (5 * 64 * 4,))
     monkeypatch.setattr(Checkpoint.read_rows, "__defaults__", (5 * 64 * 4,))
+    monkeypatch.setattr(written, "CHECK_BYTES", 3 * 64 * 4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["LoRA", "rsLoRA"])

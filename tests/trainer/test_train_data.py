@@ -211,3 +211,23 @@ def test_answers_are_the_same_however_they_are_batched(
     assert evaluate.greedy_answers(model, prompts, tokenizer, compute, 12, 6) == evaluate.greedy_answers(
         model, [p[-6:] for p in prompts], tokenizer, compute, 12
     )
+
+
+def test_capped_logits_are_evaluated_in_chunks_and_are_the_models_own(rows: Rows) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.2
+    batch = collate(rows, [0, 1, 2], pad_id=0)
+    loss = LearnedTokenLoss(model, chunk_bytes=7 * 4 * 400)
+    ours = loss(batch) / learned_tokens(batch["labels"])
+    assert loss.head_apart
+    torch.testing.assert_close(ours, model(**batch).loss, rtol=1e-5, atol=1e-5)
+    loss.softcap = None
+    assert not torch.allclose(loss(batch) / learned_tokens(batch["labels"]), model(**batch).loss, rtol=1e-2)

@@ -84,8 +84,9 @@ def compare_tensor(base: BaseWeights, adapter: Adapter, merged: Checkpoint, info
         # A few rows at a time: there are ten float32 values here for each element.
         step = rows_per_chunk(tuple(rows.shape), CHECK_BYTES)
         for at in range(0, len(rows), step):
-            b = lora.b[start + at : start + at + step] if lora else None
-            _compare(result, rows[at : at + step].float(), found[at : at + step], b, lora)
+            weight = rows[at : at + step].float()
+            b = lora.b[start + at : start + at + len(weight)] if lora else None
+            _compare(result, weight, found[at : at + step], b, lora)
     return result
 
 

@@ -20,17 +20,19 @@ CHUNK_BYTES = 256 << 20
 WHOLE_LOGITS_BYTES = 1 << 30
 """Most memory for an evaluated batch's logits where they come all at once: 512 tokens at a vocabulary of 256k."""
 LOGIT_SETTINGS = (
-    "final_logit_softcapping",
     "logit_scale",
     "logits_scaling",
     "lm_head_multiplier",
     "output_multiplier",
 )
 """Settings by which models change their logits after the head (transformers 5.23)."""
+SOFTCAP = "final_logit_softcapping"
+"""Another one, whose meaning is the same in all models that have it (cap · tanh(logits / cap), Gemma above all, with its
+vocabulary of 256k): it is done here, on chunks."""
 
 
 def head_stands_apart(config: Any) -> bool:
-    """Whether, by a model's configuration, its logits are what its head gives."""
+    """Whether, by a model's configuration, its logits are what its head gives (capped, where it caps them)."""
     return all(getattr(config.get_text_config(), name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
 
 
@@ -40,9 +42,9 @@ class LearnedTokenLoss:
     Only positions that predict a learned token go through the language-model head, a chunk at a time: with a vocabulary of
     128k, the logits of 8k tokens are 4 GiB in float32, twice that with their gradient, and most are prompt or padding.
 
-    Calling the decoder and the head apart skips what some models do to their logits (Gemma caps, Granite divides). Those
-    are known by their configuration; for others it is tried on a few tokens first. Where it does not hold, the model's own
-    forward is used.
+    Calling the decoder and the head apart skips what some models do to their logits. Gemma's capping is done here; others
+    (Granite divides, Cohere multiplies) are known by their configuration, and whether it holds is tried on a few tokens first.
+    Where it does not, the model's own forward is used.
     """
 
     def __init__(self, causal_lm: Any, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -51,6 +53,7 @@ class LearnedTokenLoss:
         config = causal_lm.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self.chunk_tokens = max(1, chunk_bytes // (4 * self.vocabulary))
+        self.softcap: float | None = getattr(config, SOFTCAP, None)
         self.head_apart: bool | None = None if head_stands_apart(causal_lm.config) else False
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -91,7 +94,12 @@ class LearnedTokenLoss:
         return self.head_apart
 
     def _nll_of_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return _nll_of_logits(self.head(hidden), targets)
+        return _nll_of_logits(self._logits(hidden), targets)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32, capped where the model caps."""
+        logits: torch.Tensor = self.head(hidden).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @torch.no_grad()
     def _head_can_stand_apart(self, ids: torch.Tensor) -> bool:
@@ -99,7 +107,7 @@ class LearnedTokenLoss:
         self.model.eval()
         try:
             whole = self.model(input_ids=ids, use_cache=False).logits.float()
-            apart = self.head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+            apart = self._logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         finally:
             self.model.train(training)
         same = whole.shape == apart.shape and torch.allclose(whole, apart, rtol=1e-2, atol=1e-2)
