@@ -205,6 +205,17 @@ def test_patience_counts_only_time_without_progress(
     assert found == spent
 
 
+def test_a_failure_with_a_patience_of_its_own_is_not_charged_for_others_before_it() -> None:
+    patience = Patience(None, lambda: 0.0)
+    assert not patience.spent(0.0, None)
+    assert not patience.spent(1000.0, 300)
+    assert not patience.spent(1299.0, 300)
+    assert patience.spent(1300.0, 300)
+    held = Patience(300, lambda: 0.0)
+    assert not held.spent(0.0, None)
+    assert held.spent(300.0, 300)
+
+
 def test_bytes_moved_again_are_no_progress(tmp_path: Path) -> None:
     reporter = Pod(tmp_path).context(SPEC).reporter
     reporter.measure_anew()

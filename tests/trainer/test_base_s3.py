@@ -191,8 +191,10 @@ def test_a_missing_secret_is_waited_for(tmp_path: Path) -> None:
     assert info.value.reason is Reason.SECRET_MISSING
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "AWS_ACCESS_KEY_ID").write_text("x")
+    (tmp_path / "part" / "AWS_SESSION_TOKEN").write_text("\n")
     with pytest.raises(
-        StageError, match="lacks AWS_SECRET_ACCESS_KEY; it has AWS_ACCESS_KEY_ID; expected the keys AWS_A"
+        StageError,
+        match=r"lacks AWS_SECRET_ACCESS_KEY; it has AWS_ACCESS_KEY_ID, AWS_SESSION_TOKEN .empty.; expected the keys AWS_A",
     ):
         connect(S3Location("b", ""), Credentials("output", "keys", tmp_path / "part"), tmp_path)
 
@@ -259,5 +261,5 @@ def test_a_failed_file_stops_the_others_before_anybody_tries_again() -> None:
             time.sleep(0.001)
 
     with pytest.raises(ValueError, match="bad"):
-        in_parallel(work, ["bad", "a", "b", "c"])
+        in_parallel(work, ["a", "b", "bad", "c"])
     assert sorted(stopped) == ["a", "b", "c"]

@@ -62,7 +62,10 @@ class Credentials:
             return values
         missing = [key for key in keys if not values.get(key)]
         if missing:
-            found = sorted({*values, *_file_names(self.folder)})
+            found = [
+                f"{name} (empty)" if name in KEYS and name not in values else name
+                for name in sorted(_file_names(self.folder))
+            ]
             has = f"lacks {', '.join(missing)}; it has {', '.join(found)}" if found else "does not exist or is empty"
             raise StageError(
                 Reason.SECRET_MISSING,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -33,10 +33,11 @@ def in_parallel(work: Callable[[T, Callable[[], None]], R], items: list[T]) -> l
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="files")
     futures = [pool.submit(work, item, check) for item in items]
     try:
-        results = [future.result() for future in futures]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
     except BaseException as error:
         stop.set()
         pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
         raise
     pool.shutdown()
-    return results
+    return [future.result() for future in futures]

@@ -65,13 +65,19 @@ class Patience:
         self._limit = limit_seconds
         self._advanced = advanced
         self._since: float | None = None
+        self._own_since: float | None = None
 
-    def spent(self, now: float, patience_seconds: float | None) -> bool:
-        """Called after each failure; ``patience_seconds`` is what that failure itself deserves, if it says so."""
+    def spent(self, now: float, own_seconds: float | None) -> bool:
+        """Called after each failure; ``own_seconds`` is how long that failure in itself is worth waiting for, if it says so."""
         if self._since is None or self._advanced() > self._since:
-            self._since = now
-        limits = [limit for limit in (self._limit, patience_seconds) if limit is not None]
-        return bool(limits) and now - self._since >= min(limits)
+            self._since, self._own_since = now, None
+        if own_seconds is None:
+            self._own_since = None
+            return self._limit is not None and now - self._since >= self._limit
+        if self._own_since is None:
+            self._own_since = now
+        over = now - self._own_since >= own_seconds
+        return over or (self._limit is not None and now - self._since >= self._limit)
 
 
 def _failure(state: RetryCallState) -> StageError:

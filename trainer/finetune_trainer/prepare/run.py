@@ -55,7 +55,7 @@ def run(ctx: StageContext) -> PrepareReport:
         log.info("prepared before: %s", plural(earlier.prepared.data.train_rows, "training row"))
         return report(earlier.prepared, earlier.trained)
     wait_until_available(ctx, lambda: check_output(ctx))
-    note_begin(ctx, ctx.workspace_store())
+    wait_until_available(ctx, lambda: note_begin(ctx, ctx.workspace_store()))
 
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
