@@ -21,8 +21,6 @@ from finetune_operator.reconciler import Reconciler
 
 logger = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0
-SOON_SECONDS = (5.0, 30.0)
-"""kopf begins to watch after our first list, and never tells of what was deleted between the two: these lists do."""
 
 
 class Resync:
@@ -50,17 +48,15 @@ class Resync:
         self.last_success = time.monotonic()
 
     async def run(self) -> None:
-        """For ever, soon after the start and then at intervals. The very first list is made before anything is decided."""
-        soon = iter(SOON_SECONDS)
-        delay = min(next(soon), self._seconds)
+        """For ever, the first time at once."""
         while True:
-            await asyncio.sleep(delay)
             try:
                 await self.once()
-                delay = min(next(soon, self._seconds), self._seconds)
+                delay = self._seconds
             except ApiError as problem:
                 logger.warning("Listing failed: %s", problem)
                 delay = min(RETRY_SECONDS, self._seconds)
+            await asyncio.sleep(delay)
 
     async def once(self) -> None:
         """One full list of everything, and every unfinished job looked at once more."""
