@@ -113,8 +113,7 @@ class Cache:
         return uid
 
     def forget_job(self, owner: str, name: str, uid: str) -> None:
-        """Forget a Job that is gone: another may have its name."""
-        self._bury(uid)
+        """Forget a Job by name, if it is still that one. If it exists after all, the next event brings it back."""
         family = self.families.get(owner)
         if family is not None and name in family.jobs and family.jobs[name].uid == uid:
             del family.jobs[name]

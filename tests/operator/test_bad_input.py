@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 
@@ -23,6 +22,7 @@ from tests.operator.harness import (
     Bench,
     Recorder,
     condition,
+    gpu_pods,
     is_true,
     jobs_of,
     pods_of,
@@ -35,10 +35,6 @@ from tests.operator.manifests import failure, finetunejob, termination_message
 pytestmark = pytest.mark.light
 
 PERMANENT = [f for f in FAILURES.values() if f.consequence is Consequence.FAIL and f.exit_code is not None]
-
-
-def gpu_pods(events: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    return [raw["metadata"]["name"] for _, raw in events if "nvidia.com/gpu" in str(raw["spec"]["containers"])]
 
 
 def test_every_permanent_failure_of_prepare_ends_the_job_with_its_reason_and_advice(bench: Bench) -> None:
@@ -65,8 +61,7 @@ def test_every_permanent_failure_of_prepare_ends_the_job_with_its_reason_and_adv
             if (row.exit_code or 0) % 2:
                 assert "train.jsonl:17" in message
             assert failed["status"]["phase"] == "Failed"
-    recorder.stop()
-    assert gpu_pods(recorder.events) == []
+    assert not gpu_pods(recorder.stop())
 
 
 def test_a_failure_that_may_pass_is_repeated_and_then_told(bench: Bench) -> None:
@@ -108,14 +103,17 @@ def test_a_missing_image_is_waited_for_and_heals(bench: Bench) -> None:
             return [Waiting("ImagePullBackOff", message), until_set(pushed), *succeed_stage(pod)]
         return succeed_stage(pod)
 
+    pods = Recorder(bench.cluster, pods_of(bench.namespace))
     with bench.script(script):
         bench.apply(finetunejob("pull").build())
         waiting = bench.until_waiting("pull", "ImageUnavailable")
         assert "127.0.0.1:9/none:1" in condition(waiting, "Waiting")["message"]
         assert FAILURES[Reason.IMAGE_UNAVAILABLE].advice in condition(waiting, "Waiting")["message"]
         assert waiting["status"]["waitingSince"]
+        assert not gpu_pods(pods.so_far()), "the image is known to be there before a GPU is asked for"
         pushed.set()
         done = bench.until_finished("pull")
+    assert len(gpu_pods(pods.stop())) == 1
     assert is_true(done, "Complete")
     assert condition(done, "Waiting")["status"] == "False"
     assert ("Waiting", condition(waiting, "Waiting")["message"]) in [
