@@ -21,7 +21,8 @@ REFUSED = (400, 403, 422)
 """Quota, policy, webhook, validation: somebody else must mend it."""
 PATIENCE = 3
 """Creates that fail in another way (a webhook that is down answers 500) before that counts as refused, too."""
-MAX_RETRY_SECONDS = 60.0
+MAX_RETRY_SECONDS, MAX_OUTAGE_RETRY_SECONDS = 60.0, 10.0
+"""What people mend takes a while; an API server or a webhook that is back should not be waited for that long."""
 
 
 @dataclass
@@ -65,11 +66,13 @@ class Applier:
             return False
         except ApiError as problem:
             answers = self._answers.setdefault(job.uid, Answers())
+            longest = MAX_RETRY_SECONDS
             if problem.status not in REFUSED:
+                longest = MAX_OUTAGE_RETRY_SECONDS
                 answers.failures += 1
                 if answers.failures < PATIENCE:
                     raise
-            delay = min(1.0 * 2**answers.refusals, MAX_RETRY_SECONDS)
+            delay = min(1.0 * 2**answers.refusals, longest)
             answers.refusals += 1
             answers.refusal = refusal(problem, datetime.now(UTC) + timedelta(seconds=delay))
             logger.info("%s/%s: refused: %s", job.namespace, job.name, answers.refusal.message)

@@ -126,9 +126,10 @@ class Election:
         try:
             await asyncio.wait({election, work, expiry}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (election, expiry, *leading):
+            ended = work.done()
+            for task in (work, election, expiry, *leading):
                 task.cancel()
-        if work.done():
+        if ended:
             await work
         else:
             logger.error("The Lease was lost.")

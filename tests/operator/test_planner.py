@@ -371,6 +371,22 @@ def test_a_deleted_pod_whose_node_does_not_confirm_its_end_is_waited_for_and_nam
     assert not is_true(w.status, ConditionType.WAITING)
 
 
+def test_a_suspension_that_waits_for_a_lost_node_names_it() -> None:
+    w = in_training()
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    pod = next(p for p in w.pods.values() if p.stage is Stage.TRAIN)
+    w.pods[pod.name] = replace(pod, deletion_due=w.now + timedelta(seconds=120))
+    assert w.settle().requeue_after == pytest.approx(150.05)
+    w.tick(150)
+    w.settle()
+    assert w.status.message is not None
+    assert w.status.message.startswith("Suspending: waits for the pods to stop. NodeLost: the train pod")
+    w.collect()
+    w.settle()
+    assert phase(w) is Phase.SUSPENDED
+
+
 def test_a_refused_create_is_not_repeated_before_its_time() -> None:
     w = world()
     w.refusal = Refusal("exceeded quota", w.now + timedelta(seconds=8))

@@ -126,6 +126,12 @@ class Histories(RuleBasedStateMachine):
                     del self.world.pods[pod.name]
 
     @rule()
+    def a_pod_is_deleted_and_its_node_does_not_answer(self) -> None:
+        pod = self.world.pod()
+        if pod is not None and pod.node:
+            self.world.change_pod(deleting=True, deletion_due=self.world.now)
+
+    @rule()
     def deletions_finish(self) -> None:
         self.world.collect()
 

@@ -118,8 +118,11 @@ def suspended(look: Look) -> Decision | None:
         for kind in (ConditionType.PREPARED, ConditionType.TRAINED)
     )
     if not look.idle:
-        phase = look.before.phase or Phase.PENDING
-        return Decision(phase, "Suspending: waits for the pods to stop.", (phases.not_waiting(look),), deletes=deletes)
+        phase, text = look.before.phase or Phase.PENDING, "Suspending: waits for the pods to stop."
+        if look.view.state is StageState.STOPPING and look.wait is not None:
+            text += f" {look.wait.reason}: {sentence(look.wait.message)} {advice_for(look.wait.reason, look.stage)}"
+        again = next_look(look.obs, look.view, look.config)
+        return Decision(phase, text, (phases.not_waiting(look),), deletes=deletes, requeue_at=again)
     text = "spec.suspend is true: nothing runs and nothing is held."
     return Decision(
         Phase.SUSPENDED,
