@@ -32,6 +32,8 @@ def choose(
     global_batch_sequences: int,
     method: MethodType | None = None,
     micro_batch_sequences: int | None = None,
+    *,
+    evaluation_follows: bool = False,
 ) -> Choice:
     """LoRA if it fits, QLoRA if not, each with the largest efficient micro-batch that fits. Where nothing fits, the choice is
     QLoRA (or the method asked for) with the smallest micro-batch, and its ``fit`` says what would.
@@ -40,6 +42,7 @@ def choose(
         request: all that is settled; its tuning's ``four_bit`` and its micro-batch are chosen here.
         method: chosen when absent.
         micro_batch_sequences: the most the user allows; chosen when absent.
+        evaluation_follows: the trainer takes the evaluation batch from the plan, so it is made as small as training allows.
     """
     per_gpu = max(1, global_batch_sequences // request.gpus)
     methods = [method] if method else [MethodType.LORA, MethodType.QLORA]
@@ -51,6 +54,9 @@ def choose(
             for rows in micro_batches(per_gpu, request.batch.sequence_tokens, micro_batch_sequences):
                 tried = with_batch(base.model_copy(update={"layout": layout}), micro_batch_sequences=rows)
                 planned = plan(tried)
+                if evaluation_follows:
+                    tried = tried.model_copy(update={"evaluation_tokens": evaluation_tokens(tried, planned)})
+                    planned = plan(tried)
                 last = candidate, tried, planned
                 if planned.needed_bytes <= limit(usable_bytes):
                     reason = _reason(candidate, rows, method is None, planned, usable_bytes, rejected)

@@ -49,7 +49,8 @@ def communication(layout: Layout, gpus: int, weights: dict[str, int], trainable:
     layer = max(size for unit, size in units.items() if unit.isdigit())
     outside = max((size for unit, size in units.items() if not unit.isdigit()), default=0)
     gathered = layer + max(layer, outside)
-    return Communication(gathered_bytes=gathered, buffer_bytes=2 * gathered // gpus + NCCL_BYTES)
+    # all-gather reads a copy of the shard and writes one flat tensor, from which a layer's weights are copied
+    return Communication(gathered_bytes=gathered, buffer_bytes=gathered // gpus + layer + NCCL_BYTES)
 
 
 def sharded(size: int, layout: Layout, gpus: int) -> int:

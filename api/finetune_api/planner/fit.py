@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.gpus import known_gpus
-from finetune_api.planner.plan import MemoryPlan, Request, plan
+from finetune_api.planner.plan import Decisive, MemoryPlan, Request, plan
 
 MARGIN = 0.05
 """Share of a GPU's usable memory that a plan leaves free: what the accuracy is tested to."""
@@ -30,7 +30,7 @@ class Alternative(ApiModel):
 
 
 class Fit(ApiModel):
-    """The verdict for one kind of GPU."""
+    """The verdict for one kind of GPU; ``decisive`` is what needs the most."""
 
     fits: bool
     needed_bytes: int
@@ -39,6 +39,7 @@ class Fit(ApiModel):
     """Usable memory less the margin."""
     missing_bytes: int
     """How much too little the limit is; 0 where it fits."""
+    decisive: Decisive
     alternatives: list[Alternative] = []
     """What would fit, the smallest change first; empty where it fits."""
 
@@ -58,6 +59,7 @@ def fit(request: Request, planned: MemoryPlan, usable_bytes: int) -> Fit:
         usable_bytes=usable_bytes,
         limit_bytes=bound,
         missing_bytes=max(0, planned.needed_bytes - bound),
+        decisive=planned.decisive,
         alternatives=[] if fits else list(alternatives(request, planned, bound)),
     )
 

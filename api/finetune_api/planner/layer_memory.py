@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture, Family
-from finetune_api.planner.linears import Linear
+from finetune_api.planner.linears import ALL_LINEAR, Linear
 from finetune_api.planner.workload import Attention, Batch, Tuning
 
 HALF, FULL, MASK = 2, 4, 1
@@ -46,16 +46,34 @@ def layer_memory(
     if quantized and not tuning.dropout and not arch.layer_norm:
         adapters += _shared_inputs(arch, batch, targets)
     kept = _norms(arch, wide) + attention + mlp + adapters
-    down = max(linears, key=lambda layer: layer.name.endswith(("down_proj", "4h_to_h", "mlp.c_proj")))
-    last = _working(down, any(t.name == down.name for t in targets), arch, tuning, quantized)
+    down = _last(arch, linears)
+    adapted = any(t.name == down.name for t in targets) or (
+        bool(arch.experts) and tuning.target_modules == [ALL_LINEAR]
+    )
+    last = _working(down, adapted, arch, tuning, quantized)
     tokens = batch.tokens
-    weight = _dequantized(down) if quantized else 0
+    weight = _expert_weights(arch, adapted) if arch.experts else (_dequantized(down) if quantized else 0)
     working = max(tokens * last + weight, tokens * (_scores(arch, batch) - mlp))
     return LayerMemory(
         input_bytes=tokens * (FULL if wide else HALF) * arch.hidden_size,
         kept_bytes=int(tokens * kept),
         working_bytes=int(working),
     )
+
+
+def _last(arch: Architecture, linears: list[Linear]) -> Linear:
+    """The MLP's second projection; of a mixture of experts, those that a token visits side by side."""
+    if arch.experts:
+        inputs = arch.experts_per_token * arch.intermediate_size
+        return Linear(name="experts", inputs=inputs, outputs=arch.hidden_size)
+    return max(linears, key=lambda layer: layer.name.endswith(("down_proj", "4h_to_h", "mlp.c_proj")))
+
+
+def _expert_weights(arch: Architecture, adapted: bool) -> int:
+    """PEFT 0.21 adapts a fused parameter by making the adapted weight anew in each pass: the update and the sum. Unverified."""
+    if not adapted:
+        return 0
+    return 2 * HALF * arch.experts * 2 * arch.intermediate_size * arch.hidden_size
 
 
 def _norms(arch: Architecture, wide: bool) -> float:
@@ -101,7 +119,7 @@ def _mlp(arch: Architecture, wide: bool) -> float:
     """What the activation function and the gate's product keep."""
     size = FULL if wide else HALF
     if arch.gated:
-        return 3 * HALF * arch.intermediate_size
+        return 3 * HALF * arch.intermediate_size * max(1, arch.experts_per_token)
     if arch.activation == "gelu_new":  # pow in float32, tanh, 1 + tanh, and half the input
         return (3 * FULL + size) * arch.intermediate_size
     if arch.activation == "gelu_fast":

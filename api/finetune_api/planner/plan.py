@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field
@@ -26,6 +27,14 @@ HOST_BYTES = 4 << 30
 """A process with torch and CUDA loaded, and the data loader: an allowance."""
 EVALUATION_TOKENS = 16384
 """finetune_trainer.train.evaluate.TOKENS_PER_BATCH on a GPU."""
+
+
+class Decisive(StrEnum):
+    """What needs the most memory."""
+
+    LOADING = "Loading"
+    TRAINING = "Training"
+    EVALUATION = "Evaluation"
 
 
 class Request(ApiModel):
@@ -89,6 +98,13 @@ class MemoryPlan(ApiModel):
     def needed_bytes(self) -> int:
         """What a GPU must have."""
         return max(self.peak_training_bytes, self.peak_loading_bytes)
+
+    @property
+    def decisive(self) -> Decisive:
+        """When that is needed."""
+        if self.peak_loading_bytes > self.peak_training_bytes:
+            return Decisive.LOADING
+        return Decisive.EVALUATION if self.peak_evaluation_bytes > self.peak_allocated_bytes else Decisive.TRAINING
 
 
 def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: float | None = None) -> MemoryPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune_api.planner.fit import Alternative, Fit
 from finetune_api.planner.gpus import Gpu
-from finetune_api.planner.plan import MemoryPlan, Request
+from finetune_api.planner.plan import Decisive, MemoryPlan, Request
 
 GIB = 1 << 30
 
@@ -40,6 +40,8 @@ def misfit_sentence(model: str, request: Request, verdict: Fit, gpu: Gpu) -> str
     per = "on one GPU" if request.gpus == 1 else f"on each of {request.gpus} GPUs"
     options = " · ".join(alternative_phrase(a) for a in verdict.alternatives)
     advice = f"It fits with: {options}." if options else "Nothing this planner knows makes it fit."
+    if verdict.decisive is Decisive.EVALUATION:
+        per += f" (evaluation batches of {request.evaluation_tokens} tokens need the most)"
     return (
         f"{model}, {request.tuning.name}, {request.batch.sequence_tokens} tokens, micro-batch {request.batch.micro_batch_sequences} "
         f"needs {gib(verdict.needed_bytes)} {per}; {gpu.name} has {gib(verdict.limit_bytes)} to use with the 5 % margin, "
