@@ -28,10 +28,13 @@ def plan_sentence(request: Request, planned: MemoryPlan, gpu: Gpu) -> str:
     weights = planned.weight_bytes + planned.quantization_constant_bytes
     rest = planned.needed_bytes - weights - training - overhead
     share = 100 * planned.trainable_parameters / planned.total_parameters
+    estimate = (
+        "" if planned.verified else " An estimate: this family or layout has not been compared with simulated runs."
+    )
     return (
         f"{request.tuning.name} on {request.gpus} × {gpu.name}: peak {gib(planned.needed_bytes)} of {number(gpu.usable_bytes)} usable "
         f"(weights {number(weights)}, activations and logits {number(rest)}, adapter and optimizer {number(training)}, "
-        f"overhead {number(overhead)}). {planned.trainable_parameters:,} trainable parameters ({share:.2f} %)."
+        f"overhead {number(overhead)}). {planned.trainable_parameters:,} trainable parameters ({share:.2f} %).{estimate}"
     )
 
 
