@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from finetune_api.planner import plan
 from tests.planner.cases import request_for
-from tests.planner.simulator.golden import EVALUATION_TOKENS, MODELS, grid, read_config, read_golden
+from tests.planner.simulator.golden import EVALUATION_TOKENS, HELD_OUT, MODELS, cases_of, read_config, read_golden
 from tests.planner.simulator.step import Case, Simulated, simulate
 
 GIB = 1 << 30
@@ -56,7 +56,7 @@ def evaluations(case: Case, simulated: Simulated) -> Comparison:
 def live(model: str) -> list[tuple[Case, Simulated]]:
     """Simulate now."""
     config = read_config(model)
-    return [(case, simulate(case, config, EVALUATION_TOKENS)) for case in dict.fromkeys(grid(model))]
+    return [(case, simulate(case, config, EVALUATION_TOKENS)) for case in cases_of(model)]
 
 
 def summary(name: str, errors: list[float]) -> str:
@@ -67,9 +67,9 @@ def summary(name: str, errors: list[float]) -> str:
 def main() -> None:
     """Print every case, then a summary per model."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--live", metavar="MODEL", choices=sorted(MODELS))
+    parser.add_argument("--live", metavar="MODEL", choices=sorted(MODELS | HELD_OUT))
     arguments = parser.parse_args()
-    models = [arguments.live] if arguments.live else list(MODELS)
+    models = [arguments.live] if arguments.live else list(MODELS | HELD_OUT)
     rows: dict[str, list[Comparison]] = {}
     evaluated: list[Comparison] = []
     print("| case | simulated GiB | predicted GiB | error | error of the step's part |\n|---|---|---|---|---|")
@@ -84,9 +84,11 @@ def main() -> None:
     print("\n| model | cases | min | median | max |\n|---|---|---|---|---|")
     for model, comparisons in rows.items():
         print(summary(model, [c.error for c in comparisons]))
-    every = [c for comparisons in rows.values() for c in comparisons]
-    print(summary("all: peak of training", [c.error for c in every]))
-    print(summary("all: the step's part", [c.step_error for c in every]))
+    for name, kinds in (("grid", MODELS), ("held out", HELD_OUT)):
+        every = [c for model, comparisons in rows.items() if model in kinds for c in comparisons]
+        if every:
+            print(summary(f"{name}: peak of training", [c.error for c in every]))
+            print(summary(f"{name}: the step's part", [c.step_error for c in every]))
     print(summary("all: peak of evaluation", [c.error for c in evaluated]))
 
 

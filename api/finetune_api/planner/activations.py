@@ -58,14 +58,17 @@ def mask_bytes(arch: Architecture, batch: Batch) -> int:
     return MASK * squares if batch.masked_share(arch) else 0
 
 
-def evaluation_bytes(arch: Architecture, batch: Batch, quantized: bool, widest_bytes: int, trainable: int) -> int:
+def evaluation_bytes(
+    arch: Architecture, batch: Batch, quantized: bool, mlp_adapted: bool, widest_bytes: int, trainable: int
+) -> int:
     """A forward pass without gradients over a batch of held-out rows (finetune_trainer.train.evaluate).
 
     Args:
+        mlp_adapted: the MLP's layers have adapters.
         widest_bytes: the largest 4-bit weight in half precision; 0 where none is quantized.
     """
     tokens = batch.tokens
-    layer = tokens * evaluation_working(arch, batch, quantized)
-    product = tokens * (evaluation_mlp(arch, quantized) / 2 + 4 * HALF * arch.hidden_size) + widest_bytes
+    layer = tokens * evaluation_working(arch, batch, quantized, mlp_adapted)
+    product = tokens * (evaluation_mlp(arch, quantized, mlp_adapted) / 2 + 4 * HALF * arch.hidden_size) + widest_bytes
     loss = evaluation_loss_bytes(arch, tokens) + HALF * arch.hidden_size * tokens
     return int(max(max(layer, product) + mask_bytes(arch, batch), loss)) + HALF * trainable

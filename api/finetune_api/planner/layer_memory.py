@@ -166,7 +166,7 @@ def _dequantized(last: Linear) -> int:
     return last.inputs * last.outputs * HALF
 
 
-def evaluation_working(arch: Architecture, batch: Batch, quantized: bool) -> float:
+def evaluation_working(arch: Architecture, batch: Batch, quantized: bool, mlp_adapted: bool) -> float:
     """Bytes per token of a layer's forward pass without gradients: hidden states held by name, and the MLP or eager attention's
     scores at their widest, with keys and values for every query head."""
     held = (4 if quantized and arch.gated else 6) * HALF * arch.hidden_size
@@ -175,16 +175,17 @@ def evaluation_working(arch: Architecture, batch: Batch, quantized: bool) -> flo
         # softmax's float32 result beside its input, and beside a half-precision copy
         each = {Family.GPT2: FULL + HALF, Family.FALCON: 3 * FULL}.get(arch.family, FULL + 2 * HALF)
         scores = each * arch.heads * batch.sequence_tokens + 2 * HALF * arch.query_size
-    return held + max(evaluation_mlp(arch, quantized), scores)
+    return held + max(evaluation_mlp(arch, quantized, mlp_adapted), scores)
 
 
-def evaluation_mlp(arch: Architecture, quantized: bool) -> float:
-    """Of a gated MLP: the activated gate, the up projection, its adapter's part and their sum; of a fused one (Phi-3) the
+def evaluation_mlp(arch: Architecture, quantized: bool, mlp_adapted: bool) -> float:
+    """Of a gated MLP without adapters: gate, up projection and their product; with them: the activated gate, the up projection, its adapter's part and their sum; of a fused one (Phi-3) the
     projection, its adapter's part and their sum, all twice as wide. Of others: the adapter's input
     in both types, or gelu_new's float32 intermediates. Float32 hidden states take more."""
     wide = quantized and arch.layer_norm
     if arch.gated:
-        return (6 if arch.family is Family.PHI3 else 4) * HALF * arch.intermediate_size
+        widest = 6 if arch.family is Family.PHI3 else 4
+        return (widest if mlp_adapted else 3) * HALF * arch.intermediate_size
     if arch.activation in ("gelu_new", "gelu_fast"):
         return (4 * FULL + 1 if wide else 3 * FULL) * arch.intermediate_size
     return (2 * FULL + HALF if wide else FULL + 2 * HALF) * arch.intermediate_size

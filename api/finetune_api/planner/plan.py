@@ -132,7 +132,8 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         for checkpointing in (True, False)
     }
     step = steps[batch.gradient_checkpointing]
-    evaluation = _evaluation(request, quantized, trainable)
+    mlp_adapted = any(".mlp." in target.name for target in targets)
+    evaluation = _evaluation(request, quantized, mlp_adapted, trainable)
     fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
     largest = max((2 * math.prod(shapes[name]) for name in quantized), default=0)
     flop = training_flop_per_token(arch, shapes, targets, tuning.rank, batch)
@@ -179,9 +180,9 @@ def _step(request: Request, batch: Batch, trainable: int) -> activations.StepMem
     return activations.step_memory(arch, batch, layer, trainable)
 
 
-def _evaluation(request: Request, quantized: set[str], trainable: int) -> int:
+def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, trainable: int) -> int:
     tokens = request.batch.sequence_tokens
     rows = max(1, request.evaluation_tokens // tokens)
     batch = request.batch.model_copy(update={"micro_batch_sequences": rows})
     widest = max((2 * math.prod(request.shapes[name]) for name in quantized), default=0)
-    return activations.evaluation_bytes(request.architecture, batch, bool(quantized), widest, trainable)
+    return activations.evaluation_bytes(request.architecture, batch, bool(quantized), mlp_adapted, widest, trainable)

@@ -165,5 +165,5 @@ def is_mask(index: Any) -> bool:
 
 def select_all(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """``x[mask]`` where every element of the mask is true: the positions as integers, then a gather, as on CUDA."""
-    positions = tuple(torch.empty(mask.numel(), dtype=torch.int64) for _ in mask.shape)
+    positions = tuple(torch.zeros(mask.numel(), dtype=torch.int64) for _ in mask.shape)
     return x[positions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -46,12 +46,13 @@ class Case:
 
     def name(self) -> str:
         """A file name's stem."""
-        method = ("qlora" if self.double_quantization else "qlora1") if self.quantized else "lora"
+        method = "qlora" if self.quantized else "lora"
+        single = "" if self.double_quantization else "-single"
         targets = "" if self.target_modules == ("all-linear",) else "-" + "".join(m[0] for m in self.target_modules)
         check = "checkpointed" if self.checkpointing else "kept"
         drop = "" if self.dropout else "-nodropout"
         return (
-            f"{self.model}-{method}{self.rank}{targets}{drop}-{self.micro_batch_sequences}x{self.sequence_tokens}"
+            f"{self.model}-{method}{self.rank}{single}{targets}{drop}-{self.micro_batch_sequences}x{self.sequence_tokens}"
             f"-{check}-{self.attention}"
         )
 
@@ -79,17 +80,19 @@ class Simulated:
         return asdict(self)
 
 
-def simulate(case: Case, config: dict[str, Any], evaluation_tokens: int = 0) -> Simulated:
+def simulate(case: Case, config: dict[str, Any], evaluation_tokens: int = 0, fake: bool = True) -> Simulated:
     """Run it. About 10 s for an 8B model.
 
     Args:
         config: the model's config.json.
         evaluation_tokens: also simulate an evaluation batch of rows of ``sequence_tokens`` up to so many tokens.
+        fake: False computes with real tensors (of no meaning) on the CPU, to compare.
     """
     live = LiveStorages()
     model = adapted(case, config)
     parameters = sum(p.numel() for n, p in bare(case, config).named_parameters())
-    with FakeTensorMode(allow_non_fake_inputs=True), live, known_padding(case.padded), cuda_kernels():
+    tensors = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with tensors, live, known_padding(case.padded), cuda_kernels():
         materialize(model, lambda name: "lora_" not in name)
         base_bytes = live.live_bytes
         materialize(model, lambda name: "lora_" in name)
