@@ -13,12 +13,9 @@ from rich.console import Console
 from finetune_api.planner import (
     Architecture,
     Attention,
-    Batch,
     Choice,
     Gpu,
-    Request,
     Shapes,
-    Tuning,
     UnknownGpu,
     UnknownTarget,
     choose,
@@ -26,8 +23,9 @@ from finetune_api.planner import (
     misfit_sentence,
     plan,
     plan_sentence,
+    request_of,
 )
-from finetune_api.spec import FineTuneJobSpec, MethodType
+from finetune_api.spec import MethodType
 from finetune_cli.job_file import BadInput, read_job
 from finetune_cli.model_files import from_config, from_folder
 from finetune_cli.plan_table import plan_table
@@ -68,7 +66,7 @@ def plan_command(
         name, spec = read_job(file)
         arch, shapes = read_model(config, model_folder)
         device = read_gpu(gpu, gpu_memory)
-        request = make_request(spec, arch, shapes, gpus, attention, train_tokens)
+        request = request_of(spec, arch, shapes, gpus=gpus, attention=attention, run_tokens=train_tokens)
         wanted = method.value if method else spec.method.type.value
         choice = choose(
             request,
@@ -120,34 +118,6 @@ def read_gpu(product: str | None, memory: str | None) -> Gpu:
         return find_gpu(product).model_copy(update={"usable_bytes": size})
     except UnknownGpu:
         return Gpu(product=product, usable_bytes=size)
-
-
-def make_request(
-    spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, gpus: int, attention: Attention, tokens: int | None
-) -> Request:
-    """The spec in the planner's words. A run of so many steps has at most so many tokens; epochs need ``tokens``."""
-    training, lora = spec.training, spec.method.lora
-    if tokens is None and training.length.steps is not None:
-        tokens = training.length.steps * training.global_batch_sequences * training.max_sequence_tokens
-    return Request(
-        architecture=arch,
-        shapes=shapes,
-        tuning=Tuning(
-            rank=lora.rank,
-            dropout=lora.dropout,
-            bias=lora.bias,
-            target_modules=list(lora.target_modules),
-            double_quantization=spec.method.quantization.double_quantization,
-        ),
-        batch=Batch(
-            sequence_tokens=training.max_sequence_tokens,
-            gradient_checkpointing=training.gradient_checkpointing,
-            attention=attention,
-        ),
-        optimizer=training.optimizer.name,
-        gpus=gpus,
-        run_tokens=tokens or 0,
-    )
 
 
 def as_json_text(choice: Choice) -> str:

@@ -1,6 +1,6 @@
 """Memory planner: what a run will hold on a GPU, from shapes alone, before a GPU is asked for.
 
-``parse_config`` and ``describe`` (or ``parameter_shapes``) make a :class:`Request`; ``plan`` makes a :class:`MemoryPlan` of it,
+``parse_config`` and ``describe`` (or ``parameter_shapes``), with ``request_of``, make a :class:`Request`; ``plan`` makes a :class:`MemoryPlan` of it,
 ``fit`` judges that for a GPU, ``choose`` picks method and micro-batch. docs/planner.md says how exact it is.
 """
 
@@ -8,6 +8,7 @@ from finetune_api.planner.architecture import Architecture, UnknownArchitecture,
 from finetune_api.planner.choose import Choice, choose
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import Alternative, Fit, fit
+from finetune_api.planner.from_spec import request_of
 from finetune_api.planner.gpus import Gpu, UnknownGpu, find_gpu, known_gpus
 from finetune_api.planner.linears import UnknownTarget
 from finetune_api.planner.plan import MemoryPlan, Request, plan
@@ -41,4 +42,5 @@ __all__ = [
     "parse_config",
     "plan",
     "plan_sentence",
+    "request_of",
 ]

@@ -48,7 +48,7 @@ class Architecture(ApiModel):
 
     family: Family
     known: bool
-    """False: the family is not one of the list, and activations are an estimate."""
+    """False: the family is none of the list, or a variant of one: activations are an estimate, and shapes need headers."""
     layers: int
     hidden_size: int
     intermediate_size: int
@@ -120,7 +120,7 @@ def parse_config(config: Mapping[str, Any]) -> Architecture:
     known = family or Family.LLAMA
     return Architecture(
         family=known,
-        known=family is not None,
+        known=family is not None and not _variant(values, known) and text is None,
         layers=_integer(values, "num_hidden_layers", "n_layer", "n_layers"),
         hidden_size=hidden,
         intermediate_size=_intermediate(values, known, hidden),
@@ -146,6 +146,12 @@ def parse_config(config: Mapping[str, Any]) -> Architecture:
         parallel_residual=known is Family.FALCON
         or (known is Family.GPT_NEOX and values.get("use_parallel_residual", True)),
     )
+
+
+def _variant(values: Mapping[str, Any], family: Family) -> bool:
+    """Whether the layers differ from those the family is known by: Falcon 40B's and RW's, and biases in the MLP."""
+    falcon = values.get("new_decoder_architecture") or values.get("alibi") or not values.get("parallel_attn", True)
+    return bool((family is Family.FALCON and falcon) or values.get("mlp_bias"))
 
 
 def _integer(values: Mapping[str, Any], *names: str) -> int:

@@ -8,6 +8,8 @@ until the last function.
 
 from __future__ import annotations
 
+import math
+
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture, Family
 from finetune_api.planner.linears import ALL_LINEAR, Linear
@@ -91,6 +93,8 @@ def _attention(arch: Architecture, batch: Batch, wide: bool) -> float:
     """
     eager = batch.attention_of(arch) is Attention.EAGER
     masked = batch.masked_share(arch)
+    if batch.gradient_checkpointing:
+        masked = math.ceil(masked)  # one layer at a time is recomputed, and the masked ones are larger
     queries, keys = HALF * arch.query_size, HALF * arch.key_value_size
     repeated = arch.family is not Family.FALCON and arch.key_value_heads != arch.heads
     copied = 1.0 if eager else masked
