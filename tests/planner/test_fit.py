@@ -86,7 +86,7 @@ def test_evaluation_is_named_where_it_needs_the_most() -> None:
     assert planned.decisive is Decisive.EVALUATION
     assert planned.peak_evaluation_bytes > 16384 * 256_000 * 10
     gpu = find_gpu("a10g")
-    assert "evaluation batches of 16384 tokens need the most" in misfit_sentence(
+    assert "evaluation, in batches of 16384 tokens and 0 prompts, needs the most" in misfit_sentence(
         "Gemma 2", asked, fit(asked, planned, gpu.usable_bytes), gpu
     )
 

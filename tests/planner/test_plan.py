@@ -102,6 +102,15 @@ def test_a_token_costs_about_six_operations_a_weight_with_checkpointing_and_four
     assert 4.0 < kept < 4.3
 
 
+def test_many_long_prompts_answered_at_once_are_counted() -> None:
+    """One batch of 100 prompts of 2,048 tokens is twelve evaluation batches, and their keys and values stay."""
+    few = plan(request("llama-3-8b", generation_prompts=3))
+    many = plan(request("llama-3-8b", generation_prompts=100))
+    cached = 100 * (2048 + 64) * 32 * 2 * 2 * 1024
+    assert few.peak_evaluation_bytes == plan(request("llama-3-8b")).peak_evaluation_bytes
+    assert many.peak_evaluation_bytes > few.peak_evaluation_bytes + cached
+
+
 def test_time_is_operations_by_speed() -> None:
     asked = request("llama-3-8b", run_tokens=1_000_000, gpus=2, layout=Layout.DDP)
     measured = plan(asked, sustained_tflops=100.0).work

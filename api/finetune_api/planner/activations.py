@@ -58,10 +58,8 @@ def mask_bytes(arch: Architecture, batch: Batch) -> int:
     return MASK * squares if batch.masked_share(arch) else 0
 
 
-def evaluation_bytes(
-    arch: Architecture, batch: Batch, quantized: bool, mlp_adapted: bool, widest_bytes: int, trainable: int
-) -> int:
-    """A forward pass without gradients over a batch of held-out rows (finetune_trainer.train.evaluate).
+def forward_bytes(arch: Architecture, batch: Batch, quantized: bool, mlp_adapted: bool, widest_bytes: int) -> int:
+    """A layer's forward pass without gradients, with the masks of all.
 
     Args:
         mlp_adapted: the MLP's layers have adapters.
@@ -70,5 +68,22 @@ def evaluation_bytes(
     tokens = batch.tokens
     layer = tokens * evaluation_working(arch, batch, quantized, mlp_adapted)
     product = tokens * (evaluation_mlp(arch, quantized, mlp_adapted) / 2 + 4 * HALF * arch.hidden_size) + widest_bytes
-    loss = evaluation_loss_bytes(arch, tokens) + HALF * arch.hidden_size * tokens
-    return int(max(max(layer, product) + mask_bytes(arch, batch), loss)) + HALF * trainable
+    return int(max(layer, product)) + mask_bytes(arch, batch)
+
+
+def evaluation_bytes(arch: Architecture, batch: Batch, forward: int, trainable: int) -> int:
+    """A batch of held-out rows (finetune_trainer.train.evaluate): layers, then head and loss; and autocast's half-precision
+    copies of the adapter.
+
+    Args:
+        forward: what :func:`forward_bytes` says of the batch.
+        trainable: parameters of the adapter.
+    """
+    loss = evaluation_loss_bytes(arch, batch.tokens) + HALF * arch.hidden_size * batch.tokens
+    return max(forward, loss) + HALF * trainable
+
+
+def generation_bytes(arch: Architecture, batch: Batch, forward: int, trainable: int, new_tokens: int) -> int:
+    """Answers to prompts, all in one batch: the prompts' forward pass beside the keys and values of all layers. Not simulated."""
+    cached = batch.micro_batch_sequences * (batch.sequence_tokens + new_tokens) * 2 * HALF * arch.key_value_size
+    return forward + arch.layers * cached + HALF * trainable

@@ -84,8 +84,10 @@ def evaluation_tokens(request: Request, planned: MemoryPlan) -> int:
     """The largest evaluation batch, halving from the default, that needs no more memory than training does."""
     tokens = request.evaluation_tokens
     while tokens // 2 >= request.batch.sequence_tokens and planned.peak_evaluation_bytes > planned.peak_allocated_bytes:
-        tokens //= 2
-        planned = plan(request.model_copy(update={"evaluation_tokens": tokens}))
+        smaller = plan(request.model_copy(update={"evaluation_tokens": tokens // 2}))
+        if smaller.peak_evaluation_bytes == planned.peak_evaluation_bytes:
+            break  # answers to prompts decide
+        tokens, planned = tokens // 2, smaller
     return tokens
 
 

@@ -44,5 +44,7 @@ def request_of(
         ),
         optimizer=training.optimizer.name,
         gpus=gpus,
+        generation_prompts=spec.evaluation.generation.prompts,
+        generation_new_tokens=spec.evaluation.generation.max_new_tokens,
         run_tokens=run_tokens or 0,
     )

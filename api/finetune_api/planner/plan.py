@@ -50,6 +50,9 @@ class Request(ApiModel):
     gpus: Count = 1
     evaluation_tokens: Count = EVALUATION_TOKENS
     """Tokens of an evaluation batch."""
+    generation_prompts: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts that are answered in one batch, each as long as a row may be."""
+    generation_new_tokens: Count = 64
     run_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens trained on in the whole run, padding not counted."""
 
@@ -79,7 +82,7 @@ class MemoryPlan(ApiModel):
     peak_allocated_bytes: int
     """What torch.cuda.max_memory_allocated would show at the end of a training step."""
     peak_evaluation_bytes: int
-    """The same for evaluation batches between and after training."""
+    """The same for held-out batches and answers to prompts, before and after training."""
     peak_training_bytes: int
     """The most of both, with context and fragmentation."""
     peak_loading_bytes: int
@@ -181,8 +184,17 @@ def _step(request: Request, batch: Batch, trainable: int) -> activations.StepMem
 
 
 def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, trainable: int) -> int:
-    tokens = request.batch.sequence_tokens
-    rows = max(1, request.evaluation_tokens // tokens)
-    batch = request.batch.model_copy(update={"micro_batch_sequences": rows})
+    arch, tokens = request.architecture, request.batch.sequence_tokens
     widest = max((2 * math.prod(request.shapes[name]) for name in quantized), default=0)
-    return activations.evaluation_bytes(request.architecture, batch, bool(quantized), mlp_adapted, widest, trainable)
+
+    def rows(count: int) -> tuple[Batch, int]:
+        batch = request.batch.model_copy(update={"micro_batch_sequences": count})
+        return batch, activations.forward_bytes(arch, batch, bool(quantized), mlp_adapted, widest)
+
+    peak = activations.evaluation_bytes(arch, *rows(max(1, request.evaluation_tokens // tokens)), trainable)
+    if request.generation_prompts:
+        answers = activations.generation_bytes(
+            arch, *rows(request.generation_prompts), trainable, request.generation_new_tokens
+        )
+        peak = max(peak, answers)
+    return peak

@@ -44,7 +44,7 @@ def misfit_sentence(model: str, request: Request, verdict: Fit, gpu: Gpu) -> str
     options = " · ".join(alternative_phrase(a) for a in verdict.alternatives)
     advice = f"It fits with: {options}." if options else "Nothing this planner knows makes it fit."
     if verdict.decisive is Decisive.EVALUATION:
-        per += f" (evaluation batches of {request.evaluation_tokens} tokens need the most)"
+        per += f" (evaluation, in batches of {request.evaluation_tokens} tokens and {request.generation_prompts} prompts, needs the most)"
     return (
         f"{model}, {request.tuning.name}, {request.batch.sequence_tokens} tokens, micro-batch {request.batch.micro_batch_sequences} "
         f"needs {gib(verdict.needed_bytes)} {per}; {gpu.name} has {gib(verdict.limit_bytes)} to use with the 5 % margin, "
