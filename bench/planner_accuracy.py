@@ -56,7 +56,7 @@ def evaluations(case: Case, simulated: Simulated) -> Comparison:
 def live(model: str) -> list[tuple[Case, Simulated]]:
     """Simulate now."""
     config = read_config(model)
-    return [(case, simulate(case, config, EVALUATION_TOKENS)) for case in cases_of(model)]
+    return [(case, simulate(case, config, EVALUATION_TOKENS if case.checkpointing else 0)) for case in cases_of(model)]
 
 
 def summary(name: str, errors: list[float]) -> str:

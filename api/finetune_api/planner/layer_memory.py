@@ -176,8 +176,9 @@ def evaluation_working(arch: Architecture, batch: Batch, quantized: bool, mlp_ad
     held = (4 if quantized and arch.gated else 6) * HALF * arch.hidden_size
     scores = 0
     if batch.attention_of(arch) is Attention.EAGER:
-        # softmax's float32 result beside its input, and beside a half-precision copy
-        each = {Family.GPT2: FULL + HALF, Family.FALCON: 3 * FULL}.get(arch.family, FULL + 2 * HALF)
+        # softmax's float32 result beside its input, and beside a copy in the values' type
+        copy = FULL if quantized and arch.layer_norm else HALF
+        each = {Family.GPT2: FULL + copy, Family.FALCON: 3 * FULL}.get(arch.family, FULL + 2 * HALF)
         scores = each * arch.heads * batch.sequence_tokens + 2 * HALF * arch.query_size
     return held + max(evaluation_mlp(arch, quantized, mlp_adapted), scores)
 

@@ -63,6 +63,8 @@ def grid(model: str) -> Iterator[Case]:
             continue
         kind = "eager" if model in EAGER_ONLY else attention
         yield Case(model, quantized, min(tokens, longest), rows, checkpointing, kind)
+    if model in ("gpt2", "pythia-1.4b"):
+        yield Case(model, True, 1024, 1, True, "eager")  # float32 hidden states in eager attention
     if model in ("llama-3-8b", "smollm2-135m"):
         yield Case(model, True, 512, 1, True)
         yield Case(model, True, longest, 1, True)
