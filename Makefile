@@ -72,6 +72,7 @@ format: setup ## Format and fix what tools can fix
 	.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format --quiet .
 
 bench: setup ## Benchmarks; each prints a table and writes JSON
-	$(PYTHON) -m bench.operator_throughput
+	$(PYTHON) -m bench.operator_throughput --repeat 3 --json bench/results/operator_throughput.json
+	$(PYTHON) -m bench.merge_memory --json bench/results/merge_memory.json
 
 .PHONY: help setup demo demo-env demo-down cluster-up cluster-status cluster-down build images test unit check generate format bench

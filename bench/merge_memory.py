@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,8 +33,9 @@ from finetune_api.spec import Quantization
 from finetune_trainer.publish.adapter import read_adapter
 from finetune_trainer.publish.merge import BaseWeights, merge, module_of
 from finetune_trainer.publish.nf4 import RoundTrip, double_quantized
-from finetune_trainer.publish.safetensors_stream import Checkpoint
+from finetune_trainer.publish.safetensors_stream import INDEX, Checkpoint
 from finetune_trainer.publish.streamed import StreamedModel
+from finetune_trainer.publish.written import check_written
 from finetune_trainer.train.quantized import describe
 from finetune_trainer.train.rows import Rows
 
@@ -125,6 +127,12 @@ def main() -> None:
         def merged(name: str, weights: BaseWeights) -> Callable[[], Any]:
             return lambda: merge(weights, adapter, torch.bfloat16, Path(scratch) / name, lambda _: None)
 
+        def written(name: str, weights: BaseWeights) -> Callable[[], Any]:
+            for file in ("config.json", INDEX):
+                if (folder / file).exists():
+                    shutil.copyfile(folder / file, Path(scratch) / name / file)
+            return lambda: check_written(weights, adapter, Path(scratch) / name)
+
         def checked() -> None:
             read = BaseWeights(base, round_trip).read
             names = set(base.tensors)
@@ -139,10 +147,13 @@ def main() -> None:
             "imports_mib": round(anonymous_bytes() / 2**20, 1),
             "merge": peak(merged("lora", BaseWeights(base, None))),
             "merge_after_qlora": peak(merged("qlora", BaseWeights(base, round_trip))),
+            "written": peak(written("lora", BaseWeights(base, None))),
+            "written_after_qlora": peak(written("qlora", BaseWeights(base, round_trip))),
             "check": peak(checked),
         }
     print(json.dumps(result, indent=1))
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -110,14 +110,18 @@ async def burst(client: Client, namespace: str, size: int) -> dict[str, float]:
     statuses = time.perf_counter()
     while True:
         items = (await client.request("GET", path))["items"]
-        right = [
-            j for j in items if (j.get("status") or {}).get("phase") == "Preparing" and j["status"].get("snapshot")
-        ]
+        right = [j for j in items if is_right(j)]
         if len(right) == size:
             break
         if time.perf_counter() - statuses > 120:
             raise RuntimeError(f"only {len(right)} of {size} statuses are right")
         await asyncio.sleep(0.1)
+    owners = [
+        j["metadata"]["ownerReferences"][0]["uid"]
+        for j in (await client.request("GET", f"/apis/batch/v1/namespaces/{namespace}/jobs"))["items"]
+    ]
+    if sorted(owners) != sorted(j["metadata"]["uid"] for j in items):
+        raise RuntimeError(f"{len(owners)} Jobs of {len(set(owners))} FineTuneJobs; expected one for each of {size}")
     return {
         "p50_s": statistics.median(waits),
         "p99_s": waits[min(len(waits) - 1, int(len(waits) * 0.99))],
@@ -125,6 +129,18 @@ async def burst(client: Client, namespace: str, size: int) -> dict[str, float]:
         "submit_s": submitted - begin,
         "statuses_after_s": time.perf_counter() - last,
     }
+
+
+def is_right(job: Raw) -> bool:
+    """What the status of a job whose prepare Job was just created must say."""
+    status = job.get("status") or {}
+    return (
+        status.get("phase") == "Preparing"
+        and status.get("observedGeneration") == job["metadata"]["generation"]
+        and bool(status.get("snapshot", {}).get("hash"))
+        and [s["stage"] for s in status.get("stages", [])] == ["prepare"]
+        and not any(c["type"] in ("Failed", "Finished") for c in status.get("conditions", []))
+    )
 
 
 async def bare_loop(client: Client, namespace: str, size: int) -> float:
@@ -268,6 +284,7 @@ def main() -> None:
             )
         print(f"  bare loop: {run['bare_jobs_per_s']:.1f} jobs/s ({', '.join(f'{b:.1f}' for b in run['bare_runs'])})")
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
         arguments.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
 

@@ -6,8 +6,10 @@ exit code carries the reason even where its termination message is lost (a delet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from finetune_api.names import Stage
 
 
 class Consequence(StrEnum):
@@ -48,6 +50,7 @@ class Reason(StrEnum):
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     UNSCHEDULABLE = "Unschedulable"
     VOLUME_UNAVAILABLE = "VolumeUnavailable"
+    NODE_LOST = "NodeLost"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     EVICTED = "Evicted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
@@ -65,10 +68,26 @@ class Failure:
     consequence: Consequence
     meaning: str
     advice: str
+    other_advice: dict[Stage, str] = field(default_factory=dict)
+    """Where a stage's resources are not the spec's to change: the CPU stages get the operator's."""
+
+    def advice_in(self, stage: Stage) -> str:
+        """What to do if it happened in a stage."""
+        return self.other_advice.get(stage, self.advice)
 
 
-def _row(reason: Reason, code: int | None, consequence: Consequence, meaning: str, advice: str) -> Failure:
-    return Failure(reason, code, consequence, meaning, advice)
+def _row(
+    reason: Reason,
+    code: int | None,
+    consequence: Consequence,
+    meaning: str,
+    advice: str,
+    other_advice: dict[Stage, str] | None = None,
+) -> Failure:
+    return Failure(reason, code, consequence, meaning, advice, other_advice or {})
+
+
+_CPU_MEMORY = "Have the platform team raise cpuStages.limits.memory in the operator's chart: compute.memory is the training pod's."
 
 
 _F, _R, _W = Consequence.FAIL, Consequence.RETRY, Consequence.WAIT
@@ -146,7 +165,8 @@ FAILURES: dict[Reason, Failure] = {
             21,
             _F,
             "The container sees no GPU.",
-            "Check the device plugin and compute.gpu.resourceName; for a run on the CPU set training.useCpu: true.",
+            "Check the device plugin, compute.gpu.resourceName and, where NVIDIA's is not the default container runtime, "
+            "runtime.runtimeClassName; for a run on the CPU set training.useCpu: true.",
         ),
         _row(
             Reason.NON_FINITE_LOSS, 22, _F, "The loss became NaN or infinite.", "Lower training.optimizer.learningRate."
@@ -165,7 +185,13 @@ FAILURES: dict[Reason, Failure] = {
             "The GPU's memory did not suffice.",
             "Use QLoRA, a smaller training.microBatchSequences or training.maxSequenceTokens.",
         ),
-        _row(Reason.INTERRUPTED, 60, _R, "The container was told to stop.", "Nothing to do: it is started again."),
+        _row(
+            Reason.INTERRUPTED,
+            60,
+            _R,
+            "The container was told to stop or was killed from outside.",
+            "Nothing to do: it is started again.",
+        ),
         _row(Reason.UNKNOWN, 1, _R, "An error that has no name here.", "Read the pod's log."),
         _row(
             Reason.STORAGE_UNAVAILABLE,
@@ -210,11 +236,19 @@ FAILURES: dict[Reason, Failure] = {
             "Check that the PersistentVolumeClaim exists and is bound.",
         ),
         _row(
+            Reason.NODE_LOST,
+            None,
+            _W,
+            "A node does not confirm that a deleted pod has stopped.",
+            "Bring the node back, or, once it is surely off, delete its Node object: then the pod is replaced.",
+        ),
+        _row(
             Reason.HOST_OUT_OF_MEMORY,
             None,
             _R,
             "The container used more memory than its limit and was killed.",
             "Raise compute.memory.",
+            {Stage.PREPARE: _CPU_MEMORY, Stage.PUBLISH: _CPU_MEMORY},
         ),
         _row(
             Reason.EVICTED,
@@ -222,6 +256,16 @@ FAILURES: dict[Reason, Failure] = {
             _R,
             "The node evicted the pod.",
             "Raise compute.ephemeralStorage or compute.memory to what the stage needs.",
+            {
+                Stage.PREPARE: (
+                    "Have the platform team raise cpuStages.requests (memory or ephemeralStorage) in the operator's chart "
+                    "to what the stage needs."
+                ),
+                Stage.PUBLISH: (
+                    "Raise compute.ephemeralStorage, or have the platform team raise cpuStages.requests.memory in the "
+                    "operator's chart, to what the stage needs."
+                ),
+            },
         ),
         _row(
             Reason.DEADLINE_EXCEEDED,
@@ -249,7 +293,8 @@ FAILURES: dict[Reason, Failure] = {
             None,
             _W,
             "The API server refused an object of this job.",
-            "Read the message: a quota, a policy or an admission webhook stands in the way.",
+            "Read the message: a quota, a limit range, a policy, an admission webhook or a missing service account "
+            "stands in the way.",
         ),
     )
 }
@@ -263,7 +308,11 @@ PERMANENT_EXIT_CODES: tuple[int, ...] = tuple(
 
 
 def by_exit_code(code: int) -> Failure:
-    """The failure that an exit code stands for; 143 and 137 are signals from outside, any other unknown code is Unknown."""
-    if code in (143, 130):
+    """The failure that an exit code stands for; any code that is not in the table is Unknown.
+
+    130, 137 and 143 are signals from outside. (Where it was the container's own memory limit that killed it, the kubelet says
+    OOMKilled beside the 137, and that is looked at first.)
+    """
+    if code in (130, 137, 143):
         return FAILURES[Reason.INTERRUPTED]
     return _BY_EXIT_CODE.get(code, FAILURES[Reason.UNKNOWN])

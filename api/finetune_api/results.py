@@ -11,6 +11,7 @@ and below the workspace (``workspace/`` there by default)::
 
     prepare/train.parquet, prepare/held_out.parquet, prepare/prompts.json, prepare/result.json (last)
     train/result.json (last)
+    attempts/<stage>-<execution id>.json (when an execution begins)
 
 ``prepare/*.parquet``: columns ``row`` int64 (position in the concatenated sources), ``source`` string ("file:line"),
 ``input_ids`` list<int32>, ``labels`` list<int32> (-100: not learned), ``prompt_tokens`` int32 (length of the prompt prefix of
@@ -40,6 +41,7 @@ REPORTS_DIR = "reports"
 METRICS_FILE = "reports/metrics.jsonl"
 ANSWERS_FILE = "reports/answers.json"
 MANIFEST = "manifest.json"
+ATTEMPTS_DIR = "attempts"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -50,6 +52,28 @@ class FileRecord(ApiModel):
     path: str
     size: Annotated[int, Field(ge=0)]
     sha256: Sha256
+
+
+class SourceFile(ApiModel):
+    """A file of the base model, with what its source tells of it without being read."""
+
+    path: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Sha256 | None = None
+    """Known for files that were read, and for all on the Hub."""
+    version: str | None = None
+    """What differs if the file was changed: the object's ETag; of a file in a volume a hash over samples of its bytes."""
+
+
+class ExecutionRecord(ApiModel):
+    """One execution (one pod) of a stage."""
+
+    stage: str
+    execution_id: str
+    started_at: str | None = None
+    """RFC 3339; absent where the execution left no note of its beginning."""
+    completed: bool = True
+    """Whether it is the one whose result counts. Any other failed, or was interrupted."""
 
 
 class LengthPercentiles(ApiModel):
@@ -78,11 +102,14 @@ class DataSummary(ApiModel):
     train_target_tokens: int
     held_out_tokens: int
     held_out_target_tokens: int
+    held_out_overlap_rows: int = 0
+    """Held-out rows whose prompt is trained on too. The split keeps them apart; data.heldOut.sources may not."""
     tokens: LengthPercentiles
 
 
 class PreparedPrompt(ApiModel):
-    """A held-out prompt that base and tuned model answer. ``prepare/prompts.json`` is a JSON array of these."""
+    """A held-out prompt. ``prepare/prompts.json`` is a JSON array of these: the first evaluation.generation.prompts are answered
+    by base and tuned model, and on all of them, at least three, the tokenizer is checked in later stages."""
 
     row: int
     """Position in the held-out file's ``row`` column."""
@@ -103,13 +130,14 @@ class PrepareResult(ApiModel):
 
     version: int = RESULT_VERSION
     snapshot_digest: Sha256
+    execution_id: str | None = None
     data: DataSummary
     data_hash: Sha256
     """SHA-256 over the prepared train and held-out rows (ids and labels), independent of Parquet's bytes."""
     model_commit: str | None = None
     """Commit of the base model on the Hub; absent for s3:// and pvc://."""
-    model_files: list[FileRecord]
-    """The base model's files as far as their hashes are known without reading the weights (size always known)."""
+    model_files: list[SourceFile]
+    """Every file of the base model: training must find the same."""
     tokenizer_hash: Sha256
     """SHA-256 over the tokenizer files' hashes and the chat template."""
     trainable_parameters: int
@@ -180,6 +208,8 @@ class TrainResult(ApiModel):
     base_files: list[FileRecord]
     """Every file of the base model as loaded (path relative to the model folder), hashed: publish must merge the same."""
     quantized_modules: list[QuantizedModule]
+    tokenizer_hash: Sha256 | None = None
+    """As in ``prepare/result.json``, of the files and the chat template that training used."""
     base_dtype: str = "bfloat16"
     """Element type that the base was loaded in (and, for QLoRA, quantized from)."""
     check_rows: int = 0
@@ -210,7 +240,9 @@ class Manifest(ApiModel):
     job: dict[str, object]
     """name, namespace, uid."""
     base_model: dict[str, object]
-    """uri, revision, commit."""
+    """uri, revision, commit (absent for s3:// and pvc://, whose versions ``baseFiles`` tells)."""
+    base_files: list[FileRecord] = []
+    """Every file of the base model as it was trained on, paths relative to the model folder."""
     data_hash: Sha256
     snapshot_digest: Sha256
     config: dict[str, object]
@@ -220,7 +252,8 @@ class Manifest(ApiModel):
     merge_check: MergeCheck | None = None
     data: DataSummary
     versions: dict[str, str]
-    attempts: list[dict[str, object]]
+    attempts: list[ExecutionRecord]
+    """The executions of all stages, failed ones included, in the order in which they began."""
     warnings: list[str] = []
     created_at: str
     files: list[FileRecord]

@@ -81,12 +81,13 @@ class Snapshot(ApiModel):
 
     @property
     def workspace(self) -> S3Location:
-        """Where prepared data and stage results live."""
-        if self.spec.output.workspace.uri is None:
-            return self.output.join("workspace")
-        location = parse_uri(self.spec.output.workspace.uri)
-        assert isinstance(location, S3Location)
-        return location.join(job_key(self.job.name, self.job.uid))
+        """``<workspace.uri>/<name>-<uid8>/workspace``: where prepared data and stage results live, until they are deleted.
+
+        Never the output or above it, whatever the URIs: with the same URI for both, deleting the one would take the other.
+        """
+        location = parse_uri(self.spec.output.workspace.uri or self.spec.output.uri)
+        assert isinstance(location, S3Location)  # the spec's pattern allows nothing else
+        return location.join(job_key(self.job.name, self.job.uid), "workspace")
 
     def canonical_json(self) -> str:
         """One byte form per value: sorted keys, no white space."""

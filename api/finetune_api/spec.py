@@ -8,32 +8,26 @@ Rules carry their CEL form beside them (``x-kubernetes-validations``), so that t
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from finetune_api.base import ApiModel
+from finetune_api.fieldtypes import (
+    LABEL_KEYS,
+    AnnotationMap,
+    ColumnName,
+    LabelMap,
+    LabelValue,
+    ModuleName,
+    Name,
+    Quantity,
+    ShortText,
+    cel,
+    exactly_one,
+)
+from finetune_api.optimizers import OptimizerName
 from finetune_api.uris import DATA_URI_PATTERN, MODEL_URI_PATTERN, OUTPUT_URI_PATTERN
-
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", min_length=1, max_length=253)]
-Quantity = Annotated[
-    str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$", min_length=1, max_length=32)
-]
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", min_length=1, max_length=128)]
-LabelValue = Annotated[str, StringConstraints(max_length=63)]
-ShortText = Annotated[str, StringConstraints(max_length=4096)]
-ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-
-
-def cel(*rules: tuple[str, str]) -> dict[str, Any]:
-    """JSON-schema extra that carries CEL ``(rule, message)`` pairs into the CRD."""
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
-
-
-def exactly_one(*fields: str) -> tuple[str, str]:
-    """CEL rule: exactly one of ``fields`` is set."""
-    count = " + ".join(f"(has(self.{f}) ? 1 : 0)" for f in fields)
-    return f"{count} == 1", f"exactly one of {', '.join(fields)} must be set"
 
 
 class LocalObjectReference(ApiModel):
@@ -257,12 +251,29 @@ class Quantization(ApiModel):
     )
 
 
+_BIAS_MESSAGE = (
+    "QLoRA cannot train biases: bitsandbytes holds those of quantized layers in 16 bit, where small updates are lost; "
+    "set lora.bias: None, or type: LoRA"
+)
+
+
 class Method(ApiModel):
     """How the model is adapted."""
 
     type: MethodType = Field(MethodType.LORA, description="LoRA keeps the base in 16 bit; QLoRA in 4 bit.")
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization, description="Used by QLoRA.")
+
+    # bitsandbytes casts the biases of quantized layers to the compute dtype in the first forward pass (Linear4bit.forward).
+    model_config = ConfigDict(
+        json_schema_extra=cel(("self.type != 'QLoRA' || self.lora.bias == 'None'", _BIAS_MESSAGE)),
+    )
+
+    @model_validator(mode="after")
+    def _no_biases_in_16_bit(self) -> Method:
+        if self.type is MethodType.QLORA and self.lora.bias is not LoraBias.NONE:
+            raise ValueError(_BIAS_MESSAGE)
+        return self
 
 
 class Length(ApiModel):
@@ -298,7 +309,7 @@ class Warmup(ApiModel):
 class Optimizer(ApiModel):
     """The optimizer, by transformers' own name (``TrainingArguments.optim``)."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$", max_length=64)] = Field("adamw_torch_fused")
+    name: OptimizerName = Field(OptimizerName.ADAMW_TORCH_FUSED)
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(
         None, description="Peak learning rate; the default is 2e-4."
     )
@@ -433,8 +444,15 @@ class Runtime(ApiModel):
         ),
     )
     service_account_name: Name | None = Field(None, description="For workload identity. No token of it is mounted.")
-    node_selector: dict[str, LabelValue] | None = Field(
-        None, description="Node labels the training pod requires.", json_schema_extra={"maxProperties": 32}
+    runtime_class_name: Name | None = Field(
+        None,
+        description=(
+            "RuntimeClass of the training pod. Clusters whose default container runtime is not NVIDIA's (k3s, RKE2) need "
+            "nvidia here for the container to see its GPU."
+        ),
+    )
+    node_selector: LabelMap | None = Field(
+        None, description="Node labels the training pod requires.", json_schema_extra=LABEL_KEYS
     )
     tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = Field(
         None, description="Tolerations of the training pod.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
@@ -444,11 +462,9 @@ class Runtime(ApiModel):
         description="Environment of every stage's container.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
-    labels: dict[str, LabelValue] | None = Field(
-        None, description="Labels of the pods.", json_schema_extra={"maxProperties": 32}
-    )
-    annotations: dict[str, ShortText] | None = Field(
-        None, description="Annotations of the pods.", json_schema_extra={"maxProperties": 32}
+    labels: LabelMap | None = Field(None, description="Labels of the pods.", json_schema_extra=LABEL_KEYS)
+    annotations: AnnotationMap | None = Field(
+        None, description="Annotations of the pods.", json_schema_extra=LABEL_KEYS
     )
     image_pull_secrets: Annotated[list[LocalObjectReference], Field(max_length=8)] | None = Field(
         None, json_schema_extra={"x-kubernetes-list-type": "atomic"}
@@ -467,7 +483,10 @@ class Workspace(ApiModel):
 
     uri: Annotated[str, StringConstraints(pattern=OUTPUT_URI_PATTERN, max_length=2048)] | None = Field(
         None,
-        description="Where it lives; the default is workspace/ below the job's output. Same store and credentials as the output.",
+        description=(
+            "Where it lives, in <name>-<first 8 characters of the UID>/workspace/ below this; the default is the output's uri. "
+            "Same store and credentials as the output."
+        ),
     )
     retention: Retention = Field(Retention.DELETE)
 

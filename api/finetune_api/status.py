@@ -183,6 +183,9 @@ class FineTuneJobStatus(ApiModel):
     waiting_since: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = Field(
         None, description="Since when the one thing that the Waiting condition names has been missing."
     )
+    gpu_held: bool | None = Field(
+        None, description="A training pod that asks for a GPU has been bound to a node: from then on the GPU was held."
+    )
     stages: Annotated[
         list[StageTimes],
         Field(

@@ -16,7 +16,7 @@ import kopf
 from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import Api, ApiError, load_configuration
-from finetune_operator.events import EventRecorder
+from finetune_operator.events import EventRecorder, JobEvents
 from finetune_operator.handlers import Informer, make_registry, make_settings
 from finetune_operator.health import Health, start_health
 from finetune_operator.leader import Election
@@ -44,7 +44,7 @@ class Operator:
         snapshots = Snapshots(api, settings)
         self.events = EventRecorder(api, self.queue, self.identity)
         applier = Applier(api, self.cache, snapshots, settings)
-        self.reconciler = Reconciler(self.cache, self.queue, applier, snapshots, self.events, self.pace)
+        self.reconciler = Reconciler(self.cache, self.queue, applier, snapshots, self.events, JobEvents(api), self.pace)
         self.informer = Informer(self.cache, self.queue, self.reconciler)
         self.resync = Resync(
             api, self.cache, self.informer, self.reconciler, settings.namespaces, settings.resync_seconds

@@ -19,7 +19,10 @@ from finetune_operator.snapshots import Conflict, Snapshots
 logger = logging.getLogger(__name__)
 REFUSED = (400, 403, 422)
 """Quota, policy, webhook, validation: somebody else must mend it."""
-MAX_RETRY_SECONDS = 60.0
+PATIENCE = 3
+"""Creates that fail in another way (a webhook that is down answers 500) before that counts as refused, too."""
+MAX_RETRY_SECONDS, MAX_OUTAGE_RETRY_SECONDS = 60.0, 10.0
+"""What people mend takes a while; an API server or a webhook that is back should not be waited for that long."""
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Answers:
 
     refusal: Refusal | None = None
     refusals: int = 0
+    failures: int = 0
     conflict: str | None = None
 
 
@@ -61,13 +65,17 @@ class Applier:
             self._answers.setdefault(job.uid, Answers()).conflict = str(conflict)
             return False
         except ApiError as problem:
-            if problem.status not in REFUSED:
-                raise
             answers = self._answers.setdefault(job.uid, Answers())
-            delay = min(1.0 * 2**answers.refusals, MAX_RETRY_SECONDS)
+            longest = MAX_RETRY_SECONDS
+            if problem.status not in REFUSED:
+                longest = MAX_OUTAGE_RETRY_SECONDS
+                answers.failures += 1
+                if answers.failures < PATIENCE:
+                    raise
+            delay = min(1.0 * 2**answers.refusals, longest)
             answers.refusals += 1
-            answers.refusal = Refusal(problem.message or problem.reason, datetime.now(UTC) + timedelta(seconds=delay))
-            logger.info("%s/%s: refused: %s", job.namespace, job.name, problem.message)
+            answers.refusal = refusal(problem, datetime.now(UTC) + timedelta(seconds=delay))
+            logger.info("%s/%s: refused: %s", job.namespace, job.name, answers.refusal.message)
             return False
         answers_now = self._answers.get(job.uid)
         if answers_now is not None and answers_now.conflict is None:
@@ -133,3 +141,15 @@ class Applier:
             raise
         self._cache.put_finetunejob(raw)
         return raw
+
+
+def refusal(problem: ApiError, retry_at: datetime) -> Refusal:
+    """What stands in the way of a create.
+
+    422 with named fields is the API server's own validation, which will never say anything else; a policy or a webhook may
+    answer 422 too, but names no field of ours, and somebody can change it.
+    """
+    words = problem.message or problem.reason
+    if problem.status not in REFUSED:
+        words = f"the API server answered {problem.status or 'nothing'} ({problem.reason}): {words}"
+    return Refusal(words, retry_at, for_good=problem.status == 422 and bool(problem.fields))

@@ -1,16 +1,20 @@
 """What the API server last told: FineTuneJobs by key, and their Jobs and pods by the owner's UID.
 
 Filled by watch events, by the answers to our own writes (so that a reconcile sees what it wrote before the watch tells)
-and by a periodic list. An older version never replaces a newer one.
+and by a periodic list. An older version never replaces a newer one, and what is gone never comes back: a list that began
+before a deletion may be read after it was told.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from finetune_operator.observe import CachedJob, Raw, finetunejob_uid, trim_finetunejob, trim_job, trim_pod, version_of
 from finetune_operator.planning.model import Pod, StageJob
+
+REMEMBERED_DELETIONS = 20_000
 
 
 class Key(NamedTuple):
@@ -38,6 +42,7 @@ class Cache:
         self.jobs: dict[Key, CachedJob] = {}
         self.families: dict[str, Family] = {}
         self._keys: dict[str, Key] = {}
+        self._gone: OrderedDict[str, None] = OrderedDict()
 
     def family(self, uid: str) -> Family:
         """The children of a FineTuneJob; empty when there are none."""
@@ -52,7 +57,7 @@ class Cache:
         meta = raw["metadata"]
         key = Key(meta["namespace"], meta["name"])
         known = self.jobs.get(key)
-        if known is not None and known.resource_version >= version_of(meta) > 0:
+        if meta["uid"] in self._gone or (known is not None and known.resource_version >= version_of(meta) > 0):
             return None
         if known is not None and known.uid != meta["uid"]:
             self._forget(known.uid)
@@ -62,6 +67,7 @@ class Cache:
 
     def drop_finetunejob(self, key: Key, uid: str) -> bool:
         """Forget a FineTuneJob that is gone, unless another has taken its name."""
+        self._bury(uid)
         known = self.jobs.get(key)
         if known is None or known.uid != uid:
             return False
@@ -69,7 +75,14 @@ class Cache:
         self._forget(uid)
         return True
 
+    def _bury(self, uid: str) -> None:
+        self._gone[uid] = None
+        self._gone.move_to_end(uid)
+        while len(self._gone) > REMEMBERED_DELETIONS:
+            self._gone.popitem(last=False)
+
     def _forget(self, uid: str) -> None:
+        self._bury(uid)
         self._keys.pop(uid, None)
         self.families.pop(uid, None)
 
@@ -77,7 +90,7 @@ class Cache:
         """Remember a Job; the owner's UID if that was news."""
         job = trim_job(raw)
         uid = finetunejob_uid(raw)
-        if job is None or not uid:
+        if job is None or not uid or uid in self._gone or job.uid in self._gone:
             return None
         known = self.families.setdefault(uid, Family()).jobs
         old = known.get(job.name)
@@ -90,7 +103,7 @@ class Cache:
         """Remember a pod; the owner's UID if that was news."""
         pod = trim_pod(raw)
         uid = finetunejob_uid(raw)
-        if pod is None or not uid:
+        if pod is None or not uid or uid in self._gone or pod.uid in self._gone:
             return None
         known = self.families.setdefault(uid, Family()).pods
         old = known.get(pod.name)
@@ -100,7 +113,7 @@ class Cache:
         return uid
 
     def forget_job(self, owner: str, name: str, uid: str) -> None:
-        """Forget a Job by name, if it is still that one."""
+        """Forget a Job by name, if it is still that one. If it exists after all, the next event brings it back."""
         family = self.families.get(owner)
         if family is not None and name in family.jobs and family.jobs[name].uid == uid:
             del family.jobs[name]
@@ -114,6 +127,7 @@ class Cache:
         return self._drop(raw, "pods")
 
     def _drop(self, raw: Raw, kind: str) -> str | None:
+        self._bury(raw["metadata"]["uid"])
         uid = finetunejob_uid(raw)
         family = self.families.get(uid)
         if family is None:
@@ -137,6 +151,7 @@ class Cache:
             members: dict[str, StageJob] | dict[str, Pod] = family.jobs if kind == "jobs" else family.pods
             gone = [n for n, m in members.items() if m.uid not in seen and m.resource_version <= version]
             for name in gone:
+                self._bury(members[name].uid)
                 del members[name]
             if gone:
                 changed.append(key)

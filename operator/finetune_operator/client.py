@@ -1,22 +1,7 @@
 """The API server as plain JSON: paths in, dicts out, over kubernetes.aio's connection pool and credentials.
 
 Typed models of the client library cost a third of the throughput (facts/kopf.md), so none are used here.
-
-The operator's rights (the chart's ClusterRole or Roles), and nothing else:
-
-==================  ===========================  ===============================================================
-API group           resources                    verbs
-==================  ===========================  ===============================================================
-finetune.dev        finetunejobs                 get list watch delete            (delete: ttlSecondsAfterFinished)
-finetune.dev        finetunejobs/status          patch                            (server-side apply)
-finetune.dev        finetunejobs/finalizers      update                           (blockOwnerDeletion on OpenShift)
-batch               jobs                         get list watch create delete
-""                  configmaps                   get create
-""                  pods                         get list watch
-""                  events                       create
-authentication...   tokenreviews                 create                           (always cluster-wide)
-coordination...     leases                       get create update                (its own namespace only)
-==================  ===========================  ===============================================================
+What may be asked for is what the chart grants (templates/_helpers.tpl): tests/operator/test_rights.py holds the two together.
 """
 
 from __future__ import annotations
@@ -44,11 +29,15 @@ PROGRESS_MANAGER = "finetune-operator-progress"
 class ApiError(Exception):
     """An answer that is not a success. ``status`` 0: no answer came (connection, timeout)."""
 
-    def __init__(self, status: int, reason: str, message: str, method: str, path: str) -> None:
+    def __init__(
+        self, status: int, reason: str, message: str, method: str, path: str, fields: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(f"{method} {path}: {status} {reason}: {message}")
         self.status = status
         self.reason = reason
         self.message = message
+        self.fields = fields
+        """Fields of the object that the API server's validation names."""
 
 
 async def load_configuration() -> Configuration:
@@ -116,14 +105,15 @@ class Api:
         """A FineTuneJob, fresh."""
         return await self.request("GET", f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}")
 
-    async def apply_status(self, namespace: str, name: str, uid: str, status: Raw, manager: str) -> Raw:
-        """Server-side apply on /status. The UID makes it a no to a namesake that was created since (409)."""
-        body = {
-            "apiVersion": API_VERSION,
-            "kind": "FineTuneJob",
-            "metadata": {"name": name, "namespace": namespace, "uid": uid},
-            "status": status,
-        }
+    async def apply_status(
+        self, namespace: str, name: str, uid: str, status: Raw, manager: str, resource_version: str = ""
+    ) -> Raw:
+        """Server-side apply on /status. The UID makes it a no to a namesake that was created since (409), and so does the
+        resourceVersion, if one is given, to whatever was written since that was read."""
+        meta = {"name": name, "namespace": namespace, "uid": uid}
+        if resource_version:
+            meta["resourceVersion"] = resource_version
+        body = {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": meta, "status": status}
         return await self.request(
             "PATCH",
             f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}/status",
@@ -218,6 +208,8 @@ def _resource(path: str) -> str:
 def _error(status: int, reason: str, data: bytes, method: str, path: str) -> ApiError:
     try:
         body = json.loads(data)
-        return ApiError(status, str(body.get("reason") or reason), str(body.get("message") or ""), method, path)
+        causes = (body.get("details") or {}).get("causes") or []
+        fields = tuple(str(c["field"]) for c in causes if c.get("field"))
+        return ApiError(status, str(body.get("reason") or reason), str(body.get("message") or ""), method, path, fields)
     except (ValueError, AttributeError):
         return ApiError(status, reason, data[:512].decode(errors="replace"), method, path)

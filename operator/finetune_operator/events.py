@@ -1,9 +1,13 @@
-"""Events for people, posted when nothing more important waits. Best effort: status is the truth."""
+"""Events: ours for people, posted when nothing more important waits, and the Job controller's, read when a Job gets no pod.
+
+Best effort in both directions: status is the truth.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,13 +17,15 @@ from finetune_api import API_VERSION, KIND
 from finetune_operator import metrics
 from finetune_operator.client import Api, ApiError, events_path
 from finetune_operator.planning.clock import rfc3339
-from finetune_operator.planning.model import EventNote, JobView
+from finetune_operator.planning.model import EventNote, JobView, StageJob
 from finetune_operator.workqueue import WorkQueue
 
 logger = logging.getLogger(__name__)
 COMPONENT = "finetune-operator"
 CAPACITY = 10_000
 COURTESY_SECONDS = 0.05
+_EVERY_TIME_ANOTHER = re.compile(r'^Error creating: |pods "[^"]*" is forbidden: ')
+"""Of the Job controller's words, what says nothing, or names a pod that was never there and is named otherwise next time."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,28 @@ class EventRecorder:
             "lastTimestamp": moment,
             "count": 1,
         }
+
+
+class JobEvents:
+    """What the Job controller says about a Job."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    async def pod_refusal(self, owner: JobView, job: StageJob) -> str:
+        """Why a Job's pods cannot be created, in the API server's words; nothing if no Event tells."""
+        query = {"fieldSelector": f"involvedObject.uid={job.uid},reason=FailedCreate", "limit": "50"}
+        try:
+            found = (await self._api.request("GET", events_path(owner.namespace), query=query)).get("items") or []
+        except ApiError as problem:
+            logger.info("The Events of Job %s cannot be read: %s", job.name, problem)
+            return ""
+        newest: dict[str, Any] = max(
+            found, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""), default={}
+        )
+        return plain_refusal(str(newest.get("message") or ""))
+
+
+def plain_refusal(message: str) -> str:
+    """A FailedCreate Event's words, the same each time that the same thing stands in the way."""
+    return _EVERY_TIME_ANOTHER.sub("", message).strip()[:1024]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -26,6 +27,9 @@ class _TimedLock(LeaseLock):  # type: ignore[misc]
     def __init__(self, name: str, namespace: str, identity: str, api: Api, timeout: float) -> None:
         super().__init__(name, namespace, identity, api.client)
         self._timeout = timeout
+        self.held = asyncio.Event()
+        self.held_from = 0.0
+        """When (monotonic) the last write of the Lease that succeeded began: others count from its end at the earliest."""
 
     async def get(self, name: str, namespace: str) -> Any:
         try:
@@ -46,11 +50,31 @@ class _TimedLock(LeaseLock):  # type: ignore[misc]
         return await self._try(super().update(name, namespace, updated_record))
 
     async def _try(self, call: Awaitable[bool]) -> bool:
+        began = time.monotonic()
         try:
-            return bool(await asyncio.wait_for(call, self._timeout))
+            done = bool(await asyncio.wait_for(call, self._timeout))
         except Exception as problem:  # noqa: BLE001 - as above
             logger.warning("Lease: %s", problem or type(problem).__name__)
             return False
+        if done:
+            self.held_from = began
+            self.held.set()
+        return done
+
+
+async def _expiry(lock: _TimedLock, duration: float) -> None:
+    """Returns before anybody else may take a Lease that is no longer renewed.
+
+    The library (kubernetes 37) gives up 10 s after it began to try, but only between tries: with two calls in a try that
+    may hang, an old leader would act on for seconds after the Lease's 15.
+    """
+    await lock.held.wait()
+    lasts = duration - min(2.0, duration / 5)
+    while True:
+        left = lock.held_from + lasts - time.monotonic()
+        if left <= 0:
+            return
+        await asyncio.sleep(left)
 
 
 class _Unknown(Exception):
@@ -76,8 +100,10 @@ class Election:
             settings.lease_name, settings.lease_namespace, self.identity, self._api, settings.lease_retry_seconds * 2
         )
         work: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        leading: list[asyncio.Task[Any]] = []
 
         async def started() -> None:
+            leading.extend(t for t in (asyncio.current_task(),) if t is not None)
             try:
                 await lead()
             except BaseException as problem:
@@ -96,11 +122,14 @@ class Election:
             onstopped_leading=None,
         )
         election = asyncio.ensure_future(leaderelection.LeaderElection(config).run())
+        expiry = asyncio.ensure_future(_expiry(lock, settings.lease_duration_seconds))
         try:
-            await asyncio.wait({election, work}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({election, work, expiry}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            election.cancel()
-        if work.done():
+            ended = work.done()
+            for task in (work, election, expiry, *leading):
+                task.cancel()
+        if ended:
             await work
         else:
             logger.error("The Lease was lost.")

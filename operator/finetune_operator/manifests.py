@@ -17,33 +17,25 @@ from finetune_api.names import (
     LABEL_NAME,
     LABEL_STAGE,
     LABEL_UID,
-    MODEL_SLOT,
-    OUTPUT_SLOT,
-    PVC_MOUNT,
-    SECRETS_MOUNT,
     SNAPSHOT_KEY,
     SNAPSHOT_MOUNT,
-    TOKEN_AUDIENCE,
     TOKEN_KEY,
     TOKEN_MOUNT,
     WORK_MOUNT,
     Stage,
-    held_out_slot,
     snapshot_name,
     stage_job_name,
-    train_slot,
 )
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import FineTuneJobSpec, RemoteSource
-from finetune_api.uris import PvcLocation, parse_uri
+from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.planning.model import JobView, SnapshotRecord
 from finetune_operator.settings import Settings
+from finetune_operator.volumes import volumes_and_mounts
 
 Manifest = dict[str, Any]
 RUN_AS = 65532
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
-TOKEN_SECONDS = 3600
 GRACE_SECONDS = 120
 
 
@@ -161,7 +153,7 @@ def _queue_labels(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
 def _pod_spec(owner: Owner, snapshot: Snapshot, stage: Stage, settings: Settings) -> Manifest:
     spec = snapshot.spec
     runtime = spec.runtime
-    volumes, mounts = _volumes(owner, spec, stage)
+    volumes, mounts = volumes_and_mounts(spec, stage, snapshot_name(owner.name, owner.uid))
     pod: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -198,6 +190,8 @@ def _pod_spec(owner: Owner, snapshot: Snapshot, stage: Stage, settings: Settings
     if runtime.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": s.name} for s in runtime.image_pull_secrets]
     if stage is Stage.TRAIN:
+        if runtime.runtime_class_name:
+            pod["runtimeClassName"] = runtime.runtime_class_name
         selector = dict(runtime.node_selector or {})
         if spec.compute.gpu.product:
             selector["nvidia.com/gpu.product"] = spec.compute.gpu.product
@@ -256,49 +250,3 @@ def _resources(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> Manif
     if storage:
         requests["ephemeral-storage"] = storage
     return {k: v for k, v in (("requests", requests), ("limits", limits)) if v}
-
-
-def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
-    """Slot → Secret, for the sources that this stage reads or writes."""
-    slots: dict[str, RemoteSource] = {MODEL_SLOT: spec.model, OUTPUT_SLOT: spec.output}
-    if stage is Stage.PREPARE:
-        slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
-        slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
-    return {slot: source.secret_ref.name for slot, source in slots.items() if source.secret_ref is not None}
-
-
-def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
-    uris = [spec.model.uri]
-    if stage is Stage.PREPARE:
-        uris += [s.uri for s in (*spec.data.train, *(spec.data.held_out.sources or []))]
-    locations = [parse_uri(uri) for uri in uris]
-    return sorted({location.claim for location in locations if isinstance(location, PvcLocation)})
-
-
-def _volumes(owner: Owner, spec: FineTuneJobSpec, stage: Stage) -> tuple[list[Manifest], list[Manifest]]:
-    token = {"audience": TOKEN_AUDIENCE, "expirationSeconds": TOKEN_SECONDS, "path": TOKEN_KEY}
-    volumes: list[Manifest] = [
-        {"name": "snapshot", "configMap": {"name": snapshot_name(owner.name, owner.uid)}},
-        {"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}},
-        {"name": "work", "emptyDir": {}},
-        {"name": "tmp", "emptyDir": {}},
-    ]
-    mounts: list[Manifest] = [
-        {"name": "snapshot", "mountPath": SNAPSHOT_MOUNT, "readOnly": True},
-        {"name": "token", "mountPath": TOKEN_MOUNT, "readOnly": True},
-        {"name": "work", "mountPath": WORK_MOUNT},
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
-    ]
-    if stage is Stage.TRAIN:
-        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
-        mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - shared memory of data loaders and NCCL
-    for slot, secret in _secrets(spec, stage).items():
-        # Optional: the pod starts without it, reports SecretMissing and goes on when it appears; mode: readable by fsGroup.
-        volumes.append(
-            {"name": f"secret-{slot}", "secret": {"secretName": secret, "optional": True, "defaultMode": 0o440}}
-        )
-        mounts.append({"name": f"secret-{slot}", "mountPath": f"{SECRETS_MOUNT}/{slot}", "readOnly": True})
-    for index, claim in enumerate(_claims(spec, stage)):
-        volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
-        mounts.append({"name": f"pvc-{index}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": True})
-    return volumes, mounts

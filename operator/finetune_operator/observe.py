@@ -99,14 +99,19 @@ def _parse_spec(raw: Raw) -> tuple[FineTuneJobSpec | None, str]:
 
 
 def parse_status(raw: Raw) -> FineTuneJobStatus:
-    """Parse a status; top-level fields that another version wrote and this one cannot read are left out."""
+    """Parse a status that another version may have written: fields it does not know are ignored, and of what it cannot read
+    only that item or field is left out. A condition lost is a job run again."""
     raw = dict(raw)
     for _ in range(len(raw) + 1):
         try:
-            return in_order(FineTuneJobStatus.model_validate(raw))
+            return in_order(FineTuneJobStatus.model_validate(raw, extra="ignore"))
         except ValidationError as problem:
-            for error in problem.errors(include_url=False, include_input=False):
-                raw.pop(str(error["loc"][0]), None)
+            places = {tuple(e["loc"][:2]) for e in problem.errors(include_url=False, include_input=False)}
+        for name in {str(place[0]) for place in places}:
+            bad = {place[1] for place in places if place[0] == name and len(place) > 1}
+            value = raw.pop(name, None)
+            if isinstance(value, list):
+                raw[name] = [item for index, item in enumerate(value) if index not in bad]
     return FineTuneJobStatus()
 
 
@@ -139,7 +144,10 @@ def trim_job(raw: Raw) -> StageJob | None:
         created=_time(meta.get("creationTimestamp")),
         resource_version=version_of(meta),
         deleting=bool(meta.get("deletionTimestamp")),
-        suspended=bool((raw.get("spec") or {}).get("suspend")),
+        # Resumed, but the Job controller has not noticed yet: startTime and the pods still are those of before.
+        suspended=bool((raw.get("spec") or {}).get("suspend")) or _first(conditions, "Suspended") is not None,
+        started_at=parse_time(status.get("startTime")),
+        active=int(status.get("active") or 0) + int(status.get("terminating") or 0),
         complete_at=_time(complete.get("lastTransitionTime")) if complete else None,
         failed_at=_time(failed.get("lastTransitionTime")) if failed else None,
         failed_reason=str(failed.get("reason") or "") if failed else "",
@@ -156,7 +164,8 @@ def trim_pod(raw: Raw) -> Pod | None:
         return None
     status = raw.get("status") or {}
     conditions = status.get("conditions") or []
-    container: Raw = next((c for c in status.get("containerStatuses") or []), {})
+    # By name: an injected sidecar may stand first, and it may even end first.
+    container: Raw = next((c for c in status.get("containerStatuses") or [] if c.get("name") == stage), {})
     state = container.get("state") or {}
     waiting, running, ended = state.get("waiting") or {}, state.get("running") or {}, state.get("terminated") or {}
     message = str(ended.get("message") or "")
@@ -179,6 +188,7 @@ def trim_pod(raw: Raw) -> Pod | None:
         resource_version=version_of(meta),
         phase=phase,
         deleting=bool(meta.get("deletionTimestamp")),
+        deletion_due=parse_time(meta.get("deletionTimestamp")),
         node=node,
         unschedulable=str(scheduled.get("message") or "no node fits") if refused else "",
         unschedulable_since=_time(scheduled.get("lastTransitionTime")) if refused else None,
@@ -202,6 +212,6 @@ def parse_report(message: str) -> StageReport | None:
     if not message.startswith("{"):
         return None
     try:
-        return StageReport.model_validate(json.loads(message))
+        return StageReport.model_validate(json.loads(message), extra="ignore")
     except (ValueError, ValidationError):
         return None

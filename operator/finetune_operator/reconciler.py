@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from finetune_api.status import ConditionType, FineTuneJobStatus
@@ -12,13 +13,14 @@ from finetune_operator import metrics
 from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import ApiError
-from finetune_operator.events import EventRecorder
+from finetune_operator.events import EventRecorder, JobEvents
 from finetune_operator.observe import CachedJob
 from finetune_operator.pace import Pace
 from finetune_operator.planning import Observation, Plan, PlannerConfig, plan
 from finetune_operator.planning.clock import parse_time
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import Urgency
+from finetune_operator.planning.waiting import podless
 from finetune_operator.snapshots import Conflict, Snapshots
 from finetune_operator.workqueue import WorkQueue
 
@@ -37,6 +39,7 @@ class Reconciler:
         applier: Applier,
         snapshots: Snapshots,
         events: EventRecorder,
+        job_events: JobEvents,
         pace: Pace,
         config: PlannerConfig | None = None,
     ) -> None:
@@ -45,6 +48,7 @@ class Reconciler:
         self._applier = applier
         self._snapshots = snapshots
         self._events = events
+        self._job_events = job_events
         self._pace = pace
         self._config = config or PlannerConfig()
         self._dirty: dict[str, float] = {}
@@ -110,7 +114,7 @@ class Reconciler:
                 record = await self._snapshots.find(view)
             except Conflict as problem:
                 conflict = str(problem)
-        return Observation(
+        seen = Observation(
             job=view,
             now=datetime.now(UTC).replace(microsecond=0),
             jobs=tuple(family.jobs.values()),
@@ -119,6 +123,8 @@ class Reconciler:
             refusal=answers.refusal,
             conflict=conflict,
         )
+        job = podless(seen, self._config)
+        return seen if job is None else replace(seen, pod_refusal=await self._job_events.pod_refusal(view, job))
 
     async def _carry_out(self, key: Key, cached: CachedJob, decided: Plan) -> None:
         view = cached.view()

@@ -1,6 +1,7 @@
 """The periodic list and diff: whatever the watches lost, doubled or never told is made good here.
 
 kopf does not report objects that were deleted while its watch was down (410), so without this they would live for ever.
+Nor those that go after our first list and before kopf's own: at the start, lists follow each other more closely.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from finetune_operator.reconciler import Reconciler
 
 logger = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0
+EARLY_SECONDS, EARLY_FACTOR = 2.0, 3.0
+"""Pauses between the first lists: 2, 6, 18, … s, up to the regular one."""
 
 
 class Resync:
@@ -42,6 +45,7 @@ class Resync:
         self._namespaces: tuple[str | None, ...] = namespaces or (None,)
         self._seconds = seconds
         self._first = True
+        self._settled = True
         self._found = 0
         self.silent = 0
         """How many lists in a row found changes while no watch told any."""
@@ -49,31 +53,34 @@ class Resync:
 
     async def run(self) -> None:
         """For ever, the first time at once."""
+        early = EARLY_SECONDS
         while True:
+            self._settled = early >= self._seconds
             try:
                 await self.once()
-                delay = self._seconds
+                delay = min(early, self._seconds)
+                early = delay * EARLY_FACTOR
             except ApiError as problem:
                 logger.warning("Listing failed: %s", problem)
                 delay = min(RETRY_SECONDS, self._seconds)
             await asyncio.sleep(delay)
 
     async def once(self) -> None:
-        """One full list of everything, and every unfinished job looked at once more."""
+        """One full list of everything. Once settled, every unfinished job is looked at once more, changed or not."""
         heard = self._informer.last_event > self.last_success
         self._found = 0
         for namespace in self._namespaces:
             await self._children(jobs_path(namespace), namespace, "jobs")
             await self._children(pods_path(namespace), namespace, "pods")
             await self._finetunejobs(namespace)
-        for key, cached in list(self._cache.jobs.items()):
+        for key, cached in list(self._cache.jobs.items()) if self._settled or self._first else ():
             finished = is_true(cached.status, ConditionType.FINISHED)
             expires = cached.spec is not None and cached.spec.ttl_seconds_after_finished is not None
             # An operator that died right after it wrote "Failed" left a Job behind that must not run on.
             runs_on = any(not job.finished for job in self._cache.family(cached.uid).jobs.values())
             if not finished or expires or runs_on:
                 self._informer.enqueue(key)
-        self.silent = self.silent + 1 if self._found and not heard and not self._first else 0
+        self.silent = self.silent + 1 if self._found and not heard and self._counts else 0
         self._first = False
         self.last_success = time.monotonic()
         metrics.RESYNC_TIMESTAMP.set_to_current_time()
@@ -83,8 +90,10 @@ class Resync:
         seen = set()
         for raw in items:
             seen.add(raw["metadata"]["uid"])
-            if self._cache.put_finetunejob(raw) is not None:
+            key = self._cache.put_finetunejob(raw)
+            if key is not None:
                 self._missed("finetunejobs")
+                self._informer.enqueue(key)
         for key, cached in list(self._cache.jobs.items()):
             here = namespace is None or key.namespace == namespace
             # What is newer than the list cannot have been deleted before it.
@@ -99,13 +108,25 @@ class Resync:
         seen = set()
         for raw in items:
             seen.add(raw["metadata"]["uid"])
-            if put(raw) is not None:
+            uid = put(raw)
+            if uid is not None:
                 self._missed(kind)
+                self._enqueue_owner(uid)
         for key in self._cache.drop_children(kind, seen, version, namespace):
             self._missed(kind)
             self._informer.enqueue(key)
 
+    def _enqueue_owner(self, uid: str) -> None:
+        key = self._cache.key_of(uid)
+        if key is not None:
+            self._informer.enqueue(key)
+
+    @property
+    def _counts(self) -> bool:
+        """While the watches are opened, what only a list finds says nothing about them."""
+        return self._settled and not self._first
+
     def _missed(self, kind: str) -> None:
         self._found += 1
-        if not self._first:
+        if self._counts:
             metrics.WATCH_MISSED.labels(resource=kind).inc()

@@ -46,6 +46,20 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("QLoRA without double quantization", {"method": {"type": "QLoRA", "quantization": {"doubleQuantization": False}}}),
     ("no GPU on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 0}}),
     ("a GPU asked for on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 1}}),
+    (
+        "labels, annotations and a node selector as Kubernetes takes them",
+        {
+            "runtime": {
+                "labels": {"team": "a", "example.com/cost-centre": "4_2.x", "empty": ""},
+                "annotations": {"sidecar.istio.io/inject": "any text: {}"},
+                "nodeSelector": {"topology.kubernetes.io/zone": "z1"},
+            }
+        },
+    ),
+    ("a runtime class", {"runtime": {"runtimeClassName": "nvidia"}}),
+    ("an optimizer in 8 bit on a CPU", {"training": {"useCpu": True, "optimizer": {"name": "adamw_bnb_8bit"}}}),
+    ("biases with LoRA", {"method": {"lora": {"bias": "All"}}}),
+    ("a revision of hub data", {"data": {"train": [{"uri": "hf://org/name", "revision": "v1"}]}}),
     ("column mapping", {"data": {"train": [{"uri": "s3://bucket/x.csv", "columns": {"prompt": "question"}}]}}),
 ]
 
@@ -72,6 +86,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("no GPU without useCpu", {"compute": {"gpusPerNode": 0}}, "gpusPerNode: 0 needs training.useCpu: true"),
     ("more GPUs than one job can use", {"compute": {"gpusPerNode": 2}}, "spec.compute.gpusPerNode"),
     ("a learning rate of zero", {"training": {"optimizer": {"learningRate": 0}}}, "spec.training.optimizer.learningRate"),
+    ("a label's key with a blank", {"runtime": {"labels": {"a b": "c"}}}, "every key must be a name such as team"),
+    ("a label's key without a name", {"runtime": {"labels": {"example.com/": "c"}}}, "every key must be a name such as team"),
+    ("a label's key of 64 characters", {"runtime": {"labels": {"a" * 64: "c"}}}, "every key must be a name such as team"),
+    ("a label's value with a blank", {"runtime": {"labels": {"a": "c d!"}}}, "spec.runtime.labels.a"),
+    ("an annotation's key with a blank", {"runtime": {"annotations": {"a b": "c"}}}, "every key must be a name such as team"),
+    ("a node selector's key with a blank", {"runtime": {"nodeSelector": {"a b": "c"}}}, "every key must be a name such as team"),
+    ("a node selector's value with a blank", {"runtime": {"nodeSelector": {"a": "b c"}}}, "spec.runtime.nodeSelector.a"),
+    ("a GPU product with a blank", {"compute": {"gpu": {"product": "NVIDIA A10G"}}}, "spec.compute.gpu.product"),
+    ("a runtime class that is no name", {"runtime": {"runtimeClassName": "Not a name"}}, "spec.runtime.runtimeClassName"),
+    ("biases with QLoRA", {"method": {"type": "QLoRA", "lora": {"bias": "All"}}}, "QLoRA cannot train biases: bitsandbytes holds those of quantized layers in 16 bit"),
+    ("an optimizer whose package the image has not", {"training": {"optimizer": {"name": "galore_adamw"}}}, 'Unsupported value: "galore_adamw": supported values: "adamw_torch"'),
+    ("a revision of data in a bucket", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "revision": "v1"}]}}, "revision applies to hf:// data only"),
     ("memory that is no quantity", {"compute": {"memory": "lots"}}, "spec.compute.memory"),
 ]  # fmt: skip
 
@@ -81,6 +107,11 @@ IMMUTABLE: list[tuple[str, dict[str, Any], str]] = [
     ("the method", {"method": {"type": "QLoRA"}}, "method is immutable"),
     ("the training", {"training": {"seed": 1}}, "training is immutable"),
     ("the output", {"output": {"uri": "s3://elsewhere"}}, "output is immutable"),
+    ("the objective", {"objective": {"sft": {"lossOn": "All"}}}, "objective is immutable"),
+    ("the evaluation", {"evaluation": {"generation": {"prompts": 5}}}, "evaluation is immutable"),
+    ("the resources", {"compute": {"memory": "8Gi"}}, "compute is immutable"),
+    ("the recovery", {"recovery": {"maxFailures": 0}}, "recovery is immutable"),
+    ("the runtime", {"runtime": {"image": "other:1"}}, "runtime is immutable"),
     ("the queue", {"queue": {"name": "other"}}, "queue is immutable"),
 ]
 

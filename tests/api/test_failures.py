@@ -1,11 +1,13 @@
 """The failure table: whole, unambiguous, and usable as Job exit codes."""
 
 from finetune_api.failures import FAILURES, PERMANENT_EXIT_CODES, Consequence, Reason, by_exit_code
+from finetune_api.names import Stage
 
 
 def test_every_reason_has_a_row_with_advice() -> None:
     assert set(FAILURES) == set(Reason)
-    assert all(f.meaning.endswith(".") and f.advice.endswith(".") for f in FAILURES.values())
+    assert all(f.meaning.endswith(".") for f in FAILURES.values())
+    assert all(f.advice_in(stage).endswith(".") for f in FAILURES.values() for stage in Stage)
 
 
 def test_exit_codes_are_unique_and_valid() -> None:
@@ -21,7 +23,7 @@ def test_exit_codes_lead_back_to_their_reason() -> None:
 
 
 def test_signals_from_outside_are_interruptions_and_the_rest_is_unknown() -> None:
-    assert by_exit_code(143).reason is Reason.INTERRUPTED
+    assert all(by_exit_code(code).reason is Reason.INTERRUPTED for code in (130, 137, 143))
     assert by_exit_code(77).reason is Reason.UNKNOWN
 
 

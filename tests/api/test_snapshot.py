@@ -1,6 +1,8 @@
 """The run snapshot: what is resolved, and what it does not depend on."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finetune_api.snapshot import Images, JobIdentity, Snapshot, largest_divisor, make_snapshot, resolve_plan
 from finetune_api.spec import FineTuneJobSpec
@@ -66,7 +68,21 @@ def test_outputs_of_two_jobs_of_one_name_never_collide() -> None:
     assert str(snapshot().output) == "s3://bucket/prefix/job-3f9c2a11"
     assert str(snapshot().workspace) == "s3://bucket/prefix/job-3f9c2a11/workspace"
     moved = snapshot(output={"uri": "s3://bucket", "workspace": {"uri": "s3://scratch/tmp"}})
-    assert str(moved.workspace) == "s3://scratch/tmp/job-3f9c2a11"
+    assert str(moved.workspace) == "s3://scratch/tmp/job-3f9c2a11/workspace"
+
+
+PREFIXES = st.lists(st.sampled_from(["a", "b", "job", "workspace", "adapter"]), max_size=3).map("/".join)
+
+
+@given(bucket=st.sampled_from(["one", "two"]), output=PREFIXES, workspace=PREFIXES, same=st.booleans())
+def test_deleting_the_workspace_never_touches_the_results_whatever_the_uris(
+    bucket: str, output: str, workspace: str, same: bool
+) -> None:
+    place = f"s3://one/{output}"
+    taken = snapshot(output={"uri": place, "workspace": {"uri": place if same else f"s3://{bucket}/{workspace}"}})
+    below = f"{taken.workspace}/"
+    for part in ("", "adapter", "merged", "reports", "manifest.json"):
+        assert not f"{taken.output.join(part)}/".startswith(below)
 
 
 def test_a_jobs_own_image_is_used_from_the_first_stage_so_that_a_wrong_one_never_costs_a_gpu() -> None:

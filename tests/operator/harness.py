@@ -280,25 +280,66 @@ def _kubelet(
 
 
 class Recorder:
-    """Watches a collection from before a test acts, in a thread."""
+    """Watches a collection from before a test acts, in a thread. What it has not seen has not been: see :meth:`stop`."""
 
-    def __init__(self, cluster: LightCluster, path: str, seconds: float = 120) -> None:
+    def __init__(self, cluster: LightCluster, path: str, seconds: float = 240) -> None:
         self._api = cluster.admin()
         self._path = path
         self._seconds = seconds
+        self._news = threading.Condition()
+        self._ended = ""
         self.events: list[tuple[str, Raw]] = []
+        # From the list's version on: what happens before the watch is open is told when it is.
+        self._version = self._api.get(path)["metadata"]["resourceVersion"]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            for event in self._api.watch(self._path, self._seconds):
-                self.events.append(event)
-        except (httpx.HTTPError, RuntimeError):
-            return
+            for event in self._api.watch(self._path, self._seconds, {"resourceVersion": self._version}):
+                with self._news:
+                    self.events.append(event)
+                    self._news.notify_all()
+            self._ended = f"its {self._seconds} s were over"
+        except (httpx.HTTPError, RuntimeError) as problem:
+            self._ended = repr(problem)
 
-    def stop(self) -> None:
+    def wait_for(self, check: Callable[[list[tuple[str, Raw]]], bool], seconds: float = SECONDS) -> bool:
+        """Whether the events are as wanted within a time."""
+        with self._news:
+            return self._news.wait_for(lambda: check(self.events), seconds)
+
+    def so_far(self) -> list[tuple[str, Raw]]:
+        """All events until now: the watch must have held, and must have caught up with what a list shows.
+
+        Without that, "nothing was created" would hold whenever nothing was seen.
+        """
+        items = self._api.get(self._path)["items"]
+        there = {(i["metadata"]["uid"], i["metadata"]["resourceVersion"]) for i in items}
+        listed = int(self._version)
+        there = {(uid, version) for uid, version in there if int(version) > listed}
+
+        def caught_up(events: list[tuple[str, Raw]]) -> bool:
+            seen: dict[str, int] = {}
+            for _, raw in events:
+                seen[raw["metadata"]["uid"]] = int(raw["metadata"]["resourceVersion"])
+            return all(seen.get(uid, 0) >= int(version) for uid, version in there)
+
+        told = self.wait_for(caught_up, 20)
+        assert self._thread.is_alive(), f"the watch on {self._path} ended, so nothing can be said: {self._ended}"
+        assert told, f"the watch on {self._path} is behind what a list shows, so nothing can be said"
+        return list(self.events)
+
+    def stop(self) -> list[tuple[str, Raw]]:
+        """End the watch; all events until now, as :meth:`so_far`."""
+        events = self.so_far()
         self._api.http.close()
+        return events
+
+
+def gpu_pods(events: list[tuple[str, Raw]]) -> set[str]:
+    """Names of the pods that asked for a GPU."""
+    return {raw["metadata"]["name"] for _, raw in events if "nvidia.com/gpu" in str(raw["spec"]["containers"])}
 
 
 def decode(data: str) -> bytes:

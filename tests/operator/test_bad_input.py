@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 
@@ -23,6 +22,7 @@ from tests.operator.harness import (
     Bench,
     Recorder,
     condition,
+    gpu_pods,
     is_true,
     jobs_of,
     pods_of,
@@ -35,10 +35,6 @@ from tests.operator.manifests import failure, finetunejob, termination_message
 pytestmark = pytest.mark.light
 
 PERMANENT = [f for f in FAILURES.values() if f.consequence is Consequence.FAIL and f.exit_code is not None]
-
-
-def gpu_pods(events: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    return [raw["metadata"]["name"] for _, raw in events if "nvidia.com/gpu" in str(raw["spec"]["containers"])]
 
 
 def test_every_permanent_failure_of_prepare_ends_the_job_with_its_reason_and_advice(bench: Bench) -> None:
@@ -65,8 +61,7 @@ def test_every_permanent_failure_of_prepare_ends_the_job_with_its_reason_and_adv
             if (row.exit_code or 0) % 2:
                 assert "train.jsonl:17" in message
             assert failed["status"]["phase"] == "Failed"
-    recorder.stop()
-    assert gpu_pods(recorder.events) == []
+    assert not gpu_pods(recorder.stop())
 
 
 def test_a_failure_that_may_pass_is_repeated_and_then_told(bench: Bench) -> None:
@@ -76,7 +71,7 @@ def test_a_failure_that_may_pass_is_repeated_and_then_told(bench: Bench) -> None
         failed = bench.until_finished("big")
     message = condition(failed, "Failed")["message"]
     assert condition(failed, "Failed")["reason"] == "HostOutOfMemory"
-    assert "Raise compute.memory." in message
+    assert "raise cpuStages.limits.memory in the operator's chart" in message
 
 
 def test_a_drained_pod_is_replaced_and_counts_for_nothing(bench: Bench) -> None:
@@ -108,14 +103,17 @@ def test_a_missing_image_is_waited_for_and_heals(bench: Bench) -> None:
             return [Waiting("ImagePullBackOff", message), until_set(pushed), *succeed_stage(pod)]
         return succeed_stage(pod)
 
+    pods = Recorder(bench.cluster, pods_of(bench.namespace))
     with bench.script(script):
         bench.apply(finetunejob("pull").build())
         waiting = bench.until_waiting("pull", "ImageUnavailable")
         assert "127.0.0.1:9/none:1" in condition(waiting, "Waiting")["message"]
         assert FAILURES[Reason.IMAGE_UNAVAILABLE].advice in condition(waiting, "Waiting")["message"]
         assert waiting["status"]["waitingSince"]
+        assert not gpu_pods(pods.so_far()), "the image is known to be there before a GPU is asked for"
         pushed.set()
         done = bench.until_finished("pull")
+    assert len(gpu_pods(pods.stop())) == 1
     assert is_true(done, "Complete")
     assert condition(done, "Waiting")["status"] == "False"
     assert ("Waiting", condition(waiting, "Waiting")["message"]) in [
@@ -159,6 +157,65 @@ def test_a_quota_that_refuses_is_waited_for_and_heals(bench: Bench) -> None:
         assert waiting["status"]["phase"] == "Pending"
         bench.api.delete(f"{path}/none")
         assert is_true(bench.until_finished("quota"), "Complete")
+
+
+def test_a_quota_that_refuses_only_the_pods_is_waited_for_in_the_quotas_words_and_heals(bench: Bench) -> None:
+    path = f"/api/v1/namespaces/{bench.namespace}/resourcequotas"
+    bench.api.create(path, {"metadata": {"name": "gpus"}, "spec": {"hard": {"requests.nvidia.com/gpu": "0"}}})
+    bench.api.wait(path, "gpus", lambda q: "hard" in (q.get("status") or {}), 20, "the quota is counted")
+    bench.start_operator()
+    with bench.script():
+        bench.apply(finetunejob("quota").build())
+        waiting = bench.until_waiting("quota", "AdmissionRefused")
+        message = condition(waiting, "Waiting")["message"]
+        assert "the train pod cannot be created: exceeded quota: gpus, requested: requests.nvidia.com/gpu=1" in message
+        assert FAILURES[Reason.ADMISSION_REFUSED].advice in message
+        assert waiting["status"]["phase"] == "Queued"
+        bench.api.delete(f"{path}/gpus")
+        assert is_true(bench.until_finished("quota", 90), "Complete")
+
+
+def test_a_webhook_that_is_down_is_told_and_heals(bench: Bench) -> None:
+    path = "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
+    name = f"down-{bench.namespace}"
+    webhook = {
+        "name": "down.example.com",
+        "clientConfig": {"url": "https://127.0.0.1:9/"},
+        "rules": [{"apiGroups": ["batch"], "apiVersions": ["v1"], "resources": ["jobs"], "operations": ["CREATE"]}],
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": bench.namespace}},
+        "sideEffects": "None",
+        "admissionReviewVersions": ["v1"],
+    }
+    bench.api.create(path, {"metadata": {"name": name}, "webhooks": [webhook]})
+    bench.start_operator()
+    with bench.script():
+        bench.apply(finetunejob("hook").build())
+        waiting = bench.until_waiting("hook", "AdmissionRefused")
+        assert "the API server answered 500" in condition(waiting, "Waiting")["message"]
+        assert "down.example.com" in condition(waiting, "Waiting")["message"]
+        bench.api.delete(f"{path}/{name}")
+        assert is_true(bench.until_finished("hook", 90), "Complete")
+
+
+def test_a_spec_that_makes_no_valid_job_fails_at_once_in_the_servers_words(bench: Bench) -> None:
+    bench.start_operator()
+    toleration = {"key": "gpu", "operator": "Exists", "effect": "NoSchedule", "tolerationSeconds": 5}
+    with bench.script():
+        bench.apply(finetunejob("odd").set(runtime={"tolerations": [toleration]}).build())
+        failed = bench.until_finished("odd")
+    message = condition(failed, "Failed")["message"]
+    assert condition(failed, "Failed")["reason"] == "InvalidConfig"
+    assert "effect must be 'NoExecute' when `tolerationSeconds` is set" in message
+    assert message.endswith("No GPU was used.")
+
+
+def test_a_service_account_that_is_missing_is_named_until_the_timeout(bench: Bench) -> None:
+    bench.start_operator()
+    with bench.script():
+        bench.apply(finetunejob("account").set(runtime={"serviceAccountName": "nobody"}).pending_timeout(12).build())
+        failed = bench.until_finished("account")
+    assert condition(failed, "Failed")["reason"] == "PendingTimeout"
+    assert 'serviceaccount "nobody" not found' in condition(failed, "Failed")["message"]
 
 
 def test_a_namespace_that_enforces_restricted_pods_takes_every_stage(bench: Bench) -> None:

@@ -9,8 +9,13 @@ import pytest
 
 from finetune_api.names import Stage
 from finetune_api.status import ConditionType, Phase, ProgressStatus
+from finetune_operator.apply import refusal
+from finetune_operator.client import ApiError
+from finetune_operator.events import plain_refusal
 from finetune_operator.planning import plan
+from finetune_operator.planning.attempts import MAX_ATTEMPTS
 from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.messages import NO_GPU_USED
 from finetune_operator.planning.model import Refusal, Urgency
 from tests.operator.manifests import failure, success
 from tests.operator.world import START, World, world
@@ -142,6 +147,51 @@ def test_a_failure_in_training_does_not_claim_that_no_gpu_was_used() -> None:
     )
 
 
+def test_a_pod_that_waited_on_a_node_for_its_image_held_a_gpu_and_nothing_else_is_claimed() -> None:
+    w = world(pendingTimeoutSeconds=60)
+    w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.change_pod(node="gpu-7", waiting_reason="ErrImagePull", waiting_message="connection refused")
+    w.settle()
+    assert w.status.gpu_held
+    w.pods, w.jobs = {}, {}  # somebody deletes both; the image of the next pod cannot be pulled either
+    w.settle()
+    w.start_pod()
+    w.change_pod(waiting_reason="ErrImagePull", waiting_message="connection refused")
+    w.settle()
+    w.tick(60)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "PendingTimeout"
+    assert NO_GPU_USED not in message(w, ConditionType.FAILED)
+
+
+def test_a_run_without_gpus_used_none_however_it_fails() -> None:
+    w = in_training(training={"useCpu": True}, compute={"gpusPerNode": 0})
+    w.end_pod(22, failure(Stage.TRAIN, "NonFiniteLoss", "loss is NaN at step 3"))
+    w.settle()
+    assert message(w, ConditionType.FAILED).endswith(NO_GPU_USED)
+
+
+@pytest.mark.parametrize(
+    ("stages_before", "advice"),
+    [(0, "cpuStages.limits.memory"), (1, "Raise compute.memory."), (2, "cpuStages.limits.memory")],
+    ids=list(Stage),
+)
+def test_advice_names_what_the_stages_own_resources_come_from(stages_before: int, advice: str) -> None:
+    w = world()
+    for _ in range(stages_before):
+        w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.change_pod(terminated_reason="OOMKilled")
+    w.end_pod(137)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "HostOutOfMemory"
+    assert advice in message(w, ConditionType.FAILED)
+
+
 def test_a_message_that_gives_the_advice_itself_does_not_give_it_twice() -> None:
     w = world()
     w.settle()
@@ -202,6 +252,32 @@ def test_the_deadline_counts_running_time_only() -> None:
     assert w.status.active_seconds == 15
 
 
+def test_more_executions_than_status_holds_are_counted_once_each() -> None:
+    w = in_training(recovery={"maxFailures": 100})
+    for _ in range(MAX_ATTEMPTS + 6):
+        w.tick(10)
+        w.change_pod(phase="Failed", finished_at=w.now, exit_code=1)
+        w.start_pod()
+        w.run_pod()
+        w.settle()
+    spent = w.status.active_seconds
+    assert spent == 10 + 10 * (MAX_ATTEMPTS + 6), "prepare's 10 s, too"
+    assert len(w.status.attempts) == MAX_ATTEMPTS
+    assert len(w.pods) > MAX_ATTEMPTS, "all pods are still there"
+    for _ in range(3):
+        assert w.settle().idle
+    assert w.status.active_seconds == spent
+
+
+def test_the_time_of_a_pod_that_was_lost_with_its_node_counts() -> None:
+    w = in_training(activeDeadlineSeconds=3600)
+    w.tick(100)
+    w.change_pod(phase="Failed", pod_reason="NodeLost", disrupted="the node is unreachable")
+    w.settle()
+    assert w.status.attempts[-1].outcome == "Failed"
+    assert w.status.active_seconds == 110, "prepare's 10 s and the 100 s of training"
+
+
 def test_one_wait_longer_than_allowed_fails_with_what_was_missing() -> None:
     w = in_training()
     w = world(pendingTimeoutSeconds=60)
@@ -212,12 +288,19 @@ def test_one_wait_longer_than_allowed_fails_with_what_was_missing() -> None:
     decided = w.settle()
     assert decided.requeue_after == pytest.approx(60.05)
     assert reason(w, ConditionType.WAITING) == "Unschedulable"
-    assert "no node has room for 1 × nvidia.com/gpu: 0/3 nodes" in message(w, ConditionType.WAITING)
+    assert message(w, ConditionType.WAITING) == (
+        "no node has room for 1 × nvidia.com/gpu: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu. "
+        "Since 2026-03-01T12:00:10Z, and the job fails if it still is so at 2026-03-01T12:01:10Z (pendingTimeoutSeconds is 60). "
+        "Free or add the resource that the message names, or ask for less."
+    )
+    w.tick(30)
+    assert w.plan().idle, "the time that passes is not written down"
+    w.tick(-30)
     w.tick(60)
     w.settle()
     assert reason(w, ConditionType.FAILED) == "PendingTimeout"
     assert message(w, ConditionType.FAILED).startswith(
-        "PendingTimeout: waited 1m00s for Unschedulable: no node has room"
+        "PendingTimeout: waited 1m00s (pendingTimeoutSeconds is 60) and still Unschedulable: no node has room"
     )
     assert message(w, ConditionType.FAILED).endswith("No GPU was used.")
 
@@ -263,6 +346,47 @@ def test_a_wait_that_an_earlier_pod_told_does_not_count() -> None:
     assert find(w.status, ConditionType.WAITING) is None
 
 
+@pytest.mark.parametrize("job_too", [False, True], ids=["the pod", "its Job, too"])
+def test_a_deleted_pod_whose_node_does_not_confirm_its_end_is_waited_for_and_named(job_too: bool) -> None:
+    w = in_training(pendingTimeoutSeconds=600)
+    job = w.live_job()
+    assert job is not None
+    if job_too:
+        w.jobs[job.name] = replace(job, deleting=True)
+    w.change_pod(deleting=True, deletion_due=w.now + timedelta(seconds=120))
+    assert w.settle().requeue_after == pytest.approx(150.05)
+    w.tick(149)
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING)
+    w.tick(1)
+    decided = w.settle()
+    assert reason(w, ConditionType.WAITING) == "NodeLost"
+    assert "node gpu-7 does not confirm it" in message(w, ConditionType.WAITING)
+    assert "delete its Node object" in message(w, ConditionType.WAITING)
+    assert decided.requeue_after == pytest.approx(570.05), "since the end of its grace period"
+    w.collect()
+    w.settle()
+    w.start_pod()
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING)
+
+
+def test_a_suspension_that_waits_for_a_lost_node_names_it() -> None:
+    w = in_training()
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    pod = next(p for p in w.pods.values() if p.stage is Stage.TRAIN)
+    w.pods[pod.name] = replace(pod, deletion_due=w.now + timedelta(seconds=120))
+    assert w.settle().requeue_after == pytest.approx(150.05)
+    w.tick(150)
+    w.settle()
+    assert w.status.message is not None
+    assert w.status.message.startswith("Suspending: waits for the pods to stop. NodeLost: the train pod")
+    w.collect()
+    w.settle()
+    assert phase(w) is Phase.SUSPENDED
+
+
 def test_a_refused_create_is_not_repeated_before_its_time() -> None:
     w = world()
     w.refusal = Refusal("exceeded quota", w.now + timedelta(seconds=8))
@@ -274,6 +398,110 @@ def test_a_refused_create_is_not_repeated_before_its_time() -> None:
     w.settle()
     w.tick(8)
     assert w.plan().create_job is Stage.PREPARE
+
+
+def test_an_object_that_validation_refuses_fails_the_job_in_the_servers_words() -> None:
+    w = world()
+    words = 'Job.batch "story-3f9c2a11-prepare" is invalid: spec.template.labels: Invalid value: "a b"'
+    w.refusal = Refusal(words, w.now + timedelta(seconds=1), for_good=True)
+    w.settle()
+    assert message(w, ConditionType.FAILED) == (
+        f"InvalidConfig: {words}. Change the field that the message names. No GPU was used."
+    )
+
+
+def api_error(status: int, message: str, *fields: str) -> ApiError:
+    return ApiError(status, "Why", message, "POST", "/apis/batch/v1/namespaces/ns/jobs", fields)
+
+
+@pytest.mark.parametrize(
+    ("problem", "words", "for_good"),
+    [
+        (api_error(403, "exceeded quota"), "exceeded quota", False),
+        (api_error(422, "is invalid: spec.x", "spec.x"), "is invalid: spec.x", True),
+        (api_error(422, "ValidatingAdmissionPolicy denied request"), "ValidatingAdmissionPolicy denied request", False),
+        (
+            api_error(500, "failed calling webhook"),
+            "the API server answered 500 (Why): failed calling webhook",
+            False,
+        ),
+        (api_error(0, ""), "the API server answered nothing (Why): Why", False),
+    ],
+)
+def test_what_refuses_an_object_is_told_and_only_validation_is_for_good(
+    problem: ApiError, words: str, for_good: bool
+) -> None:
+    assert refusal(problem, START) == Refusal(words, START, for_good)
+
+
+def test_a_job_that_gets_no_pod_waits_for_what_refuses_it_until_the_timeout() -> None:
+    w = world(pendingTimeoutSeconds=60)
+    decided = w.settle()
+    assert decided.requeue_after == pytest.approx(10.05), "nothing will tell that a pod is missing"
+    w.tick(10)
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert reason(w, ConditionType.WAITING) == "AdmissionRefused"
+    assert f"kubectl describe job {job.name} -n ns" in message(w, ConditionType.WAITING)
+    w.pod_refusal = "exceeded quota: gpus, requested: pods=1, used: pods=3, limited: pods=3"
+    decided = w.settle()
+    assert "the prepare pod cannot be created: exceeded quota: gpus" in message(w, ConditionType.WAITING)
+    assert decided.requeue_after == pytest.approx(50.05)
+    w.tick(50)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "PendingTimeout"
+    assert "exceeded quota: gpus" in message(w, ConditionType.FAILED)
+
+
+def test_a_job_that_gets_its_pod_at_last_waits_no_more() -> None:
+    w = world()
+    w.settle()
+    w.tick(10)
+    w.settle()
+    assert is_true(w.status, ConditionType.WAITING)
+    w.start_pod()
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING)
+
+
+@pytest.mark.parametrize(
+    ("why", "fields"),
+    [
+        ("the Job controller counts one", {"active": 1}),
+        ("it was resumed a moment ago", {"started_at": START + timedelta(seconds=3600)}),
+        ("it is queued", {"suspended": True}),
+    ],
+)
+def test_a_job_without_a_visible_pod_is_not_refused_when(why: str, fields: dict[str, object]) -> None:
+    w = world()
+    w.settle()
+    w.tick(3600)
+    job = w.live_job()
+    assert job is not None
+    w.jobs[job.name] = replace(job, **fields)  # type: ignore[arg-type]
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING), why
+
+
+def test_the_pause_before_a_failed_pod_is_replaced_is_no_refusal() -> None:
+    w = world()
+    w.settle()
+    for _ in range(2):
+        w.start_pod()
+        w.run_pod()
+        w.change_pod(phase="Failed", finished_at=w.now, exit_code=1)
+    w.tick(29)
+    w.settle()
+    assert not is_true(w.status, ConditionType.WAITING), "20 s of pause and 10 s of grace"
+    w.tick(1)
+    w.settle()
+    assert reason(w, ConditionType.WAITING) == "AdmissionRefused"
+
+
+def test_words_about_a_pod_that_was_never_there_do_not_name_it() -> None:
+    told = 'Error creating: pods "story-3f9c2a11-train-x7k2p" is forbidden: exceeded quota: gpus'
+    assert plain_refusal(told) == "exceeded quota: gpus"
 
 
 def test_suspending_deletes_finished_jobs_too_and_forgets_the_milestones() -> None:
@@ -386,6 +614,22 @@ def test_time_to_live_counts_from_completion() -> None:
     w = in_publishing(ttlSecondsAfterFinished=30)
     w.pass_stage()
     assert w.settle().requeue_after == 30
+    w.tick(30)
+    assert w.plan().delete_self
+
+
+def test_a_finished_job_whose_time_to_live_is_edited_says_so_and_changes_in_nothing_else() -> None:
+    w = in_publishing()
+    w.pass_stage()
+    w.settle()
+    end = w.status
+    told = len(w.events)
+    w.spec = w.spec.model_copy(update={"ttl_seconds_after_finished": 60})
+    w.generation += 1
+    w.tick(30)
+    assert w.settle().requeue_after == 30
+    assert w.status == end.model_copy(update={"observed_generation": w.generation})
+    assert len(w.events) == told
     w.tick(30)
     assert w.plan().delete_self
 

@@ -126,6 +126,12 @@ class Histories(RuleBasedStateMachine):
                     del self.world.pods[pod.name]
 
     @rule()
+    def a_pod_is_deleted_and_its_node_does_not_answer(self) -> None:
+        pod = self.world.pod()
+        if pod is not None and pod.node:
+            self.world.change_pod(deleting=True, deletion_due=self.world.now)
+
+    @rule()
     def deletions_finish(self) -> None:
         self.world.collect()
 
@@ -138,7 +144,11 @@ class Histories(RuleBasedStateMachine):
 
     def _note_the_end(self) -> None:
         if self.end is None and is_true(self.world.status, ConditionType.FINISHED):
-            self.end = self.world.status.model_copy(update={"progress": None})
+            self.end = self._end()
+
+    def _end(self) -> FineTuneJobStatus:
+        """An edit of the time limits is seen even afterwards."""
+        return self.world.status.model_copy(update={"progress": None, "observed_generation": None})
 
     @invariant()
     def at_most_one_stage_is_live(self) -> None:
@@ -161,7 +171,7 @@ class Histories(RuleBasedStateMachine):
     def an_end_is_final(self) -> None:
         if self.end is None:
             return
-        assert self.world.status.model_copy(update={"progress": None}) == self.end
+        assert self._end() == self.end
         assert not self.world.gone or self.world.spec.ttl_seconds_after_finished is not None
 
     @invariant()

@@ -29,6 +29,7 @@ class World:
     pods: dict[str, Pod] = field(default_factory=dict)
     snapshot: SnapshotRecord | None = None
     refusal: Refusal | None = None
+    pod_refusal: str = ""
     conflict: str | None = None
     deleting: bool = False
     gone: bool = False
@@ -47,6 +48,7 @@ class World:
             tuple(self.pods.values()),
             self.snapshot,
             self.refusal,
+            self.pod_refusal,
             self.conflict,
         )
 
@@ -159,6 +161,9 @@ class World:
         """Finish foreground deletions."""
         for pod in [p for p in self.pods.values() if p.deleting]:
             del self.pods[pod.name]
+            job = next((j for j in self.jobs.values() if j.uid == pod.owner_uid), None)
+            if job is not None:  # the Job controller still counts it until it makes the next
+                self.jobs[job.name] = replace(job, active=1)
         for job in [j for j in self.jobs.values() if j.deleting]:
             if not any(p.owner_uid == job.uid for p in self.pods.values()):
                 del self.jobs[job.name]

@@ -21,9 +21,22 @@ class S3Faults:
     drops: int = 0
     """…so many times."""
     corrupt: int = 0
-    """GET bodies with a flipped byte."""
+    """GET bodies with a flipped last byte."""
+    status: int = 0
+    """GET requests for objects are answered so, with an S3 error…"""
+    statuses: int = 0
+    """…so many times."""
+    ranges_ignored: bool = False
+    """GET requests are answered with the whole object, as by servers that know no ranges (the first one must ask for it all)."""
+    whole: dict[str, bytes] = field(default_factory=dict)
+    content_range: str = ""
+    """Content-Range of partial answers, where it is to be a wrong one."""
     corrupt_uploads: int = 0
     """PUT bodies with a flipped byte."""
+    expired: int = 0
+    """Requests answered 400 ExpiredToken."""
+    refused_deletes: int = 0
+    """DELETE requests answered 403 AccessDenied."""
     fail_part: int = 0
     """The multipart part of this number is answered 500, always."""
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -74,8 +87,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.faults.requests.append((self.command, self.path))
         if self._happens("unavailable"):
             return self._answer(503, {}, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+        if self._happens("expired"):
+            return self._answer(400, {}, b"<Error><Code>ExpiredToken</Code><Message>expired</Message></Error>")
+        if self.command == "DELETE" and self._happens("refused_deletes"):
+            return self._answer(403, {}, b"<Error><Code>AccessDenied</Code><Message>no deletes</Message></Error>")
         if self.faults.fail_part and f"partNumber={self.faults.fail_part}&" in f"{self.path}&":
             return self._answer(500, {}, b"<Error><Code>InternalError</Code><Message>broken</Message></Error>")
+        if self.command == "GET" and "list-type" not in self.path and self._happens("statuses"):
+            return self._answer(self.faults.status, {}, b"<Error><Code>PreconditionFailed</Code></Error>")
         if self.command == "PUT" and body and self._happens("corrupt_uploads"):
             body = bytes([body[0] ^ 1]) + body[1:]
         connection = http.client.HTTPConnection(self.upstream, timeout=30)
@@ -91,19 +110,25 @@ class _Handler(BaseHTTPRequestHandler):
             for k, v in answer.getheaders()
             if k.lower() not in ("connection", "transfer-encoding", "content-length")
         }
+        if self.faults.content_range and answer.status == 206:
+            headers["Content-Range"] = self.faults.content_range
         length = answer.getheader("Content-Length")
         connection.close()
         if self.command == "HEAD":
             return self._answer(answer.status, headers, b"", int(length or 0))
         reading = self.command == "GET" and answer.status in (200, 206) and "list-type" not in self.path
+        status = answer.status
+        if reading and self.faults.ranges_ignored:
+            data, status = self.faults.whole.setdefault(self.path, data), 200
+            headers.pop("Content-Range", None)
         if reading and data and self._happens("corrupt"):
-            data = bytes([data[0] ^ 1]) + data[1:]
+            data = data[:-1] + bytes([data[-1] ^ 1])
         if reading and len(data) > self.faults.drop_after_bytes and self._happens("drops"):
-            self._answer(answer.status, headers, data[: self.faults.drop_after_bytes], len(data))
+            self._answer(status, headers, data[: self.faults.drop_after_bytes], len(data))
             self.close_connection = True
             self.connection.close()
             return None
-        return self._answer(answer.status, headers, data)
+        return self._answer(status, headers, data)
 
     def _happens(self, fault: str) -> bool:
         left = getattr(self.faults, fault)

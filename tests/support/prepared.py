@@ -19,6 +19,8 @@ from finetune_api.results import DataSummary, LengthPercentiles, PreparedPrompt,
 from finetune_api.snapshot import Images, JobIdentity, Snapshot, make_snapshot
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import StageContext
+from finetune_trainer.prepare.chat import chat_template
+from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.train.schedule import make_schedule
 
@@ -165,9 +167,12 @@ def write_prepared(
                 tokens=LengthPercentiles(p50=1, p95=1, p99=1, max=1),
             ),
             data_hash=hashlib.sha256(b"data").hexdigest(),
+            execution_id="execution-0",
             model_commit=None,
             model_files=[],
-            tokenizer_hash=hashlib.sha256(b"tokenizer").hexdigest(),
+            tokenizer_hash=tokenizer_hash(
+                {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in model.iterdir()}, chat_template(tokenizer)
+            ),
             trainable_parameters=1,
             total_parameters=1,
             total_steps=schedule.steps,

@@ -142,6 +142,11 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHATML) -> None:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", tokenizer_settings(chat_template))
+
+
+def tokenizer_settings(chat_template: str | None) -> dict[str, object]:
+    """``tokenizer_config.json``."""
     settings: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",
@@ -153,7 +158,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHATML) -> None:
     }
     if chat_template is not None:
         settings["chat_template"] = chat_template
-    write_json(folder / "tokenizer_config.json", settings)
+    return settings
 
 
 def write_json(path: Path, value: object) -> None:

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 
 import boto3
 import pytest
+from hypothesis import settings
 
 from tests.support import seaweed
 from tests.support.fault_proxy import FaultProxy
 from tests.support.hub_server import HubServer
 from tests.support.tiny_model import build_tiny_model
+
+# Cores are shared with servers and other workers: how long an example takes says nothing.
+settings.register_profile("shared-cores", deadline=None)
+settings.load_profile("shared-cores")
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -18,10 +18,10 @@ from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_trainer import waiting
 from finetune_trainer.context import StageContext
-from finetune_trainer.entrypoint import TERMINATION_BYTES, main, termination_message
+from finetune_trainer.entrypoint import TERMINATION_BYTES, main, set_up, termination_message
 from finetune_trainer.errors import StageError
 from finetune_trainer.text import shorten, shorten_bytes
-from finetune_trainer.waiting import wait_until_available
+from finetune_trainer.waiting import Patience, wait_until_available
 from tests.support.trainer_run import Pod
 
 SPEC: dict[str, Any] = {
@@ -95,6 +95,7 @@ OutOfMemoryError.__module__ = "torch"
             "no space left at /work/x: raise compute.ephemeralStorage",
         ),
         (KeyboardInterrupt(), 60, "told to stop"),
+        (ValueError("Gr\udcf6\udcdfe \ud83d"), 1, r"ValueError: Gr\xf6\xdfe \ud83d"),
         (SystemExit(3), 1, "exit code 3"),
     ],
 )
@@ -182,6 +183,67 @@ def test_a_wait_ends_when_the_thing_appears_and_other_errors_pass_through(
     assert len(pauses) == 2
 
 
+@pytest.mark.parametrize(
+    ("failures", "advances", "spent"),
+    [
+        ([1000.0, 1299.0], {}, [False, False]),
+        ([1000.0, 1150.0, 1300.0], {}, [False, False, True]),
+        ([1000.0, 1250.0, 1400.0], {1250.0: 1200.0}, [False, False, False]),
+        ([1000.0, 1400.0], {1400.0: 1001.0}, [False, False]),
+    ],
+    ids=["hours before the first failure", "nothing moved", "got on in between", "got on for long"],
+)
+def test_patience_counts_only_time_without_progress(
+    failures: list[float], advances: dict[float, float], spent: list[bool]
+) -> None:
+    advanced = 0.0
+    patience = Patience(300, lambda: advanced)
+    found = []
+    for now in failures:
+        advanced = advances.get(now, advanced)
+        found.append(patience.spent(now, None))
+    assert found == spent
+
+
+def test_a_failure_with_a_patience_of_its_own_is_not_charged_for_others_before_it() -> None:
+    patience = Patience(None, lambda: 0.0)
+    assert not patience.spent(0.0, None)
+    assert not patience.spent(1000.0, 300)
+    assert not patience.spent(1299.0, 300)
+    assert patience.spent(1300.0, 300)
+    held = Patience(300, lambda: 0.0)
+    assert not held.spent(0.0, None)
+    assert held.spent(300.0, 300)
+
+
+def test_bytes_moved_again_are_no_progress(tmp_path: Path) -> None:
+    reporter = Pod(tmp_path).context(SPEC).reporter
+    reporter.measure_anew()
+    first = reporter.transfer("download")
+    first(100)
+    reached = reporter.advanced
+    again = reporter.transfer("download")  # the next try
+    again(100)
+    assert reporter.advanced == reached
+    again(1)
+    assert reporter.advanced > reached
+
+
+def test_a_failure_with_a_patience_of_its_own_is_waited_for_so_long_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = Pod(tmp_path).context(SPEC)
+    clock = [0.0]
+    monkeypatch.setattr(waiting, "pause", lambda seconds: clock.__setitem__(0, clock[0] + 60))
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
+    with pytest.raises(StageError) as info:
+        wait_until_available(
+            ctx, lambda: (_ for _ in ()).throw(StageError(Reason.ACCESS_DENIED, "expired", patience_seconds=300))
+        )
+    assert info.value.reason is Reason.ACCESS_DENIED
+    assert clock[0] == 300
+
+
 def test_a_bounded_wait_raises_the_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = Pod(tmp_path).context(SPEC)
     monkeypatch.setattr(waiting, "pause", lambda seconds: None)
@@ -193,5 +255,8 @@ def test_a_bounded_wait_raises_the_last_error(tmp_path: Path, monkeypatch: pytes
     assert info.value.consequence is Consequence.WAIT
 
 
-def test_logs_are_silent_about_libraries_telemetry() -> None:
+def test_logs_are_silent_about_libraries_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "")
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    set_up({})
     assert os.environ.get("HF_HUB_DISABLE_TELEMETRY") == "1"

@@ -38,8 +38,9 @@ class Endpoint:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 endpoint.open.wait(10)
                 post = ProgressPost.model_validate_json(body)
+                status = endpoint.status  # before the test sees the post and may change it
                 endpoint.posts.put((self.path, self.headers.get("Authorization"), post))
-                self.send_response(endpoint.status)
+                self.send_response(status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -109,6 +110,22 @@ def test_the_wait_is_in_every_post_until_it_is_over(endpoint: Endpoint) -> None:
     assert (first.waiting.reason, first.waiting.message) == (Reason.SECRET_MISSING, "no Secret x")
     assert second.waiting == first.waiting
     assert third.waiting is None
+
+
+def test_a_wait_that_lasts_is_said_again_for_an_operator_that_forgot_it(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = reporter(endpoint)
+    r.set_waiting(Reason.SECRET_MISSING, "no Secret x")
+    first = endpoint.next()
+    r.set_waiting(Reason.SECRET_MISSING, "no Secret x")  # the next try, a moment later
+    r.report(step=1)
+    assert endpoint.next().step == 1
+    monkeypatch.setattr(module, "WAITING_AGAIN_SECONDS", 0.0)
+    r.set_waiting(Reason.SECRET_MISSING, "no Secret x")
+    again = endpoint.next()
+    assert again.waiting == first.waiting
+    assert again.sequence > first.sequence
 
 
 def test_values_of_a_failed_post_are_sent_again(endpoint: Endpoint) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune_api.failures import Reason
 from finetune_api.progress import Transfer
+from finetune_api.results import FileRecord
 from finetune_api.uris import S3Location
 from finetune_cluster.ports import free_ports
 from finetune_trainer.credentials import Credentials
-from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.errors import Interrupted, NotFound, StageError
+from finetune_trainer.parallel import Stopped, in_parallel
 from finetune_trainer.s3 import S3Store, connect
 from finetune_trainer.s3_transfer import PART_BYTES
 from tests.support import seaweed
@@ -185,5 +191,75 @@ def test_a_missing_secret_is_waited_for(tmp_path: Path) -> None:
     assert info.value.reason is Reason.SECRET_MISSING
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "AWS_ACCESS_KEY_ID").write_text("x")
-    with pytest.raises(StageError, match="lacks AWS_SECRET_ACCESS_KEY"):
+    (tmp_path / "part" / "AWS_SESSION_TOKEN").write_text("\n")
+    with pytest.raises(
+        StageError,
+        match=r"lacks AWS_SECRET_ACCESS_KEY; it has AWS_ACCESS_KEY_ID, AWS_SESSION_TOKEN .empty.; expected the keys AWS_A",
+    ):
         connect(S3Location("b", ""), Credentials("output", "keys", tmp_path / "part"), tmp_path)
+
+
+def test_a_secret_with_other_keys_names_those_found_and_those_expected(tmp_path: Path) -> None:
+    folder = tmp_path / "secret"
+    (folder / "..2026_01_01").mkdir(parents=True)
+    for key in ("accessKey", "secretKey"):
+        (folder / "..2026_01_01" / key).write_text("x")
+        (folder / key).symlink_to(folder / "..2026_01_01" / key)
+    (folder / "..data").symlink_to("..2026_01_01")
+    with pytest.raises(StageError) as info:
+        connect(S3Location("b", ""), Credentials("output", "keys", folder), tmp_path)
+    assert info.value.reason is Reason.SECRET_MISSING
+    assert info.value.message == (
+        "Secret keys (for output) lacks AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY; it has accessKey, secretKey; "
+        "expected the keys AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
+    )
+
+
+def test_sigterm_during_parallel_uploads_waits_for_no_file(store: S3Store, tmp_path: Path) -> None:
+    local = tmp_path / "in"
+    local.mkdir()
+    for i in range(6):
+        (local / str(i)).write_bytes(b"x")
+    release, at_work = threading.Event(), threading.Event()
+    upload_file = store.upload_file
+    counted: list[int] = []
+
+    def slow(path: Path, key: str, on_bytes: Any) -> FileRecord:
+        if path.name == "0":
+            at_work.wait(10)
+            raise Interrupted  # as SIGTERM's handler does in the main thread
+        at_work.set()
+        release.wait(10)
+        return upload_file(path, key, on_bytes)
+
+    store.upload_file = slow  # type: ignore[method-assign,assignment]
+    started = time.monotonic()
+    with pytest.raises(Interrupted):
+        store.upload_dir(local, "adapter", counted.append)
+    assert time.monotonic() - started < 5
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("files"):
+            thread.join(10)
+    assert counted == []
+
+
+def test_a_failed_file_stops_the_others_before_anybody_tries_again() -> None:
+    all_at_work = threading.Barrier(4)
+    stopped: list[str] = []
+
+    def work(item: str, check: Callable[[], None]) -> None:
+        all_at_work.wait(10)
+        if item == "bad":
+            raise ValueError(item)
+        while True:
+            try:
+                check()
+            except Stopped:
+                stopped.append(item)
+                raise
+            time.sleep(0.001)
+
+    with pytest.raises(ValueError, match="bad"):
+        in_parallel(work, ["a", "b", "bad", "c"])
+    assert sorted(stopped) == ["a", "b", "c"]

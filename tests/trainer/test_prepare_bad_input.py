@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from finetune_api.failures import Reason
+from finetune_api.failures import FAILURES, Reason
+from finetune_trainer.entrypoint import main
 from tests.support import seaweed
 from tests.support.hub_server import HubServer
 from tests.support.prepare_bench import REF, ROWS, Bench, row
-from tests.support.tiny_model import build_tiny_model
+from tests.support.tiny_model import CHATML, build_tiny_model, tokenizer_settings
 
 
 def test_bad_rows_fail_with_file_line_and_field(bench: Bench) -> None:
@@ -39,6 +40,35 @@ def test_many_bad_rows_are_all_counted_and_the_first_are_named(bench: Bench, cap
     assert error.message.endswith("more, the first 20 in the log.")
     assert len(error.message) < 1500
     assert sum("not JSON" in r.message for r in caplog.records) == 20
+
+
+def test_a_header_in_another_encoding_is_reported_through_every_channel(bench: Bench, tmp_path: Path) -> None:
+    bench.s3.put(bench.bucket, "train.csv", "Größe;Antwort\n1;2\n".encode("latin-1"))
+    ctx = bench.context({"data": {"train": [{"uri": f"s3://{bench.bucket}/train.csv", **REF}]}})
+    log = tmp_path / "termination-log"
+    code = main(["prepare"], environ={}, termination_log=log, context=lambda stage: ctx)
+    report = json.loads(log.read_text())
+    assert (code, report["reason"]) == (FAILURES[Reason.INVALID_DATA].exit_code, "InvalidData")
+    assert r"found Gr\xf6\xdfe, Antwort (the header is not UTF-8: save the file as UTF-8)" in report["message"]
+
+
+def test_bytes_that_are_not_utf8_are_warned_of_where_bad_rows_are_allowed(bench: Bench) -> None:
+    bench.s3.put(
+        bench.bucket, "train.csv", b"prompt;completion\n\xe4;a\nq;\xf6\n" + b"".join(b"q%d;a\n" % i for i in range(9))
+    )
+    source = {"uri": f"s3://{bench.bucket}/train.csv", **REF}
+    report = bench.run(data={"train": [source], "checks": {"maxBadRows": 2}})
+    assert (report.data.bad_rows, report.data.rows) == (2, 11)
+
+
+def test_half_a_character_in_a_field_that_only_the_template_reads_is_a_bad_row(bench: Bench) -> None:
+    talk = [{"role": "user", "content": "a", "name": "\ud83d"}, {"role": "assistant", "content": "b"}]
+    bench.put([*ROWS, {"messages": talk}])
+    named = CHATML.replace("message['role'] +", "message['role'] + message['name'] | default('') +")
+    bench.s3.put(bench.bucket, "model/tokenizer_config.json", json.dumps(tokenizer_settings(named)))
+    error = bench.fails()
+    assert error.reason is Reason.INVALID_DATA
+    assert "train.jsonl:41 messages: a field beside role and content" in error.message
 
 
 LONG = row("word " * 200, "answer")

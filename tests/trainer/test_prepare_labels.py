@@ -174,6 +174,18 @@ def test_a_template_that_hides_or_refuses_names_the_row_not_silently_learns_noth
         encode(tokenizer, template, [{"role": "system", "content": "s"}, *TALK])
 
 
+@pytest.mark.parametrize(
+    "template", [REMEMBERS_TWO, CHATML, NO_ENDING, LLAMA3], ids=["drops turns", "ChatML", "no ending", "Llama 3"]
+)
+def test_with_loss_on_all_answers_need_not_be_found(tokenizer: Any, template: str) -> None:
+    encoded = encode(tokenizer, template, [*TALK, *TALK], LossOn.ALL)
+    assert (encoded.labels == encoded.ids).all()
+    text = tokenizer.decode(encoded.ids)
+    assert text.startswith(ChatRenderer(tokenizer, template).plain([*TALK, *TALK]).rstrip())
+    assert text.rstrip().endswith(("<|im_end|>", "<|eot_id|>"))
+    assert text.count("Two is 2.") == (1 if template == REMEMBERS_TWO else 2)
+
+
 def test_a_template_that_forgets_answers_is_found_before_any_row(tokenizer: Any) -> None:
     with pytest.raises(StageError) as info:
         check_template(ChatRenderer(tokenizer, FORGETS))

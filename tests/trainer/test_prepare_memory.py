@@ -7,9 +7,11 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from finetune_trainer.prepare.rows import read_rows
@@ -54,6 +56,21 @@ def test_reading_twelve_megabytes_takes_less_than_two(tmp_path: Path, name: str,
     write(tmp_path / name)
     with peak_below(2_000_000):
         assert sum(1 for row in read_rows(DataFile(tmp_path / name, name)) if row.problem is None) == ROWS
+
+
+def test_reading_parquet_holds_a_page_not_the_row_group(tmp_path: Path) -> None:
+    random = Random(0)
+    texts = pa.array([random.randbytes(1000).hex() for _ in range(12_000)])
+    table = pa.table({"text": texts, "unused": texts})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=len(texts), use_dictionary=False)
+    assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 1
+    before = pa.total_allocated_bytes()
+    peak = 0
+    for row in read_rows(DataFile(tmp_path / "t.parquet", "t.parquet"), {"text"}):
+        assert row.problem is None
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    assert (tmp_path / "t.parquet").stat().st_size > 20_000_000
+    assert peak < 8_000_000, f"{peak / 1e6:.1f} MB"
 
 
 def test_writing_and_reading_48_megabytes_of_prepared_rows_holds_one_row_group(tmp_path: Path) -> None:

@@ -226,7 +226,9 @@ def test_the_endpoint_may_stand_in_the_secret(pod: Pod, published: HubServer) ->
 
 
 def test_a_missing_token_is_waited_for(pod: Pod, hub: HubServer) -> None:
-    with pytest.raises(StageError, match=r"Secret hf .* does not exist or is empty; needed: HF_TOKEN") as info:
+    with pytest.raises(
+        StageError, match=r"Secret hf .* does not exist or is empty; expected the keys HF_TOKEN"
+    ) as info:
         model(pod, "hf://org/tiny", endpointURL=hub.endpoint, secretRef={"name": "hf"})
     assert info.value.reason is Reason.SECRET_MISSING
 

@@ -115,6 +115,61 @@ def test_a_file_that_cannot_be_read_on_fails_with_its_name(
     assert name in info.value.message
 
 
+HUGE = "1" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        ("t.json", f'[{{"a": 1}}, {{"a": {HUGE}}}, {{"a": 2}}]', "holds an integer of 5,000 digits"),
+        ("t.json", f'[{{"a": 1}}, [-{HUGE}], {{"a": 2}}]', "holds an integer of 5,001 digits"),
+        ("t.jsonl", f'{{"a": 1}}\n{{"a": {HUGE}}}\n{{"a": 2}}', "not usable JSON"),
+    ],
+)
+def test_an_integer_that_python_does_not_convert_is_one_bad_row(
+    tmp_path: Path, name: str, data: str, problem: str
+) -> None:
+    rows = rows_of(tmp_path, name, data)
+    assert [row.value for row in rows] == [{"a": 1}, None, {"a": 2}]
+    assert problem in (rows[1].problem or "")
+
+
+def parquet_file(tmp_path: Path, columns: dict[str, pa.Array], **options: Any) -> DataFile:
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", **options)
+    return DataFile(tmp_path / "t.parquet", "t.parquet")
+
+
+def test_columns_that_nobody_uses_are_named_and_not_read(tmp_path: Path) -> None:
+    times = pa.array([1, 2_000_000_001], pa.timestamp("ns"))  # without pandas no Python value
+    turns = pa.array([[{"role": "user", "content": "q"}], []])
+    file = parquet_file(tmp_path, {"when": times, "messages": turns, "text": pa.array(["a", "b"])})
+    rows = list(read_rows(file, {"messages", "text"}))
+    assert [row.value for row in rows] == [
+        {"messages": [{"role": "user", "content": "q"}], "text": "a", "when": None},
+        {"messages": [], "text": "b", "when": None},
+    ]
+
+
+def test_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
+    text = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+    rows = list(read_rows(parquet_file(tmp_path, {"text": text}), {"text"}))
+    assert [row.value for row in rows] == [{"text": "a"}, None, {"text": "c"}]
+    assert "utf-8" in (rows[1].problem or "")
+
+
+@pytest.mark.parametrize("compression", ["snappy", "gzip", "zstd"])
+def test_a_damaged_page_is_damaged_data_and_names_the_file(tmp_path: Path, compression: str) -> None:
+    texts = [f"{i} " + "word " * (i % 50) for i in range(2000)]
+    file = parquet_file(tmp_path, {"text": pa.array(texts)}, compression=compression, use_dictionary=False)
+    data = bytearray(file.path.read_bytes())
+    middle = len(data) // 3
+    data[middle : middle + 200] = bytes(200)
+    file.path.write_bytes(data)
+    with pytest.raises(StageError, match=r"t\.parquet: not a readable Parquet file, or a damaged one") as info:
+        list(read_rows(file, {"text"}))
+    assert info.value.reason is Reason.INVALID_DATA
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),

@@ -22,6 +22,7 @@ def test_prepared_rows_results_and_prompts_agree(bench: Bench, tiny_model: Path)
     train, held = bench.table("train"), bench.table("held_out")
     assert (report.data.rows, report.data.train_rows, report.data.held_out_rows) == (41, train.num_rows, held.num_rows)
     assert (report.data.held_out_rows, report.data.duplicate_rows, report.data.formats) == (4, 1, {"Messages": 41})
+    assert report.data.held_out_overlap_rows == 0
     assert report.total_steps == -(-3 * train.num_rows // 16)
     assert sorted(train["row"].to_pylist() + held["row"].to_pylist()) == list(range(41))
     assert train.schema.metadata[b"finetune.prepared_version"] == b"1"
@@ -43,6 +44,25 @@ def test_prepared_rows_results_and_prompts_agree(bench: Bench, tiny_model: Path)
         assert prompt["text"] == f"<|im_start|>user\n{prompt['prompt']}<|im_end|>\n<|im_start|>assistant\n"
         assert tokenizer.decode(prompt["inputIds"]) == prompt["text"]
         assert prompt["messages"] == [{"role": "user", "content": prompt["prompt"]}]
+
+
+def test_every_file_of_the_model_is_recorded_with_what_is_known_of_it(bench: Bench, tiny_model: Path) -> None:
+    bench.put(ROWS)
+    bench.run()
+    result = PrepareResult.model_validate_json(bench.object("prepare/result.json"))
+    found = {f.path: f for f in result.model_files}
+    assert set(found) == {p.name for p in tiny_model.iterdir()}
+    weights = found.pop("model.safetensors")
+    head = bench.s3.client.head_object(Bucket=bench.bucket, Key="model/model.safetensors")
+    assert (weights.size, weights.sha256, weights.version) == (head["ContentLength"], None, head["ETag"])
+    for path, record in found.items():
+        assert record.sha256 == hashlib.sha256((tiny_model / path).read_bytes()).hexdigest()
+
+
+def test_later_stages_get_prompts_to_check_their_tokenizer_on_even_where_none_is_answered(bench: Bench) -> None:
+    bench.put(ROWS)
+    bench.run(evaluation={"generation": {"prompts": 0}})
+    assert len(json.loads(bench.object("prepare/prompts.json"))) == 3
 
 
 def test_the_data_hash_depends_on_rows_only(bench: Bench) -> None:
@@ -77,7 +97,7 @@ def test_the_write_test_leaves_nothing_behind(bench: Bench) -> None:
     bench.put(ROWS)
     bench.run()
     assert sorted(k.removeprefix(WORKSPACE) for k in bench.s3.keys(bench.bucket, "out")) == [
-        "prepare/held_out.parquet", "prepare/prompts.json", "prepare/result.json", "prepare/train.parquet",
+        "attempts/prepare-pod-1.json", "prepare/held_out.parquet", "prepare/prompts.json", "prepare/result.json", "prepare/train.parquet",
     ]  # fmt: skip
 
 
@@ -102,6 +122,7 @@ def test_held_out_sources_of_their_own_are_kept_apart_and_overlap_is_reported(be
     report = bench.run(data={"heldOut": {"sources": [{"uri": f"s3://{bench.bucket}/held.jsonl", **REF}]}})
     assert (report.data.train_rows, report.data.held_out_rows) == (40, 7)
     assert bench.table("held_out")["row"].to_pylist() == list(range(40, 47))
+    assert report.data.held_out_overlap_rows == 2
     assert any("1 row stand in both, 2 rows ask a prompt" in w for w in report.warnings)
 
 

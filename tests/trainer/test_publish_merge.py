@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from finetune_api.failures import Reason
 from finetune_api.spec import Quantization
 from finetune_trainer.errors import StageError
-from finetune_trainer.publish import nf4, safetensors_stream
+from finetune_trainer.publish import nf4, safetensors_stream, written
 from finetune_trainer.publish.adapter import read_adapter
+from finetune_trainer.publish.check import TRAINED_ABSOLUTE, TRAINED_TOLERANCE, must_agree
 from finetune_trainer.publish.merge import BaseWeights, merge, merged_config, write_companions
 from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.publish.streamed import StreamedModel
+from finetune_trainer.publish.written import check_written
 from finetune_trainer.train import device, evaluate, model
 from finetune_trainer.train.quantized import describe, quantized_modules
 from finetune_trainer.train.rows import Rows
@@ -64,6 +66,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_stream, "CHUNK_BYTES", 5 * 64 * 4)
     monkeypatch.setattr(safetensors_stream.rows_per_chunk, "__defaults__", (5 * 64 * 4,))
     monkeypatch.setattr(Checkpoint.read_rows, "__defaults__", (5 * 64 * 4,))
+    monkeypatch.setattr(written, "CHECK_BYTES", 3 * 64 * 4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["LoRA", "rsLoRA"])
@@ -200,6 +203,81 @@ def test_a_skipped_shard_fails(tmp_path: Path) -> None:
     checkpoint.tensors = {n: t for n, t in checkpoint.tensors.items() if t.file != skipped}
     with pytest.raises(StageError, match="fit nothing in the base"):
         merged(BaseWeights(checkpoint, None), adapter, torch.float32, tmp_path / "merged")
+
+
+def small_gain(base: Path, folder: Path) -> Path:
+    """An adapter whose update is about a hundredth of the weights."""
+    adapter_for(base, folder)
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t * 0.1 if "lora_B" in n else t for n, t in load_file(path).items()}, path)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_was_merged_passes_as_written(base: Path, tmp_path: Path, dtype: torch.dtype, small_chunks: None) -> None:
+    for number, make in enumerate((adapter_for, small_gain)):
+        adapter = make(base, tmp_path / f"adapter-{number}")
+        folder = tmp_path / f"merged-{number}"
+        weights = BaseWeights(Checkpoint(base), None)
+        merged(weights, adapter, dtype, folder)
+        write_companions(base, sorted(p.name for p in base.iterdir()), adapter, dtype, folder)
+        check_written(weights, read_adapter(adapter), folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("lost", ["the adapter", "one module", "one row", "half the scaling", "another tensor changed"])
+def test_a_merge_that_loses_even_a_little_of_a_small_adapter_fails(
+    base: Path, tmp_path: Path, dtype: torch.dtype, lost: str
+) -> None:
+    adapter = small_gain(base, tmp_path / "adapter")
+    weights = BaseWeights(Checkpoint(base), None)
+    folder = tmp_path / "merged"
+    merged(weights, adapter, dtype, folder)
+    write_companions(base, sorted(p.name for p in base.iterdir()), adapter, dtype, folder)
+    victim = "model.layers.1.mlp.up_proj.weight"
+    for file in weights.checkpoint.files:
+        tensors = load_file(folder / file)
+        for name, value in tensors.items():
+            original = weights.read(name)
+            if lost == "the adapter" or (lost == "one module" and name == victim):
+                tensors[name] = original.to(dtype)
+            elif lost == "one row" and name == victim:
+                value[3] = original[3].to(dtype)
+            elif lost == "half the scaling" and name.endswith("_proj.weight"):
+                tensors[name] = ((original.float() + value.float()) / 2).to(dtype)
+            elif lost == "another tensor changed" and name == "model.norm.weight":
+                value[0] *= 1.1
+        save_file(tensors, folder / file)
+    with pytest.raises(StageError, match=r"not base \+ adapter within rounding: model\.") as caught:
+        check_written(weights, read_adapter(adapter), folder)
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+    if lost in ("the adapter", "one module"):
+        assert " 0 % of its update arrived" in caught.value.message.replace("-0 %", "0 %")
+
+
+def test_a_merged_file_without_a_tensor_fails(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(base, tmp_path / "adapter")
+    weights = BaseWeights(Checkpoint(base), None)
+    merged(weights, adapter, torch.bfloat16, tmp_path / "merged")
+    write_companions(base, sorted(p.name for p in base.iterdir()), adapter, torch.bfloat16, tmp_path / "merged")
+    file = tmp_path / "merged" / weights.checkpoint.files[0]
+    tensors = load_file(file)
+    gone = min(tensors)
+    save_file({n: t for n, t in tensors.items() if n != gone}, file)
+    with pytest.raises(StageError, match=f"not the same tensors: {gone}"):
+        check_written(weights, read_adapter(adapter), tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "passes"),
+    [(0.0520, 0.0510, True), (0.0540, 0.0510, False), (2.01, 2.0, True), (2.02, 2.0, False)],
+)
+def test_low_losses_may_differ_by_what_a_device_rounds(found: float, expected: float, passes: bool) -> None:
+    if passes:
+        must_agree("training measured", found, expected, TRAINED_TOLERANCE, 8, TRAINED_ABSOLUTE)
+        return
+    with pytest.raises(StageError, match="allowed"):
+        must_agree("training measured", found, expected, TRAINED_TOLERANCE, 8, TRAINED_ABSOLUTE)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2"])

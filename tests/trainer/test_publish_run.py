@@ -20,9 +20,11 @@ from finetune_api.names import Stage
 from finetune_api.results import MANIFEST, TRAIN_RESULT, Manifest, TrainResult
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish import run as publish
+from finetune_trainer.publish.card import held_out_overlap
 from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
 from finetune_trainer.train.device import Compute
+from tests.support.fault_proxy import FaultProxy
 from tests.support.prepared import PreparedJob, prepare_job
 from tests.support.tiny_model import build_tiny_model
 
@@ -36,6 +38,7 @@ def trained(request: pytest.FixtureRequest, s3: Any, tmp_path_factory: Any) -> P
     base = build_tiny_model(folder / "base", shards=2, tied=request.param == "QLoRA")
     job = prepare_job(s3, folder, base, method={"type": request.param}, **MERGED)
     train.run(job.context())
+    (folder / "bucket").write_text(job.bucket)
     return job
 
 
@@ -46,7 +49,7 @@ def copy(trained: PreparedJob, s3: Any, tmp_path: Path) -> PreparedJob:
 
     bucket = s3.new_bucket()
     for key in s3.keys(trained.bucket):
-        if key.endswith(MANIFEST):
+        if key.endswith(MANIFEST) or "/attempts/publish-" in key:
             continue
         s3.put(bucket, key, s3.client.get_object(Bucket=trained.bucket, Key=key)["Body"].read())
     # Only the bucket's name differs, so the digest in the results is brought up to date.
@@ -114,6 +117,54 @@ def test_the_card_has_front_matter_and_numbers(published: PreparedJob) -> None:
     assert "library_name: transformers" in store.get_bytes("merged/README.md").decode()
 
 
+def test_the_card_says_how_far_the_held_out_rows_were_trained_on(published: PreparedJob) -> None:
+    card = published.context(Stage.PUBLISH).output_store().get_bytes("adapter/README.md").decode()
+    assert "learned tokens; none of their prompts is trained on." in card
+    data = manifest_of(published).data.model_copy(update={"held_out_overlap_rows": 3})
+    assert held_out_overlap(data) == "**3 of them ask a prompt that is trained on, so these losses are too good**"
+
+
+def test_the_manifest_tells_the_bases_files_and_every_execution(copy: PreparedJob, s3: Any) -> None:
+    failed = copy.context(Stage.PUBLISH, execution="failed-1")
+    s3.put(copy.bucket, f"{copy.snapshot.output.key}/adapter/adapter_config.json", "{}")
+    with pytest.raises(StageError):
+        publish.run(failed)
+    good = s3.client.get_object(Bucket=original(copy), Key=f"{copy.snapshot.output.key}/adapter/adapter_config.json")
+    s3.put(copy.bucket, f"{copy.snapshot.output.key}/adapter/adapter_config.json", good["Body"].read())
+    publish.run(copy.context(Stage.PUBLISH, execution="done-1"))
+    manifest = manifest_of(copy)
+    result = copy.context().workspace_store().get_model(TRAIN_RESULT, TrainResult)
+    assert manifest.base_files == result.base_files
+    assert any(f.path.endswith(".safetensors") for f in manifest.base_files)
+    assert [(a.stage, a.execution_id, a.completed) for a in manifest.attempts] == [
+        ("prepare", "execution-0", True),
+        ("train", "execution-1", True),
+        ("publish", "failed-1", False),
+        ("publish", "done-1", True),
+    ]
+    assert all(a.started_at for a in manifest.attempts[1:])
+
+
+def original(copy: PreparedJob) -> str:
+    """The bucket that a copy was made of."""
+    return (copy.folder / "bucket").read_text()
+
+
+def test_a_train_result_made_with_another_tokenizer_fails(copy: PreparedJob) -> None:
+    workspace = copy.context(Stage.PUBLISH).workspace_store()
+    result = workspace.get_model(TRAIN_RESULT, TrainResult)
+    workspace.put_model(TRAIN_RESULT, result.model_copy(update={"tokenizer_hash": "1" * 64}))
+    fails(copy, "another tokenizer or chat template")
+
+
+def test_a_manifest_of_a_newer_image_is_left_alone(copy: PreparedJob) -> None:
+    output = copy.context(Stage.PUBLISH).output_store()
+    output.put_bytes(MANIFEST, b'{"version": 2}')
+    with pytest.raises(StageError, match="has version 2; this image reads versions up to 1"):
+        publish.run(copy.context(Stage.PUBLISH))
+    assert output.get_bytes(MANIFEST) == b'{"version": 2}'
+
+
 def test_a_published_job_is_not_published_again(published: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     before = manifest_of(published)
     monkeypatch.setattr(publish, "fetch_published", lambda *_: pytest.fail("published again"))
@@ -173,7 +224,7 @@ def test_a_wrongly_merged_tensor_fails(copy: PreparedJob, monkeypatch: pytest.Mo
         return parts(base, adapter, info)
 
     monkeypatch.setattr(merge, "merged_parts", forgetful)
-    fails(copy, "the merged model has")
+    fails(copy, "tensors of the merged model are not base [+] adapter within rounding")
 
 
 def fails(job: PreparedJob, said: str) -> None:
@@ -211,6 +262,25 @@ def test_without_a_merge_neither_torch_nor_the_base_is_needed(s3: Any, tiny_mode
     # The workspace, a copy of the rows, is gone; results stay.
     assert s3.keys(job.bucket, job.snapshot.workspace.key) == []
     assert manifest_of(job).snapshot_digest == job.snapshot.digest()
+
+
+def test_credentials_that_may_not_delete_publish_too(copy: PreparedJob, s3: Any, s3_proxy: FaultProxy) -> None:
+    s3.put(copy.bucket, f"{copy.snapshot.output.key}/merged/left-behind", "by an earlier execution")
+    context = copy.context(Stage.PUBLISH)
+    s3.write_secret(context.secrets_dir / "output", endpoint=s3_proxy.endpoint)
+    s3_proxy.faults.refused_deletes = -1
+    try:
+        publish.run(context)
+    finally:
+        s3.write_secret(context.secrets_dir / "output")
+    assert "merged/left-behind" not in {f.path for f in manifest_of(copy).files}
+
+
+def test_a_manifest_that_is_not_whole_is_withdrawn_first(copy: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = copy.context(Stage.PUBLISH).output_store()
+    store.put_bytes(MANIFEST, b"{}")
+    store.delete("adapter/adapter_model.safetensors")
+    fails(copy, "has disappeared since training")
 
 
 def test_a_tuned_tokenizer_reads_as_the_base_does(published: PreparedJob, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from finetune_api.spec import Length
+from finetune_trainer.train import evaluate
+from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
 from finetune_trainer.train.rows import IGNORED, Rows, batches_by_length, collate
 from finetune_trainer.train.schedule import make_schedule
@@ -114,22 +117,23 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(rows: Rows, model: to
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
+class Scaled(torch.nn.Module):
+    """Stands for Granite and its like: logits are divided after the head."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config, self.base_model = inner, inner.config, inner.base_model
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.inner.get_output_embeddings()  # type: ignore[no-any-return,operator]
+
+    def forward(self, **kwargs: torch.Tensor) -> object:
+        out = self.inner(**kwargs)
+        out.logits = out.logits / 8
+        return out
+
+
 def test_a_model_that_changes_its_logits_is_evaluated_whole(rows: Rows, tiny_model: Path) -> None:
-    class Scaled(torch.nn.Module):
-        """Stands for Granite and its like: logits are divided after the head."""
-
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.inner, self.config, self.base_model = inner, inner.config, inner.base_model
-
-        def get_output_embeddings(self) -> torch.nn.Module:
-            return self.inner.get_output_embeddings()  # type: ignore[no-any-return,operator]
-
-        def forward(self, **kwargs: torch.Tensor) -> object:
-            out = self.inner(**kwargs)
-            out.logits = out.logits / 8
-            return out
-
     model = Scaled(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
     loss = LearnedTokenLoss(model)
     batch = collate(rows, [0, 1], pad_id=0)
@@ -140,3 +144,90 @@ def test_a_model_that_changes_its_logits_is_evaluated_whole(rows: Rows, tiny_mod
     )
     torch.testing.assert_close(loss(batch), shifted, rtol=1e-5, atol=1e-4)
     assert loss.head_apart is False
+
+
+def test_a_batch_is_as_large_as_its_logits_allow(rows: Rows, tiny_model: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = torch.tensor([rows.ids(0)])
+    assert LearnedTokenLoss(plain).batch_tokens(ids, 16384) == 16384  # logits a chunk at a time, at any vocabulary
+    whole = LearnedTokenLoss(Scaled(plain))
+    assert whole.batch_tokens(ids, 16384) == 16384
+    whole.vocabulary = 256_000
+    assert whole.batch_tokens(ids, 16384) == 524
+    whole.vocabulary = 10**9
+    assert whole.batch_tokens(ids, 16384) == 1
+
+
+def test_chunks_of_whole_logits_change_neither_loss_nor_gradient(rows: Rows, tiny_model: Path) -> None:
+    batch = collate(rows, [0, 1, 2, 3], pad_id=0)
+    model = Scaled(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    weight = model.inner.get_parameter("model.layers.0.mlp.up_proj.weight")
+    results = []
+    for chunk_bytes in (1 << 30, 7 * 4 * 400):
+        model.zero_grad()
+        loss = LearnedTokenLoss(model, chunk_bytes)(batch)
+        loss.backward()
+        assert weight.grad is not None
+        results.append((loss.detach(), weight.grad.clone()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new", "batches"),
+    [
+        ([], 10, []),
+        ([5, 9, 5], 10, [[1, 0, 2]]),
+        ([4000, 4000, 4000, 10], 96, [[0, 1], [2, 3]]),
+        ([100_000, 3], 10, [[0], [1]]),
+        ([1] * 9, 10, [[0, 1, 2, 3, 4, 5, 6, 7], [8]]),
+    ],
+)
+def test_answers_are_generated_a_few_at_a_time(lengths: list[int], new: int, batches: list[list[int]]) -> None:
+    assert evaluate.answer_batches(lengths, new) == batches
+
+
+@pytest.mark.parametrize(
+    ("positions", "new", "context", "room"),
+    [(2048, 256, None, 1792), (2048, 256, 512, 512), (128, 256, None, 1), (None, 256, 64, 64)],
+)
+def test_prompt_and_answer_fit_the_models_positions(
+    positions: int | None, new: int, context: int | None, room: int
+) -> None:
+    assert evaluate.prompt_room(SimpleNamespace(max_position_embeddings=positions), new, context) == room
+
+
+def test_answers_are_the_same_however_they_are_batched(
+    rows: Rows, model: torch.nn.Module, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    compute = Compute(torch.device("cpu"), torch.float32, "cpu")
+    prompts = [rows.ids(i)[: 6 + i] for i in range(5)]
+    together = evaluate.greedy_answers(model, prompts, tokenizer, compute, 12)
+    monkeypatch.setattr(evaluate, "ANSWERED_AT_ONCE", 1)
+    assert evaluate.greedy_answers(model, prompts, tokenizer, compute, 12) == together
+    assert len(set(together)) > 1
+    assert evaluate.greedy_answers(model, prompts, tokenizer, compute, 12, 6) == evaluate.greedy_answers(
+        model, [p[-6:] for p in prompts], tokenizer, compute, 12
+    )
+
+
+def test_capped_logits_are_evaluated_in_chunks_and_are_the_models_own(rows: Rows) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.2
+    batch = collate(rows, [0, 1, 2], pad_id=0)
+    loss = LearnedTokenLoss(model, chunk_bytes=7 * 4 * 400)
+    ours = loss(batch) / learned_tokens(batch["labels"])
+    assert loss.head_apart
+    torch.testing.assert_close(ours, model(**batch).loss, rtol=1e-5, atol=1e-5)
+    loss.softcap = None
+    assert not torch.allclose(loss(batch) / learned_tokens(batch["labels"]), model(**batch).loss, rtol=1e-2)

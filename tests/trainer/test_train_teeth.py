@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load, save
 
 from finetune_api.failures import Reason
-from finetune_api.results import PREPARE_RESULT, FileRecord, PrepareResult
+from finetune_api.names import Stage
+from finetune_api.results import PREPARE_RESULT, PREPARED_VERSION, RESULT_VERSION, FileRecord, PrepareResult, SourceFile
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare import run as prepare
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.train import run as train
 from finetune_trainer.train import save as save_module
-from tests.support.prepared import PreparedJob, prepare_job
+from finetune_trainer.train.rows import read_rows
+from tests.support.prepare_bench import ROWS, Bench
+from tests.support.prepared import PreparedJob, prepare_job, table
+from tests.support.trainer_run import merged
 
 ADAPTER = "adapter/adapter_model.safetensors"
 CONFIG = "adapter/adapter_config.json"
@@ -108,7 +115,7 @@ def test_tampered_prepared_rows_fail_before_training(job: PreparedJob) -> None:
 def test_another_base_than_prepared_fails_before_training(job: PreparedJob) -> None:
     store = job.context().workspace_store()
     result = store.get_model(PREPARE_RESULT, PrepareResult)
-    known = FileRecord(path="model.safetensors", size=1, sha256="1" * 64)
+    known = SourceFile(path="model.safetensors", size=1, sha256="1" * 64)
     store.put_model(PREPARE_RESULT, result.model_copy(update={"model_files": [known]}))
     with pytest.raises(StageError, match=r"model\.safetensors changed") as caught:
         train.run(job.context())
@@ -118,3 +125,71 @@ def test_another_base_than_prepared_fails_before_training(job: PreparedJob) -> N
 def test_prepared_data_of_another_snapshot_are_refused(job: PreparedJob) -> None:
     with pytest.raises(StageError, match="another configuration"):
         train.run(job.with_spec(training={"seed": 7}).context())
+
+
+def other_weights(data: bytes) -> bytes:
+    return save({n: t + 1 if n == "model.norm.weight" else t for n, t in load(data).items()}, {"format": "pt"})
+
+
+@pytest.mark.parametrize("scheme", ["s3", "pvc"])
+def test_weights_that_were_changed_since_prepare_fail_before_training(
+    bench: Bench, tiny_model: Path, scheme: str
+) -> None:
+    bench.put(ROWS)
+    local = bench.pod.volumes / "claim" / "model"
+    shutil.copytree(tiny_model, local)
+    uri = {"s3": f"s3://{bench.bucket}/model", "pvc": "pvc://claim/model"}[scheme]
+    changes = {"model": {"uri": uri}, "training": {"useCpu": True}}
+    bench.run(**changes)
+    changed = other_weights((local / "model.safetensors").read_bytes())
+    (local / "model.safetensors").write_bytes(changed)
+    bench.s3.put(bench.bucket, "model/model.safetensors", changed)
+    with pytest.raises(
+        StageError, match=r"model\.safetensors changed since the prepare stage: it had 503144 bytes and"
+    ) as caught:
+        train.run(bench.pod.context(merged(bench.spec, changes), Stage.TRAIN))
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+
+
+def test_a_tampered_tokenizer_fails_although_no_answers_are_wanted(
+    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare_job(
+        s3,
+        tmp_path,
+        tiny_model,
+        prompts=3,
+        training={"length": {"steps": 1}},
+        evaluation={"generation": {"prompts": 0}},
+    )
+    tamper(monkeypatch, TOKENIZER, swapped_tokens, consistent=True)
+    with pytest.raises(StageError, match="the tokenizer in the adapter folder reads"):
+        train.run(job.context())
+
+
+def test_another_tokenizer_or_template_than_prepares_fails_before_training(job: PreparedJob) -> None:
+    store = job.context().workspace_store()
+    result = store.get_model(PREPARE_RESULT, PrepareResult)
+    store.put_model(PREPARE_RESULT, result.model_copy(update={"tokenizer_hash": "1" * 64}))
+    with pytest.raises(StageError, match="is not the one that prepared the data") as caught:
+        train.run(job.context())
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+
+
+def test_results_of_a_newer_image_are_refused_not_taken_for_missing(job: PreparedJob) -> None:
+    store = job.context().workspace_store()
+    result = json.loads(store.get_bytes(PREPARE_RESULT))
+    store.put_bytes(PREPARE_RESULT, json.dumps({**result, "version": RESULT_VERSION + 1, "newField": 1}).encode())
+    for stage in (train.run, prepare.run):
+        with pytest.raises(
+            StageError, match=r"result\.json has version 2; this image reads versions up to 1"
+        ) as caught:
+            stage(job.context())
+        assert caught.value.reason is Reason.INVALID_CONFIG
+
+
+def test_prepared_rows_of_a_newer_image_are_refused(tmp_path: Path) -> None:
+    metadata = {"finetune.prepared_version": str(PREPARED_VERSION + 1)}
+    pq.write_table(table([([1, 2], [1, 2])]).replace_schema_metadata(metadata), tmp_path / "train.parquet")
+    with pytest.raises(StageError, match=r"train\.parquet has version 2"):
+        read_rows(tmp_path / "train.parquet")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
@@ -176,6 +178,33 @@ def test_threads_follow_the_cgroup_quota(tmp_path: Path, quota: str, cpus: int |
     assert device.usable_cpus(tmp_path / "cpu.max") == min(
         cpus or len(os.sched_getaffinity(0)), len(os.sched_getaffinity(0))
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("Unrecognized model"), Reason.UNSUPPORTED_MODEL),
+        (OSError("no file named model.safetensors found"), Reason.UNSUPPORTED_MODEL),
+        (FileNotFoundError(errno.ENOENT, "No such file", "model-2.safetensors"), Reason.UNSUPPORTED_MODEL),
+        (SafetensorError("MetadataIncompleteBuffer"), Reason.UNSUPPORTED_MODEL),
+        (RuntimeError("size mismatch"), Reason.UNSUPPORTED_MODEL),
+        (torch.OutOfMemoryError("tried to allocate"), None),
+        (torch.AcceleratorError("an illegal memory access was encountered"), None),
+        (OSError(errno.ENOSPC, "No space left on device", "/work/x"), None),
+        (OSError(errno.EIO, "Input/output error"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_only_the_models_own_faults_fail_for_good(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: Reason | None
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(StageError if reason else type(error)) as caught:
+        model.load_base(tiny_model, snapshot(), CPU32)
+    assert getattr(caught.value, "reason", None) is reason
 
 
 def test_an_unknown_target_module_names_the_ones_that_exist(tiny_model: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune_api.failures import Reason
 from finetune_api.spec import RemoteSource
 from finetune_trainer.errors import StageError
+from finetune_trainer.text import readable
 
 KEYS = (
     "AWS_ACCESS_KEY_ID",
@@ -60,15 +61,15 @@ class Credentials:
         if self.folder is None:
             return values
         missing = [key for key in keys if not values.get(key)]
-        if missing and not values:
-            raise StageError(
-                Reason.SECRET_MISSING,
-                f"Secret {self.secret_name} (for {self.slot}) does not exist or is empty; needed: {', '.join(missing)}",
-            )
         if missing:
+            found = [
+                f"{name} (empty)" if name in KEYS and name not in values else name
+                for name in sorted(_file_names(self.folder))
+            ]
+            has = f"lacks {', '.join(missing)}; it has {', '.join(found)}" if found else "does not exist or is empty"
             raise StageError(
                 Reason.SECRET_MISSING,
-                f"Secret {self.secret_name} (for {self.slot}) lacks {', '.join(missing)}; it has {', '.join(sorted(values))}",
+                f"Secret {self.secret_name} (for {self.slot}) {has}; expected the keys {', '.join(keys)}",
             )
         return values
 
@@ -117,6 +118,13 @@ def load_credentials(secrets_dir: Path, slot: str, source: RemoteSource) -> Cred
     """The credentials of ``source``, whose Secret the operator mounts at ``<secrets_dir>/<slot>``."""
     name = source.secret_ref.name if source.secret_ref is not None else None
     return Credentials(slot, name, secrets_dir / slot if name is not None else None, source.endpoint_url, source.region)
+
+
+def _file_names(folder: Path) -> list[str]:
+    """The Secret's keys, ours or not. The kubelet's own links start with two dots."""
+    if not folder.is_dir():
+        return []
+    return [readable(p.name) for p in folder.iterdir() if not p.name.startswith("..")]
 
 
 def _read_keys(folder: Path) -> dict[str, str]:

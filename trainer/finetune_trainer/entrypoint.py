@@ -23,7 +23,7 @@ from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_trainer.context import StageContext, load_context
 from finetune_trainer.errors import Interrupted, NotFound, StageError
-from finetune_trainer.text import shorten, shorten_bytes
+from finetune_trainer.text import readable, shorten, shorten_bytes
 
 log = logging.getLogger("finetune")
 
@@ -71,7 +71,9 @@ def main(
         if reason is Reason.UNKNOWN:
             log.exception("unexpected error")
         log.error("%s: %s %s", reason, message, FAILURES[reason].advice)  # noqa: TRY400 - the traceback only helps where the reason is unknown
-        report = StageReport(stage=stage, succeeded=False, reason=reason, message=shorten(message, MESSAGE_CHARACTERS))
+        report = StageReport(
+            stage=stage, succeeded=False, reason=reason, message=shorten(readable(message), MESSAGE_CHARACTERS)
+        )
         code = FAILURES[reason].exit_code or 1
     # A second signal must not interrupt the report.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

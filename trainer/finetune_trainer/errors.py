@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from finetune_api.failures import FAILURES, Consequence, Reason
+from finetune_trainer.text import readable
 
 
 class StageError(Exception):
     """A failure with a name. The reason decides the exit code and whether the job fails, retries or waits."""
 
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(f"{reason}: {message}")
+    def __init__(self, reason: Reason, message: str, patience_seconds: float | None = None) -> None:
+        """``patience_seconds``: how long this is waited for although its reason is for good otherwise."""
         self.reason = reason
-        self.message = message
+        self.message = readable(message)
+        self.patience_seconds = patience_seconds
+        super().__init__(f"{reason}: {self.message}")
 
-    def __reduce__(self) -> tuple[type[StageError], tuple[Reason, str]]:
-        return type(self), (self.reason, self.message)
+    def __reduce__(self) -> tuple[type[StageError], tuple[Reason, str, float | None]]:
+        return type(self), (self.reason, self.message, self.patience_seconds)
 
     @property
     def consequence(self) -> Consequence:

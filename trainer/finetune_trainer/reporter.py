@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
 from finetune_api.progress import ProgressPost, StageReport, Transfer, Waiting
-from finetune_trainer.text import shorten
+from finetune_trainer.text import readable, shorten
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ POST_INTERVAL_SECONDS = 2.0
 MAX_BACKOFF_SECONDS = 30.0
 TIMEOUT = httpx.Timeout(5.0, connect=3.0)
 FINAL_ATTEMPTS = 3
+WAITING_AGAIN_SECONDS = 30.0
+"""How often an unchanged wait is said again: an operator that was killed after it had acknowledged a post has forgotten it."""
 
 TransferKind = Literal["download", "upload", "merge"]
 
@@ -56,6 +58,9 @@ class Reporter:
         self._pending: dict[str, object] = {}
         self._dirty = False
         self._waiting: Waiting | None = None
+        self._waiting_said = 0.0
+        self._farthest: dict[str, int] = {}
+        self._advanced = time.monotonic()
         self._sequence = 0
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -68,11 +73,12 @@ class Reporter:
             self._wake()
 
     def set_waiting(self, reason: Reason, message: str) -> None:
-        """Every post says from now on that the stage waits."""
-        waiting = Waiting(reason=reason, message=shorten(message, 1024))
+        """Every post says from now on that the stage waits. Called at every try, it is said again every 30 seconds."""
+        waiting = Waiting(reason=reason, message=shorten(readable(message), 1024))
+        now = time.monotonic()
         with self._changed:
-            if waiting != self._waiting:
-                self._waiting = waiting
+            if waiting != self._waiting or now - self._waiting_said >= WAITING_AGAIN_SECONDS:
+                self._waiting, self._waiting_said = waiting, now
                 self._wake()
 
     def clear_waiting(self) -> None:
@@ -100,11 +106,23 @@ class Reporter:
             nonlocal completed
             with lock:
                 completed = max(0, completed + count)
+                if completed > self._farthest.get(kind, 0):
+                    self._farthest[kind], self._advanced = completed, time.monotonic()
                 # A count above the announced total would only confuse: then the total was wrong.
                 total = None if total_bytes is None else max(total_bytes, completed)
                 self.report(**{kind: Transfer(completed_bytes=completed, total_bytes=total)})
 
         return moved
+
+    def measure_anew(self) -> None:
+        """An effort begins: what earlier ones moved says nothing about it."""
+        self._farthest, self._advanced = {}, time.monotonic()
+
+    @property
+    def advanced(self) -> float:
+        """When (``time.monotonic()``) this effort last got farther than ever before. Bytes moved again are no advance: a store
+        that breaks at the same place each time would else be waited for for ever."""
+        return self._advanced
 
     def final(self, report: StageReport, *, attempts: int = FINAL_ATTEMPTS) -> bool:
         """Deliver the outcome now; True if it was acknowledged. The termination message carries it in any case."""

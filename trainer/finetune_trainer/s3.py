@@ -1,8 +1,8 @@
 """One place below a bucket: small objects, files and folders, with errors that have names.
 
 Memory is bounded by a part. Every upload carries an MD5 that the store checks; every download is tied to one version of the
-object (ETag), counted, and checked against the ETag where that is an MD5. boto3's own transfer manager does neither resume
-nor hash while reading, therefore the loops here.
+object (ETag), counted, and checked against what the store tells of its bytes. boto3's own transfer manager does neither resume
+nor hash while reading, therefore the loops of s3_download and s3_transfer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -23,12 +22,15 @@ from botocore.credentials import Credentials as BotocoreCredentials
 from botocore.credentials import ReadOnlyCredentials
 from pydantic import BaseModel
 
+from finetune_api.failures import Reason
 from finetune_api.results import FileRecord
 from finetune_api.uris import S3Location
 from finetune_trainer.credentials import Credentials
-from finetune_trainer.errors import NotFound
+from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.parallel import WORKERS, in_parallel
+from finetune_trainer.s3_download import download
 from finetune_trainer.s3_errors import translated
-from finetune_trainer.s3_transfer import OnBytes, download, md5_base64, upload
+from finetune_trainer.s3_transfer import OnBytes, md5_base64, told, upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -37,14 +39,13 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
 Records = list[FileRecord]  # S3Store.list hides the builtin inside the class
 
-PARALLEL_FILES = 4
 CLIENT_CONFIG = {
     # botocore waits 60 s to connect, times its retries: "unreachable" must be known, and said, within seconds.
     "connect_timeout": 5,
     "read_timeout": 20,
     "retries": {"mode": "standard", "total_max_attempts": 2},
     "tcp_keepalive": True,
-    "max_pool_connections": 2 * PARALLEL_FILES,
+    "max_pool_connections": 2 * WORKERS,
     # The newer default (CRC32 trailers in aws-chunked bodies) is unknown to many S3-compatible stores; MD5 is known to all.
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
@@ -220,19 +221,34 @@ class S3Store:
         """All objects below ``prefix``, into ``local``; paths in the records are relative to ``prefix``."""
         folder = self.at(prefix)
         keys = [info.key for info in folder.list() if ".." not in info.key.split("/")]
-        return _parallel(lambda key: folder.download_file(key, local / key, on_bytes), keys)
+        return in_parallel(lambda key, check: folder.download_file(key, local / key, _checked(check, on_bytes)), keys)
 
     def upload_dir(self, local: Path, prefix: str, on_bytes: OnBytes | None = None) -> Records:
         """All files below ``local``; paths in the records start with ``prefix``."""
         files = sorted(p for p in local.rglob("*") if p.is_file())
-        return _parallel(
-            lambda path: self.upload_file(path, _join(prefix, path.relative_to(local).as_posix()), on_bytes), files
+        return in_parallel(
+            lambda path, check: self.upload_file(
+                path, _join(prefix, path.relative_to(local).as_posix()), _checked(check, on_bytes)
+            ),
+            files,
         )
 
     def delete(self, key: str) -> None:
         """Delete an object, if it is there."""
         with translated(self.uri(key)):
             self._client.delete_object(Bucket=self.location.bucket, Key=self._key(key))
+
+    def clear(self, prefix: str) -> None:
+        """Delete what an earlier execution left below ``prefix``, as far as the credentials may.
+
+        What stays is written over, or listed in no manifest: credentials that may not delete must not cost a finished run.
+        """
+        try:
+            self.delete_prefix(prefix)
+        except StageError as error:
+            if error.reason is not Reason.ACCESS_DENIED:
+                raise
+            log.warning("what an earlier execution left below %s stays: %s", self.uri(prefix), error.message)
 
     def delete_prefix(self, prefix: str) -> int:
         """Delete all objects below the folder ``prefix``; returns how many."""
@@ -247,18 +263,15 @@ class S3Store:
         return self.location.join(key).key
 
 
-T = TypeVar("T")
-R = TypeVar("R")
+def _checked(check: Callable[[], None], on_bytes: OnBytes | None) -> OnBytes:
+    """``on_bytes`` that ends the transfer when nobody waits for it any more. Bytes taken back end nothing: that is the cleaning up."""
 
+    def moved(count: int) -> None:
+        if count > 0:
+            check()
+        told(on_bytes, count)
 
-def _parallel(fn: Callable[[T], R], items: list[T]) -> list[R]:
-    with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="s3") as pool:
-        futures = [pool.submit(fn, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return moved
 
 
 def _join(*parts: str) -> str:

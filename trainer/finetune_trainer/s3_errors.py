@@ -24,8 +24,6 @@ REFUSED = {
     "AccessDenied",
     "AllAccessDisabled",
     "AccountProblem",
-    "ExpiredToken",
-    "ExpiredTokenException",
     "InvalidAccessKeyId",
     "InvalidToken",
     "SignatureDoesNotMatch",
@@ -34,6 +32,10 @@ REFUSED = {
     "401",
     "403",
 }
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+ROTATION_SECONDS = 300.0
+"""How long new credentials are waited for: whoever rotates a Secret may be late, and the kubelet takes up to about two minutes to
+bring a changed Secret into a pod."""
 PASSING = {
     "SlowDown",
     "RequestTimeout",
@@ -77,6 +79,14 @@ def translate(error: Exception, uri: str) -> Exception:
             return StageError(
                 Reason.STORAGE_UNAVAILABLE,
                 f"{uri}: the endpoint answered 404 without an S3 error; is it an S3-compatible store?",
+            )
+        if code in EXPIRED or (status == 400 and error.operation_name == "HeadObject"):
+            # To HEAD, which has no body, AWS answers a bare 400 where any other request is told ExpiredToken.
+            return StageError(
+                Reason.ACCESS_DENIED,
+                f"the store refused {error.operation_name} on {uri}, as for an expired session token: {text}; new values in the "
+                f"Secret (or of the pod's identity) are picked up, for {ROTATION_SECONDS / 60:.0f} minutes",
+                patience_seconds=ROTATION_SECONDS,
             )
         if code in REFUSED or status in (401, 403):
             hint = ""

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
 ELLIPSIS = "…"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def readable(text: str) -> str:
+    """``text`` with what UTF-8 cannot carry written out.
+
+    File names and CSV headers in another encoding are read with ``surrogateescape``, so that a byte that is not UTF-8 costs a row
+    or a column and not the file. In a report such a byte must not cost the report: it becomes ``\\xf6``.
+    """
+    return _SURROGATE.sub(_written_out, text)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether :func:`readable` would change nothing."""
+    return _SURROGATE.search(text) is None
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def shorten(text: str, limit: int) -> str:

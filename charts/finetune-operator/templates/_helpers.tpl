@@ -10,7 +10,7 @@ finetune-operator
 
 {{- define "finetune.selectorLabels" -}}
 app.kubernetes.io/name: finetune-operator
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "finetune.labels" -}}
@@ -40,7 +40,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
   verbs: [get, list, watch, delete]
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/status]
-  verbs: [get, patch]
+  verbs: [patch]
 # Where owner references are guarded (OwnerReferencesPermissionEnforcement), children need it.
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/finalizers]
@@ -54,7 +54,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, create]
-- apiGroups: ["", events.k8s.io]
+# list: the Job controller's words about a Job that gets no pod, asked for by that Job's UID.
+- apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create, list]
 {{- end -}}

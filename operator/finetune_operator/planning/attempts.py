@@ -32,13 +32,16 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
     """
     pods = {p.uid: p for view in views for p in view.pods}
     lost = {p.uid for view in views if view.state is StageState.REPORT_LOST for p in view.pods if p.exit_code == 0}
+    # A full list has lost its oldest: a pod from before them is one of those, and its time was counted.
+    oldest = min((attempt_rank(a) for a in before.attempts), default=None)
+    dropped_before = oldest if len(before.attempts) >= MAX_ATTEMPTS else None
     attempts: dict[str, AttemptStatus] = {}
     active = before.active_seconds or 0
     for old in before.attempts:
         new = old
         if old.outcome == "Running":
             pod = pods.pop(old.execution_id, None)
-            new = _from_pod(pod, old) if pod is not None else _vanished(old, now)
+            new = _from_pod(pod, old, now) if pod is not None else _vanished(old, now)
             if new.outcome != "Running":
                 active += _seconds(new)
         else:
@@ -49,7 +52,9 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
     for pod in sorted(pods.values(), key=lambda p: (p.started_at or p.created, p.name)):
         if pod.started_at is None and pod.exit_code is None:
             continue  # never ran: no execution
-        new = _from_pod(pod, None)
+        new = _from_pod(pod, None, now)
+        if dropped_before is not None and attempt_rank(new) < dropped_before:
+            continue
         if new.outcome != "Running":
             active += _seconds(new)
         if pod.uid in lost:
@@ -57,7 +62,9 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
         attempts[pod.uid] = new
     for view in views:
         if view.state is StageState.REPORT_LOST and view.job is not None and not any(p.uid in lost for p in view.pods):
-            attempts.setdefault(view.job.uid, _lost_job(view))
+            new = _lost_job(view)
+            if dropped_before is None or attempt_rank(new) > dropped_before:
+                attempts.setdefault(view.job.uid, new)
     kept = sorted(attempts.values(), key=attempt_rank)[-MAX_ATTEMPTS:]
     running = [parse_time(a.started_at) for a in kept if a.outcome == "Running"]
     since = min((t for t in running if t is not None), default=None)
@@ -74,7 +81,7 @@ def lost_reports(ledger: Ledger, stage: Stage) -> int:
     return sum(1 for a in ledger.attempts if a.stage == stage and a.reason == REPORT_LOST)
 
 
-def _from_pod(pod: Pod, old: AttemptStatus | None) -> AttemptStatus:
+def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime) -> AttemptStatus:
     started = rfc3339(pod.started_at) if pod.started_at else (old.started_at if old else None)
     if not pod.ended:
         return AttemptStatus(
@@ -88,7 +95,8 @@ def _from_pod(pod: Pod, old: AttemptStatus | None) -> AttemptStatus:
     succeeded = pod.exit_code == 0 or (pod.exit_code is None and pod.phase == "Succeeded")
     failure = None if succeeded else pod_failure(pod, pod.stage)
     report = pod.report
-    finished = pod.finished_at or pod.started_at or pod.created
+    # A pod that was lost with its node tells no end: it counts as running until that was noticed.
+    finished = pod.finished_at or (now if pod.started_at else pod.created)
     return AttemptStatus(
         execution_id=pod.uid,
         stage=pod.stage,

@@ -38,15 +38,27 @@ def plan(obs: Observation, config: PlannerConfig | None = None) -> Plan:
 
 
 def _finished(look: Look) -> Plan:
-    """A finished job never changes again; what still runs for it is stopped, and its time to live counted."""
+    """A finished job never changes again; what still runs for it is stopped, and its time to live counted.
+
+    Its time to live may still be edited: the status then says that this was seen, and nothing else.
+    """
     leftovers = tuple(DeleteJob(j.name, j.uid) for j in look.obs.jobs if not j.finished and not j.deleting)
     spec = look.obs.job.spec
     ttl = spec.ttl_seconds_after_finished if spec is not None else None
+    generation = look.obs.job.generation
+    seen = look.before.observed_generation == generation
+    status = None if seen else look.before.model_copy(update={"observed_generation": generation, "progress": None})
     if ttl is None:
-        return Plan(deletes=leftovers)
+        return Plan(deletes=leftovers, status=status)
     ended = parse_time(look.before.completion_time) or look.now
     left = ttl - (look.now - ended).total_seconds()
-    return Plan(deletes=leftovers, delete_self=left <= 0, requeue_after=left if left > 0 else None)
+    expired = left <= 0
+    return Plan(
+        deletes=leftovers,
+        delete_self=expired,
+        status=None if expired else status,
+        requeue_after=None if expired else left,
+    )
 
 
 def invalid_spec(look: Look) -> Decision | None:
@@ -61,6 +73,14 @@ def name_conflict(look: Look) -> Decision | None:
     if look.obs.conflict is None:
         return None
     return fail(look, Reason.NAME_CONFLICT, look.obs.conflict)
+
+
+def invalid_object(look: Look) -> Decision | None:
+    """Fail if the API server's validation refuses what this spec makes of a stage's Job: it will each time."""
+    refusal = look.obs.refusal
+    if refusal is None or not refusal.for_good:
+        return None
+    return fail(look, Reason.INVALID_CONFIG, refusal.message)
 
 
 def succeeded(look: Look) -> Decision | None:
@@ -98,8 +118,11 @@ def suspended(look: Look) -> Decision | None:
         for kind in (ConditionType.PREPARED, ConditionType.TRAINED)
     )
     if not look.idle:
-        phase = look.before.phase or Phase.PENDING
-        return Decision(phase, "Suspending: waits for the pods to stop.", (phases.not_waiting(look),), deletes=deletes)
+        phase, text = look.before.phase or Phase.PENDING, "Suspending: waits for the pods to stop."
+        if look.view.state is StageState.STOPPING and look.wait is not None:
+            text += f" {look.wait.reason}: {sentence(look.wait.message)} {advice_for(look.wait.reason, look.stage)}"
+        again = next_look(look.obs, look.view, look.config)
+        return Decision(phase, text, (phases.not_waiting(look),), deletes=deletes, requeue_at=again)
     text = "spec.suspend is true: nothing runs and nothing is held."
     return Decision(
         Phase.SUSPENDED,
@@ -124,14 +147,15 @@ def waited_too_long(look: Look) -> Decision | None:
     """Fail if one thing has been missing without a break for longer than allowed."""
     if look.wait is None or look.waiting_since is None:
         return None
-    waited = look.now - look.waiting_since
-    if waited < timedelta(seconds=look.spec.pending_timeout_seconds):
+    waited, limit = look.now - look.waiting_since, look.spec.pending_timeout_seconds
+    if waited < timedelta(seconds=limit):
         return None
-    advice = advice_for(look.wait.reason)
+    advice = advice_for(look.wait.reason, look.stage)
     return fail(
         look,
         Reason.PENDING_TIMEOUT,
-        f"waited {exact_duration(waited.total_seconds())} for {look.wait.reason}: {sentence(look.wait.message)} {advice}",
+        f"waited {exact_duration(waited.total_seconds())} (pendingTimeoutSeconds is {limit}) and still {look.wait.reason}: "
+        f"{sentence(look.wait.message)} {advice}",
     )
 
 
@@ -168,11 +192,11 @@ def fail(look: Look, reason: str, message: str) -> Decision:
     """The job has failed: what, why and what to do, in one sentence each."""
     reason = str(reason) if _REASON.match(reason) else str(Reason.UNKNOWN)
     parts = [f"{reason}: {sentence(message)}"]
-    advice = advice_for(reason)
+    advice = advice_for(reason, look.stage)
     waited = reason == Reason.PENDING_TIMEOUT  # its message ends with the advice for what was missing
     if advice and advice not in message and not waited:
         parts.append(advice)
-    if not look.gpu_was_used and not look.trained:
+    if not look.gpu_held and not look.trained:
         parts.append(NO_GPU_USED)
     text = " ".join(parts)
     return Decision(
@@ -193,6 +217,7 @@ Rule = Callable[[Look], Decision | None]
 RULES: tuple[Rule, ...] = (
     invalid_spec,
     name_conflict,
+    invalid_object,
     succeeded,
     stage_failed,
     suspended,

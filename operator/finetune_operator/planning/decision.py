@@ -74,6 +74,7 @@ def _status(look: Look, decision: Decision) -> FineTuneJobStatus:
             or before.active_seconds,
             "running_since": rfc3339(since) if since and not finished else None,
             "waiting_since": rfc3339(look.waiting_since) if waiting and waiting.true and look.waiting_since else None,
+            "gpu_held": look.gpu_held or None,
             "stages": _stages(look),
             "attempts": _attempts(look, decision),
             **_facts(look),

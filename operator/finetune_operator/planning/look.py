@@ -56,7 +56,7 @@ class Look:
         """prepare's result, while its Job tells it."""
         view = self.views[Stage.PREPARE]
         return (
-            PrepareReport.model_validate(view.report.result)
+            PrepareReport.model_validate(view.report.result, extra="ignore")
             if view.state is StageState.SUCCEEDED and view.report
             else None
         )
@@ -66,7 +66,7 @@ class Look:
         """train's result, while its Job tells it."""
         view = self.views[Stage.TRAIN]
         return (
-            TrainReport.model_validate(view.report.result)
+            TrainReport.model_validate(view.report.result, extra="ignore")
             if view.state is StageState.SUCCEEDED and view.report
             else None
         )
@@ -76,7 +76,7 @@ class Look:
         """publish's result, while its Job tells it."""
         view = self.views[Stage.PUBLISH]
         return (
-            PublishReport.model_validate(view.report.result)
+            PublishReport.model_validate(view.report.result, extra="ignore")
             if view.state is StageState.SUCCEEDED and view.report
             else None
         )
@@ -142,9 +142,17 @@ class Look:
         return self.ledger.active_seconds + ((self.now - since).total_seconds() if since else 0.0)
 
     @cached_property
-    def gpu_was_used(self) -> bool:
+    def training_began(self) -> bool:
         """Whether a training pod ever ran."""
         return bool(attempts_of(self.ledger, Stage.TRAIN))
+
+    @cached_property
+    def gpu_held(self) -> bool:
+        """Whether a training pod ever held a GPU: it does from when it is bound to a node, also while its image is pulled."""
+        spec = self.obs.job.spec
+        if self.before.gpu_held or (spec is not None and not spec.compute.gpus_per_node):
+            return bool(self.before.gpu_held)
+        return self.training_began or any(p.node for p in self.views[Stage.TRAIN].pods)
 
     @cached_property
     def idle(self) -> bool:

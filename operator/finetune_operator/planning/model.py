@@ -23,6 +23,10 @@ class PlannerConfig:
     """How often a stage may finish without leaving its report before the job fails."""
     volume_grace_seconds: float = 30.0
     """Mounting takes a while; a pod whose sandbox is not ready after this waits for a volume."""
+    node_grace_seconds: float = 30.0
+    """A node kills a deleted pod at the end of its grace period and says so; after this much longer it is lost."""
+    pod_grace_seconds: float = 10.0
+    """The Job controller makes a pod within a second or two; a Job without one after this is refused its pods."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class StageJob:
     resource_version: int = 0
     deleting: bool = False
     suspended: bool = False
+    started_at: datetime | None = None
+    """When the Job controller took it up; anew after each suspension."""
+    active: int = 0
+    """Pods that the Job controller counts, terminating ones too: between two pods the cache may show none."""
     complete_at: datetime | None = None
     failed_at: datetime | None = None
     failed_reason: str = ""
@@ -76,6 +84,8 @@ class Pod:
     resource_version: int = 0
     phase: str = "Pending"
     deleting: bool = False
+    deletion_due: datetime | None = None
+    """When a deleted pod's grace period ends (deletionTimestamp)."""
     node: str = ""
     unschedulable: str = ""
     """The scheduler's words, while it finds no node."""
@@ -123,6 +133,8 @@ class Refusal:
 
     message: str
     retry_at: datetime
+    for_good: bool = False
+    """Nobody but the author of the spec can mend it: what is created would be the same each time."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,8 @@ class Observation:
     snapshot: SnapshotRecord | None = None
     """As stored in the ConfigMap; absent until it is known to exist."""
     refusal: Refusal | None = None
+    pod_refusal: str = ""
+    """The API server's words to the Job controller, which may not create the pods of a Job (a FailedCreate Event)."""
     conflict: str | None = None
     """The object that exists under a name we need and belongs to something else."""
 

@@ -78,7 +78,7 @@ _RESULTS: dict[Stage, type[ApiModel]] = {
 def _readable(report: StageReport) -> bool:
     """A success whose result was cut off or is of another version is as good as lost."""
     try:
-        _RESULTS[report.stage].model_validate(report.result)
+        _RESULTS[report.stage].model_validate(report.result, extra="ignore")
     except ValidationError:
         return False
     return True
@@ -142,9 +142,9 @@ def _from_condition(job: StageJob) -> StageFailure:
     return StageFailure(Reason.UNKNOWN, f"Job {job.name} failed: {words}.".replace("..", "."))
 
 
-def advice_for(reason: str) -> str:
-    """The table's advice for a reason, or nothing for one it does not know."""
+def advice_for(reason: str, stage: Stage) -> str:
+    """The table's advice for a reason in a stage, or nothing for one it does not know."""
     try:
-        return FAILURES[Reason(reason)].advice
+        return FAILURES[Reason(reason)].advice_in(stage)
     except ValueError:
         return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_api.names import Stage
 from finetune_api.results import PublishReport
@@ -28,9 +28,13 @@ def current(
     phase, message = _phase(look)
     wishes = [*milestones(look), *not_suspended(look)]
     if look.wait is not None and look.waiting_since is not None:
+        # Times and no durations: a text that changes by the second would be written by the second.
+        limit = look.spec.pending_timeout_seconds
+        until = rfc3339(look.waiting_since + timedelta(seconds=limit))
         text = (
-            f"{sentence(look.wait.message)} Since {rfc3339(look.waiting_since)}. {advice_for(look.wait.reason)}".strip()
-        )
+            f"{sentence(look.wait.message)} Since {rfc3339(look.waiting_since)}, and the job fails if it still is so at {until} "
+            f"(pendingTimeoutSeconds is {limit}). {advice_for(look.wait.reason, look.stage)}"
+        ).strip()
         wishes.append(Wish(ConditionType.WAITING, True, look.wait.reason, text))
         message = f"Waiting: {look.wait.reason}: {text}"
     else:
@@ -62,7 +66,7 @@ def not_suspended(look: Look) -> list[Wish]:
     if not is_true(look.before, ConditionType.SUSPENDED):
         return []
     text = "Runs again, from prepare on."
-    if look.gpu_was_used:
+    if look.training_began:
         text = "Runs again, from prepare on. Unless training had finished, it restarts from the beginning (there are no checkpoints yet)."
     return [Wish(ConditionType.SUSPENDED, False, "Resumed", text)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections import OrderedDict
@@ -23,6 +24,9 @@ DISTRUST_SECONDS = 10.0
 STATUS_SECONDS = 5.0
 """A standby, which watches nothing, reads a job's status at most so often for posts that it only collects."""
 CAPACITY = 4096
+REVIEWS_AT_ONCE = 4
+"""Anybody who reaches the port can make us ask the API server about a token: so many at a time, the others wait their turn."""
+REVIEW_PATIENCE_SECONDS = 5.0
 _EXTRA = "authentication.kubernetes.io/"
 
 
@@ -62,6 +66,7 @@ class Authenticator:
     def __init__(self, api: Api, cache: Cache) -> None:
         self._api = api
         self._cache = cache
+        self._reviews = asyncio.Semaphore(REVIEWS_AT_ONCE)
         self._tokens: OrderedDict[bytes, tuple[float, Identity | None]] = OrderedDict()
         self._statuses: OrderedDict[str, tuple[float, FineTuneJobStatus]] = OrderedDict()
         self._callers: OrderedDict[tuple[Identity, Key], tuple[float, Caller]] = OrderedDict()
@@ -89,9 +94,15 @@ class Authenticator:
 
     async def _review(self, token: str) -> Identity | None:
         try:
+            await asyncio.wait_for(self._reviews.acquire(), REVIEW_PATIENCE_SECONDS)
+        except TimeoutError as problem:
+            raise Refused(503, "Busy", "too many tokens wait to be checked; post again") from problem
+        try:
             status = await self._api.review_token(token, TOKEN_AUDIENCE)
         except ApiError as problem:
             raise Refused(503, "Unavailable", "the API server could not check the token") from problem
+        finally:
+            self._reviews.release()
         if not status.get("authenticated") or TOKEN_AUDIENCE not in (status.get("audiences") or []):
             return None
         user = status.get("user") or {}
@@ -154,31 +165,36 @@ class Authenticator:
             raise Refused(404, "NotFound", f"there is no FineTuneJob {key}")
         return str(raw["metadata"]["uid"])
 
-    async def status_of(self, caller: Caller, fresh: bool = True) -> FineTuneJobStatus:
-        """The job's status: from the watch where there is one, else read; a few seconds old unless ``fresh``.
+    async def status_of(self, caller: Caller) -> FineTuneJobStatus:
+        """The job's status, at most a few seconds old: from the watch where there is one, else read.
 
         Raises:
-            Refused: 404 when the job is gone, 409 when it has been replaced or has ended.
+            Refused: 404 when the job is gone, 409 when it has been replaced or has ended, 503 when nobody can say.
         """
         cached = self._cache.jobs.get(caller.key)
         if cached is not None:
-            uid, status = cached.uid, cached.status
-        elif not fresh and (known := self._statuses.get(caller.job_uid)) and known[0] > time.monotonic():
-            uid, status = caller.job_uid, known[1]
-        else:
-            try:
-                raw = await self._finetunejob(caller.key)
-            except ApiError as problem:
-                raise Refused(503, "Unavailable", "the API server could not be asked about the job") from problem
-            if raw is None:
-                raise Refused(404, "NotFound", f"there is no FineTuneJob {caller.key}")
-            uid, status = str(raw["metadata"]["uid"]), parse_status(raw.get("status") or {})
-            _remember(self._statuses, uid, (time.monotonic() + STATUS_SECONDS, status))
-        if uid != caller.job_uid:
-            raise Refused(409, "Conflict", f"FineTuneJob {caller.key} has been replaced by another")
-        if is_true(status, ConditionType.FINISHED):
-            raise Refused(409, "Finished", f"FineTuneJob {caller.key} has ended")
+            return _unfinished(caller, cached.uid, cached.status)
+        known = self._statuses.get(caller.job_uid)
+        if known is not None and known[0] > time.monotonic():
+            return _unfinished(caller, caller.job_uid, known[1])
+        status, _ = await self.read_status(caller)
         return status
+
+    async def read_status(self, caller: Caller) -> tuple[FineTuneJobStatus, str]:
+        """The job's status as it is now, and the resourceVersion it was read at.
+
+        Raises:
+            Refused: as :meth:`status_of`.
+        """
+        try:
+            raw = await self._finetunejob(caller.key)
+        except ApiError as problem:
+            raise Refused(503, "Unavailable", "the API server could not be asked about the job") from problem
+        if raw is None:
+            raise Refused(404, "NotFound", f"there is no FineTuneJob {caller.key}")
+        meta, status = raw["metadata"], parse_status(raw.get("status") or {})
+        _remember(self._statuses, str(meta["uid"]), (time.monotonic() + STATUS_SECONDS, status))
+        return _unfinished(caller, str(meta["uid"]), status), str(meta["resourceVersion"])
 
     async def _finetunejob(self, key: Key) -> Raw | None:
         try:
@@ -195,6 +211,14 @@ class Authenticator:
             if problem.status == 404:
                 return None
             raise
+
+
+def _unfinished(caller: Caller, uid: str, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    if uid != caller.job_uid:
+        raise Refused(409, "Conflict", f"FineTuneJob {caller.key} has been replaced by another")
+    if is_true(status, ConditionType.FINISHED):
+        raise Refused(409, "Finished", f"FineTuneJob {caller.key} has ended")
+    return status
 
 
 def _one(extra: Any, name: str) -> str:

@@ -11,17 +11,22 @@ from datetime import UTC, datetime
 
 from finetune_api.names import Stage
 from finetune_api.progress import ProgressPost
-from finetune_api.status import ProgressStatus
+from finetune_api.status import FineTuneJobStatus, ProgressStatus
 from finetune_operator import metrics
 from finetune_operator.client import PROGRESS_MANAGER, Api, ApiError, Raw
 from finetune_operator.pace import Pace
+from finetune_operator.planning.clock import parse_time
 from finetune_operator.progress.auth import Authenticator, Caller, Refused
 from finetune_operator.progress.protocol import fold, merge
 
 logger = logging.getLogger(__name__)
 BURST_SECONDS = 1.0
 """Even urgent writes of one job keep this distance."""
-RETRIES = 3
+CONFLICTS = 3
+"""Looks at what somebody else has just written before the post is put back."""
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 8.0
+"""Between tries while the API server cannot be reached: doubled each time. What was taken is written when it is back."""
+ANSWER_SECONDS = 10.0
 IDLE_SECONDS = 300.0
 
 
@@ -36,6 +41,8 @@ class _Stream:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     urgent: bool = False
     last_write: float = 0.0
+    failures: int = 0
+    retry_at: float = 0.0
     last: ProgressPost | None = None
     """Everything this replica took of the execution, folded."""
     used: float = field(default_factory=time.monotonic)
@@ -57,7 +64,7 @@ class ProgressWriter:
         Raises:
             Refused: 409 for an execution that another has replaced, 503 when a final could not be written.
         """
-        status = await self._auth.status_of(caller, fresh=False)
+        status = await self._auth.status_of(caller)
         stream = self._streams.get(caller.job_uid)
         written = status.progress
         if stream is None:
@@ -118,7 +125,7 @@ class ProgressWriter:
         if future is None:
             return False
         try:
-            await asyncio.wait_for(future, 10)
+            await asyncio.wait_for(future, ANSWER_SECONDS)
         except (ApiError, TimeoutError) as problem:
             raise Refused(503, "Unavailable", "the report could not be recorded; post it again") from problem
         return True
@@ -131,6 +138,7 @@ class ProgressWriter:
                 due = stream.last_write + BURST_SECONDS if stream.last_write else 0.0
             else:
                 due = self._pace.due(stream.caller.job_uid, first)
+            due = max(due, stream.retry_at)
             left = due - time.monotonic()
             if left > 0:
                 stream.wake.clear()
@@ -144,26 +152,29 @@ class ProgressWriter:
             first = time.monotonic()
 
     async def _flush(self, stream: _Stream) -> None:
-        post, stream.pending, stream.urgent = stream.pending, None, False
+        """One try. What cannot be written now is put back: its sender has been told that it was taken."""
+        caller, post, urgent = stream.caller, stream.pending, stream.urgent
+        stream.pending, stream.urgent = None, False
         waiters, stream.waiters = stream.waiters, []
         assert post is not None
-        problem: Exception | None = None
-        for attempt in range(RETRIES):
-            try:
-                await self._write(stream.caller, post)
-                problem = None
-                break
-            except Refused as refused:
-                problem = refused
-                break
-            except ApiError as failed:
-                problem = failed
-                if failed.status in (403, 404, 409, 422):
-                    break
-                await asyncio.sleep(0.5 * 2**attempt)
+        problem: Refused | ApiError | None = None
+        try:
+            await self._write(caller, post)
+        except (Refused, ApiError) as failed:
+            problem = failed
         stream.last_write = time.monotonic()
+        if problem is not None and _may_pass(problem):
+            # (A newer execution's post has the place of an older one's: fold lets that go.)
+            stream.pending = post if stream.pending is None else fold(post, stream.pending)
+            stream.urgent = stream.urgent or urgent
+            stream.waiters = [*waiters, *stream.waiters]
+            pause = min(PAUSE_SECONDS * 2**stream.failures, LONGEST_PAUSE_SECONDS)
+            stream.failures, stream.retry_at = stream.failures + 1, stream.last_write + pause
+            logger.warning("%s: progress is not recorded yet, again in %.1f s: %s", caller.key, pause, problem)
+            return
+        stream.failures, stream.retry_at = 0, 0.0
         if problem is not None:
-            logger.warning("%s: progress was not recorded: %s", stream.caller.key, problem)
+            logger.warning("%s: progress was not recorded: %s", caller.key, problem)
         for waiter in waiters:
             if waiter.done():
                 continue
@@ -173,18 +184,26 @@ class ProgressWriter:
                 waiter.set_exception(problem)
 
     async def _write(self, caller: Caller, post: ProgressPost) -> None:
-        status = await self._auth.status_of(caller)
-        base = status.progress
-        if base is not None and base.execution_id == post.execution_id and (base.sequence or 0) > post.sequence:
-            post = post.model_copy(update={"sequence": base.sequence or 0})
-        progress = merge(base, post, datetime.now(UTC))
-        body = {"progress": progress.to_json_dict()}
-        answer = await self._api.apply_status(
-            caller.key.namespace, caller.key.name, caller.job_uid, body, PROGRESS_MANAGER
-        )
-        metrics.PROGRESS_WRITES.inc()
-        self._pace.wrote(caller.job_uid)
-        self._wrote(answer)
+        """Merge into what stands there now, and only into that: another replica may have written since the last look."""
+        for left in reversed(range(CONFLICTS)):
+            status, version = await self._auth.read_status(caller)
+            progress = _merged(status, caller, post)
+            if progress is None:
+                return
+            body = {"progress": progress.to_json_dict()}
+            key = caller.key
+            try:
+                answer = await self._api.apply_status(
+                    key.namespace, key.name, caller.job_uid, body, PROGRESS_MANAGER, version
+                )
+            except ApiError as problem:
+                if problem.status != 409 or not left:
+                    raise
+            else:
+                metrics.PROGRESS_WRITES.inc()
+                self._pace.wrote(caller.job_uid)
+                self._wrote(answer)
+                return
 
     def _prune(self) -> None:
         """Forget jobs that have not posted for a while."""
@@ -192,3 +211,33 @@ class ProgressWriter:
         for uid, stream in list(self._streams.items()):
             if stream.used < limit and stream.pending is None:
                 del self._streams[uid]
+
+
+def _may_pass(problem: Refused | ApiError) -> bool:
+    """Whether a write that failed may succeed later. 409 of the API server: others wrote at the same time."""
+    if isinstance(problem, Refused):
+        return problem.status == 503
+    return problem.status in (0, 409, 429) or problem.status >= 500
+
+
+def _merged(status: FineTuneJobStatus, caller: Caller, post: ProgressPost) -> ProgressStatus | None:
+    """``status.progress`` with a post, or None if it holds that post or a later one already.
+
+    Raises:
+        Refused: 409 when a newer pod has posted through another replica.
+    """
+    base = status.progress
+    if base is None or base.execution_id is None:
+        return merge(base, post, datetime.now(UTC))
+    if base.execution_id != post.execution_id:
+        began = next((parse_time(a.started_at) for a in status.attempts if a.execution_id == base.execution_id), None)
+        if began is not None and caller.pod_created is not None and caller.pod_created < began:
+            raise Refused(409, "Stale", "a newer pod of this job has posted")
+        return merge(base, post, datetime.now(UTC))
+    written = base.sequence if base.sequence is not None else -1
+    if written >= post.sequence:
+        if post.final is None or base.report is not None:
+            return None
+        # A final is news even where a later post came before it.
+        post = post.model_copy(update={"sequence": written})
+    return merge(base, post, datetime.now(UTC))

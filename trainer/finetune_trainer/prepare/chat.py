@@ -16,7 +16,7 @@ from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.examples import Message
 from finetune_trainer.prepare.problems import RowProblem
-from finetune_trainer.text import shorten
+from finetune_trainer.text import is_utf8, shorten
 
 FROZEN_NOW = datetime.datetime(2024, 7, 26)
 """What ``strftime_now`` says to templates (Llama 3.1 and later print today's date): its own default where it has no clock.
@@ -156,6 +156,10 @@ class ChatRenderer:
             raise RowProblem(
                 f"messages: the chat template refuses the conversation: {shorten(str(error), 200)}"
             ) from error
+        if not is_utf8(texts[0]):
+            raise RowProblem(
+                "messages: a field beside role and content holds half a character or a byte that is not UTF-8"
+            )
         return texts[0], [tuple(m) for m in marks[0]] if marked else []
 
 

@@ -19,7 +19,7 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import special_token_pattern
 from finetune_trainer.prepare.detect import LOOKED_AT, check_columns, detect
 from finetune_trainer.prepare.encode import Dropped, Encoded, Encoder, fit
-from finetune_trainer.prepare.examples import Conversation, Example, Text, to_example
+from finetune_trainer.prepare.examples import ALL_FIELDS, Conversation, Example, Text, to_example
 from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.problems import LOGGED, Problems, RowProblem
 from finetune_trainer.prepare.rows import RawRow, read_rows
@@ -84,7 +84,8 @@ def check_data(ctx: StageContext, model: BaseModel) -> Checked:
             files = _fetch(ctx, source)
             ctx.reporter.report(activity="Checking")
             before = checked.rows
-            rows = itertools.chain.from_iterable(read_rows(file) for file in files)
+            wanted = {mapping.get(name, name) for name in ALL_FIELDS}
+            rows = itertools.chain.from_iterable(read_rows(file, wanted) for file in files)
             first = list(itertools.islice(rows, LOOKED_AT))
             fmt = detect(source.spec, source.field, mapping, first)
             for raw in itertools.chain(first, rows):

@@ -9,6 +9,7 @@ from finetune_api.spec import DataFormat, DataSource
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.examples import ALL_FIELDS, FIELDS
 from finetune_trainer.prepare.rows import RawRow
+from finetune_trainer.text import is_utf8
 
 LOOKED_AT = 100
 CHOICES = "messages | prompt + completion | instruction + output | text"
@@ -47,6 +48,8 @@ def detect(source: DataSource, field: str, columns: Mapping[str, str], first: Se
                 return fmt
     assert rows[0].value is not None
     found = ", ".join(map(str, rows[0].value)) or "none"
+    if not is_utf8(found):
+        found += " (the header is not UTF-8: save the file as UTF-8)"
     if source.format is DataFormat.AUTO:
         wanted = CHOICES
     else:

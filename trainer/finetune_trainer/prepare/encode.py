@@ -80,6 +80,8 @@ class Encoder:
 
     def _conversation(self, example: Conversation) -> Encoded:
         assert self._renderer is not None  # whoever has no template was told so before
+        if self._loss_on is LossOn.ALL:
+            return self._whole(self._renderer.plain(example.messages))
         if self._loss_on is LossOn.COMPLETION:
             rendered = self._renderer.render(example.messages, len(example.messages) - 1)
         else:
@@ -102,9 +104,16 @@ class Encoder:
             end = _end_of(offsets, rendered.answers[-1])
             ids = np.append(ids[:end], np.int32(self._eos))
             labels = np.append(labels[:end], np.int32(self._eos))
-        if self._loss_on is LossOn.ALL:
-            labels = ids.copy()
         return _encoded(ids, labels, prompt_tokens)
+
+    def _whole(self, text: str) -> Encoded:
+        """A conversation learned from its first token to its last: where the answers stand in it need not be found."""
+        coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(coded["input_ids"], np.int32)
+        written = [i for i, (start, end) in enumerate(coded["offset_mapping"]) if text[start:end].strip()]
+        if not written or int(ids[written[-1]]) not in self._ends:
+            ids = np.append(ids, np.int32(self._eos))
+        return _encoded(ids, ids.copy(), 0)
 
     def _learned(self, ids: Ids, offsets: npt.NDArray[np.int64], span: Span) -> npt.NDArray[np.int64]:
         """Indices of an answer's tokens through the token that ends it; a token that begins before the answer is prompt.

@@ -30,6 +30,8 @@ from finetune_trainer.prepare.store import SCHEMA, DataHash, Index, RowWriter, S
 from finetune_trainer.text import plural
 
 FEW_ROWS = 100
+TOKENIZER_PROMPTS = 3
+"""Prompts that are kept however few are to be answered: on them later stages check that their tokenizer is this one."""
 Mask = npt.NDArray[np.bool_]
 
 
@@ -58,7 +60,7 @@ def finish(
     with RowWriter(folder / PREPARED_TRAIN, SCHEMA) as train, RowWriter(folder / PREPARED_HELD_OUT, SCHEMA) as held:
         for row, is_held_out in zip(read_spool(checked.spool), held_out.tolist(), strict=True):
             encoded = Encoded(row["input_ids"], row["labels"], row["prompt_tokens"], len(row["input_ids"]))
-            if is_held_out and len(prompts) < spec.evaluation.generation.prompts:
+            if is_held_out and len(prompts) < max(spec.evaluation.generation.prompts, TOKENIZER_PROMPTS):
                 prompts.append(_prompt(row, encoded, tokenizer, renderer))
             sides[is_held_out].add(encoded)
             data_hash.add(is_held_out, row["row"], encoded.ids, encoded.labels)
@@ -79,6 +81,7 @@ def finish(
         train_target_tokens=sides[0].targets,
         held_out_tokens=sides[1].tokens,
         held_out_target_tokens=sides[1].targets,
+        held_out_overlap_rows=_overlap(checked.index.groups, held_out),
         tokens=_percentiles(checked.index),
     )
     return Prepared(folder, data, data_hash.hexdigest(), _warnings(spec, data, checked, held_out))
@@ -175,7 +178,7 @@ def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_o
     if len(data.formats) > 1:
         warnings.append("formats are mixed: " + ", ".join(f"{name} {count:,}" for name, count in data.formats.items()))
     if spec.data.held_out.sources is not None:
-        rows, prompts = _overlap(checked.index.contents, held_out), _overlap(checked.index.groups, held_out)
+        rows, prompts = _overlap(checked.index.contents, held_out), data.held_out_overlap_rows
         if rows or prompts:
             warnings.append(
                 f"held-out sources overlap with training: {plural(rows, 'row')} stand in both, {plural(prompts, 'row')} ask a prompt "

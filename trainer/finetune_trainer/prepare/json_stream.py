@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import IO, Any
 
 CHUNK_CHARACTERS = 1 << 16
@@ -22,8 +23,16 @@ class BrokenJson(Exception):
         self.found = found
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """Stands for a value that is JSON and cannot be held."""
+
+    problem: str
+
+
 def json_values(stream: IO[str], max_characters: int) -> Iterator[tuple[int, Any]]:
-    """``(line, value)`` of every element of an array, or of every value of a sequence of values.
+    """``(line, value)`` of every element of an array, or of every value of a sequence of values; Unusable for one that holds an
+    integer beyond what Python converts (4,300 digits).
 
     Raises:
         BrokenJson: at the first place that is not JSON, or where one value is longer than ``max_characters``.
@@ -54,7 +63,8 @@ def json_values(stream: IO[str], max_characters: int) -> Iterator[tuple[int, Any
 class _Buffer:
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(parse_int=self._integer)
+        self._problem: str | None = None
         self._text = ""
         self._position = 0
         self._column = 1
@@ -86,6 +96,7 @@ class _Buffer:
     def value(self, max_characters: int) -> Any:
         """The JSON value here."""
         while True:
+            self._problem = None
             try:
                 value, end = self._decoder.raw_decode(self._text, self._position)
             except (json.JSONDecodeError, RecursionError) as error:
@@ -99,7 +110,14 @@ class _Buffer:
             if self._text[end : end + 1] in _NUMBER_GOES_ON and self._more():
                 continue
             self.take(end - self._position)
-            return value
+            return Unusable(self._problem) if self._problem else value
+
+    def _integer(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:
+            self._problem = f"holds an integer of {len(digits):,} digits"
+            return 0
 
     def _grow(self) -> bool:
         """Double what is in view, which keeps the repeated parsing linear; False at the end of the stream."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import Reason
-from finetune_api.results import FileRecord
+from finetune_api.results import SourceFile
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
@@ -20,11 +19,10 @@ from finetune_trainer.prepare.shapes import (
     count_parameters,
     is_mixture_of_experts,
 )
+from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
 from finetune_trainer.s3_transfer import CHUNK_BYTES
-from finetune_trainer.sources.model import CONFIG_PATTERNS, ModelSource, TensorHeaders, resolve_model
+from finetune_trainer.sources.model import ModelSource, TensorHeaders, resolve_model
 from finetune_trainer.waiting import wait_until_available
-
-TOKENIZER_FILES = tuple(p for p in CONFIG_PATTERNS if p not in ("config.json", "generation_config.json"))
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class BaseModel:
 
     uri: str
     commit: str | None
-    files: list[FileRecord]
+    files: list[SourceFile]
     tokenizer: Any
     tokenizer_hash: str
     renderer: ChatRenderer | None
@@ -67,7 +65,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     renderer = ChatRenderer(tokenizer, template) if template else None
     if renderer is not None:
         check_template(renderer)
-    records, tokenizer_hash = _hashes(model, folder, template)
+    records = _source_files(model, folder)
     warnings = []
     positions = config.get("max_position_embeddings")
     limit = ctx.snapshot.spec.training.max_sequence_tokens
@@ -84,7 +82,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         commit=model.commit,
         files=records,
         tokenizer=tokenizer,
-        tokenizer_hash=tokenizer_hash,
+        tokenizer_hash=tokenizer_hash({f.path: f.sha256 for f in records if f.sha256}, template),
         renderer=renderer,
         vocabulary=_vocabulary(config, headers, spec.uri),
         parameters=count_parameters(headers, ctx.snapshot.plan.method.lora),
@@ -106,21 +104,21 @@ def _vocabulary(config: dict[str, Any], headers: TensorHeaders, uri: str) -> int
     )
 
 
-def _hashes(model: ModelSource, folder: Path, template: str | None) -> tuple[list[FileRecord], str]:
-    """Hashes of the files that were read or that the source knows; and one over tokenizer files and chat template."""
-    records: list[FileRecord] = []
+def _source_files(model: ModelSource, folder: Path) -> list[SourceFile]:
+    """Every file: hashed where it was fetched, otherwise with what the source tells of it."""
     weights = set(model.weight_files())
-    tokenizer = hashlib.sha256()
+    records = []
     for file in model.list_files():
-        sha256 = file.sha256
-        if file.path not in weights:
-            sha256 = _sha256(folder / file.path)
-            if any(Path(file.path).match(pattern) for pattern in TOKENIZER_FILES):
-                tokenizer.update(f"{file.path} {sha256}\n".encode())
-        if sha256 is not None:
-            records.append(FileRecord(path=file.path, size=file.size, sha256=sha256))
-    tokenizer.update(json.dumps(template).encode())
-    return records, tokenizer.hexdigest()
+        read = file.path not in weights
+        records.append(
+            SourceFile(
+                path=file.path,
+                size=file.size,
+                sha256=_sha256(folder / file.path) if read else file.sha256,
+                version=None if read else model.version(file.path),
+            )
+        )
+    return records
 
 
 def _sha256(path: Path) -> str:

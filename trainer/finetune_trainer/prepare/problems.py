@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.text import plural, shorten
+from finetune_trainer.text import plural, readable, shorten
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ class RowProblem(Exception):
     """Why one row cannot be used: ``field: expected …, found …``."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
+        self.text = readable(text)
+        super().__init__(self.text)
 
 
 def expected(where: str, what: str, found: object) -> RowProblem:
@@ -60,6 +60,7 @@ class Problems:
     def add(self, source: str, text: str) -> None:
         """Row ``source`` ("file:line") cannot be used."""
         self.count += 1
+        text = readable(text)
         if len(self.named) < LOGGED:
             self.named.append(f"{source} {text}")
             log.warning("%s %s", source, text)

@@ -7,22 +7,19 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.json_stream import BrokenJson, json_values
+from finetune_trainer.prepare.json_stream import BrokenJson, Unusable, json_values
+from finetune_trainer.prepare.parquet_rows import parquet_rows
 from finetune_trainer.prepare.problems import describe
 from finetune_trainer.sources.data import DataFile
 from finetune_trainer.text import shorten
 
 MAX_ROW_BYTES = 64 << 20
-PARQUET_BATCH = 256
 DELIMITERS = ",;\t|"
 
 
@@ -35,32 +32,37 @@ class RawRow:
     problem: str | None = None
 
 
-def read_rows(file: DataFile) -> Iterator[RawRow]:
+def read_rows(file: DataFile, wanted: Collection[str] = ()) -> Iterator[RawRow]:
     """All rows of a file, in order.
+
+    Args:
+        wanted: columns that may be used. Of a Parquet file only those are read (all, if it has none of them); the others are None.
 
     Raises:
         StageError: InvalidData, where the rest of the file cannot be read at all.
     """
     try:
-        yield from _reader(file)
+        yield from _reader(file, wanted)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise StageError(
             Reason.INVALID_DATA, f"{file.name}: the gzip stream is damaged ({error}). Upload the file again."
         ) from error
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise StageError(
-            Reason.INVALID_DATA, f"{file.name}: not a readable Parquet file ({shorten(str(error), 200)})"
-        ) from error
 
 
-def _reader(file: DataFile) -> Iterator[RawRow]:
+def _reader(file: DataFile, wanted: Collection[str]) -> Iterator[RawRow]:
     name = file.name.lower()
     with file.path.open("rb") as raw:
         head = raw.read(4)
     packed = head[:2] == b"\x1f\x8b"
     kind = name.removesuffix(".gz").rpartition(".")[2]
     if head == b"PAR1" or kind == "parquet":
-        yield from _parquet(file, packed)
+        if packed:
+            raise StageError(
+                Reason.INVALID_DATA,
+                f"{file.name}: Parquet inside gzip; Parquet is compressed already: upload it as it is",
+            )
+        for number, value in parquet_rows(file, wanted):
+            yield _checked(f"{file.name}:{number}", value)
         return
     with _open(file, packed) as stream:
         start = _peek(stream)
@@ -180,20 +182,9 @@ def _chain(first: str, rest: IO[str]) -> Iterator[str]:
     yield from rest
 
 
-def _parquet(file: DataFile, packed: bool) -> Iterator[RawRow]:
-    if packed:
-        raise StageError(
-            Reason.INVALID_DATA, f"{file.name}: Parquet inside gzip; Parquet is compressed already: upload it as it is"
-        )
-    number = 0
-    with pq.ParquetFile(file.path) as parquet:
-        for batch in parquet.iter_batches(batch_size=PARQUET_BATCH):
-            for value in batch.to_pylist():
-                number += 1
-                yield _checked(f"{file.name}:{number}", value)
-
-
 def _checked(source: str, value: object) -> RawRow:
+    if isinstance(value, Unusable):
+        return RawRow(source, None, value.problem)
     if not isinstance(value, dict):
         return RawRow(source, None, f"expected an object, found {describe(value)}")
     return RawRow(source, value)

@@ -25,12 +25,14 @@ from finetune_api.results import (
     PrepareResult,
     TrainResult,
 )
+from finetune_trainer.attempts import note_begin
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import Prepared, finish, total_steps
 from finetune_trainer.prepare.model import inspect_model
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.stored import read_stored
 from finetune_trainer.text import plural
 from finetune_trainer.waiting import wait_until_available
 
@@ -53,6 +55,7 @@ def run(ctx: StageContext) -> PrepareReport:
         log.info("prepared before: %s", plural(earlier.prepared.data.train_rows, "training row"))
         return report(earlier.prepared, earlier.trained)
     wait_until_available(ctx, lambda: check_output(ctx))
+    wait_until_available(ctx, lambda: note_begin(ctx, ctx.workspace_store()))
 
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
@@ -65,6 +68,7 @@ def run(ctx: StageContext) -> PrepareReport:
     files = upload(ctx, prepared)
     result = PrepareResult(
         snapshot_digest=ctx.snapshot.digest(),
+        execution_id=ctx.execution_id,
         data=prepared.data,
         data_hash=prepared.data_hash,
         model_commit=model.commit,
@@ -151,7 +155,7 @@ def report(result: PrepareResult, trained: bool) -> PrepareReport:
 
 def _result(store: S3Store, key: str, model: type[R]) -> R | None:
     try:
-        return store.get_model(key, model)
+        return read_stored(store, key, model)
     except NotFound:
         return None
     except ValidationError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from finetune_api.results import MergeCheck, PrepareResult, TrainResult
+from finetune_api.results import DataSummary, MergeCheck, PrepareResult, TrainResult
 from finetune_api.snapshot import Snapshot
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.s3 import S3Store
@@ -43,6 +43,7 @@ def model_card(
         output=snapshot.spec.output,
         sources=[s.uri for s in snapshot.spec.data.train],
         data=prepared.data,
+        held_out_overlap=held_out_overlap(prepared.data),
         data_hash=prepared.data_hash,
         metrics=trained.metrics,
         verification=trained.verification,
@@ -52,3 +53,11 @@ def model_card(
         adapter_uri=output.uri("adapter"),
         merged_uri=output.uri("merged"),
     )
+
+
+def held_out_overlap(data: DataSummary) -> str:
+    """How far the held-out numbers can be trusted."""
+    count = data.held_out_overlap_rows
+    if not count:
+        return "none of their prompts is trained on"
+    return f"**{count} of them ask a prompt that is trained on, so these losses are too good**"

@@ -9,7 +9,15 @@ import torch
 from transformers import AutoTokenizer
 
 from finetune_api.failures import Reason
-from finetune_api.results import MERGED_DIR, PREPARED_HELD_OUT, FileRecord, MergeCheck, PrepareResult, TrainResult
+from finetune_api.results import (
+    MERGED_DIR,
+    PREPARED_HELD_OUT,
+    FileRecord,
+    MergeCheck,
+    PrepareResult,
+    SourceFile,
+    TrainResult,
+)
 from finetune_api.spec import MergedBase
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
@@ -18,6 +26,7 @@ from finetune_trainer.publish.check import lost_in_rounding, merge_check
 from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
 from finetune_trainer.publish.nf4 import RoundTrip
 from finetune_trainer.publish.safetensors_stream import Checkpoint
+from finetune_trainer.publish.written import check_written
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.train.device import use_all_cpus
 from finetune_trainer.train.evaluate import pad_token_id
@@ -46,7 +55,8 @@ def make_merged(
     use_all_cpus()
     snapshot, spec = ctx.snapshot, ctx.snapshot.spec
     ctx.reporter.report(activity="Downloading")
-    base_files = fetch_base(ctx, prepared.model_commit, trained.base_files, limit_seconds=None)
+    expected = [SourceFile(path=f.path, size=f.size, sha256=f.sha256) for f in trained.base_files]
+    base_files = fetch_base(ctx, prepared.model_commit, expected, limit_seconds=None)
     rows = fetch_held_out(ctx, workspace, prepared)
 
     ctx.reporter.report(activity="Merging")
@@ -64,6 +74,7 @@ def make_merged(
     write_companions(base_files.folder, [f.path for f in base_files.files], adapter_folder, dtype, folder)
 
     ctx.reporter.report(activity="Verifying")
+    check_written(base, adapter, folder)
     tokenizer = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=spec.model.trust_remote_code, local_files_only=True
     )
@@ -102,7 +113,7 @@ def upload_merged(ctx: StageContext, folder: Path, output: S3Store) -> list[File
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
     def upload() -> list[FileRecord]:
-        output.delete_prefix(MERGED_DIR)
+        output.clear(MERGED_DIR)
         return output.upload_dir(folder, MERGED_DIR, ctx.reporter.transfer("upload", total))
 
     return wait_until_available(ctx, upload)

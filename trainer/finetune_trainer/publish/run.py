@@ -7,11 +7,13 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
+from finetune_api.names import Stage
 from finetune_api.results import (
     ADAPTER_DIR,
     MANIFEST,
     MERGED_DIR,
     PREPARE_RESULT,
+    ExecutionRecord,
     FileRecord,
     Manifest,
     PrepareResult,
@@ -19,11 +21,13 @@ from finetune_api.results import (
     TrainResult,
 )
 from finetune_api.spec import Retention
+from finetune_trainer.attempts import attempts, note_begin, read_notes
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.publish.card import model_card
-from finetune_trainer.publish.whole import fetch_published, read_train_result
+from finetune_trainer.publish.whole import check_tokenizer_hash, fetch_published, read_train_result
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.stored import read_stored
 from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
@@ -35,18 +39,19 @@ def run(ctx: StageContext) -> PublishReport:
     Raises:
         StageError: VerificationFailed, UnsupportedModel, and what stores raise.
     """
-    output, workspace = ctx.output_store(), ctx.workspace_store()
-    done = wait_until_available(ctx, lambda: finished_manifest(ctx, output))
+    output, workspace, done = wait_until_available(ctx, lambda: open_stores(ctx))
     if done is not None:
         log.info("this snapshot is published already: nothing to do")
         clean_up(ctx, workspace)
         return report(done)
+    note_begin(ctx, workspace)
 
     # Check. A manifest that is not whole proves nothing, so it goes first.
     ctx.reporter.report(activity="Checking")
-    wait_until_available(ctx, lambda: output.delete(MANIFEST))
+    wait_until_available(ctx, lambda: withdraw_manifest(output))
     trained = read_train_result(ctx, workspace)
-    prepared = wait_until_available(ctx, lambda: workspace.get_model(PREPARE_RESULT, PrepareResult))
+    prepared = wait_until_available(ctx, lambda: read_stored(workspace, PREPARE_RESULT, PrepareResult))
+    check_tokenizer_hash(prepared, trained)
     adapter_folder = fetch_published(ctx, output, trained)
 
     # Merge.
@@ -67,16 +72,26 @@ def run(ctx: StageContext) -> PublishReport:
     # Describe.
     card = model_card(ctx.snapshot, prepared, trained, output, check, merged=False).encode()
     files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
-    manifest = make_manifest(ctx, prepared, trained, files, warnings).model_copy(update={"merge_check": check})
+    notes = wait_until_available(ctx, lambda: read_notes(workspace))
+    manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(update={"merge_check": check})
     wait_until_available(ctx, lambda: output.put_model(MANIFEST, manifest))
     clean_up(ctx, workspace)
     return report(manifest)
 
 
+def open_stores(ctx: StageContext) -> tuple[S3Store, S3Store, Manifest | None]:
+    """Output, workspace, and what an earlier execution finished.
+
+    Opened anew at every try: the Secret may be missing still, or hold an endpoint that somebody mends.
+    """
+    output = ctx.output_store()
+    return output, ctx.workspace_store(), finished_manifest(ctx, output)
+
+
 def finished_manifest(ctx: StageContext, output: S3Store) -> Manifest | None:
     """The manifest of an earlier execution of this snapshot, if its files are all there."""
     try:
-        manifest = output.get_model(MANIFEST, Manifest)
+        manifest = read_stored(output, MANIFEST, Manifest)
         if manifest.snapshot_digest != ctx.snapshot.digest():
             return None
         whole = all(output.head(f.path).size == f.size for f in manifest.files)
@@ -85,15 +100,33 @@ def finished_manifest(ctx: StageContext, output: S3Store) -> Manifest | None:
     return manifest if whole else None
 
 
+def withdraw_manifest(output: S3Store) -> None:
+    """Delete a manifest that is there. Asking for the deletion of none would need a right that many credentials lack on purpose."""
+    if output.exists(MANIFEST):
+        output.delete(MANIFEST)
+
+
 def make_manifest(
-    ctx: StageContext, prepared: PrepareResult, trained: TrainResult, files: list[FileRecord], warnings: list[str]
+    ctx: StageContext,
+    prepared: PrepareResult,
+    trained: TrainResult,
+    files: list[FileRecord],
+    warnings: list[str],
+    notes: list[ExecutionRecord],
 ) -> Manifest:
     """Everything by which a result can be checked, compared and repeated."""
     snapshot = ctx.snapshot
     model = snapshot.spec.model
+    executions = [
+        (Stage.PREPARE, prepared.execution_id),
+        (Stage.TRAIN, trained.execution_id),
+        (Stage.PUBLISH, ctx.execution_id),
+    ]
+    completed = [ExecutionRecord(stage=stage, execution_id=name) for stage, name in executions if name is not None]
     return Manifest(
         job={"name": snapshot.job.name, "namespace": snapshot.job.namespace, "uid": snapshot.job.uid},
         base_model={"uri": model.uri, "revision": model.revision, "commit": prepared.model_commit},
+        base_files=trained.base_files,
         data_hash=prepared.data_hash,
         snapshot_digest=snapshot.digest(),
         config=snapshot.to_json_dict(),
@@ -101,10 +134,7 @@ def make_manifest(
         verification=trained.verification,
         data=prepared.data,
         versions=trained.versions,
-        attempts=[
-            {"stage": "train", "executionId": trained.execution_id},
-            {"stage": "publish", "executionId": ctx.execution_id},
-        ],
+        attempts=attempts(notes, completed),
         warnings=warnings,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         files=sorted(files, key=lambda f: f.path),

@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from finetune_api.failures import Reason
-from finetune_api.results import ADAPTER_DIR, TRAIN_RESULT, FileRecord, TrainResult
+from finetune_api.results import ADAPTER_DIR, TRAIN_RESULT, FileRecord, PrepareResult, TrainResult
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.s3_transfer import OnBytes
+from finetune_trainer.stored import read_stored
 from finetune_trainer.train.inputs import must_equal
 from finetune_trainer.waiting import wait_until_available
 
@@ -22,7 +23,7 @@ def read_train_result(ctx: StageContext, workspace: S3Store) -> TrainResult:
         StageError: VerificationFailed.
     """
     try:
-        result = wait_until_available(ctx, lambda: workspace.get_model(TRAIN_RESULT, TrainResult))
+        result = wait_until_available(ctx, lambda: read_stored(workspace, TRAIN_RESULT, TrainResult))
     except NotFound as error:
         raise StageError(
             Reason.VERIFICATION_FAILED, f"{workspace.uri(TRAIN_RESULT)} is missing: the train stage has not finished."
@@ -33,6 +34,16 @@ def read_train_result(ctx: StageContext, workspace: S3Store) -> TrainResult:
             f"{workspace.uri(TRAIN_RESULT)} was written for another configuration of this job.",
         )
     return result
+
+
+def check_tokenizer_hash(prepared: PrepareResult, trained: TrainResult) -> None:
+    """Raises VerificationFailed if training used another tokenizer or chat template than prepare."""
+    if trained.tokenizer_hash not in (None, prepared.tokenizer_hash):
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"training used another tokenizer or chat template (hash {str(trained.tokenizer_hash)[:16]}…) than the data were "
+            f"prepared with ({prepared.tokenizer_hash[:16]}…).",
+        )
 
 
 def fetch_published(ctx: StageContext, output: S3Store, result: TrainResult) -> Path:

@@ -20,6 +20,7 @@ from finetune_trainer.s3_transfer import OnBytes
 from finetune_trainer.sources.hub import HubFile, HubRepository, remove_download_notes
 from finetune_trainer.sources.pvc import pvc_path
 from finetune_trainer.sources.web import download_url
+from finetune_trainer.text import readable
 
 DATA_FILE = re.compile(r".+\.(jsonl|ndjson|json|csv|parquet)(\.gz)?$", re.IGNORECASE)
 # A dataset repository's own notes, which end in .json too.
@@ -99,9 +100,9 @@ def _from_web(
 def _from_volume(uri: str, location: PvcLocation, pvc_dir: Path) -> list[DataFile]:
     path = pvc_path(pvc_dir, location, Reason.DATASET_NOT_FOUND)
     if path.is_file():
-        return [DataFile(path, path.name)]
+        return [DataFile(path, readable(path.name))]
     names = _choose([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()], uri)
-    return [DataFile(path / name, name) for name in names]
+    return [DataFile(path / name, readable(name)) for name in names]
 
 
 def _choose(names: list[str], uri: str) -> list[str]:

@@ -48,6 +48,7 @@ def download_url(url: str, path: Path, *, ca_bundle: Path | None = None, on_byte
             now = part.stat().st_size if part.exists() else 0
             idle = idle + 1 if now <= before else 0
             if idle >= IDLE_ATTEMPTS:
+                _told(on_bytes, -now)  # counted again by whoever continues
                 raise StageError(Reason.HUB_UNAVAILABLE, f"cannot read {url}: {cause}")
             log.info("reading %s stopped at %s bytes (%s): trying again", url, now, cause)
             time.sleep(0.2 * 2**idle)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,13 @@ from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import IGNORED, Rows, batches_by_length, collate
 
+log = logging.getLogger(__name__)
+
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+"""Most tokens of a batch, where its logits allow (see LearnedTokenLoss.batch_tokens)."""
+ANSWERED_AT_ONCE = 8
+ANSWER_TOKENS = 8192
+"""Together they bound the cache of keys and values: an 8B with grouped-query attention keeps 128 KiB a token, so a gibibyte."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,11 @@ def held_out_loss(
     causal_lm: Any, rows: Rows, pad_id: int, compute: Compute, tokens_per_batch: int | None = None
 ) -> HeldOutLoss:
     """Evaluate every row once. It does not depend on how rows are batched, beyond rounding."""
-    budget = tokens_per_batch or TOKENS_PER_BATCH[compute.device.type]
     loss = LearnedTokenLoss(causal_lm)
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
     with inference(causal_lm), compute.autocast():
+        sample = torch.tensor([rows.ids(0)], device=compute.device)
+        budget = loss.batch_tokens(sample, tokens_per_batch or TOKENS_PER_BATCH[compute.device.type])
         for indices in batches_by_length(rows, budget):
             batch = {k: v.to(compute.device) for k, v in collate(rows, indices, pad_id).items()}
             counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
@@ -61,11 +70,58 @@ def held_out_loss(
 
 
 def greedy_answers(
-    causal_lm: Any, prompts: Sequence[Sequence[int]], tokenizer: Any, compute: Compute, max_new_tokens: int
+    causal_lm: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    compute: Compute,
+    max_new_tokens: int,
+    context_tokens: int | None = None,
 ) -> list[str]:
-    """The most likely continuation of each prompt, up to an end token, all prompts in one batch, padded on the left."""
-    if not prompts:
-        return []
+    """The most likely continuation of each prompt, up to an end token.
+
+    Args:
+        context_tokens: of a longer prompt only so many last tokens are given. Prepared rows are truncated, prompts are not: a
+            prompt of 100k tokens must not need more memory than the training did.
+    """
+    context = prompt_room(causal_lm.config.get_text_config(), max_new_tokens, context_tokens)
+    given = [list(p)[-context:] for p in prompts]
+    cut = sum(len(g) < len(p) for g, p in zip(given, prompts, strict=True))
+    if cut:
+        log.warning(
+            "%d of %d prompts are longer than %d tokens: their beginning is left out", cut, len(prompts), context
+        )
+    answers = [""] * len(given)
+    for indices in answer_batches([len(g) for g in given], max_new_tokens):
+        found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens)
+        for index, answer in zip(indices, found, strict=True):
+            answers[index] = answer
+    return answers
+
+
+def prompt_room(config: Any, max_new_tokens: int, context_tokens: int | None) -> int:
+    """Tokens of a prompt that fit the model's positions together with the answer, and ``context_tokens``; at least one."""
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [context_tokens, positions - max_new_tokens if positions else None]
+    return max(1, min((limit for limit in limits if limit is not None), default=sys.maxsize))
+
+
+def answer_batches(lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    """Prompts by like length, at most ANSWERED_AT_ONCE together and ANSWER_TOKENS with padding and answers (at least one)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        # The first of a batch is its longest.
+        fits = batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + max_new_tokens) <= ANSWER_TOKENS
+        if fits and len(batches[-1]) < ANSWERED_AT_ONCE:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _continue(
+    causal_lm: Any, prompts: list[list[int]], tokenizer: Any, compute: Compute, max_new_tokens: int
+) -> list[str]:
+    """One batch, padded on the left."""
     longest = max(len(p) for p in prompts)
     pad = pad_token_id(tokenizer)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=compute.device)

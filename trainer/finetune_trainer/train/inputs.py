@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,14 @@ from finetune_api.results import (
     FileRecord,
     PreparedPrompt,
     PrepareResult,
+    SourceFile,
 )
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.parallel import in_parallel
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.model import resolve_model
+from finetune_trainer.stored import read_stored
 from finetune_trainer.waiting import wait_until_available
 
 GPU_PATIENCE_SECONDS = 300
@@ -51,8 +54,9 @@ def fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
 
 
 def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
+    moved = ctx.reporter.transfer("download")
     try:
-        result = workspace.get_model(PREPARE_RESULT, PrepareResult)
+        result = read_stored(workspace, PREPARE_RESULT, PrepareResult)
     except NotFound as error:
         raise StageError(
             Reason.VERIFICATION_FAILED,
@@ -68,7 +72,7 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
     for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS):
         paths[name] = ctx.work_dir / name
         try:
-            found = workspace.download_file(name, paths[name])
+            found = workspace.download_file(name, paths[name], moved)
         except NotFound as error:
             raise StageError(Reason.VERIFICATION_FAILED, f"{workspace.uri(name)} has disappeared.") from error
         must_equal(found, records[name], workspace.uri(name))
@@ -85,31 +89,48 @@ class BaseFiles:
 
 
 def fetch_base(
-    ctx: StageContext, commit: str | None, expected: list[FileRecord], *, limit_seconds: float | None
+    ctx: StageContext, commit: str | None, expected: list[SourceFile], *, limit_seconds: float | None
 ) -> BaseFiles:
     """Download the base model at ``commit`` and hash every file of it.
 
     Args:
-        expected: records that the files must agree with, as far as they go.
+        expected: what an earlier stage knew of the files. They must agree with it as far as it goes: size, hash, version.
 
     Raises:
         StageError: VerificationFailed, if the base is not the expected one; what the model's source raises.
     """
 
-    def fetch() -> BaseFiles:
+    def fetch() -> tuple[BaseFiles, dict[str, str | None]]:
         source = resolve_model(ctx, commit)
+        present = {f.path for f in source.list_files()}
         total = sum(f.size for f in source.list_files())
         dest = ctx.work_dir / "base"
+        versions = {f.path: source.version(f.path) for f in expected if f.version and f.path in present}
         folder = source.fetch(dest, weights=True, on_bytes=ctx.reporter.transfer("download", total))
-        return BaseFiles(folder, hash_files(folder, [f.path for f in source.list_files()]))
+        return BaseFiles(folder, hash_files(folder, sorted(present))), versions
 
-    base = wait_until_available(ctx, fetch, limit_seconds=limit_seconds)
+    base, versions = wait_until_available(ctx, fetch, limit_seconds=limit_seconds)
     found = {f.path: f for f in base.files}
     for record in expected:
         if record.path not in found:
             raise StageError(Reason.VERIFICATION_FAILED, f"the base model has no {record.path} any more.")
-        must_equal(found[record.path], record, f"{ctx.snapshot.spec.model.uri}: {record.path}")
+        must_be_unchanged(
+            found[record.path], versions.get(record.path), record, f"{ctx.snapshot.spec.model.uri}: {record.path}"
+        )
     return base
+
+
+def must_be_unchanged(found: FileRecord, version: str | None, expected: SourceFile, what: str) -> None:
+    """Raises VerificationFailed if anything differs that both stages know: hash, size, version."""
+    if expected.sha256 is not None:
+        must_equal(found, FileRecord(path=expected.path, size=expected.size, sha256=expected.sha256), what)
+    before, now = (expected.size, expected.version), (found.size, version)
+    if before[0] != now[0] or (None not in (expected.version, version) and expected.version != version):
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"{what} changed since the prepare stage: it had {before[0]} bytes and version {before[1]}, and has {now[0]} bytes and "
+            f"version {now[1]} now.",
+        )
 
 
 def must_equal(found: FileRecord, expected: FileRecord, what: str) -> None:
@@ -124,16 +145,16 @@ def must_equal(found: FileRecord, expected: FileRecord, what: str) -> None:
 
 def hash_files(folder: Path, names: list[str]) -> list[FileRecord]:
     """Size and SHA-256 of files, a few at a time (hashing releases the interpreter lock)."""
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(lambda name: hash_file(folder / name, name), sorted(names)))
+    return in_parallel(lambda name, check: hash_file(folder / name, name, check), sorted(names))
 
 
-def hash_file(path: Path, name: str) -> FileRecord:
+def hash_file(path: Path, name: str, check: Callable[[], None]) -> FileRecord:
     """Read a file once, in parts."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
         while part := file.read(READ_BYTES):
+            check()
             digest.update(part)
             size += len(part)
     return FileRecord(path=name, size=size, sha256=digest.hexdigest())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,18 +17,22 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 << 20
 """Most memory that one chunk of float32 logits may take."""
+WHOLE_LOGITS_BYTES = 1 << 30
+"""Most memory for an evaluated batch's logits where they come all at once: 512 tokens at a vocabulary of 256k."""
 LOGIT_SETTINGS = (
-    "final_logit_softcapping",
     "logit_scale",
     "logits_scaling",
     "lm_head_multiplier",
     "output_multiplier",
 )
 """Settings by which models change their logits after the head (transformers 5.23)."""
+SOFTCAP = "final_logit_softcapping"
+"""Another one, whose meaning is the same in all models that have it (cap · tanh(logits / cap), Gemma above all, with its
+vocabulary of 256k): it is done here, on chunks."""
 
 
 def head_stands_apart(config: Any) -> bool:
-    """Whether, by a model's configuration, its logits are what its head gives."""
+    """Whether, by a model's configuration, its logits are what its head gives (capped, where it caps them)."""
     return all(getattr(config.get_text_config(), name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
 
 
@@ -37,16 +42,18 @@ class LearnedTokenLoss:
     Only positions that predict a learned token go through the language-model head, a chunk at a time: with a vocabulary of
     128k, the logits of 8k tokens are 4 GiB in float32, twice that with their gradient, and most are prompt or padding.
 
-    Calling the decoder and the head apart skips what some models do to their logits (Gemma caps, Granite divides). Those
-    are known by their configuration; for others it is tried on a few tokens first. Where it does not hold, the model's own
-    forward is used.
+    Calling the decoder and the head apart skips what some models do to their logits. Gemma's capping is done here; others
+    (Granite divides, Cohere multiplies) are known by their configuration, and whether it holds is tried on a few tokens first.
+    Where it does not, the model's own forward is used.
     """
 
     def __init__(self, causal_lm: Any, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.model = causal_lm
         self.head: nn.Module = causal_lm.get_output_embeddings()
         config = causal_lm.config.get_text_config()
-        self.chunk_tokens = max(1, chunk_bytes // (4 * config.vocab_size))
+        self.vocabulary = int(config.vocab_size)
+        self.chunk_tokens = max(1, chunk_bytes // (4 * self.vocabulary))
+        self.softcap: float | None = getattr(config, SOFTCAP, None)
         self.head_apart: bool | None = None if head_stands_apart(causal_lm.config) else False
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -55,26 +62,44 @@ class LearnedTokenLoss:
 
     def per_token(self, batch: Batch) -> torch.Tensor:
         """NLL of each learned token, row after row: float32, shape (learned tokens,)."""
-        if self.head_apart is None:
-            self.head_apart = self._head_can_stand_apart(batch["input_ids"][:1, :8])
+        apart = self._stands_apart(batch["input_ids"])
         labels = batch["labels"][:, 1:]
         learned = labels != IGNORED
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        if not self.head_apart:
-            logits = self.model(**inputs).logits[:, :-1]
-            return F.cross_entropy(logits[learned].float(), labels[learned], reduction="none")
-        hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1][learned]
+        nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = self._nll_of_hidden if apart else _nll_of_logits
+        rows = self.model.base_model(**inputs).last_hidden_state if apart else self.model(**inputs).logits
+        rows = rows[:, :-1][learned]
         targets = labels[learned]
         if len(targets) <= self.chunk_tokens:
-            return self._nll(hidden, targets)
-        parts = zip(torch.split(hidden, self.chunk_tokens), torch.split(targets, self.chunk_tokens), strict=True)
+            return nll(rows, targets)
+        parts = zip(torch.split(rows, self.chunk_tokens), torch.split(targets, self.chunk_tokens), strict=True)
         if torch.is_grad_enabled():
-            # Recomputed in the backward pass, so that one chunk's logits exist at a time there too.
-            return torch.cat([checkpoint(self._nll, h, t, use_reentrant=False) for h, t in parts])
-        return torch.cat([self._nll(h, t) for h, t in parts])
+            # Recomputed in the backward pass, so that one chunk's float32 logits exist at a time there too.
+            return torch.cat([checkpoint(nll, r, t, use_reentrant=False) for r, t in parts])
+        return torch.cat([nll(r, t) for r, t in parts])
 
-    def _nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.head(hidden).float(), targets, reduction="none")
+    def batch_tokens(self, ids: torch.Tensor, most: int) -> int:
+        """How many tokens a batch may have, padding included, so that its logits stay within a gibibyte; ``ids`` are a few to try.
+
+        Only where the model's own forward is needed: elsewhere logits exist a chunk at a time. A row that is longer goes alone.
+        """
+        if self._stands_apart(ids):
+            return most
+        # The logits as computed, those of the learned positions, and float32 in between.
+        return max(1, min(most, WHOLE_LOGITS_BYTES // (8 * self.vocabulary)))
+
+    def _stands_apart(self, ids: torch.Tensor) -> bool:
+        if self.head_apart is None:
+            self.head_apart = self._head_can_stand_apart(ids[:1, :8])
+        return self.head_apart
+
+    def _nll_of_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _nll_of_logits(self._logits(hidden), targets)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32, capped where the model caps."""
+        logits: torch.Tensor = self.head(hidden).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @torch.no_grad()
     def _head_can_stand_apart(self, ids: torch.Tensor) -> bool:
@@ -82,7 +107,7 @@ class LearnedTokenLoss:
         self.model.eval()
         try:
             whole = self.model(input_ids=ids, use_cache=False).logits.float()
-            apart = self.head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+            apart = self._logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         finally:
             self.model.train(training)
         same = whole.shape == apart.shape and torch.allclose(whole, apart, rtol=1e-2, atol=1e-2)
@@ -91,6 +116,10 @@ class LearnedTokenLoss:
                 "%s changes its logits after the head: training needs all logits at once", type(self.model).__name__
             )
         return bool(same)
+
+
+def _nll_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def learned_tokens(labels: torch.Tensor) -> int:

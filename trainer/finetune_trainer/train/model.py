@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -44,14 +46,25 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
         arguments["quantization_config"] = bits_and_bytes(quantization, compute.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        if not is_the_models_fault(error):
             raise
         raise StageError(Reason.UNSUPPORTED_MODEL, f"transformers cannot load the base model: {error}") from error
     model.config.use_cache = False
     model.requires_grad_(False)
     keep_training_layout(model)
     return model
+
+
+def is_the_models_fault(error: Exception) -> bool:
+    """Whether loading would fail anywhere: then the job fails for good. A GPU's fault or a full disk passes, on another node at last.
+
+    torch raises its own as RuntimeError, Python the disk's as OSError with a number. transformers raises an OSError without one
+    for what a model folder lacks; a file that is named and missing has ENOENT.
+    """
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+        return False
+    return not (isinstance(error, OSError) and error.errno not in (None, errno.ENOENT))
 
 
 def load_tokenizer(folder: Path, snapshot: Snapshot) -> Any:

@@ -9,6 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from finetune_api.results import PREPARED_VERSION
+from finetune_trainer.stored import refuse_newer
+
 IGNORED = -100
 """Label of a token that is not learned."""
 
@@ -43,8 +46,15 @@ class Rows:
 
 
 def read_rows(path: Path) -> Rows:
-    """Read a prepared Parquet file."""
-    return Rows(pq.read_table(path, columns=["input_ids", "labels"]).combine_chunks())
+    """Read a prepared Parquet file.
+
+    Raises:
+        StageError: InvalidConfig, if a newer image wrote it.
+    """
+    table = pq.read_table(path, columns=["input_ids", "labels"])
+    version = int((table.schema.metadata or {}).get(b"finetune.prepared_version", b"0"))
+    refuse_newer(path.name, version, PREPARED_VERSION)
+    return Rows(table.combine_chunks())
 
 
 def collate(rows: Rows, indices: list[int], pad_id: int) -> Batch:

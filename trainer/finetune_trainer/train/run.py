@@ -9,9 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.results import ANSWERS_FILE, TRAIN_RESULT, Answer, FileRecord, TrainMetrics, TrainReport, TrainResult
+from finetune_trainer.attempts import note_begin
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.stored import read_stored
 from finetune_trainer.train import evaluate, inputs, model, save, verify
 from finetune_trainer.train.device import pick_compute
 from finetune_trainer.train.quantized import quantized_modules
@@ -34,13 +36,13 @@ def run(ctx: StageContext) -> TrainReport:
     Raises:
         StageError: NoGPU, UnsupportedModel, UnknownTargetModule, NonFiniteLoss, VerificationFailed and what stores raise.
     """
-    output, workspace = ctx.output_store(), ctx.workspace_store()
-    done = wait_until_available(
-        ctx, lambda: finished_result(ctx, output, workspace), limit_seconds=inputs.GPU_PATIENCE_SECONDS
+    output, workspace, done = wait_until_available(
+        ctx, lambda: open_stores(ctx), limit_seconds=inputs.GPU_PATIENCE_SECONDS
     )
     if done is not None:
         log.info("this snapshot is trained already: nothing to do")
         return report(done)
+    note_begin(ctx, workspace)
 
     # Set up. A missing GPU is told before anything is downloaded.
     snapshot, spec = ctx.snapshot, ctx.snapshot.spec
@@ -51,24 +53,26 @@ def run(ctx: StageContext) -> TrainReport:
     base_files = inputs.fetch_base(
         ctx,
         prepared.result.model_commit,
-        hashed(prepared.result.model_files),
+        prepared.result.model_files,
         limit_seconds=inputs.GPU_PATIENCE_SECONDS,
     )
 
     ctx.reporter.report(activity="Loading")
     rows, held_out = read_rows(prepared.train), read_rows(prepared.held_out)
     tokenizer = model.load_tokenizer(base_files.folder, snapshot)
+    used = verify.check_tokenizer_files(tokenizer, base_files.files, prepared.result)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     pad_id = evaluate.pad_token_id(tokenizer)
     base = model.load_base(base_files.folder, snapshot, compute)
     quantized = quantized_modules(base)
-    prompt_ids = [p.input_ids for p in prepared.prompts]
-    max_new_tokens = spec.evaluation.generation.max_new_tokens
+    asked = prepared.prompts[: spec.evaluation.generation.prompts]
+    prompt_ids = [p.input_ids for p in asked]
+    max_new_tokens, limit = spec.evaluation.generation.max_new_tokens, spec.training.max_sequence_tokens
 
     # Evaluate the base.
     ctx.reporter.report(activity="Evaluating")
     loss_base = evaluate.held_out_loss(base, held_out, pad_id, compute)
-    answers_base = evaluate.greedy_answers(base, prompt_ids, tokenizer, compute, max_new_tokens)
+    answers_base = evaluate.greedy_answers(base, prompt_ids, tokenizer, compute, max_new_tokens, limit)
     metrics_lines: list[dict[str, Any]] = [{"step": 0, "held_out_loss": loss_base.loss}]
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
@@ -123,10 +127,10 @@ def run(ctx: StageContext) -> TrainReport:
     tuned = verify.load_freshly(base, fetched).get_base_model()
     loss_reloaded = evaluate.held_out_loss(tuned, held_out, evaluate.pad_token_id(tokenizer), compute)
     verification = verify.compare(loss_trained.loss, loss_reloaded.loss)
-    answers_tuned = evaluate.greedy_answers(tuned, prompt_ids, tokenizer, compute, max_new_tokens)
+    answers_tuned = evaluate.greedy_answers(tuned, prompt_ids, tokenizer, compute, max_new_tokens, limit)
     answers = [
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
-        for p, b, t in zip(prepared.prompts, answers_base, answers_tuned, strict=True)
+        for p, b, t in zip(asked, answers_base, answers_tuned, strict=True)
     ]
 
     check_rows = rows_to_check([held_out.length(i) for i in range(len(held_out))])
@@ -150,6 +154,7 @@ def run(ctx: StageContext) -> TrainReport:
         verification=verification,
         base_files=base_files.files,
         quantized_modules=quantized,
+        tokenizer_hash=used,
         base_dtype=str(compute.dtype).removeprefix("torch."),
         check_rows=check_rows,
         check_loss=loss_reloaded.first(check_rows),
@@ -163,10 +168,19 @@ def run(ctx: StageContext) -> TrainReport:
     return report(result)
 
 
+def open_stores(ctx: StageContext) -> tuple[S3Store, S3Store, TrainResult | None]:
+    """Output, workspace, and what an earlier execution finished.
+
+    Opened anew at every try: the Secret may be missing still, or hold an endpoint that somebody mends.
+    """
+    output, workspace = ctx.output_store(), ctx.workspace_store()
+    return output, workspace, finished_result(ctx, output, workspace)
+
+
 def finished_result(ctx: StageContext, output: S3Store, workspace: S3Store) -> TrainResult | None:
     """The result of an earlier execution of this snapshot, if its files are all there."""
     try:
-        result = workspace.get_model(TRAIN_RESULT, TrainResult)
+        result = read_stored(workspace, TRAIN_RESULT, TrainResult)
         if result.snapshot_digest != ctx.snapshot.digest():
             return None
         whole = all(output.head(f.path).size == f.size for f in (*result.adapter_files, *result.report_files))
@@ -202,11 +216,6 @@ def report_step(ctx: StageContext, entry: dict[str, float]) -> None:
         "step %d/%d  loss %.4f  lr %.2e  %.0f tokens/s",
         entry["step"], entry["total_steps"], entry["loss"], entry["learning_rate"], entry["tokens_per_second"],
     )  # fmt: skip
-
-
-def hashed(files: list[FileRecord]) -> list[FileRecord]:
-    """The records that carry a real hash."""
-    return [f for f in files if set(f.sha256) != {"0"}]
 
 
 def report(result: TrainResult) -> TrainReport:

@@ -28,7 +28,7 @@ def upload_adapter(ctx: StageContext, folder: Path, output: S3Store) -> list[Fil
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
     def upload() -> list[FileRecord]:
-        output.delete_prefix(ADAPTER_DIR)
+        output.clear(ADAPTER_DIR)
         return output.upload_dir(folder, ADAPTER_DIR, ctx.reporter.transfer("upload", total))
 
     return wait_until_available(ctx, upload, limit_seconds=GPU_PATIENCE_SECONDS)

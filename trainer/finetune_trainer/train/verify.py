@@ -13,10 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from finetune_api.failures import Reason
-from finetune_api.results import ADAPTER_DIR, FileRecord, PreparedPrompt, Verification
+from finetune_api.results import ADAPTER_DIR, FileRecord, PreparedPrompt, PrepareResult, Verification
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template
+from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS, must_equal
 from finetune_trainer.waiting import wait_until_available
@@ -38,7 +39,7 @@ def fetch_back(ctx: StageContext, output: S3Store, records: Sequence[FileRecord]
     for record in records:
         path = folder / record.path.removeprefix(f"{ADAPTER_DIR}/")
         try:
-            download = partial(output.download_file, record.path, path)
+            download = partial(output.download_file, record.path, path, ctx.reporter.transfer("download", record.size))
             found = wait_until_available(ctx, download, limit_seconds=GPU_PATIENCE_SECONDS)
         except NotFound as error:
             raise StageError(
@@ -65,6 +66,22 @@ def load_freshly(base: Any, folder: Path) -> PeftModel:
             f"the adapter in the bucket has {found} LoRA tensors; its configuration needs {wanted}.",
         )
     return model
+
+
+def check_tokenizer_files(tokenizer: Any, files: Sequence[FileRecord], prepared: PrepareResult) -> str:
+    """The hash over the tokenizer's files and template, which must be the prepare stage's.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    found = tokenizer_hash({f.path: f.sha256 for f in files}, chat_template(tokenizer))
+    if found != prepared.tokenizer_hash:
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the tokenizer or its chat template is not the one that prepared the data: hash {found[:16]}…, "
+            f"expected {prepared.tokenizer_hash[:16]}….",
+        )
+    return found
 
 
 def check_tokenizer(tokenizer: Any, prompts: Sequence[PreparedPrompt]) -> None:

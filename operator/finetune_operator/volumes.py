@@ -1,0 +1,74 @@
+"""Pure builders of a stage pod's volumes: snapshot, token, scratch space, and the Secrets and claims of what it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.names import (
+    MODEL_SLOT,
+    OUTPUT_SLOT,
+    PVC_MOUNT,
+    SECRETS_MOUNT,
+    SNAPSHOT_MOUNT,
+    TOKEN_AUDIENCE,
+    TOKEN_KEY,
+    TOKEN_MOUNT,
+    WORK_MOUNT,
+    Stage,
+    held_out_slot,
+    train_slot,
+)
+from finetune_api.spec import FineTuneJobSpec, RemoteSource
+from finetune_api.uris import PvcLocation, parse_uri
+
+Manifest = dict[str, Any]
+TOKEN_SECONDS = 3600
+
+
+def volumes_and_mounts(
+    spec: FineTuneJobSpec, stage: Stage, snapshot_config_map: str
+) -> tuple[list[Manifest], list[Manifest]]:
+    """Volumes of the pod and mounts of its container."""
+    token = {"audience": TOKEN_AUDIENCE, "expirationSeconds": TOKEN_SECONDS, "path": TOKEN_KEY}
+    volumes: list[Manifest] = [
+        {"name": "snapshot", "configMap": {"name": snapshot_config_map}},
+        {"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}},
+        {"name": "work", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+    ]
+    mounts: list[Manifest] = [
+        {"name": "snapshot", "mountPath": SNAPSHOT_MOUNT, "readOnly": True},
+        {"name": "token", "mountPath": TOKEN_MOUNT, "readOnly": True},
+        {"name": "work", "mountPath": WORK_MOUNT},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
+    ]
+    if stage is Stage.TRAIN:
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - shared memory of data loaders and NCCL
+    for slot, secret in _secrets(spec, stage).items():
+        # Optional: the pod starts without it, reports SecretMissing and goes on when it appears; mode: readable by fsGroup.
+        volumes.append(
+            {"name": f"secret-{slot}", "secret": {"secretName": secret, "optional": True, "defaultMode": 0o440}}
+        )
+        mounts.append({"name": f"secret-{slot}", "mountPath": f"{SECRETS_MOUNT}/{slot}", "readOnly": True})
+    for index, claim in enumerate(_claims(spec, stage)):
+        volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+        mounts.append({"name": f"pvc-{index}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": True})
+    return volumes, mounts
+
+
+def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
+    """Slot → Secret, for the sources that this stage reads or writes."""
+    slots: dict[str, RemoteSource] = {MODEL_SLOT: spec.model, OUTPUT_SLOT: spec.output}
+    if stage is Stage.PREPARE:
+        slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
+        slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
+    return {slot: source.secret_ref.name for slot, source in slots.items() if source.secret_ref is not None}
+
+
+def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
+    uris = [spec.model.uri]
+    if stage is Stage.PREPARE:
+        uris += [s.uri for s in (*spec.data.train, *(spec.data.held_out.sources or []))]
+    locations = [parse_uri(uri) for uri in uris]
+    return sorted({location.claim for location in locations if isinstance(location, PvcLocation)})

@@ -1,0 +1,31 @@
+"""pydantic refuses what the API server's rules refuse: pods and tools that read a spec check it without an API server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from finetune_api.spec import FineTuneJobSpec
+
+MINIMAL: dict[str, Any] = {
+    "model": {"uri": "hf://a/b"},
+    "data": {"train": [{"uri": "s3://bucket/x.jsonl"}]},
+    "output": {"uri": "s3://bucket"},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": {"type": "QLoRA", "lora": {"bias": "All"}}}, "QLoRA cannot train biases"),
+        ({"runtime": {"labels": {"a b": "c"}}}, "'a b': every key must be a name"),
+        ({"runtime": {"annotations": {"/x": "c"}}}, "'/x': every key must be a name"),
+        ({"runtime": {"nodeSelector": {"a": "b c"}}}, "String should match pattern"),
+        ({"training": {"optimizer": {"name": "lomo"}}}, "Input should be 'adamw_torch'"),
+    ],
+)
+def test_refuses(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        FineTuneJobSpec.model_validate({**MINIMAL, **fields})

@@ -1,0 +1,109 @@
+"""Whether the merged files hold base + adapter, tensor by tensor: read back, and compared with what rounding leaves of the sum.
+
+The held-out loss alone cannot tell: rounding to bfloat16 moves it by as much as a short training does, so a merge that lost a
+small adapter, or one module of a large one, would pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune_api.failures import Reason
+from finetune_trainer.errors import StageError
+from finetune_trainer.publish.adapter import Adapter, Lora
+from finetune_trainer.publish.merge import BaseWeights, module_of
+from finetune_trainer.publish.safetensors_stream import Checkpoint, TensorInfo, rows_per_chunk
+
+SLACK = 1e-5
+"""Relative to |W| + scaling·|B|·|A|: merge and check sum in float32 in another order, 2⁻²⁴ an operation, up to some hundred ranks."""
+CHECK_BYTES = 2 << 20
+"""Float32 values compared at a time."""
+NAMED = 3
+
+
+@dataclass
+class Written:
+    """How one tensor compares: elements that are farther from the exact sum than rounding explains, and the update's whereabouts."""
+
+    elements: int = 0
+    wrong: int = 0
+    arrived: float = 0.0
+    """Σ (W' − W) · ΔW."""
+    update: float = 0.0
+    """Σ ΔW²."""
+
+    @property
+    def share(self) -> float:
+        """Share of the update that stands in the file: 1 if all, 0 if it was lost (rounding moves it a little either way)."""
+        return self.arrived / self.update if self.update else 0.0
+
+
+def check_written(base: BaseWeights, adapter: Adapter, folder: Path) -> None:
+    """Compare every tensor in ``folder`` with base + adapter. Memory holds a few rows of one tensor.
+
+    An element passes if it is as near to W + ΔW as the nearest number of its type is. So an update that rounding swallows
+    passes, for there is nothing of it to be written, and any other must be there.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    merged = Checkpoint(folder)
+    missing = sorted(set(base.checkpoint.tensors) ^ set(merged.tensors))
+    if missing:
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the merged model and the base have not the same tensors: {', '.join(missing[:NAMED])} stands in one of them only.",
+        )
+    wrong: list[str] = []
+    for name, info in merged.tensors.items():
+        result = compare_tensor(base, adapter, merged, info)
+        if result.wrong:
+            update = f", {100 * result.share:.0f} % of its update arrived" if result.update else ""
+            wrong.append(f"{name} ({result.wrong:,} of {result.elements:,} values{update})")
+    if wrong:
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"{len(wrong)} of {len(merged.tensors)} tensors of the merged model are not base + adapter within rounding: "
+            f"{', '.join(wrong[:NAMED])}.",
+        )
+
+
+def compare_tensor(base: BaseWeights, adapter: Adapter, merged: Checkpoint, info: TensorInfo) -> Written:
+    """One tensor of the merged model against the exact sum."""
+    name = info.name
+    result = Written()
+    if info.dtype is None:
+        found, original = merged.read(name), base.checkpoint.read(name)
+        return Written(found.numel(), 0 if torch.equal(found, original) else found.numel())
+    parts = iter([(0, adapter.replacement(name))]) if name in adapter.replaced else base.rows(name)
+    lora = adapter.lora(module_of(name)) if name.endswith(".weight") and module_of(name) in adapter.modules else None
+    for (start, rows), (_, found) in zip(parts, merged.read_rows(name), strict=True):
+        # A few rows at a time: there are ten float32 values here for each element.
+        step = rows_per_chunk(tuple(rows.shape), CHECK_BYTES)
+        for at in range(0, len(rows), step):
+            weight = rows[at : at + step].float()
+            b = lora.b[start + at : start + at + len(weight)] if lora else None
+            _compare(result, weight, found[at : at + step], b, lora)
+    return result
+
+
+def _compare(
+    result: Written, weight: torch.Tensor, found: torch.Tensor, b: torch.Tensor | None, lora: Lora | None
+) -> None:
+    """Add some rows to the result: W (float32), W', and the rows of B that make their update."""
+    delta, summands = torch.zeros_like(weight), weight.abs()
+    if b is not None and lora is not None:
+        a = lora.scaling * lora.a
+        delta = b @ a
+        summands += b.abs() @ a.abs()
+    exact = weight + delta
+    off = (found.float() - exact).abs()
+    nearest = (exact.to(found.dtype).float() - exact).abs()
+    # "not …": NaN counts as wrong.
+    result.wrong += int((~(off <= nearest + SLACK * summands)).sum())
+    result.elements += found.numel()
+    result.arrived += float(((found.float() - weight) * delta).sum(dtype=torch.float64))
+    result.update += float((delta * delta).sum(dtype=torch.float64))
