@@ -77,9 +77,10 @@ def test_several_gpus_hold_whole_copies_if_those_fit_and_shards_if_not() -> None
 
 
 def test_evaluation_takes_no_more_than_training_where_the_trainer_follows_the_plan() -> None:
-    usable = find_gpu("A10G").usable_bytes
-    fixed = choose(request("gemma-2-2b"), usable, 16)
-    follows = choose(request("gemma-2-2b"), usable, 16, evaluation_follows=True)
+    usable = find_gpu("NVIDIA RTX A6000").usable_bytes
+    asked = request("llama-3-70b", tokens=1024)
+    fixed = choose(asked, usable, 16)
+    follows = choose(asked, usable, 16, evaluation_follows=True)
     assert not fixed.fit.fits
     assert follows.fit.fits
     assert follows.request.evaluation_tokens < fixed.request.evaluation_tokens

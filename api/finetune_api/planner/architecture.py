@@ -30,13 +30,14 @@ FOUR_NORMS = (Family.GEMMA2, Family.GEMMA3)
 GEMMA = FOUR_NORMS
 HEAD_NORMS = (Family.QWEN3, Family.GEMMA3)
 LOGIT_SETTINGS = (
-    "final_logit_softcapping",
     "logit_scale",
     "logits_scaling",
     "lm_head_multiplier",
     "output_multiplier",
 )
 """Settings by which a model changes its logits after the head: then the loss needs them all at once."""
+SOFTCAP = "final_logit_softcapping"
+"""Another one, which the loss applies itself, on chunks."""
 
 
 class UnknownArchitecture(ValueError):
@@ -71,6 +72,9 @@ class Architecture(ApiModel):
     """Attention scores are capped, which only eager attention can do."""
     attention_dropout: float = 0.0
     logits_changed: bool = False
+    """The loss needs all logits at once."""
+    logits_capped: bool = False
+    """cap · tanh(logits / cap), a chunk at a time."""
     experts: int = 0
     experts_per_token: int = 0
     parallel_residual: bool = False
@@ -139,8 +143,8 @@ def parse_config(config: Mapping[str, Any]) -> Architecture:
         attention_dropout=float(
             values.get("attn_pdrop", 0.1) if known is Family.GPT2 else values.get("attention_dropout", 0.0)
         ),
-        logits_changed=any(values.get(setting) not in (None, 1.0) for setting in LOGIT_SETTINGS)
-        or (known is Family.GEMMA2 and "final_logit_softcapping" not in values),
+        logits_changed=any(values.get(setting) not in (None, 1.0) for setting in LOGIT_SETTINGS),
+        logits_capped=values.get(SOFTCAP, 30.0 if known is Family.GEMMA2 else None) is not None,
         experts=int(values.get("num_local_experts") or values.get("num_experts") or 0),
         experts_per_token=int(values.get("num_experts_per_tok") or 0),
         parallel_residual=known is Family.FALCON

@@ -15,6 +15,7 @@ from finetune_api.planner.compute import Work, training_flop_per_token, work
 from finetune_api.planner.distributed import Layout, communication, sharded
 from finetune_api.planner.layer_memory import layer_memory
 from finetune_api.planner.linears import adapted_layers, linear_layers, trainable_parameters
+from finetune_api.planner.loss_memory import evaluated_tokens
 from finetune_api.planner.tensors import Shapes, parameters
 from finetune_api.planner.workload import Batch, Count, Tuning
 
@@ -27,6 +28,8 @@ HOST_BYTES = 4 << 30
 """A process with torch and CUDA loaded, and the data loader: an allowance."""
 EVALUATION_TOKENS = 16384
 """finetune_trainer.train.evaluate.TOKENS_PER_BATCH on a GPU."""
+ANSWERED_AT_ONCE, ANSWER_TOKENS = 8, 8192
+"""The same module's bounds on a batch of prompts and their answers."""
 
 
 class Decisive(StrEnum):
@@ -51,7 +54,7 @@ class Request(ApiModel):
     evaluation_tokens: Count = EVALUATION_TOKENS
     """Tokens of an evaluation batch."""
     generation_prompts: Annotated[int, Field(ge=0)] = 0
-    """Held-out prompts that are answered in one batch, each as long as a row may be."""
+    """Held-out prompts that are answered, a few at once, each as long as a row may be."""
     generation_new_tokens: Count = 64
     run_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens trained on in the whole run, padding not counted."""
@@ -191,10 +194,12 @@ def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, traina
         batch = request.batch.model_copy(update={"micro_batch_sequences": count})
         return batch, activations.forward_bytes(arch, batch, bool(quantized), mlp_adapted, widest)
 
-    peak = activations.evaluation_bytes(arch, *rows(max(1, request.evaluation_tokens // tokens)), trainable)
+    peak = activations.evaluation_bytes(
+        arch, *rows(max(1, evaluated_tokens(arch, request.evaluation_tokens) // tokens)), trainable
+    )
     if request.generation_prompts:
-        answers = activations.generation_bytes(
-            arch, *rows(request.generation_prompts), trainable, request.generation_new_tokens
-        )
+        fitting = max(1, ANSWER_TOKENS // (tokens + request.generation_new_tokens))
+        prompts = min(request.generation_prompts, ANSWERED_AT_ONCE, fitting)
+        answers = activations.generation_bytes(arch, *rows(prompts), trainable, request.generation_new_tokens)
         peak = max(peak, answers)
     return peak
