@@ -54,7 +54,7 @@ unit: setup ## Tests that need no cluster
 check: setup ## Format, lint, types, layers, generated files
 	.venv/bin/ruff format --check --quiet .
 	.venv/bin/ruff check --quiet .
-	.venv/bin/mypy --no-error-summary api operator trainer cluster demo
+	.venv/bin/mypy --no-error-summary api operator trainer cluster demo cli
 	.venv/bin/lint-imports --no-cache 2>&1 | tail -4 && exit $${PIPESTATUS[0]}
 	$(PYTHON) -m finetune_api.crd --check $(CRD)
 	$(PYTHON) -m finetune_api.crd --check charts/finetune-operator/files/finetunejobs.finetune.dev.yaml

@@ -1,0 +1,46 @@
+"""Memory planner: what a run will hold on a GPU, from shapes alone, before a GPU is asked for.
+
+``parse_config`` and ``describe`` (or ``parameter_shapes``), with ``request_of``, make a :class:`Request`; ``plan`` makes a :class:`MemoryPlan` of it,
+``fit`` judges that for a GPU, ``choose`` picks method and micro-batch. docs/planner.md says how exact it is.
+"""
+
+from finetune_api.planner.architecture import Architecture, UnknownArchitecture, parse_config
+from finetune_api.planner.choose import Choice, choose
+from finetune_api.planner.distributed import Layout
+from finetune_api.planner.fit import Alternative, Fit, fit
+from finetune_api.planner.from_spec import request_of
+from finetune_api.planner.gpus import Gpu, UnknownGpu, find_gpu, known_gpus
+from finetune_api.planner.linears import UnknownTarget
+from finetune_api.planner.plan import MemoryPlan, Request, plan
+from finetune_api.planner.sentences import misfit_sentence, plan_sentence
+from finetune_api.planner.tensors import Shapes, describe, parameter_shapes
+from finetune_api.planner.workload import Attention, Batch, Tuning
+
+__all__ = [
+    "Alternative",
+    "Architecture",
+    "Attention",
+    "Batch",
+    "Choice",
+    "Fit",
+    "Gpu",
+    "Layout",
+    "MemoryPlan",
+    "Request",
+    "Shapes",
+    "Tuning",
+    "UnknownArchitecture",
+    "UnknownGpu",
+    "UnknownTarget",
+    "choose",
+    "describe",
+    "find_gpu",
+    "fit",
+    "known_gpus",
+    "misfit_sentence",
+    "parameter_shapes",
+    "parse_config",
+    "plan",
+    "plan_sentence",
+    "request_of",
+]

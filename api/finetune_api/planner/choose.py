@@ -1,0 +1,110 @@
+"""The method and the micro-batch, where the user leaves them to us."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune_api.base import ApiModel
+from finetune_api.planner.distributed import Layout
+from finetune_api.planner.fit import Fit, fit, four_bit, limit, with_batch
+from finetune_api.planner.plan import MemoryPlan, Request, plan
+from finetune_api.planner.sentences import gib
+from finetune_api.spec import MethodType
+
+EFFICIENT_TOKENS = 8192
+"""Tokens of a micro-batch beyond which a GPU gets no faster: its matrix products are large enough to fill it."""
+
+
+class Choice(ApiModel):
+    """What was chosen, and why."""
+
+    request: Request
+    planned: MemoryPlan
+    fit: Fit
+    method: MethodType
+    micro_batch_sequences: int
+    reason: str
+
+
+def choose(
+    request: Request,
+    usable_bytes: int,
+    global_batch_sequences: int,
+    method: MethodType | None = None,
+    micro_batch_sequences: int | None = None,
+    *,
+    evaluation_follows: bool = False,
+) -> Choice:
+    """LoRA if it fits, QLoRA if not, each with the largest efficient micro-batch that fits. Where nothing fits, the choice is
+    QLoRA (or the method asked for) with the smallest micro-batch, and its ``fit`` says what would.
+
+    Args:
+        request: all that is settled; its tuning's ``four_bit`` and its micro-batch are chosen here.
+        method: chosen when absent.
+        micro_batch_sequences: the most the user allows; chosen when absent.
+        evaluation_follows: the trainer takes the evaluation batch from the plan, so it is made as small as training allows.
+    """
+    per_gpu = max(1, global_batch_sequences // request.gpus)
+    methods = [method] if method else [MethodType.LORA, MethodType.QLORA]
+    rejected: list[str] = []
+    last: tuple[MethodType, Request, MemoryPlan] | None = None
+    for candidate in methods:
+        base = four_bit(request) if candidate is MethodType.QLORA else request
+        for layout in layouts(request):
+            for rows in micro_batches(per_gpu, request.batch.sequence_tokens, micro_batch_sequences):
+                tried = with_batch(base.model_copy(update={"layout": layout}), micro_batch_sequences=rows)
+                planned = plan(tried)
+                if evaluation_follows:
+                    tried = tried.model_copy(update={"evaluation_tokens": evaluation_tokens(tried, planned)})
+                    planned = plan(tried)
+                last = candidate, tried, planned
+                if planned.needed_bytes <= limit(usable_bytes):
+                    reason = _reason(candidate, rows, method is None, planned, usable_bytes, rejected)
+                    return _choice(candidate, tried, planned, usable_bytes, reason)
+        assert last is not None
+        rejected.append(
+            f"{candidate} would need {gib(last[2].needed_bytes)}: does not fit with the 5 % margin ({gib(limit(usable_bytes))})."
+        )
+    assert last is not None
+    return _choice(*last, usable_bytes, " ".join(rejected))
+
+
+def layouts(request: Request) -> list[Layout]:
+    """One GPU alone; several each with a whole copy if that fits, which is fastest, sharded if not."""
+    return [Layout.SINGLE] if request.gpus == 1 else [Layout.DDP, Layout.FSDP]
+
+
+def micro_batches(per_gpu: int, sequence_tokens: int, most: int | None) -> Iterator[int]:
+    """Divisors of a GPU's part of the global batch, largest first, up to what is efficient or the user allows."""
+    bound = most if most is not None else max(1, EFFICIENT_TOKENS // sequence_tokens)
+    yield from (rows for rows in range(min(per_gpu, bound), 0, -1) if per_gpu % rows == 0)
+
+
+def evaluation_tokens(request: Request, planned: MemoryPlan) -> int:
+    """The largest evaluation batch, halving from the default, that needs no more memory than training does."""
+    tokens = request.evaluation_tokens
+    while tokens // 2 >= request.batch.sequence_tokens and planned.peak_evaluation_bytes > planned.peak_allocated_bytes:
+        smaller = plan(request.model_copy(update={"evaluation_tokens": tokens // 2}))
+        if smaller.peak_evaluation_bytes == planned.peak_evaluation_bytes:
+            break  # answers to prompts decide
+        tokens, planned = tokens // 2, smaller
+    return tokens
+
+
+def _choice(method: MethodType, request: Request, planned: MemoryPlan, usable_bytes: int, reason: str) -> Choice:
+    return Choice(
+        request=request,
+        planned=planned,
+        fit=fit(request, planned, usable_bytes),
+        method=method,
+        micro_batch_sequences=request.batch.micro_batch_sequences,
+        reason=reason,
+    )
+
+
+def _reason(
+    method: MethodType, rows: int, chosen: bool, planned: MemoryPlan, usable_bytes: int, rejected: list[str]
+) -> str:
+    why = "as asked for" if not chosen else ("it fits, and computes in full 16 bit" if not rejected else "it fits")
+    used = f"{gib(planned.needed_bytes)} of {gib(usable_bytes)}"
+    return " ".join([f"{method} ({why}): {used}, micro-batch {rows}.", *rejected])

@@ -1,0 +1,66 @@
+"""Floating-point operations, and how long a GPU takes for them."""
+
+from __future__ import annotations
+
+import math
+
+from finetune_api.base import ApiModel
+from finetune_api.planner.architecture import Architecture
+from finetune_api.planner.linears import Linear
+from finetune_api.planner.tensors import EMBEDDING, Shapes
+from finetune_api.planner.workload import Batch
+
+DEFAULT_UTILIZATION = 0.35
+"""Share of a GPU's dense peak that a run sustains. fsdp_qlora's published times (2024) come to 0.33 (70B on 4 × H100) to 0.58
+(7B on 2 × RTX 4090) by the formula below; the lower end is taken."""
+
+
+class Work(ApiModel):
+    """Operations of training, in FLOP (a multiplication and an addition are two)."""
+
+    flop_per_token: float
+    flop_total: float
+    seconds: float | None = None
+    """On all GPUs together, where the GPU's speed is known."""
+    gpu_hours: float | None = None
+
+
+def training_flop_per_token(
+    arch: Architecture, shapes: Shapes, targets: list[Linear], rank: int, batch: Batch
+) -> float:
+    """Forward 2 per weight, gradients of the inputs another 2 (Kaplan et al. 2020, section 2.1), and with checkpointing the
+    forward pass again. Frozen weights have no gradient of their own; the adapter's have, so it counts 2 once more.
+
+    Attention: 4 × query size × tokens looked at, on average half the row (causal), for the forward pass, twice that for the
+    backward pass. Of a mixture of experts, the experts that a token visits.
+    """
+    passes = 3 if batch.gradient_checkpointing else 2
+    weights = sum(_used(name, shape, arch) for name, shape in shapes.items() if not EMBEDDING.search(name))
+    if arch.tied_embeddings:
+        weights += arch.vocabulary_size * arch.hidden_size
+    adapter = rank * sum(t.inputs + t.outputs for t in targets)
+    attention = arch.layers * 4 * arch.query_size * batch.sequence_tokens / 2
+    return 2 * weights * passes + 2 * adapter * (passes + 1) + attention * (passes + 1)
+
+
+def work(
+    flop_per_token: float, tokens: int, gpus: int, peak_tflops: float | None, sustained_tflops: float | None
+) -> Work:
+    """A run's operations, and its time on ``gpus`` GPUs of ``peak_tflops`` (bf16, dense), or of the ``sustained_tflops``
+    measured. Loading, evaluation and saving come on top."""
+    total = flop_per_token * tokens
+    speed = sustained_tflops or (peak_tflops * DEFAULT_UTILIZATION if peak_tflops else None)
+    seconds = total / (speed * 1e12 * gpus) if speed else None
+    return Work(
+        flop_per_token=flop_per_token,
+        flop_total=total,
+        seconds=seconds,
+        gpu_hours=seconds * gpus / 3600 if seconds is not None else None,
+    )
+
+
+def _used(name: str, shape: tuple[int, ...], arch: Architecture) -> float:
+    if len(shape) < 2:
+        return 0
+    share = arch.experts_per_token / arch.experts if ".experts." in name and arch.experts else 1.0
+    return math.prod(shape) * share

@@ -1,0 +1,58 @@
+"""What several GPUs add, and what sharding takes away. Analytic: none of it has been measured on GPUs yet."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+from finetune_api.base import ApiModel
+
+LAYER = re.compile(r"\.(\d+)\.")
+FULL = 4
+NCCL_BYTES = 300 << 20
+"""Buffers of NCCL's channels (NCCL_BUFFSIZE 4 MiB × channels × peers); an allowance."""
+
+
+class Layout(StrEnum):
+    """How the work is laid out over GPUs."""
+
+    SINGLE = "Single"
+    DDP = "DDP"
+    FSDP = "FSDP"
+
+
+class Communication(ApiModel):
+    """Bytes per GPU that only exist with several."""
+
+    gathered_bytes: int
+    """Sharded units put together for their forward or backward pass: the one at work and the next (FSDP2 prefetches one)."""
+    buffer_bytes: int
+    """Copies that collectives send from and receive into."""
+
+
+def communication(layout: Layout, gpus: int, weights: dict[str, int], trainable: int) -> Communication:
+    """Zhao et al. 2023 (PyTorch FSDP): with units of one layer each, embeddings and head units of their own.
+
+    Args:
+        weights: bytes of each tensor of the base as it is sharded.
+        trainable: parameters of the adapter, whose float32 gradients DDP reduces in buckets of its own (Li et al. 2020).
+    """
+    if layout is Layout.SINGLE:
+        return Communication(gathered_bytes=0, buffer_bytes=0)
+    if layout is Layout.DDP:
+        return Communication(gathered_bytes=0, buffer_bytes=FULL * trainable + NCCL_BYTES)
+    units: dict[str, int] = {}
+    for name, size in weights.items():
+        found = LAYER.search(name)
+        unit = found[1] if found else name
+        units[unit] = units.get(unit, 0) + size
+    layer = max(size for unit, size in units.items() if unit.isdigit())
+    outside = max((size for unit, size in units.items() if not unit.isdigit()), default=0)
+    gathered = layer + max(layer, outside)
+    # all-gather reads a copy of the shard and writes one flat tensor, from which a layer's weights are copied
+    return Communication(gathered_bytes=gathered, buffer_bytes=gathered // gpus + layer + NCCL_BYTES)
+
+
+def sharded(size: int, layout: Layout, gpus: int) -> int:
+    """A GPU's part."""
+    return -(-size // gpus) if layout is Layout.FSDP else size

@@ -1,0 +1,133 @@
+"""Whether a plan fits a GPU, and what would fit where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune_api.base import ApiModel
+from finetune_api.planner.distributed import Layout
+from finetune_api.planner.gpus import known_gpus
+from finetune_api.planner.plan import Decisive, MemoryPlan, Request, plan
+
+MARGIN = 0.05
+"""Share of a GPU's usable memory that a plan leaves free: what the accuracy is tested to."""
+SHORTEST_TOKENS = 256
+MOST_GPUS = 8
+GPUS_NAMED = 3
+
+
+class Alternative(ApiModel):
+    """A change that makes the run fit. What is absent stays as it was."""
+
+    method: str | None = None
+    sequence_tokens: int | None = None
+    micro_batch_sequences: int | None = None
+    gradient_checkpointing: bool | None = None
+    gpus: int | None = None
+    gpu_products: list[str] = []
+    needed_bytes: int
+    """On one GPU; of products, on the first."""
+
+
+class Fit(ApiModel):
+    """The verdict for one kind of GPU; ``decisive`` is what needs the most."""
+
+    fits: bool
+    needed_bytes: int
+    usable_bytes: int
+    limit_bytes: int
+    """Usable memory less the margin."""
+    missing_bytes: int
+    """How much too little the limit is; 0 where it fits."""
+    decisive: Decisive
+    alternatives: list[Alternative] = []
+    """What would fit, the smallest change first; empty where it fits."""
+
+
+def limit(usable_bytes: int) -> int:
+    """Usable memory less the margin."""
+    return int(usable_bytes * (1 - MARGIN))
+
+
+def fit(request: Request, planned: MemoryPlan, usable_bytes: int) -> Fit:
+    """Judge a plan, and where it does not fit look for what would."""
+    bound = limit(usable_bytes)
+    fits = planned.needed_bytes <= bound
+    return Fit(
+        fits=fits,
+        needed_bytes=planned.needed_bytes,
+        usable_bytes=usable_bytes,
+        limit_bytes=bound,
+        missing_bytes=max(0, planned.needed_bytes - bound),
+        decisive=planned.decisive,
+        alternatives=[] if fits else list(alternatives(request, planned, bound)),
+    )
+
+
+def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[Alternative]:
+    """Single changes, then QLoRA with a shorter row, then more GPUs, then other GPUs."""
+
+    def needed(changed: Request) -> int:
+        return plan(changed).needed_bytes
+
+    if not request.batch.gradient_checkpointing:
+        size = needed(with_batch(request, gradient_checkpointing=True))
+        if size <= bound:
+            yield Alternative(gradient_checkpointing=True, needed_bytes=size)
+    for rows in smaller(request.batch.micro_batch_sequences, 1):
+        size = needed(with_batch(request, micro_batch_sequences=rows))
+        if size <= bound:
+            yield Alternative(micro_batch_sequences=rows, needed_bytes=size)
+            break
+    lean = with_batch(four_bit(request), micro_batch_sequences=1, gradient_checkpointing=True)
+    if not request.tuning.four_bit:
+        size = needed(four_bit(request))
+        if size <= bound:
+            yield Alternative(method="QLoRA", needed_bytes=size)
+    if needed(lean) > bound or request.tuning.four_bit:
+        yield from shorter(request, lean, bound)
+    yield from more_gpus(request, lean, bound)
+    products = [gpu.product for gpu in known_gpus() if planned.needed_bytes <= limit(gpu.usable_bytes)]
+    if products:
+        yield Alternative(gpu_products=products[:GPUS_NAMED], needed_bytes=planned.needed_bytes)
+
+
+def shorter(request: Request, lean: Request, bound: int) -> Iterator[Alternative]:
+    """The longest row, halving, with which the leanest settings fit."""
+    for tokens in smaller(request.batch.sequence_tokens, SHORTEST_TOKENS):
+        size = plan(with_batch(lean, sequence_tokens=tokens)).needed_bytes
+        if size <= bound:
+            yield Alternative(
+                method=None if request.tuning.four_bit else "QLoRA",
+                sequence_tokens=tokens,
+                micro_batch_sequences=None if request.batch.micro_batch_sequences == 1 else 1,
+                needed_bytes=size,
+            )
+            return
+
+
+def more_gpus(request: Request, lean: Request, bound: int) -> Iterator[Alternative]:
+    """The fewest GPUs of the same kind over which the run fits when it is sharded, as it is or as QLoRA."""
+    for candidate, method in ((request, None), (lean, None if request.tuning.four_bit else "QLoRA")):
+        for count in range(request.gpus + 1, MOST_GPUS + 1):
+            size = plan(candidate.model_copy(update={"layout": Layout.FSDP, "gpus": count})).needed_bytes
+            if size <= bound:
+                yield Alternative(method=method, gpus=count, needed_bytes=size)
+                return
+
+
+def smaller(value: int, least: int) -> Iterator[int]:
+    """Halves, down to ``least``."""
+    while value // 2 >= least:
+        value //= 2
+        yield value
+
+
+def four_bit(request: Request) -> Request:
+    """The same with a 4-bit base."""
+    return request.model_copy(update={"tuning": request.tuning.model_copy(update={"four_bit": True})})
+
+
+def with_batch(request: Request, **changes: int | bool) -> Request:
+    """The same with another batch."""
+    return request.model_copy(update={"batch": request.batch.model_copy(update=changes)})

@@ -1,0 +1,108 @@
+"""Which matrices are linear layers, which of them get an adapter, and which are quantized."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from finetune_api.base import ApiModel
+from finetune_api.planner.architecture import Architecture, Family
+from finetune_api.planner.tensors import EMBEDDING, HEAD, Shapes
+from finetune_api.spec import LoraBias
+
+ALL_LINEAR = "all-linear"
+ROUTER = re.compile(r"\.mlp\.gate\.weight$")
+LAYER_INDEX = re.compile(r"\.(\d+)\.")
+
+
+class UnknownTarget(ValueError):
+    """A name in targetModules that matches no linear layer."""
+
+
+class Linear(ApiModel):
+    """A linear layer; ``inputs`` and ``outputs`` are its features."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name, as targetModules has it."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int:
+        """Index of its decoder layer."""
+        found = LAYER_INDEX.search(self.name)
+        return int(found[1]) if found else 0
+
+
+def linear_layers(shapes: Shapes, arch: Architecture) -> list[Linear]:
+    """Every linear layer but the output head, in the model's order. Routers and fused experts are none: transformers 5 keeps
+    them as bare parameters."""
+    found = []
+    for name, shape in shapes.items():
+        if len(shape) != 2 or not name.endswith(".weight") or any(p.search(name) for p in (EMBEDDING, HEAD, ROUTER)):
+            continue
+        rows, columns = shape
+        inputs, outputs = (rows, columns) if arch.family is Family.GPT2 else (columns, rows)
+        found.append(Linear(name=name.removesuffix(".weight"), inputs=inputs, outputs=outputs))
+    return found
+
+
+def adapted_layers(linears: list[Linear], target_modules: list[str]) -> list[Linear]:
+    """PEFT's rule: ``all-linear``, or layers whose name is, or ends with a dot and, one of the given.
+
+    Raises:
+        UnknownTarget: a name that matches nothing.
+    """
+    if target_modules == [ALL_LINEAR]:
+        return list(linears)
+    for module in target_modules:
+        if not any(_matches(layer.name, module) for layer in linears):
+            choices = ", ".join(sorted({layer.kind for layer in linears}))
+            raise UnknownTarget(f"{module} is none of this model's linear layers, which are {choices}")
+    return [layer for layer in linears if any(_matches(layer.name, m) for m in target_modules)]
+
+
+def quantized_layers(linears: list[Linear], arch: Architecture) -> list[Linear]:
+    """What transformers 5.23 replaces by bitsandbytes' Linear4bit (integrations/bitsandbytes.py): layers of exactly the type
+    nn.Linear, and Conv1D. Falcon's are of a class of their own, so QLoRA leaves Falcon in 16 bit; experts are bare parameters."""
+    return [] if arch.family is Family.FALCON else linears
+
+
+def trainable_parameters(
+    shapes: Shapes, arch: Architecture, rank: int, target_modules: list[str], bias: LoraBias
+) -> int:
+    """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), and the biases PEFT's ``bias`` names.
+
+    With all-linear, PEFT 0.21 adapts a mixture of experts too: its router, each expert's down projection, and each expert's
+    fused gate and up projection with twice the rank.
+    """
+    targets = adapted_layers(linear_layers(shapes, arch), target_modules)
+    count = sum(rank * (layer.inputs + layer.outputs) for layer in targets)
+    if target_modules == [ALL_LINEAR]:
+        count += sum(rank * _expert_features(name, shape) for name, shape in shapes.items())
+    return count + _biases(shapes, targets, bias)
+
+
+def _expert_features(name: str, shape: tuple[int, ...]) -> int:
+    if ROUTER.search(name):
+        return sum(shape)
+    if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        experts, outputs, inputs = shape
+        return experts * (outputs + inputs) * (2 if name.endswith("gate_up_proj") else 1)
+    return 0
+
+
+def _biases(shapes: Shapes, targets: list[Linear], bias: LoraBias) -> int:
+    if bias is LoraBias.NONE:
+        return 0
+    if bias is LoraBias.ALL:
+        return sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(".bias"))
+    return sum(math.prod(shapes[f"{t.name}.bias"]) for t in targets if f"{t.name}.bias" in shapes)
+
+
+def _matches(name: str, module: str) -> bool:
+    return name == module or name.endswith(f".{module}")

@@ -1,0 +1,205 @@
+"""The plan of one run: everything a GPU will hold, and what it costs. Pure arithmetic over shapes."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel
+from finetune_api.planner import activations, weights
+from finetune_api.planner.architecture import Architecture
+from finetune_api.planner.compute import Work, training_flop_per_token, work
+from finetune_api.planner.distributed import Layout, communication, sharded
+from finetune_api.planner.layer_memory import layer_memory
+from finetune_api.planner.linears import adapted_layers, linear_layers, trainable_parameters
+from finetune_api.planner.loss_memory import evaluated_tokens
+from finetune_api.planner.tensors import Shapes, parameters
+from finetune_api.planner.workload import Batch, Count, Tuning
+
+CONTEXT_BYTES = 600 << 20
+"""CUDA context, loaded kernels and cuBLAS' workspace (PyTorch's notes on CUDA semantics: 8 MiB, on Hopper 32 MiB): an
+allowance; nvidia-smi shows 400 to 600 MiB for an idle process that has multiplied once."""
+FRAGMENTATION = 0.05
+"""Share of what comes and goes within a step that the caching allocator cannot reuse: an allowance."""
+HOST_BYTES = 4 << 30
+"""A process with torch and CUDA loaded, and the data loader: an allowance."""
+EVALUATION_TOKENS = 16384
+"""finetune_trainer.train.evaluate.TOKENS_PER_BATCH on a GPU."""
+ANSWERED_AT_ONCE, ANSWER_TOKENS = 8, 8192
+"""The same module's bounds on a batch of prompts and their answers."""
+
+
+class Decisive(StrEnum):
+    """What needs the most memory."""
+
+    LOADING = "Loading"
+    TRAINING = "Training"
+    EVALUATION = "Evaluation"
+
+
+class Request(ApiModel):
+    """What to plan."""
+
+    architecture: Architecture
+    shapes: Shapes
+    """Every parameter of the base (:mod:`finetune_api.planner.tensors`)."""
+    tuning: Tuning = Tuning()
+    batch: Batch = Batch()
+    optimizer: str = "adamw_torch_fused"
+    layout: Layout = Layout.SINGLE
+    gpus: Count = 1
+    evaluation_tokens: Count = EVALUATION_TOKENS
+    """Tokens of an evaluation batch."""
+    generation_prompts: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts that are answered, a few at once, each as long as a row may be."""
+    generation_new_tokens: Count = 64
+    run_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens trained on in the whole run, padding not counted."""
+
+
+class MemoryPlan(ApiModel):
+    """Bytes per GPU, unless the name says otherwise."""
+
+    weight_bytes: int
+    quantization_constant_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    """The most that layers need at one time, as planned (with or without checkpointing)."""
+    activation_bytes_with_checkpointing: int
+    activation_bytes_without_checkpointing: int
+    logits_bytes: int
+    """The most that head and loss need, at another time than the layers' most."""
+    gathered_bytes: int
+    """Unverified: sharded layers put together."""
+    communication_bytes: int
+    """Unverified: buffers of collectives."""
+    context_bytes: int
+    """An allowance."""
+    fragmentation_bytes: int
+    """An allowance."""
+    peak_allocated_bytes: int
+    """What torch.cuda.max_memory_allocated would show at the end of a training step."""
+    peak_evaluation_bytes: int
+    """The same for held-out batches and answers to prompts, before and after training."""
+    peak_training_bytes: int
+    """The most of both, with context and fragmentation."""
+    peak_loading_bytes: int
+    """While the base is read (and quantized, a tensor at a time), context included."""
+    host_memory_bytes: int
+    """Of one process; an estimate."""
+    disk_bytes: int
+    """Of the training pod: the model's files and the adapter twice (saved, and fetched back)."""
+    trainable_parameters: int
+    total_parameters: int
+    work: Work
+    verified: bool
+    """The model's family and the layout are among those compared with simulated runs."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """What a GPU must have."""
+        return max(self.peak_training_bytes, self.peak_loading_bytes)
+
+    @property
+    def decisive(self) -> Decisive:
+        """When that is needed."""
+        if self.peak_loading_bytes > self.peak_training_bytes:
+            return Decisive.LOADING
+        return Decisive.EVALUATION if self.peak_evaluation_bytes > self.peak_allocated_bytes else Decisive.TRAINING
+
+
+def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: float | None = None) -> MemoryPlan:
+    """Plan a run.
+
+    Raises:
+        UnknownTarget: targetModules name no linear layer.
+    """
+    arch, tuning, batch, shapes = request.architecture, request.tuning, request.batch, request.shapes
+    quantized = weights.quantized_names(shapes, arch, tuning)
+    base = weights.tensor_bytes(shapes, quantized)
+    constants = weights.quantization_bytes(shapes, quantized, tuning.double_quantization)
+    trainable = trainable_parameters(shapes, arch, tuning.rank, tuning.target_modules, tuning.bias)
+    targets = adapted_layers(linear_layers(shapes, arch), tuning.target_modules)
+    shared = communication(request.layout, request.gpus, base, trainable)
+
+    def part(size: int) -> int:
+        return sharded(size, request.layout, request.gpus)
+
+    adapter, optimizer = part(4 * trainable), part(weights.optimizer_bytes(request.optimizer, trainable))
+    weight = part(sum(base.values()))
+    held = weight + constants + 2 * adapter + optimizer + shared.gathered_bytes + shared.buffer_bytes
+    steps = {
+        checkpointing: _step(request, batch.model_copy(update={"gradient_checkpointing": checkpointing}), trainable)
+        for checkpointing in (True, False)
+    }
+    step = steps[batch.gradient_checkpointing]
+    mlp_adapted = any(".mlp." in target.name for target in targets)
+    evaluation = _evaluation(request, quantized, mlp_adapted, trainable)
+    fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
+    largest = max((2 * math.prod(shapes[name]) for name in quantized), default=0)
+    flop = training_flop_per_token(arch, shapes, targets, tuning.rank, batch)
+    return MemoryPlan(
+        weight_bytes=weight,
+        quantization_constant_bytes=constants,
+        adapter_bytes=adapter,
+        gradient_bytes=adapter,
+        optimizer_bytes=optimizer,
+        activation_bytes=step.kept_bytes + step.working_bytes,
+        activation_bytes_with_checkpointing=steps[True].kept_bytes + steps[True].working_bytes,
+        activation_bytes_without_checkpointing=steps[False].kept_bytes + steps[False].working_bytes,
+        logits_bytes=step.loss_bytes,
+        gathered_bytes=shared.gathered_bytes,
+        communication_bytes=shared.buffer_bytes,
+        context_bytes=CONTEXT_BYTES,
+        fragmentation_bytes=fragmentation,
+        peak_allocated_bytes=held + step.peak_bytes,
+        peak_evaluation_bytes=held + evaluation,
+        peak_training_bytes=held + max(step.peak_bytes, evaluation) + fragmentation + CONTEXT_BYTES,
+        peak_loading_bytes=weight + constants + shared.gathered_bytes + largest + CONTEXT_BYTES,
+        host_memory_bytes=HOST_BYTES + max(2 * math.prod(shape) for shape in shapes.values()) + 2 * 4 * trainable,
+        disk_bytes=weights.checkpoint_bytes(shapes) + 2 * 4 * trainable,
+        trainable_parameters=trainable,
+        total_parameters=parameters(shapes),
+        work=work(flop, request.run_tokens, request.gpus, peak_tflops, sustained_tflops),
+        verified=arch.known and not arch.experts and request.layout is Layout.SINGLE,
+    )
+
+
+def _step(request: Request, batch: Batch, trainable: int) -> activations.StepMemory:
+    arch, tuning, shapes = request.architecture, request.tuning, request.shapes
+    linears = linear_layers(shapes, arch)
+    targets = adapted_layers(linears, tuning.target_modules)
+    first = min(layer.layer for layer in linears)
+    layer = layer_memory(
+        arch,
+        tuning,
+        batch,
+        [layer for layer in linears if layer.layer == first],
+        [layer for layer in targets if layer.layer == first],
+        bool(weights.quantized_names(shapes, arch, tuning)),
+    )
+    return activations.step_memory(arch, batch, layer, trainable)
+
+
+def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, trainable: int) -> int:
+    arch, tokens = request.architecture, request.batch.sequence_tokens
+    widest = max((2 * math.prod(request.shapes[name]) for name in quantized), default=0)
+
+    def rows(count: int) -> tuple[Batch, int]:
+        batch = request.batch.model_copy(update={"micro_batch_sequences": count})
+        return batch, activations.forward_bytes(arch, batch, bool(quantized), mlp_adapted, widest)
+
+    peak = activations.evaluation_bytes(
+        arch, *rows(max(1, evaluated_tokens(arch, request.evaluation_tokens) // tokens)), trainable
+    )
+    if request.generation_prompts:
+        fitting = max(1, ANSWER_TOKENS // (tokens + request.generation_new_tokens))
+        prompts = min(request.generation_prompts, ANSWERED_AT_ONCE, fitting)
+        answers = activations.generation_bytes(arch, *rows(prompts), trainable, request.generation_new_tokens)
+        peak = max(peak, answers)
+    return peak

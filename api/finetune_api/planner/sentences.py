@@ -1,0 +1,70 @@
+"""Plans in words, for status, conditions and terminals."""
+
+from __future__ import annotations
+
+from finetune_api.planner.fit import Alternative, Fit
+from finetune_api.planner.gpus import Gpu
+from finetune_api.planner.plan import Decisive, MemoryPlan, Request
+
+GIB = 1 << 30
+
+
+def gib(size: int) -> str:
+    """``12.9 GiB``."""
+    return f"{size / GIB:.1f} GiB"
+
+
+def number(size: int) -> str:
+    """``12.9``."""
+    return f"{size / GIB:.1f}"
+
+
+def plan_sentence(request: Request, planned: MemoryPlan, gpu: Gpu) -> str:
+    """What runs where, and what its memory is spent on."""
+    overhead = (
+        planned.context_bytes + planned.fragmentation_bytes + planned.communication_bytes + planned.gathered_bytes
+    )
+    training = planned.adapter_bytes + planned.gradient_bytes + planned.optimizer_bytes
+    weights = planned.weight_bytes + planned.quantization_constant_bytes
+    rest = planned.needed_bytes - weights - training - overhead
+    share = 100 * planned.trainable_parameters / planned.total_parameters
+    estimate = (
+        "" if planned.verified else " An estimate: this family or layout has not been compared with simulated runs."
+    )
+    return (
+        f"{request.tuning.name} on {request.gpus} × {gpu.name}: peak {gib(planned.needed_bytes)} of {number(gpu.usable_bytes)} usable "
+        f"(weights {number(weights)}, activations and logits {number(rest)}, adapter and optimizer {number(training)}, "
+        f"overhead {number(overhead)}). {planned.trainable_parameters:,} trainable parameters ({share:.2f} %).{estimate}"
+    )
+
+
+def misfit_sentence(model: str, request: Request, verdict: Fit, gpu: Gpu) -> str:
+    """By how much it does not fit, and what would."""
+    per = "on one GPU" if request.gpus == 1 else f"on each of {request.gpus} GPUs"
+    options = " · ".join(alternative_phrase(a) for a in verdict.alternatives)
+    advice = f"It fits with: {options}." if options else "Nothing this planner knows makes it fit."
+    if verdict.decisive is Decisive.EVALUATION:
+        per += f" (evaluation, in batches of {request.evaluation_tokens} tokens and {request.generation_prompts} prompts, needs the most)"
+    return (
+        f"{model}, {request.tuning.name}, {request.batch.sequence_tokens} tokens, micro-batch {request.batch.micro_batch_sequences} "
+        f"needs {gib(verdict.needed_bytes)} {per}; {gpu.name} has {gib(verdict.limit_bytes)} to use with the 5 % margin, "
+        f"{gib(verdict.missing_bytes)} too little. {advice}"
+    )
+
+
+def alternative_phrase(alternative: Alternative) -> str:
+    """A change in the words of the spec."""
+    parts = []
+    if alternative.method:
+        parts.append(f"method.type: {alternative.method}")
+    if alternative.gradient_checkpointing:
+        parts.append("training.gradientCheckpointing: true")
+    if alternative.sequence_tokens:
+        parts.append(f"training.maxSequenceTokens: {alternative.sequence_tokens}")
+    if alternative.micro_batch_sequences:
+        parts.append(f"training.microBatchSequences: {alternative.micro_batch_sequences}")
+    if alternative.gpus:
+        parts.append(f"compute.gpusPerNode: {alternative.gpus} (FSDP)")
+    if alternative.gpu_products:
+        parts.append("one of " + ", ".join(alternative.gpu_products))
+    return f"{' and '.join(parts)} ({gib(alternative.needed_bytes)})"

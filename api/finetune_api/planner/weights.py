@@ -1,0 +1,82 @@
+"""Bytes of the frozen base, of the adapter, and of what its training keeps."""
+
+from __future__ import annotations
+
+import math
+
+from finetune_api.planner.architecture import Architecture
+from finetune_api.planner.linears import linear_layers, quantized_layers
+from finetune_api.planner.tensors import Shapes, parameters
+from finetune_api.planner.workload import Tuning
+
+HALF = 2
+FULL = 4
+BLOCK = 64
+"""Weights that share a constant (bitsandbytes' Linear4bit on CUDA; Dettmers et al. 2023, section 3)."""
+NESTED_BLOCK = 256
+"""Constants that share one, with double quantization."""
+CODE_BYTES = 16 * FULL
+"""The 16 values of the 4-bit type, kept with each layer."""
+NESTED_CODE_BYTES = 256 * FULL + FULL
+"""The 256 values of the constants' 8-bit type and their offset, kept with each layer."""
+
+OPTIMIZER_BYTES = {
+    # two float32 moments (Loshchilov and Hutter 2019)
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "paged_adamw_32bit": 8.0,
+    "paged_adamw": 8.0,
+    # two 8-bit moments and a float32 per 256 of them (Dettmers et al. 2022, block-wise quantization)
+    "adamw_8bit": 2.0 + 2 * FULL / NESTED_BLOCK,
+    "adamw_bnb_8bit": 2.0 + 2 * FULL / NESTED_BLOCK,
+    "paged_adamw_8bit": 2.0 + 2 * FULL / NESTED_BLOCK,
+    # one moment (Chen et al. 2023)
+    "lion_32bit": 4.0,
+    "paged_lion_32bit": 4.0,
+    "lion_8bit": 1.0 + FULL / NESTED_BLOCK,
+    "paged_lion_8bit": 1.0 + FULL / NESTED_BLOCK,
+    "sgd": 0.0,
+}
+"""Bytes per trainable parameter. Paged ones can move to host memory under pressure; they are counted on the GPU all the same."""
+
+
+def packed_bytes(shape: tuple[int, ...]) -> int:
+    """A 4-bit weight: two values a byte."""
+    return (math.prod(shape) + 1) // 2
+
+
+def constants_bytes(shape: tuple[int, ...], double: bool) -> int:
+    """The block constants of one 4-bit weight: float32, or with double quantization 8 bit and a float32 for 256 of them."""
+    blocks = math.ceil(math.prod(shape) / BLOCK)
+    if not double:
+        return blocks * FULL + CODE_BYTES
+    return blocks + math.ceil(blocks / NESTED_BLOCK) * FULL + CODE_BYTES + NESTED_CODE_BYTES
+
+
+def quantized_names(shapes: Shapes, arch: Architecture, tuning: Tuning) -> set[str]:
+    """Names of the tensors that are held in 4 bit."""
+    if not tuning.four_bit:
+        return set()
+    return {f"{layer.name}.weight" for layer in quantized_layers(linear_layers(shapes, arch), arch)}
+
+
+def tensor_bytes(shapes: Shapes, quantized: set[str]) -> dict[str, int]:
+    """Bytes of each tensor on the GPU: 16 bit (the trainer loads in bfloat16 or float16), or packed."""
+    return {
+        name: packed_bytes(shape) if name in quantized else HALF * math.prod(shape) for name, shape in shapes.items()
+    }
+
+
+def quantization_bytes(shapes: Shapes, quantized: set[str], double: bool) -> int:
+    """Constants of all 4-bit weights."""
+    return sum(constants_bytes(shapes[name], double) for name in quantized)
+
+
+def checkpoint_bytes(shapes: Shapes) -> int:
+    """The model's files in 16 bit, as most are published."""
+    return HALF * parameters(shapes)
+
+
+def optimizer_bytes(name: str, trainable: int) -> int:
+    """State of the optimizer; one that is not in the table is taken for AdamW, the largest."""
+    return int(OPTIMIZER_BYTES.get(name, 8.0) * trainable)

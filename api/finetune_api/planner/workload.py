@@ -1,0 +1,68 @@
+"""What is planned for: the method, the batch, the optimizer, the GPUs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel
+from finetune_api.planner.architecture import Architecture
+from finetune_api.spec import LoraBias
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Attention(StrEnum):
+    """transformers' ``attn_implementation``."""
+
+    SDPA = "sdpa"
+    EAGER = "eager"
+
+
+class Tuning(ApiModel):
+    """LoRA, or QLoRA where ``four_bit`` is set."""
+
+    rank: Count = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    bias: LoraBias = LoraBias.NONE
+    target_modules: list[str] = ["all-linear"]
+    four_bit: bool = False
+    double_quantization: bool = True
+
+    @property
+    def name(self) -> str:
+        """As a person says it."""
+        return "QLoRA" if self.four_bit else "LoRA"
+
+
+class Batch(ApiModel):
+    """One forward and backward pass on one GPU."""
+
+    sequence_tokens: Count = 2048
+    micro_batch_sequences: Count = 1
+    gradient_checkpointing: bool = True
+    attention: Attention = Attention.SDPA
+
+    @property
+    def tokens(self) -> int:
+        """Padding included: every row as long as the longest allowed."""
+        return self.sequence_tokens * self.micro_batch_sequences
+
+    @property
+    def padded(self) -> bool:
+        """Rows of unlike length share a batch, so attention needs a mask."""
+        return self.micro_batch_sequences > 1
+
+    def attention_of(self, arch: Architecture) -> Attention:
+        """What transformers will run: models that cap their scores have no sdpa."""
+        return Attention.EAGER if arch.score_cap else self.attention
+
+    def masked_share(self, arch: Architecture) -> float:
+        """The share of layers whose attention gets an explicit mask under sdpa (masking_utils, _ignore_causal_mask_sdpa)."""
+        if self.padded:
+            return 1.0
+        if arch.sliding_window is None or self.sequence_tokens < arch.sliding_window:
+            return 0.0
+        return arch.sliding_layers / arch.layers

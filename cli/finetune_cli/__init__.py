@@ -1,0 +1,1 @@
+"""``finetune``: what a person or a CI pipeline types. Works on files alone; no cluster is needed."""

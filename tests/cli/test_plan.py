@@ -1,0 +1,159 @@
+"""``finetune plan`` answers with its exit code, and says in its output why."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from finetune_cli.__main__ import app
+from tests.planner.cases import model
+from tests.planner.simulator.golden import read_config
+
+FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
+EXAMPLES = Path(__file__).parents[2] / "examples"
+JOB = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: other}
+---
+apiVersion: finetune.dev/v1alpha1
+kind: FineTuneJob
+metadata: {name: support-tone}
+spec:
+  model: {uri: "hf://meta-llama/Meta-Llama-3-8B"}
+  data: {train: [{uri: "s3://acme/train.jsonl"}]}
+  output: {uri: "s3://acme/models"}
+  training: {optimizer: {learningRate: 1e-4}, length: {steps: 100}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(read_config("llama-3-8b")))
+    return path
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def job(folder: Path, text: str = JOB) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_job_that_fits_exits_0_with_a_table_and_a_sentence(tmp_path: Path, config: Path) -> None:
+    result = run(job(tmp_path), "--config", config, "--gpu", "NVIDIA A100 SXM4 80GB")
+    assert result.exit_code == FITS
+    assert "quantization constants" not in result.stdout
+    assert "peak of loading" in result.stdout
+    assert "LoRA on 1 × NVIDIA A100 SXM4 80GB: peak " in result.stdout
+    assert "41,943,040 trainable parameters (0.52 %)" in result.stdout
+    assert "GPU-hours" in result.stdout
+
+
+def test_a_job_that_does_not_fit_exits_3_and_says_what_would(tmp_path: Path, config: Path) -> None:
+    result = run(job(tmp_path), "--config", config, "--gpu-memory", "16Gi")
+    assert result.exit_code == DOES_NOT_FIT
+    assert "too little. It fits with: method.type: QLoRA (" in result.stdout
+
+
+def test_auto_takes_what_fits(tmp_path: Path, config: Path) -> None:
+    result = run(job(tmp_path), "--config", config, "--gpu-memory", "16Gi", "--method", "Auto", "--json")
+    assert result.exit_code == FITS
+    plan = json.loads(result.stdout)
+    assert plan["method"] == "QLoRA"
+    assert plan["fit"]["fits"]
+    assert plan["planned"]["trainableParameters"] == 41_943_040
+
+
+def test_a_learning_rate_of_1e_4_is_a_number_as_kubectl_reads_it(tmp_path: Path, config: Path) -> None:
+    assert run(job(tmp_path), "--config", config, "--gpu", "a100-sxm4-80gb").exit_code == FITS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("a: 1", "has 0 documents of kind FineTuneJob; expected one"),
+        (JOB + "---" + JOB, "has 2 documents of kind FineTuneJob; expected one"),
+        (JOB.replace("v1alpha1", "v9"), "apiVersion is 'finetune.dev/v9'; expected finetune.dev/v1alpha1"),
+        (JOB.replace("training:", "trainig:"), "spec.trainig: Extra inputs are not permitted"),
+        (
+            JOB + "  method: {lora: {rank: 0}}",
+            "spec.method.lora.rank: Input should be greater than or equal to 1 (found 0)",
+        ),
+        (
+            JOB + "  method: {lora: {targetModules: [c_attn]}}",
+            "c_attn is none of this model's linear layers, which are ",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_exits_2_and_says_where(
+    tmp_path: Path, config: Path, text: str, message: str
+) -> None:
+    result = run(job(tmp_path, text), "--config", config, "--gpu", "a10g")
+    assert result.exit_code == BAD_INPUT
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "a10g"], "expected one of --config and --model-folder"),
+        (["--config", "CONFIG"], "expected --gpu or --gpu-memory"),
+        (["--config", "CONFIG", "--gpu", "Voodoo 2"], "Voodoo 2 is not in the table of GPUs"),
+        (["--config", "CONFIG", "--gpu-memory", "much"], "'much' is not a quantity of memory"),
+        (["--config", "/nowhere/config.json", "--gpu", "a10g"], "/nowhere/config.json cannot be read"),
+        (["--gpus", "0", "--config", "CONFIG", "--gpu", "a10g"], "--gpus"),
+    ],
+)
+def test_an_option_that_cannot_be_used_exits_2(tmp_path: Path, config: Path, options: list[str], message: str) -> None:
+    result = run(job(tmp_path), *[str(config) if o == "CONFIG" else o for o in options])
+    assert result.exit_code == BAD_INPUT
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", "{}", '{"model_type": "llama", "hidden_size": "big"}'])
+def test_a_config_that_is_no_decoders_exits_2(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    result = run(job(tmp_path), "--config", tmp_path / "config.json", "--gpu", "a10g")
+    assert result.exit_code == BAD_INPUT
+    assert "config.json" in result.stderr
+
+
+def test_an_unknown_family_needs_its_headers(tmp_path: Path) -> None:
+    """With them its parameters are counted exactly, and the plan says that activations are an estimate."""
+    (tmp_path / "config.json").write_text(json.dumps({**read_config("smollm2-135m"), "model_type": "novel"}))
+    refused = run(job(tmp_path), "--config", tmp_path / "config.json", "--gpu", "a10g")
+    assert refused.exit_code == BAD_INPUT
+    assert "Give --model-folder with its safetensors files" in refused.stderr
+    header = {
+        name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [0, 0]}
+        for name, shape in model("smollm2-135m")[1].items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    result = run(job(tmp_path), "--model-folder", tmp_path, "--gpu", "a10g", "--json")
+    assert result.exit_code == FITS
+    planned = json.loads(result.stdout)["planned"]
+    assert planned["totalParameters"] == 134_515_008
+    assert planned["verified"] is False
+
+
+def test_a_file_that_is_not_safetensors_exits_2(tmp_path: Path, config: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    result = run(job(tmp_path), "--model-folder", config.parent, "--gpu", "a10g")
+    assert result.exit_code == BAD_INPUT
+    assert "model.safetensors is not a safetensors file" in result.stderr
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_can_be_planned(example: Path, config: Path) -> None:
+    assert run(example, "--config", config, "--gpu", "H100-80GB-HBM3").exit_code == FITS

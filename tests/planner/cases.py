@@ -1,0 +1,38 @@
+"""Simulated cases in the planner's words."""
+
+from __future__ import annotations
+
+import functools
+
+from finetune_api.planner import Architecture, Attention, Batch, Request, Shapes, Tuning, describe, parse_config
+from tests.planner.simulator.golden import read_config
+from tests.planner.simulator.step import Case
+
+
+@functools.cache
+def model(name: str) -> tuple[Architecture, Shapes]:
+    """Architecture and shapes of a committed config.json."""
+    arch = parse_config(read_config(name))
+    return arch, describe(arch)
+
+
+def request_for(case: Case) -> Request:
+    """What the planner is asked for a simulated case."""
+    arch, shapes = model(case.model)
+    return Request(
+        architecture=arch,
+        shapes=shapes,
+        tuning=Tuning(
+            rank=case.rank,
+            dropout=case.dropout,
+            target_modules=list(case.target_modules),
+            four_bit=case.quantized,
+            double_quantization=case.double_quantization,
+        ),
+        batch=Batch(
+            sequence_tokens=case.sequence_tokens,
+            micro_batch_sequences=case.micro_batch_sequences,
+            gradient_checkpointing=case.checkpointing,
+            attention=Attention(case.attention),
+        ),
+    )

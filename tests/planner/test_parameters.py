@@ -1,0 +1,152 @@
+"""Parameter counts and weight bytes equal those of PEFT and transformers on the meta device."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune_api.planner import Request, Tuning, UnknownTarget, describe, parameter_shapes, parse_config, plan
+from finetune_api.planner.linears import trainable_parameters
+from finetune_api.spec import LoraBias
+from tests.planner.cases import model
+from tests.planner.simulator.golden import read_config
+from tests.planner.simulator.linear4bit import FakeLinear4bit, quantize
+
+MODELS = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.json"))
+BIASES = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def on_meta(name: str) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**read_config(name)), dtype=torch.bfloat16)
+
+
+@functools.cache
+def parameters_on_meta(name: str) -> dict[str, torch.nn.Parameter]:
+    return dict(on_meta(name).named_parameters())
+
+
+def trainable_by_peft(base: Any, targets: list[str] | str, rank: int, bias: str) -> int:
+    lora = LoraConfig(r=rank, target_modules=targets, bias=bias, task_type="CAUSAL_LM")
+    return sum(p.numel() for p in get_peft_model(base, lora).parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_transformers_name_and_shape(name: str) -> None:
+    _, shapes = model(name)
+    assert shapes == {n: tuple(p.shape) for n, p in parameters_on_meta(name).items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weight_bytes_are_those_of_transformers(name: str) -> None:
+    arch, shapes = model(name)
+    planned = plan(Request(architecture=arch, shapes=shapes))
+    real = parameters_on_meta(name).values()
+    assert planned.weight_bytes == sum(p.numel() * p.element_size() for p in real)
+    assert planned.total_parameters == sum(p.numel() for p in real)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trainable_parameters_are_those_of_peft(name: str) -> None:
+    arch, shapes = model(name)
+    ours = trainable_parameters(shapes, arch, 16, ["all-linear"], LoraBias.NONE)
+    assert ours == trainable_by_peft(on_meta(name), "all-linear", 16, "none")
+
+
+@pytest.mark.parametrize("bias", list(LoraBias))
+@pytest.mark.parametrize("name", ["gpt2", "pythia-1.4b", "qwen2.5-0.5b"])
+def test_trained_biases_are_counted_as_peft_counts_them(name: str, bias: LoraBias) -> None:
+    arch, shapes = model(name)
+    ours = trainable_parameters(shapes, arch, 8, ["all-linear"], bias)
+    assert ours == trainable_by_peft(on_meta(name), "all-linear", 8, BIASES[bias])
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "mixtral-8x7b", "qwen3-0.6b"])
+def test_named_targets_are_counted_as_peft_counts_them(name: str) -> None:
+    arch, shapes = model(name)
+    ours = trainable_parameters(shapes, arch, 16, QKVO, LoraBias.NONE)
+    assert ours == trainable_by_peft(on_meta(name), QKVO, 16, "none")
+
+
+def test_llama_3_8b_at_rank_16_over_the_attention_trains_13_631_488_parameters() -> None:
+    arch, shapes = model("llama-3-8b")
+    planned = plan(Request(architecture=arch, shapes=shapes, tuning=Tuning(target_modules=QKVO)))
+    assert planned.trainable_parameters == 13_631_488
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("name", ["smollm2-135m", "gpt2", "falcon-7b", "mixtral-8x7b", "qwen2-7b"])
+def test_quantized_bytes_are_those_of_the_layers_transformers_replaces(name: str, double: bool) -> None:
+    """Falcon's layers and fused experts are not replaced: they stay in 16 bit."""
+    arch, shapes = model(name)
+    planned = plan(Request(architecture=arch, shapes=shapes, tuning=Tuning(four_bit=True, double_quantization=double)))
+    base = on_meta(name)
+    with torch.device("meta"):
+        quantize(base, double)
+    constants = sum(
+        math.prod(b.shape) * b.element_size()
+        for m in base.modules()
+        if isinstance(m, FakeLinear4bit)
+        for b in m.buffers()
+    )
+    assert planned.weight_bytes == sum(p.numel() * p.element_size() for p in base.parameters())
+    assert planned.quantization_constant_bytes == constants
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_layer_that_bitsandbytes_quantized_holds_what_is_planned(double: bool) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from finetune_api.planner.weights import constants_bytes, packed_bytes
+
+    layer = Linear4bit(192, 320, bias=False, quant_type="nf4", compress_statistics=double)
+    layer.weight.data = torch.randn(320, 192)
+    layer = layer.to("cpu")
+    state = layer.weight.quant_state
+    nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    assert packed_bytes((320, 192)) == layer.weight.numel() * layer.weight.element_size()
+    assert constants_bytes((320, 192), double) == sum(
+        t.numel() * t.element_size() for t in (state.absmax, state.code, *nested)
+    )
+
+
+def test_headers_of_a_checkpoint_give_the_same_as_the_architecture() -> None:
+    """A checkpoint has one tensor an expert, buffers of old, and at times a second copy of a tied head."""
+    for name, extra in (("mixtral-8x7b", {}), ("llama-3.2-1b", {"lm_head.weight": (128256, 2048)})):
+        arch, shapes = model(name)
+        headers: dict[str, tuple[int, ...]] = {"model.layers.0.self_attn.rotary_emb.inv_freq": (64,), **extra}
+        for tensor, shape in shapes.items():
+            headers |= as_published(tensor, shape)
+        assert parameter_shapes(headers, arch) == shapes
+
+
+def as_published(tensor: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    if ".mlp.gate.weight" in tensor:
+        return {tensor.replace("mlp.gate", "block_sparse_moe.gate"): shape}
+    if ".experts." not in tensor:
+        return {tensor: shape}
+    prefix, _, kind = tensor.replace("mlp.experts", "block_sparse_moe.experts").rpartition(".")
+    experts, outputs, inputs = shape
+    names = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[kind]
+    return {f"{prefix}.{e}.{n}.weight": (outputs // len(names), inputs) for e in range(experts) for n in names}
+
+
+def test_a_target_that_matches_nothing_is_named_with_what_exists() -> None:
+    arch, shapes = model("gpt2")
+    with pytest.raises(
+        UnknownTarget, match="q_proj is none of this model's linear layers, which are c_attn, c_fc, c_proj"
+    ):
+        plan(Request(architecture=arch, shapes=shapes, tuning=Tuning(target_modules=["q_proj"])))
+
+
+def test_a_multimodal_configuration_is_read_by_its_text_part() -> None:
+    config = {"model_type": "gemma3", "text_config": read_config("gemma-3-1b")}
+    assert describe(parse_config(config)) == model("gemma-3-1b")[1]
