@@ -80,14 +80,14 @@ def test_a_misfit_says_by_how_much_and_what_to_write_instead() -> None:
 
 
 def test_evaluation_is_named_where_it_needs_the_most() -> None:
-    """Gemma 2 changes its logits, so an evaluation batch needs them all: 16,384 tokens × 256,000 words × 10 bytes."""
-    asked = request("gemma-2-2b")
+    """A 70B in 4 bit, with one short row a step: the 16,384 tokens of an evaluation batch are more."""
+    arch, shapes = model("llama-3-70b")
+    asked = Request(architecture=arch, shapes=shapes, tuning=Tuning(four_bit=True), batch=Batch(sequence_tokens=1024))
     planned = plan(asked)
     assert planned.decisive is Decisive.EVALUATION
-    assert planned.peak_evaluation_bytes > 16384 * 256_000 * 10
-    gpu = find_gpu("a10g")
+    gpu = find_gpu("a40")
     assert "evaluation, in batches of 16384 tokens and 0 prompts, needs the most" in misfit_sentence(
-        "Gemma 2", asked, fit(asked, planned, gpu.usable_bytes), gpu
+        "Llama 3 70B", asked, fit(asked, planned, gpu.usable_bytes), gpu
     )
 
 

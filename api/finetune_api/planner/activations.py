@@ -84,6 +84,6 @@ def evaluation_bytes(arch: Architecture, batch: Batch, forward: int, trainable: 
 
 
 def generation_bytes(arch: Architecture, batch: Batch, forward: int, trainable: int, new_tokens: int) -> int:
-    """Answers to prompts, all in one batch: the prompts' forward pass beside the keys and values of all layers. Not simulated."""
+    """Answers to a batch of prompts: the prompts' forward pass beside the keys and values of all layers. Not simulated."""
     cached = batch.micro_batch_sequences * (batch.sequence_tokens + new_tokens) * 2 * HALF * arch.key_value_size
     return forward + arch.layers * cached + HALF * trainable
