@@ -11,7 +11,7 @@ from finetune_cluster.paths import clusters_root
 from finetune_cluster.processes import kill_and_wait, node_inits
 
 REMOVING = "removing"
-"""A file that stands in the cluster's folder from the first deletion to the last."""
+"""A file that stands in the cluster's folder while there is something left to delete beside it."""
 
 
 def down(name: str) -> bool:
@@ -44,7 +44,8 @@ def remove(instance: Instance) -> None:
         for entry in instance.state.iterdir():
             if entry.name not in ("instance.json", REMOVING):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        (instance.state / "instance.json").unlink()
+        # Nothing is left to be finished: a mark that outlived instance.json would condemn the next cluster of this name.
+        (instance.state / REMOVING).unlink()
         shutil.rmtree(instance.state)
 
 

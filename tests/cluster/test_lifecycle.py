@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 from finetune_cluster.api import Api, condition
-from finetune_cluster.down import down
+from finetune_cluster.down import REMOVING, down, half_removed
 from finetune_cluster.instance import Instance, load, load_or_create
 from finetune_cluster.network import ensure_bridge
 from finetune_cluster.node import stop
@@ -118,6 +119,15 @@ def test_down_leaves_nothing_of_a_half_built_cluster(cluster: Instance, second: 
     after = traces(second)
     assert {kind: after[kind] - before[kind] for kind in before} == {kind: set() for kind in before}
     assert instance is None or processes_of(instance) == set()
+
+
+def test_up_finishes_a_removal_that_was_killed_and_starts_anew(second: str, image: str) -> None:
+    instance = up(second, 1, 1)
+    stop(instance, instance.nodes[0])
+    (instance.state / REMOVING).touch()
+    shutil.rmtree(instance.pki)
+    assert_works(up(second, 1, 1), image)
+    assert not half_removed(instance)
 
 
 def test_down_of_a_cluster_that_is_not_there_is_fine(second: str) -> None:
