@@ -35,9 +35,10 @@ LOGIT_SETTINGS = (
     "lm_head_multiplier",
     "output_multiplier",
 )
-"""Settings by which a model changes its logits after the head: then the loss needs them all at once."""
+"""Settings by which models change their logits after the head (transformers 5.23): then the loss needs them all at once."""
 SOFTCAP = "final_logit_softcapping"
-"""Another one, which the loss applies itself, on chunks."""
+"""Another one, whose meaning is the same in all models that have it (cap · tanh(logits / cap), Gemma above all, with its
+vocabulary of 256k): the loss does it itself, on chunks."""
 
 
 class UnknownArchitecture(ValueError):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from finetune_api.planner.architecture import Architecture
 
 CHUNK_BYTES = 256 << 20
-"""finetune_trainer.train.loss.CHUNK_BYTES: float32 logits of a chunk."""
+"""Most memory that one chunk of float32 logits may take."""
 WHOLE_LOGITS_BYTES = 1 << 30
-"""finetune_trainer.train.loss.WHOLE_LOGITS_BYTES."""
+"""Most memory for an evaluated batch's logits where they come all at once: 512 tokens at a vocabulary of 256k."""
 FULL = 4
 
 

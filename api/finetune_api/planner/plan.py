@@ -27,9 +27,10 @@ FRAGMENTATION = 0.05
 HOST_BYTES = 4 << 30
 """A process with torch and CUDA loaded, and the data loader: an allowance."""
 EVALUATION_TOKENS = 16384
-"""finetune_trainer.train.evaluate.TOKENS_PER_BATCH on a GPU."""
+"""Most tokens of a batch of held-out rows on a GPU."""
 ANSWERED_AT_ONCE, ANSWER_TOKENS = 8, 8192
-"""The same module's bounds on a batch of prompts and their answers."""
+"""Prompts that are answered together, and their tokens, answers included. They bound the cache of keys and values: an 8B with
+grouped-query attention keeps 128 KiB a token, so a gibibyte."""
 
 
 class Decisive(StrEnum):

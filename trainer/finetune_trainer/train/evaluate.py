@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 
+from finetune_api.planner.plan import ANSWER_TOKENS, ANSWERED_AT_ONCE, EVALUATION_TOKENS
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import IGNORED, Rows, batches_by_length, collate
 
 log = logging.getLogger(__name__)
 
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": EVALUATION_TOKENS}
 """Most tokens of a batch, where its logits allow (see LearnedTokenLoss.batch_tokens)."""
-ANSWERED_AT_ONCE = 8
-ANSWER_TOKENS = 8192
-"""Together they bound the cache of keys and values: an 8B with grouped-query attention keeps 128 KiB a token, so a gibibyte."""
 
 
 @dataclass(frozen=True)

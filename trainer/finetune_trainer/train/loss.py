@@ -11,24 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from finetune_api.planner.architecture import LOGIT_SETTINGS, SOFTCAP
+from finetune_api.planner.loss_memory import CHUNK_BYTES, WHOLE_LOGITS_BYTES
 from finetune_trainer.train.rows import IGNORED, Batch
 
 log = logging.getLogger(__name__)
-
-CHUNK_BYTES = 256 << 20
-"""Most memory that one chunk of float32 logits may take."""
-WHOLE_LOGITS_BYTES = 1 << 30
-"""Most memory for an evaluated batch's logits where they come all at once: 512 tokens at a vocabulary of 256k."""
-LOGIT_SETTINGS = (
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
-"""Settings by which models change their logits after the head (transformers 5.23)."""
-SOFTCAP = "final_logit_softcapping"
-"""Another one, whose meaning is the same in all models that have it (cap · tanh(logits / cap), Gemma above all, with its
-vocabulary of 256k): it is done here, on chunks."""
 
 
 def head_stands_apart(config: Any) -> bool:
