@@ -130,7 +130,7 @@ def test_an_unreachable_endpoint_is_waited_for_until_the_timeout(space: Space) -
 
 
 def test_an_unreachable_endpoint_heals_when_it_answers(space: Space) -> None:
-    """A Service without pods behind it is an endpoint that refuses connections; it gets the store's pods."""
+    """The endpoint's name stands for a host that does not exist, and then for the store."""
     service = {
         "apiVersion": "v1",
         "kind": "Service",
