@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -65,6 +66,12 @@ def addons_file(instance: Instance) -> Path:
 def pause_image(binaries: Binaries) -> str:
     """Name of the image of every pod's first container; it changes with the program in it."""
     return f"finetune.dev/podtool:{content_tag(binaries.podtool)}"
+
+
+def sandbox_image(instance: Instance, node: Node) -> str:
+    """Name of the image without which the node's containerd starts no pod."""
+    config = tomllib.loads((instance.folder(node) / "containerd.toml").read_text())
+    return str(config["plugins"]["io.containerd.grpc.v1.cri"]["sandbox_image"])
 
 
 def start(instance: Instance, node: Node, binaries: Binaries) -> int:

@@ -15,13 +15,14 @@ from finetune_cluster.dns import resolves, wait_resolves
 from finetune_cluster.down import half_removed, remove
 from finetune_cluster.instance import DOMAIN, Instance, Node, load, load_or_create
 from finetune_cluster.locks import locked, write_atomically
-from finetune_cluster.node import GPU_RESOURCE, addons_file, configure, pause_image, plane_of, start
+from finetune_cluster.node import GPU_RESOURCE, addons_file, configure, pause_image, plane_of, sandbox_image, start
 from finetune_cluster.packages import NODE, ensure_packages
 from finetune_cluster.paths import cache_root, clusters_root
 from finetune_cluster.processes import node_inits
 
 KUBERNETES_NAME = f"kubernetes.default.svc.{DOMAIN}"
 NODES = "/api/v1/nodes"
+ACCOUNTS = "/api/v1/namespaces/default/serviceaccounts"
 
 
 def up(
@@ -64,13 +65,7 @@ def up(
             with step("Waiting for nodes, DNS and the default service account"):
                 for node in instance.nodes:
                     _wait_node(api, instance, node, gpu_product, started.get(node.name, 0))
-                api.wait(
-                    "/api/v1/namespaces/default/serviceaccounts",
-                    "default",
-                    lambda _: True,
-                    60,
-                    "service account `default` exists",
-                )
+                api.wait(ACCOUNTS, "default", lambda _: True, 60, "service account `default` exists")
         say(
             f"Cluster {name} is up after {time.monotonic() - begin:.0f} s: {len(instance.nodes)} node(s), {instance.server}"
         )
@@ -89,9 +84,11 @@ def healthy(instance: Instance) -> bool:
         if not api.ready():
             return False
         live = {item["metadata"]["name"]: item for item in api.get(NODES)["items"]}
-    return all(
+        accounts = {item["metadata"]["name"] for item in api.get(ACCOUNTS)["items"]}
+    return "default" in accounts and all(
         node.name in live
         and _node_is_as_wanted(live[node.name], node)
+        and _has_sandbox_image(instance, node, inits[node.name])
         and resolves(instance.address(node), KUBERNETES_NAME)
         for node in instance.nodes
     )
@@ -123,6 +120,13 @@ def _ensure_pause_image(instance: Instance, binaries: Binaries) -> None:
             if not archive.exists():
                 make_image(archive, tag, {"/pause": binaries.podtool, "/podtool": binaries.podtool}, ["/pause"])
             import_archive(init, archive)
+
+
+def _has_sandbox_image(instance: Instance, node: Node, init: int) -> bool:
+    try:
+        return sandbox_image(instance, node) in image_names(init)
+    except ClusterError:
+        return False  # containerd does not answer
 
 
 def _wait_node(api: Api, instance: Instance, node: Node, gpu_product: str | None, started: float) -> None:

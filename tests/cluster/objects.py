@@ -5,6 +5,7 @@ from typing import Any
 NAMESPACE = "default"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
 JOBS = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
+EVENTS = f"/api/v1/namespaces/{NAMESPACE}/events"
 Object = dict[str, Any]
 
 

@@ -1,5 +1,6 @@
 """up and down, from and into any state, beside another cluster that keeps running."""
 
+import json
 import os
 import random
 import shutil
@@ -12,15 +13,17 @@ import httpx
 import pytest
 
 from finetune_cluster.api import Api, condition
+from finetune_cluster.console import ClusterError
+from finetune_cluster.containerd import ctr
 from finetune_cluster.down import REMOVING, down, half_removed
 from finetune_cluster.instance import Instance, load, load_or_create
 from finetune_cluster.network import ensure_bridge
-from finetune_cluster.node import stop
+from finetune_cluster.node import sandbox_image, stop
 from finetune_cluster.paths import module_root
 from finetune_cluster.processes import node_inits, programs
 from finetune_cluster.status import cluster_status
 from finetune_cluster.up import NODES, healthy, up
-from tests.cluster.objects import JOBS, PODS, container, job, pod, termination
+from tests.cluster.objects import EVENTS, JOBS, PODS, container, job, pod, termination
 from tests.cluster.traces import processes_of, traces
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -43,10 +46,21 @@ def assert_works(instance: Instance, image: str) -> None:
     with Api(instance.kubeconfig) as api:
         name = f"works-{time.monotonic_ns()}"
         api.create(JOBS, job(name, container(image, "reach", "kubernetes.default.svc:443", "20"), backoff_limit=0))
-        ended = api.wait(
-            JOBS, name, lambda j: bool(condition(j, "Complete") or condition(j, "Failed")), 60, "job has ended"
-        )
+        try:
+            ended = api.wait(
+                JOBS, name, lambda j: bool(condition(j, "Complete") or condition(j, "Failed")), 60, "job has ended"
+            )
+        except ClusterError as error:
+            raise AssertionError(f"{error}\n{account(api, name)}") from error
         assert condition(ended, "Complete") == "True", "a pod reaches the API server by its service's name"
+
+
+def account(api: Api, job_name: str) -> str:
+    """What happened to a Job's pods."""
+    pods = [p for p in api.get(PODS)["items"] if p["metadata"]["name"].startswith(job_name)]
+    events = [e for e in api.get(EVENTS)["items"] if e["involvedObject"]["name"].startswith(job_name)]
+    told = [f"{e['reason']} × {e.get('count', 1)}: {e['message']}" for e in events]
+    return "\n".join([*(json.dumps(p["status"], indent=1) for p in pods), *told])
 
 
 def test_up_again_changes_nothing(cluster: Instance) -> None:
@@ -77,6 +91,14 @@ def test_up_works_after_it_was_killed_at_any_moment(cluster: Instance, second: s
             process.wait()
     assert_works(up(second, 1, 1), image)
     assert healthy(cluster)
+
+
+def test_up_repairs_a_node_without_the_image_that_every_pod_needs(second: str, image: str) -> None:
+    instance = up(second, 1, 1)
+    [init] = node_inits(instance).values()
+    ctr(init, "images", "remove", "--sync", sandbox_image(instance, instance.nodes[0]))
+    assert not healthy(instance)
+    assert_works(up(second, 1, 1), image)
 
 
 def test_two_at_once_do_not_disturb_each_other(second: str, image: str) -> None:

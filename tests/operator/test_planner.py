@@ -269,6 +269,23 @@ def test_more_executions_than_status_holds_are_counted_once_each() -> None:
     assert w.status.active_seconds == spent
 
 
+def test_attempts_that_start_in_one_second_stand_in_the_order_of_their_stages() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.pods = {name: replace(pod, uid="z" + pod.uid) for name, pod in w.pods.items()}  # the later one's uid sorts first
+    w.run_pod()
+    w.settle()
+    w.end_pod(0, success(Stage.PREPARE))
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.settle()
+    assert [a.stage for a in w.status.attempts] == ["prepare", "train"]
+    assert len({a.started_at for a in w.status.attempts}) == 1
+    assert w.settle().idle
+
+
 def test_the_time_of_a_pod_that_was_lost_with_its_node_counts() -> None:
     w = in_training(activeDeadlineSeconds=3600)
     w.tick(100)

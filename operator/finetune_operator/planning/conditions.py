@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
+from finetune_api.names import Stage
 from finetune_api.status import AttemptStatus, Condition, ConditionType, FineTuneJobStatus
 from finetune_operator.planning.clock import parse_time, rfc3339
 
@@ -62,6 +63,7 @@ def apply_wishes(before: FineTuneJobStatus, wishes: Iterable[Wish], generation: 
     return sorted(result.values(), key=_rank)
 
 
+_STAGES = {stage.value: i for i, stage in enumerate(Stage)}
 _ORDER = {t.value: i for i, t in enumerate(ConditionType)}
 
 
@@ -69,9 +71,12 @@ def _rank(condition: Condition) -> tuple[int, str]:
     return _ORDER.get(condition.type, len(_ORDER)), condition.type
 
 
-def attempt_rank(attempt: AttemptStatus) -> tuple[str, str]:
-    """Attempts stand in the order in which they started."""
-    return attempt.started_at or attempt.finished_at or "", attempt.execution_id
+def attempt_rank(attempt: AttemptStatus) -> tuple[str, int, str]:
+    """Attempts stand in the order in which they started.
+
+    Kubernetes' times are whole seconds; within one the stages' order decides.
+    """
+    return attempt.started_at or attempt.finished_at or "", _STAGES.get(attempt.stage, len(_STAGES)), attempt.execution_id
 
 
 def in_order(status: FineTuneJobStatus) -> FineTuneJobStatus:
