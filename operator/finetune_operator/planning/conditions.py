@@ -76,7 +76,11 @@ def attempt_rank(attempt: AttemptStatus) -> tuple[str, int, str]:
 
     Kubernetes' times are whole seconds; within one the stages' order decides.
     """
-    return attempt.started_at or attempt.finished_at or "", _STAGES.get(attempt.stage, len(_STAGES)), attempt.execution_id
+    return (
+        attempt.started_at or attempt.finished_at or "",
+        _STAGES.get(attempt.stage, len(_STAGES)),
+        attempt.execution_id,
+    )
 
 
 def in_order(status: FineTuneJobStatus) -> FineTuneJobStatus:
