@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import IO
 
 from finetune_cluster.console import ClusterError, run
-from finetune_cluster.node import containerd_address
+from finetune_cluster.instance import Instance, Node
+from finetune_cluster.node import containerd_address, sandbox_image
 
 NAMESPACE = "k8s.io"  # where the kubelet's images are
 
@@ -34,6 +35,14 @@ def wait_containerd(init: int, seconds: float = 120) -> None:
 def image_names(init: int) -> set[str]:
     """Full names of the images on the node."""
     return set(ctr(init, "images", "list", "-q").split())
+
+
+def has_sandbox_image(instance: Instance, node: Node, init: int) -> bool:
+    """Whether the node could start a pod: containerd answers, and has the image of every pod's first container."""
+    try:
+        return sandbox_image(instance, node) in image_names(init)
+    except ClusterError:
+        return False
 
 
 def blobs(init: int) -> set[str]:

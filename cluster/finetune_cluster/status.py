@@ -8,6 +8,7 @@ from rich.table import Table
 from finetune_cluster import network
 from finetune_cluster.api import Api, Object, condition
 from finetune_cluster.console import ClusterError
+from finetune_cluster.containerd import has_sandbox_image
 from finetune_cluster.dns import resolves
 from finetune_cluster.instance import Instance, Node
 from finetune_cluster.node import GPU_RESOURCE
@@ -34,6 +35,7 @@ class NodeStatus:
     ready: str
     gpus: str
     dns: bool
+    sandbox_image: bool
     version: str = ""
     programs: list[ProgramStatus] = field(default_factory=list)
     images: dict[str, int] = field(default_factory=dict)
@@ -55,7 +57,9 @@ class ClusterStatus:
     @property
     def healthy(self) -> bool:
         """Whether all of it runs and answers."""
-        return self.api_ready and all(node.running and node.ready == "True" and node.dns for node in self.nodes)
+        return self.api_ready and all(
+            node.running and node.ready == "True" and node.dns and node.sandbox_image for node in self.nodes
+        )
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -97,6 +101,7 @@ def _node_status(instance: Instance, node: Node, init: int | None, item: Object)
         ready=condition(item, "Ready") or "Unknown",
         gpus=status.get("allocatable", {}).get(GPU_RESOURCE, "0"),
         dns=init is not None and resolves(instance.address(node), KUBERNETES_NAME),
+        sandbox_image=init is not None and has_sandbox_image(instance, node, init),
         version=status.get("nodeInfo", {}).get("kubeletVersion", ""),
         programs=[ProgramStatus(p.program, p.pid, resident_mib(p.pid)) for p in (programs(init) if init else [])],
         images=images,
@@ -124,9 +129,20 @@ def show(status: ClusterStatus) -> None:
         ("Services", status.services),
     ):
         console.print(f"  {label:<12} {value}", highlight=False)
-    table = Table("Node", "Address", "Runs", "Ready", "DNS", "GPUs", "Version", box=None, pad_edge=False)
+    table = Table(
+        "Node", "Address", "Runs", "Ready", "DNS", "Sandbox image", "GPUs", "Version", box=None, pad_edge=False
+    )
     for node in status.nodes:
-        table.add_row(node.name, node.address, _yes(node.running), node.ready, _yes(node.dns), node.gpus, node.version)
+        table.add_row(
+            node.name,
+            node.address,
+            _yes(node.running),
+            node.ready,
+            _yes(node.dns),
+            _yes(node.sandbox_image),
+            node.gpus,
+            node.version,
+        )
     console.print(table)
     programs_table = Table("Program", "Node", "Pid", "Memory", box=None, pad_edge=False)
     for node in status.nodes:

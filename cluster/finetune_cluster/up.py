@@ -10,12 +10,12 @@ from finetune_cluster.api import Api, Object, condition
 from finetune_cluster.archive import make_image
 from finetune_cluster.binaries import Binaries, ensure_binaries
 from finetune_cluster.console import ClusterError, say, step
-from finetune_cluster.containerd import image_names, import_archive, wait_containerd
+from finetune_cluster.containerd import has_sandbox_image, image_names, import_archive, wait_containerd
 from finetune_cluster.dns import resolves, wait_resolves
 from finetune_cluster.down import half_removed, remove
 from finetune_cluster.instance import DOMAIN, Instance, Node, load, load_or_create
 from finetune_cluster.locks import locked, write_atomically
-from finetune_cluster.node import GPU_RESOURCE, addons_file, configure, pause_image, plane_of, sandbox_image, start
+from finetune_cluster.node import GPU_RESOURCE, addons_file, configure, pause_image, plane_of, start
 from finetune_cluster.packages import NODE, ensure_packages
 from finetune_cluster.paths import cache_root, clusters_root
 from finetune_cluster.processes import node_inits
@@ -88,7 +88,7 @@ def healthy(instance: Instance) -> bool:
     return "default" in accounts and all(
         node.name in live
         and _node_is_as_wanted(live[node.name], node)
-        and _has_sandbox_image(instance, node, inits[node.name])
+        and has_sandbox_image(instance, node, inits[node.name])
         and resolves(instance.address(node), KUBERNETES_NAME)
         for node in instance.nodes
     )
@@ -120,13 +120,6 @@ def _ensure_pause_image(instance: Instance, binaries: Binaries) -> None:
             if not archive.exists():
                 make_image(archive, tag, {"/pause": binaries.podtool, "/podtool": binaries.podtool}, ["/pause"])
             import_archive(init, archive)
-
-
-def _has_sandbox_image(instance: Instance, node: Node, init: int) -> bool:
-    try:
-        return sandbox_image(instance, node) in image_names(init)
-    except ClusterError:
-        return False  # containerd does not answer
 
 
 def _wait_node(api: Api, instance: Instance, node: Node, gpu_product: str | None, started: float) -> None:

@@ -98,6 +98,7 @@ def test_up_repairs_a_node_without_the_image_that_every_pod_needs(second: str, i
     [init] = node_inits(instance).values()
     ctr(init, "images", "remove", "--sync", sandbox_image(instance, instance.nodes[0]))
     assert not healthy(instance)
+    assert not cluster_status(instance).healthy
     assert_works(up(second, 1, 1), image)
 
 
