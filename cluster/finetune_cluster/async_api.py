@@ -72,7 +72,7 @@ class AsyncApi:
                         raise RefusedError(f"{method} {path}: {response.status} {await response.text()}")
             except (aiohttp.ClientError, TimeoutError) as error:
                 log.info("%s %s: trying again after %r", method, path, error)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # busy or restarting: nothing tells when it is over
         raise RefusedError(f"{method} {path}: no answer after {TRIES} tries")
 
     async def events(self, path: str, version: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
@@ -94,4 +94,4 @@ class AsyncApi:
                         version = event["object"]["metadata"]["resourceVersion"]
             except (aiohttp.ClientError, TimeoutError) as error:
                 log.info("watch of %s broke, going on from %s: %r", path, version, error)
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.1)  # the same

@@ -35,7 +35,7 @@ def step(what: str) -> Iterator[None]:
     thread.start()
     try:
         yield
-    except BaseException:
+    except BaseException:  # whatever it was, Ctrl-C too: told, and raised again
         done.set()
         say(f"  failed after {time.monotonic() - start:.1f} s: {what}")
         raise

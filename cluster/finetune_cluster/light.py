@@ -71,7 +71,7 @@ class LightCluster:
             for component in COMPONENTS:
                 self.start(component)
             self.wait_ready()
-        except BaseException:
+        except BaseException:  # __exit__ is not called now: whatever it was, no component may stay behind
             self._end()
             raise
         return self

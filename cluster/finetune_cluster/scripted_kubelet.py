@@ -69,7 +69,7 @@ class ScriptedKubelet:
                 asyncio.create_task(self._guard(self._watch, version)),
                 asyncio.create_task(self._guard(renew_leases, self._api, self._free)),
             ]
-        except BaseException:
+        except BaseException:  # __aexit__ is not called now: whatever it was, the connection is closed
             await self._api.close()
             raise
         return self
@@ -125,7 +125,7 @@ class ScriptedKubelet:
             await work(*given, **named)
         except asyncio.CancelledError:
             raise
-        except Exception as error:
+        except Exception as error:  # of a test's script, so it may be anything: kept for the test to see
             log.exception("scripted kubelet failed")
             self.errors.append(error)
 

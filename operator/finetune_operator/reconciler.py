@@ -75,7 +75,7 @@ class Reconciler:
                 await self._refresh_after(key, problem)
             except asyncio.CancelledError:
                 raise
-            except Exception:
+            except Exception:  # an error of ours over one job: the worker must go on with the others
                 metrics.RECONCILE_ERRORS.inc()
                 logger.exception("%s: reconcile failed; again in %.1f s", key, self._queue.retry(key))
             finally:
