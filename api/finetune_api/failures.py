@@ -21,6 +21,14 @@ class Consequence(StrEnum):
     """May pass: repeated up to recovery.maxFailures times."""
     WAIT = "Wait"
     """Something is missing that somebody can mend: waited for, up to pendingTimeoutSeconds."""
+    REPLACE = "Replace"
+    """Came from outside: the execution is replaced, and that counts against nothing (see MAX_FRUITLESS)."""
+
+
+MAX_FRUITLESS = 20
+"""Executions of a stage that may be interrupted one after the other without any getting farther than the one before."""
+MAX_RETURNS = 3
+"""How often training may hand its GPU back and start at prepare again because something that it waited for did not appear."""
 
 
 class Reason(StrEnum):
@@ -40,10 +48,17 @@ class Reason(StrEnum):
     NO_GPU = "NoGPU"
     NON_FINITE_LOSS = "NonFiniteLoss"
     VERIFICATION_FAILED = "VerificationFailed"
+    DIVERGED = "Diverged"
+    USER_CODE = "UserCode"
     OUT_OF_MEMORY = "OutOfMemory"
+    DISK_FULL = "DiskFull"
+    HUNG = "Hung"
+    RANK_FAILURE = "RankFailure"
+    SUPERSEDED = "Superseded"
     INTERRUPTED = "Interrupted"
     UNKNOWN = "Unknown"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
+    STORAGE_FULL = "StorageFull"
     HUB_UNAVAILABLE = "HubUnavailable"
     SECRET_MISSING = "SecretMissing"
     # Seen by the operator from outside the container, so without an exit code.
@@ -53,6 +68,7 @@ class Reason(StrEnum):
     NODE_LOST = "NodeLost"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     EVICTED = "Evicted"
+    PREEMPTED = "Preempted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     PENDING_TIMEOUT = "PendingTimeout"
     NAME_CONFLICT = "NameConflict"
@@ -70,6 +86,10 @@ class Failure:
     advice: str
     other_advice: dict[Stage, str] = field(default_factory=dict)
     """Where a stage's resources are not the spec's to change: the CPU stages get the operator's."""
+    healed_in_pod: str = ""
+    """What the training pod does about it by itself, before anything else sees it."""
+    simulated: bool = False
+    """Tests raise the library's real exception at a chosen step, because only a GPU can cause it."""
 
     def advice_in(self, stage: Stage) -> str:
         """What to do if it happened in a stage."""
@@ -83,14 +103,16 @@ def _row(
     meaning: str,
     advice: str,
     other_advice: dict[Stage, str] | None = None,
+    healed_in_pod: str = "",
+    simulated: bool = False,
 ) -> Failure:
-    return Failure(reason, code, consequence, meaning, advice, other_advice or {})
+    return Failure(reason, code, consequence, meaning, advice, other_advice or {}, healed_in_pod, simulated)
 
 
 _CPU_MEMORY = "Have the platform team raise cpuStages.limits.memory in the operator's chart: compute.memory is the training pod's."
 
 
-_F, _R, _W = Consequence.FAIL, Consequence.RETRY, Consequence.WAIT
+_F, _R, _W, _I = Consequence.FAIL, Consequence.RETRY, Consequence.WAIT, Consequence.REPLACE
 
 FAILURES: dict[Reason, Failure] = {
     f.reason: f
@@ -179,16 +201,66 @@ FAILURES: dict[Reason, Failure] = {
             "Do not use the artifacts. Check the base model's revision and the bucket, then run the job again.",
         ),
         _row(
+            Reason.DIVERGED,
+            24,
+            _F,
+            "The training loss rose far above where it began, and stayed there.",
+            "Lower training.optimizer.learningRate or lengthen training.warmup; recovery.stopOnDivergence: false trains on.",
+        ),
+        _row(
+            Reason.USER_CODE,
+            25,
+            _F,
+            "Code that came with the model or the image failed.",
+            "Mend the code that the message names, or set model.trustRemoteCode: false if transformers knows the model itself.",
+        ),
+        _row(
             Reason.OUT_OF_MEMORY,
             40,
             _F,
-            "The GPU's memory did not suffice.",
-            "Use QLoRA, a smaller training.microBatchSequences or training.maxSequenceTokens.",
+            "The GPU's memory did not suffice, and nothing that recovery.outOfMemory.actions allows is left to try.",
+            "Use QLoRA or a smaller training.maxSequenceTokens, or allow ShorterSequences in recovery.outOfMemory.actions.",
+            healed_in_pod=(
+                "training goes on from the last completed step with half the micro-batch and twice the accumulation, then with "
+                "gradient checkpointing, then with what else `recovery.outOfMemory.actions` allows"
+            ),
+            simulated=True,
+        ),
+        _row(
+            Reason.DISK_FULL,
+            42,
+            _R,
+            "The container's disk is full.",
+            "Raise compute.ephemeralStorage, so that the pod gets a node with more room.",
+        ),
+        _row(
+            Reason.HUNG,
+            43,
+            _R,
+            "Training showed no sign of life for recovery.hungTimeoutSeconds.",
+            "Read the pod's log: it holds the stack of every thread. If single steps take so long, raise recovery.hungTimeoutSeconds.",
+            healed_in_pod="the processes are started again from the last checkpoint, up to twice",
+        ),
+        _row(
+            Reason.RANK_FAILURE,
+            44,
+            _R,
+            "A training process died, or the ranks lost each other.",
+            "Read the pod's log for what the rank said last. Repeated failures on one node point to its GPU or network.",
+            healed_in_pod="the processes are started again from the last checkpoint, up to twice",
+            simulated=True,
+        ),
+        _row(
+            Reason.SUPERSEDED,
+            45,
+            _R,
+            "Another execution of this job has taken over.",
+            "Nothing to do, unless two clusters run the same FineTuneJob into the same bucket: then delete one of them.",
         ),
         _row(
             Reason.INTERRUPTED,
             60,
-            _R,
+            _I,
             "The container was told to stop or was killed from outside.",
             "Nothing to do: it is started again.",
         ),
@@ -199,6 +271,13 @@ FAILURES: dict[Reason, Failure] = {
             _W,
             "The object store cannot be reached.",
             "Check the endpoint and the network path to it.",
+        ),
+        _row(
+            Reason.STORAGE_FULL,
+            64,
+            _W,
+            "The bucket takes no more data.",
+            "Free space in the bucket or raise its quota.",
         ),
         _row(
             Reason.HUB_UNAVAILABLE,
@@ -244,10 +323,10 @@ FAILURES: dict[Reason, Failure] = {
         ),
         _row(
             Reason.HOST_OUT_OF_MEMORY,
-            None,
+            41,
             _R,
             "The container used more memory than its limit and was killed.",
-            "Raise compute.memory.",
+            "Raise compute.memory, or let it grow by itself with recovery.outOfMemory.maxMemory.",
             {Stage.PREPARE: _CPU_MEMORY, Stage.PUBLISH: _CPU_MEMORY},
         ),
         _row(
@@ -266,6 +345,13 @@ FAILURES: dict[Reason, Failure] = {
                     "operator's chart, to what the stage needs."
                 ),
             },
+        ),
+        _row(
+            Reason.PREEMPTED,
+            None,
+            _I,
+            "The pod had to make room: for a pod of higher priority, for the queue, or because its node is drained.",
+            "Nothing to do: it goes on from its last checkpoint when it gets a place.",
         ),
         _row(
             Reason.DEADLINE_EXCEEDED,
@@ -306,6 +392,15 @@ PERMANENT_EXIT_CODES: tuple[int, ...] = tuple(
 )
 """Exit codes after which a Job must not start another pod (podFailurePolicy FailJob)."""
 
+HANDED_BACK_EXIT_CODES: tuple[int, ...] = tuple(
+    sorted(f.exit_code for f in FAILURES.values() if f.exit_code is not None and f.consequence is Consequence.WAIT)
+)
+"""Exit codes of a training pod that waited as long as it may hold a GPU for nothing: its Job ends, and prepare waits instead."""
+
+INTERRUPTED_EXIT_CODES = (60, 130, 137, 143)
+"""Exit codes that do not count against recovery.maxFailures: told to stop, or a signal from outside. 137 may also be the
+container's own memory limit; the operator counts those that the kubelet calls OOMKilled."""
+
 
 def by_exit_code(code: int) -> Failure:
     """The failure that an exit code stands for; any code that is not in the table is Unknown.
@@ -313,6 +408,6 @@ def by_exit_code(code: int) -> Failure:
     130, 137 and 143 are signals from outside. (Where it was the container's own memory limit that killed it, the kubelet says
     OOMKilled beside the 137, and that is looked at first.)
     """
-    if code in (130, 137, 143):
+    if code in INTERRUPTED_EXIT_CODES:
         return FAILURES[Reason.INTERRUPTED]
     return _BY_EXIT_CODE.get(code, FAILURES[Reason.UNKNOWN])

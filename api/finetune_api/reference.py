@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune_api import API_VERSION, KIND
 from finetune_api.crd import custom_resource_definition
-from finetune_api.failures import FAILURES, Consequence, Failure
+from finetune_api.failures import FAILURES, MAX_FRUITLESS, MAX_RETURNS, Consequence, Failure
 from finetune_api.names import Stage
 from finetune_api.results import Manifest
 
@@ -24,7 +24,18 @@ _CONSEQUENCES = {
     Consequence.FAIL: "the job fails at once",
     Consequence.RETRY: "tried again, up to `recovery.maxFailures` times",
     Consequence.WAIT: "waited for, up to `pendingTimeoutSeconds`",
+    Consequence.REPLACE: "replaced, not counted",
 }
+_LIMITS = f"""## What follows, and how often
+
+- **Tried again**: the Job controller replaces the pod after 10 s, then 20 s, 40 s … up to 10 minutes, and the job fails when
+  `recovery.maxFailures` executions of the stage have failed so. What came from outside does not count.
+- **Replaced, not counted**: by the Job controller too, with the same pauses; under Kueue the Job keeps its Workload, and with it
+  its place. The job fails only when {MAX_FRUITLESS} executions in a row got no step farther.
+- **Waited for**: in the CPU stages for as long as `pendingTimeoutSeconds` allows. A training pod waits ten minutes, then gives its GPU
+  back: the job starts at prepare again, which waits without a GPU, up to {MAX_RETURNS} times.
+- In every case training goes on from its newest checkpoint, on the same rows.
+"""
 
 
 def api_page() -> str:
@@ -86,14 +97,17 @@ def failures_page() -> str:
         f"{_MARK}# Why a job waits or fails\n",
         "The reason stands under the same name in the condition, the Event, the container's termination message and its "
         "exit code.\n",
-        "| reason | exit code | meaning | what follows | what to do |",
-        "|---|---|---|---|---|",
+        "| reason | exit code | meaning | what follows | what to do | tested |",
+        "|---|---|---|---|---|---|",
     ]
     for failure in FAILURES.values():
         code = "" if failure.exit_code is None else str(failure.exit_code)
         follows, advice = _CONSEQUENCES[failure.consequence], _advice(failure)
-        lines.append(f"| `{failure.reason}` | {code} | {failure.meaning} | {follows} | {advice} |")
-    return "\n".join(lines) + "\n"
+        if failure.healed_in_pod:
+            follows = f"in the pod: {failure.healed_in_pod}; then {follows}"
+        tested = "simulated" if failure.simulated else "produced"
+        lines.append(f"| `{failure.reason}` | {code} | {failure.meaning} | {follows} | {advice} | {tested} |")
+    return "\n".join([*lines, "", _LIMITS])
 
 
 def _advice(failure: Failure) -> str:

@@ -10,7 +10,9 @@ Layout below ``<output.uri>/<name>-<uid8>/``::
 and below the workspace (``workspace/`` there by default)::
 
     prepare/train.parquet, prepare/held_out.parquet, prepare/prompts.json, prepare/result.json (last)
+    train/owner.json (the execution that may write), train/base.json (evaluation of the base), train/split.json
     train/result.json (last)
+    checkpoints/<step, 8 digits>-<execution id>/… and complete.json (last)
     attempts/<stage>-<execution id>.json (when an execution begins)
 
 ``prepare/*.parquet``: columns ``row`` int64 (position in the concatenated sources), ``source`` string ("file:line"),
@@ -25,10 +27,12 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import ApiModel
+from finetune_api.progress import Restart, Split
 
 PREPARED_VERSION = 1
 RESULT_VERSION = 1
 MANIFEST_VERSION = 1
+CHECKPOINT_VERSION = 1
 
 PREPARE_RESULT = "prepare/result.json"
 PREPARED_TRAIN = "prepare/train.parquet"
@@ -42,6 +46,11 @@ METRICS_FILE = "reports/metrics.jsonl"
 ANSWERS_FILE = "reports/answers.json"
 MANIFEST = "manifest.json"
 ATTEMPTS_DIR = "attempts"
+CHECKPOINTS_DIR = "checkpoints"
+CHECKPOINT_MARKER = "complete.json"
+TRAIN_OWNER = "train/owner.json"
+BASE_EVALUATION = "train/base.json"
+TRAIN_SPLIT = "train/split.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -156,6 +165,42 @@ class Verification(ApiModel):
     tolerance: float
 
 
+class TrainOwner(ApiModel):
+    """``train/owner.json``: the execution that may write checkpoints and results. A later one takes it over; the earlier one
+    finds that out before it completes anything."""
+
+    execution_id: str
+    number: Annotated[int, Field(ge=1)]
+    """Grows by one with each execution."""
+
+
+class CheckpointMarker(ApiModel):
+    """``checkpoints/<step>-<execution id>/complete.json``: written last. A checkpoint without it does not exist."""
+
+    version: int = CHECKPOINT_VERSION
+    snapshot_digest: Sha256
+    execution_id: str
+    execution_number: int
+    step: Annotated[int, Field(ge=0)]
+    total_steps: int
+    split: Split
+    world_size: int = 1
+    held_out_loss: float | None = None
+    """Measured at this step, where one was."""
+    created_at: str
+    files: list[FileRecord]
+    """Paths relative to the checkpoint's folder."""
+
+
+class BaseEvaluation(ApiModel):
+    """``train/base.json``: what the base model was measured at before training, so that it is measured once."""
+
+    snapshot_digest: Sha256
+    nll: list[float]
+    tokens: list[int]
+    answers: list[str]
+
+
 class Answer(ApiModel):
     """One held-out prompt, what was expected, and what base and tuned model answer (greedy)."""
 
@@ -218,6 +263,14 @@ class TrainResult(ApiModel):
     trainable_parameters: int
     device: str
     versions: dict[str, str]
+    selected_step: int | None = None
+    """The step whose weights these are, where it is not the last (output.select: Best)."""
+    resumed_from_steps: list[int] = []
+    """Steps whose checkpoints training went on from, in order."""
+    split: Split | None = None
+    """How steps were cut at the end."""
+    restarts: list[Restart] = []
+    """Restarts inside pods, all executions'."""
 
 
 class MergeCheck(ApiModel):
@@ -280,6 +333,7 @@ class TrainReport(ApiModel):
     verification: Verification
     adapter_bytes: int
     device: str
+    selected_step: int | None = None
 
 
 class PublishReport(ApiModel):

@@ -374,6 +374,10 @@ class Evaluation(ApiModel):
     """What is measured on the held-out rows."""
 
     generation: Generation = Field(default_factory=Generation)
+    interval_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        None,
+        description="Measure the held-out loss every so many optimizer steps too, not only before and after training.",
+    )
 
 
 class Gpu(ApiModel):
@@ -408,11 +412,86 @@ class Queue(ApiModel):
     priority_class_name: Name | None = Field(None, description="Kueue WorkloadPriorityClass of the training Job.")
 
 
+class Retention(StrEnum):
+    """What happens to intermediate results after success."""
+
+    DELETE = "Delete"
+    KEEP = "Keep"
+
+
+class CheckpointInterval(ApiModel):
+    """How often training is checkpointed: every so many optimizer steps, or as soon as so many seconds have passed."""
+
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    seconds: Annotated[int, Field(ge=1, le=86_400)] | None = None
+
+    model_config = ConfigDict(json_schema_extra=cel(exactly_one("steps", "seconds")))
+
+    @model_validator(mode="after")
+    def _one_of(self) -> CheckpointInterval:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError("exactly one of steps, seconds must be set")
+        return self
+
+
+class Checkpoint(ApiModel):
+    """Checkpoints of the adapter, optimizer, scheduler, random numbers and data position; never of the base. They lie in the
+    workspace and are written while training goes on."""
+
+    interval: CheckpointInterval = Field(
+        default=CheckpointInterval(seconds=300),
+        description="The first step and the last are checkpointed in any case, and so is a run that is told to stop.",
+    )
+    keep: Annotated[int, Field(ge=1, le=100)] = Field(
+        2, description="How many of the newest are kept; the one with the best held-out loss is kept beside them."
+    )
+    retention: Retention = Field(Retention.DELETE, description="What happens to them after success.")
+
+
+class OutOfMemoryAction(StrEnum):
+    """What may be changed after the GPU's memory did not suffice. Only ShorterSequences changes the result."""
+
+    SMALLER_MICRO_BATCH = "SmallerMicroBatch"
+    GRADIENT_CHECKPOINTING = "GradientCheckpointing"
+    SHORTER_SEQUENCES = "ShorterSequences"
+
+
+class OutOfMemory(ApiModel):
+    """How a job heals itself when memory does not suffice."""
+
+    actions: Annotated[list[OutOfMemoryAction], Field(max_length=3)] = Field(
+        default=[OutOfMemoryAction.SMALLER_MICRO_BATCH, OutOfMemoryAction.GRADIENT_CHECKPOINTING],
+        description=(
+            "What may be tried, in this order, each until it helps no more: half the micro-batch and twice the accumulation "
+            "(same rows, same normaliser), gradient checkpointing, half of maxSequenceTokens (longer rows are truncated)."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    max_memory: Quantity | None = Field(
+        None,
+        description=(
+            "Up to here compute.memory grows by half each time the training container was killed for exceeding it; absent: never."
+        ),
+    )
+
+
 class Recovery(ApiModel):
     """What happens after a failure that may pass."""
 
     max_failures: Annotated[int, Field(ge=0, le=100)] = Field(
-        2, description="Failed executions of a stage that are repeated."
+        2, description="Failed executions of a stage that are repeated. Interruptions from outside do not count."
+    )
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    out_of_memory: OutOfMemory = Field(default_factory=OutOfMemory)
+    hung_timeout_seconds: Annotated[int, Field(ge=10, le=86_400)] = Field(
+        1800, description="So long training may show no sign of life before its processes are started again."
+    )
+    stop_on_divergence: bool = Field(
+        True,
+        description="Fail when the training loss has risen far above where it began and stays there, instead of training on.",
+    )
+    termination_grace_period_seconds: Annotated[int, Field(ge=10, le=3600)] = Field(
+        120, description="How long a training pod that is told to stop may take to save a checkpoint."
     )
 
 
@@ -471,13 +550,6 @@ class Runtime(ApiModel):
     )
 
 
-class Retention(StrEnum):
-    """What happens to the workspace (prepared data) after success."""
-
-    DELETE = "Delete"
-    KEEP = "Keep"
-
-
 class Workspace(ApiModel):
     """Prepared data and intermediate results: a copy of possibly private rows, so it goes after success unless kept."""
 
@@ -520,6 +592,20 @@ class Merged(ApiModel):
     )
 
 
+class Selection(StrEnum):
+    """Which of the weights that were evaluated become the result."""
+
+    BEST = "Best"
+    LAST = "Last"
+
+
+class DeletionPolicy(StrEnum):
+    """What deleting the FineTuneJob does to its output."""
+
+    RETAIN = "Retain"
+    DELETE = "Delete"
+
+
 class Output(RemoteSource):
     """Where the results go: s3://bucket/prefix/<name>-<first 8 characters of the UID>/."""
 
@@ -528,6 +614,14 @@ class Output(RemoteSource):
     )
     workspace: Workspace = Field(default_factory=Workspace)
     merged: Merged = Field(default_factory=Merged)
+    select: Selection = Field(
+        Selection.BEST,
+        description="Best: the weights with the lowest held-out loss of all evaluations; Last: those after the last step.",
+    )
+    deletion_policy: DeletionPolicy = Field(
+        DeletionPolicy.RETAIN,
+        description="What happens to everything below the job's output folder when the FineTuneJob is deleted.",
+    )
 
 
 IMMUTABLE_FIELDS = (
@@ -548,7 +642,9 @@ IMMUTABLE_FIELDS = (
 class FineTuneJobSpec(ApiModel):
     """What is to be trained, on what, how, and where the result goes."""
 
-    suspend: bool = Field(False, description="Stop and release everything; false again starts anew.")
+    suspend: bool = Field(
+        False, description="Save a checkpoint, stop and release everything; false again goes on from there."
+    )
     model: Model
     data: Data
     objective: Objective = Field(default_factory=Objective)

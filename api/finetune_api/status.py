@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel
-from finetune_api.progress import StageReport, Transfer
+from finetune_api.progress import Restart, Split, StageReport, Transfer
 
 DATE_TIME = {"format": "date-time"}
 
@@ -27,7 +27,8 @@ class Phase(StrEnum):
 
 
 class ConditionType(StrEnum):
-    """Conditions. Finished is true exactly when Complete or Failed is; Waiting names what is missing while something is."""
+    """Conditions. Finished is true exactly when Complete or Failed is; Waiting names what is missing while something is.
+    CheckpointAtRisk: a pod that is told to stop would not have the time to save."""
 
     COMPLETE = "Complete"
     FAILED = "Failed"
@@ -36,6 +37,7 @@ class ConditionType(StrEnum):
     PREPARED = "Prepared"
     TRAINED = "Trained"
     WAITING = "Waiting"
+    CHECKPOINT_AT_RISK = "CheckpointAtRisk"
 
 
 class Condition(ApiModel):
@@ -68,6 +70,14 @@ class ProgressStatus(ApiModel):
     download: Transfer | None = None
     merge: Transfer | None = None
     upload: Transfer | None = None
+    resumed_from_step: int | None = None
+    checkpoint_step: int | None = Field(None, description="The newest step whose checkpoint is complete in the bucket.")
+    checkpoint_seconds: float | None = Field(None, description="How long saving that checkpoint took.")
+    peak_memory_bytes: int | None = Field(None, description="The most memory the training container has held.")
+    split: Split | None = Field(None, description="How a step is cut now, where that differs from the plan.")
+    restarts: Annotated[list[Restart], Field(max_length=16)] | None = Field(
+        None, json_schema_extra={"x-kubernetes-list-type": "atomic"}
+    )
     waiting_reason: str | None = None
     waiting_message: str | None = None
     report: StageReport | None = Field(
@@ -141,6 +151,18 @@ class AttemptStatus(ApiModel):
     outcome: Literal["Running", "Succeeded", "Failed"] = "Running"
     reason: str | None = None
     message: Annotated[str, Field(max_length=2048)] | None = None
+    resumed_from_step: int | None = Field(None, description="Training went on from this step's checkpoint.")
+    last_step: int | None = Field(None, description="The last step that it reported.")
+    checkpoint_step: int | None = Field(None, description="Its newest step that is safe in the bucket.")
+
+
+class RecoveryStatus(ApiModel):
+    """Something that went wrong and was mended without anybody's help."""
+
+    at: Annotated[str, Field(json_schema_extra=DATE_TIME)]
+    execution_id: str
+    reason: str
+    message: Annotated[str, Field(max_length=1024)]
 
 
 class SnapshotStatus(ApiModel):
@@ -198,6 +220,9 @@ class FineTuneJobStatus(ApiModel):
             max_length=64,
             json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["executionId"]},
         ),
+    ] = []
+    recoveries: Annotated[
+        list[RecoveryStatus], Field(max_length=32, json_schema_extra={"x-kubernetes-list-type": "atomic"})
     ] = []
     plan: PlanStatus | None = None
     data: DataStatus | None = None

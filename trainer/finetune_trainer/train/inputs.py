@@ -28,7 +28,7 @@ from finetune_trainer.sources.model import resolve_model
 from finetune_trainer.stored import read_stored
 from finetune_trainer.waiting import wait_until_available
 
-GPU_PATIENCE_SECONDS = 300
+GPU_PATIENCE_SECONDS = 600
 """How long a stage that holds a GPU waits for a store or the Hub before it fails and gives the GPU back."""
 READ_BYTES = 4 << 20
 PROMPTS = TypeAdapter(list[PreparedPrompt])
