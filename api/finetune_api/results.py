@@ -271,6 +271,8 @@ class TrainResult(ApiModel):
     """How steps were cut at the end."""
     restarts: list[Restart] = []
     """Restarts inside pods, all executions'."""
+    checkpoint_blocked_seconds: list[float] = []
+    """How long each checkpoint held the step loop up (the copy to host memory)."""
 
 
 class MergeCheck(ApiModel):

@@ -11,6 +11,7 @@ import json
 
 from finetune_api.base import ApiModel
 from finetune_api.names import job_key
+from finetune_api.progress import Split
 from finetune_api.spec import FineTuneJobSpec, LoraBias, MethodType, Quantization
 from finetune_api.uris import S3Location, parse_uri
 
@@ -88,6 +89,17 @@ class Snapshot(ApiModel):
         location = parse_uri(self.spec.output.workspace.uri or self.spec.output.uri)
         assert isinstance(location, S3Location)  # the spec's pattern allows nothing else
         return location.join(job_key(self.job.name, self.job.uid), "workspace")
+
+    @property
+    def split(self) -> Split:
+        """How the plan cuts an optimizer step."""
+        training = self.spec.training
+        return Split(
+            micro_batch_sequences=self.plan.micro_batch_sequences,
+            gradient_accumulation_steps=self.plan.gradient_accumulation_steps,
+            gradient_checkpointing=training.gradient_checkpointing,
+            max_sequence_tokens=training.max_sequence_tokens,
+        )
 
     def canonical_json(self) -> str:
         """One byte form per value: sorted keys, no white space."""

@@ -16,7 +16,8 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.train import device, evaluate, model
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import make_schedule
-from finetune_trainer.train.trainer import LoraTrainer, StepLog, training_arguments
+from finetune_trainer.train.step_log import StepLog
+from finetune_trainer.train.trainer import LoraTrainer, training_arguments
 from tests.support.prepared import deep_merge, encode, job_spec, questions, snapshot_of, table
 
 CPU32 = device.Compute(torch.device("cpu"), torch.float32, "cpu")

@@ -5,13 +5,16 @@ Exit code, termination message and final post all carry the same reason; any one
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import faulthandler
 import importlib
 import json
 import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -21,8 +24,10 @@ from pydantic import BaseModel, ValidationError
 from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import Stage
 from finetune_api.progress import StageReport
+from finetune_trainer import heartbeat
 from finetune_trainer.context import StageContext, load_context
 from finetune_trainer.errors import Interrupted, NotFound, StageError
+from finetune_trainer.supervisor.process import ENV_OUTCOME
 from finetune_trainer.text import readable, shorten, shorten_bytes
 
 log = logging.getLogger("finetune")
@@ -31,6 +36,12 @@ TERMINATION_LOG = Path("/dev/termination-log")
 TERMINATION_BYTES = 4096
 MESSAGE_CHARACTERS = 2048
 SUCCEEDED = "Succeeded"
+WORKER = "worker"
+RANK_ERRORS = ("AcceleratorError", "DistBackendError", "DistNetworkError", "DistStoreError")
+"""torch's errors of a device or of the ranks' communication: another process may do better."""
+PR_SET_PDEATHSIG = 1
+REMOTE_CODE = "transformers_modules"
+"""The package below which transformers imports code that a model repository ships."""
 ENV_LOG_LEVEL = "FINETUNE_LOG_LEVEL"
 
 StageFunction = Callable[[StageContext], BaseModel]
@@ -46,46 +57,90 @@ def main(
 ) -> int:
     """Run the stage that ``argv`` names; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments == [WORKER]:
+        return worker(environ, context)
     if len(arguments) != 1 or arguments[0] not in list(Stage):
         sys.stderr.write(f"usage: python -m finetune_trainer {'|'.join(Stage)}\n")
         return 2
     stage = Stage(arguments[0])
     set_up(environ)
+    report, ctx = attempt(stage, context, stage_function or load_stage)
+    # A second signal must not interrupt the report.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    write_termination_message(report, termination_log)
+    if ctx is not None:
+        ctx.reporter.final(report, attempts=1 if report.reason == Reason.INTERRUPTED else 3)
+    return exit_code(report)
+
+
+def worker(environ: Mapping[str, str], context: Callable[[Stage], StageContext]) -> int:
+    """The process that trains, started by the supervisor, which tells the world what this one tells it in a file."""
+    set_up(environ)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    end_with_parent()
+    heartbeat.open_pipe()
+    report, ctx = attempt(Stage.TRAIN, context, lambda _: load("finetune_trainer.train.run"))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    path = Path(environ[ENV_OUTCOME])
+    path.with_suffix(".tmp").write_text(report.model_dump_json(by_alias=True))
+    path.with_suffix(".tmp").replace(path)
+    if ctx is not None:
+        ctx.reporter.flush()
+    return exit_code(report)
+
+
+def attempt(
+    stage: Stage, context: Callable[[Stage], StageContext], stage_function: Callable[[Stage], StageFunction]
+) -> tuple[StageReport, StageContext | None]:
+    """Run a stage; what came of it, whatever it was."""
     ctx: StageContext | None = None
     try:
         ctx = context(stage)
         log.info(
             "%s of %s/%s, execution %s", stage, ctx.snapshot.job.namespace, ctx.snapshot.job.name, ctx.execution_id
         )
-        result = (stage_function or load_stage)(stage)(ctx)
-        report = StageReport(
-            stage=stage,
-            succeeded=True,
-            reason=SUCCEEDED,
-            message=f"{stage} succeeded",
-            result=result.model_dump(mode="json", by_alias=True),
-        )
-        code = 0
+        result = stage_function(stage)(ctx)
     except BaseException as error:
         reason, message = explain(error)
-        if reason is Reason.UNKNOWN:
+        if reason in (Reason.UNKNOWN, Reason.USER_CODE, Reason.RANK_FAILURE):
             log.exception("unexpected error")
         log.error("%s: %s %s", reason, message, FAILURES[reason].advice)  # noqa: TRY400 - the traceback only helps where the reason is unknown
         report = StageReport(
-            stage=stage, succeeded=False, reason=reason, message=shorten(readable(message), MESSAGE_CHARACTERS)
+            stage=stage,
+            succeeded=False,
+            reason=reason,
+            message=shorten(readable(message), MESSAGE_CHARACTERS),
+            result={"activity": heartbeat.activity()} if reason is Reason.OUT_OF_MEMORY else None,
         )
-        code = FAILURES[reason].exit_code or 1
-    # A second signal must not interrupt the report.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    write_termination_message(report, termination_log)
-    if ctx is not None:
-        ctx.reporter.final(report, attempts=1 if report.reason == Reason.INTERRUPTED else 3)
-    return code
+        return report, ctx
+    report = StageReport(
+        stage=stage,
+        succeeded=True,
+        reason=SUCCEEDED,
+        message=f"{stage} succeeded",
+        result=result.model_dump(mode="json", by_alias=True),
+    )
+    return report, ctx
+
+
+def exit_code(report: StageReport) -> int:
+    """0, or the one that the table has for the reason."""
+    return 0 if report.succeeded else FAILURES[Reason(report.reason)].exit_code or 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the supervisor is gone: two processes of one execution must not train (prctl(2))."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def load_stage(stage: Stage) -> StageFunction:
-    """``finetune_trainer.<stage>.run:run``, imported only now: prepare's image has no torch."""
-    function: StageFunction = importlib.import_module(f"finetune_trainer.{stage}.run").run
+    """A stage's function, imported only now: prepare's image has no torch. Training is the supervisor's, which has none either."""
+    return load("finetune_trainer.supervisor.run" if stage is Stage.TRAIN else f"finetune_trainer.{stage}.run")
+
+
+def load(module: str) -> StageFunction:
+    """``module:run``."""
+    function: StageFunction = importlib.import_module(module).run
     return function
 
 
@@ -118,21 +173,34 @@ def explain(error: BaseException) -> tuple[Reason, str]:
     if isinstance(error, StageError):
         return error.reason, error.message
     if isinstance(error, Interrupted | KeyboardInterrupt):
-        return Reason.INTERRUPTED, "the container was told to stop (SIGTERM)"
+        return Reason.INTERRUPTED, getattr(error, "message", "") or str(Interrupted())
     if name == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
         return Reason.OUT_OF_MEMORY, str(error).strip() or name
     if isinstance(error, MemoryError):
-        return Reason.UNKNOWN, f"MemoryError: the container's memory did not suffice; raise compute.memory ({error})"
+        return Reason.HOST_OUT_OF_MEMORY, f"MemoryError: {error}"
+    if name in RANK_ERRORS and type(error).__module__.startswith("torch"):
+        return Reason.RANK_FAILURE, f"{name}: {str(error).strip()}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
-        return Reason.UNKNOWN, f"no space left{where}: raise compute.ephemeralStorage"
+        return Reason.DISK_FULL, f"no space left{where}"
     if isinstance(error, NotFound):
         return Reason.UNKNOWN, str(error)
     if isinstance(error, SystemExit):
         return Reason.UNKNOWN, f"the stage ended itself with exit code {error.code}"
     if isinstance(error, ValidationError):
         return Reason.UNKNOWN, f"ValidationError: {error}"
+    remote = remote_code(error)
+    if remote:
+        return Reason.USER_CODE, f"{name} in {remote}: {error}"
     return Reason.UNKNOWN, f"{name}: {error}"
+
+
+def remote_code(error: BaseException) -> str:
+    """Where in the model repository's code an error arose; empty if it was not there."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if REMOTE_CODE in Path(frame.filename).parts:
+            return f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})"
+    return ""
 
 
 def termination_message(report: StageReport) -> str:

@@ -35,3 +35,7 @@ class NotFound(Exception):
 
 class Interrupted(BaseException):
     """SIGTERM arrived. Not an Exception, so that no handler for errors swallows it."""
+
+    def __init__(self, message: str = "the container was told to stop (SIGTERM)") -> None:
+        self.message = message
+        super().__init__(message)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
 from finetune_api.progress import ProgressPost, StageReport, Transfer, Waiting
+from finetune_trainer import heartbeat
 from finetune_trainer.text import readable, shorten
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,14 @@ class Reporter:
 
     def report(self, **fields: object) -> None:
         """Fields of :class:`ProgressPost` that have new values."""
+        heartbeat.beat()
         with self._changed:
             self._pending.update(fields)
             self._wake()
 
     def set_waiting(self, reason: Reason, message: str) -> None:
         """Every post says from now on that the stage waits. Called at every try, it is said again every 30 seconds."""
+        heartbeat.beat()
         waiting = Waiting(reason=reason, message=shorten(readable(message), 1024))
         now = time.monotonic()
         with self._changed:
@@ -141,6 +144,19 @@ class Reporter:
                 return True
         return False
 
+    def flush(self) -> None:
+        """Post what is pending now, once, and nothing more: another process of this pod tells the end."""
+        with self._changed:
+            self._closed = True
+            dirty = self._dirty
+            self._changed.notify_all()
+        if self._url is None:
+            return
+        if self._thread is not None:
+            self._thread.join(timeout=TIMEOUT.read)
+        if dirty:
+            self._send({})
+
     def _wake(self) -> None:
         """Called with the condition held."""
         self._dirty = True
@@ -170,8 +186,8 @@ class Reporter:
                 fields, self._pending = self._pending, {}
                 self._dirty = False
                 waiting = self._waiting
-                # Grows over restarts of a container in the same pod too, because at most one post in two seconds is made.
-                self._sequence = max(self._sequence + 1, int(time.time()))
+                # In milliseconds, so that it grows over processes of the same pod too.
+                self._sequence = max(self._sequence + 1, int(1000 * time.time()))
                 sequence = self._sequence
             identity = {
                 "execution_id": self._execution_id,

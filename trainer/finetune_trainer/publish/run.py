@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from finetune_api.names import Stage
 from finetune_api.results import (
     ADAPTER_DIR,
+    ATTEMPTS_DIR,
+    CHECKPOINTS_DIR,
     MANIFEST,
     MERGED_DIR,
     PREPARE_RESULT,
@@ -31,6 +33,7 @@ from finetune_trainer.stored import read_stored
 from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
+WORKSPACE_FOLDERS = ("prepare", "train", ATTEMPTS_DIR, CHECKPOINTS_DIR)
 
 
 def run(ctx: StageContext) -> PublishReport:
@@ -142,11 +145,14 @@ def make_manifest(
 
 
 def clean_up(ctx: StageContext, workspace: S3Store) -> None:
-    """Delete the workspace, a copy of possibly private rows, unless it is to be kept. The result stands already, so this only warns."""
-    if ctx.snapshot.spec.output.workspace.retention is Retention.KEEP:
-        return
+    """Delete the workspace, a copy of possibly private rows, and the checkpoints, each unless it is to be kept. The result stands
+    already, so this only warns."""
+    keep_rows = ctx.snapshot.spec.output.workspace.retention is Retention.KEEP
+    keep_checkpoints = ctx.snapshot.spec.recovery.checkpoint.retention is Retention.KEEP
+    gone = [f for f in WORKSPACE_FOLDERS if not (keep_checkpoints if f == CHECKPOINTS_DIR else keep_rows)]
     try:
-        workspace.delete_prefix("")
+        for folder in gone if keep_rows or keep_checkpoints else [""]:
+            workspace.delete_prefix(folder)
     except (StageError, NotFound) as error:
         log.warning("the workspace %s could not be deleted: %s", workspace.uri(), error)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from finetune_api.planner.plan import ANSWER_TOKENS, ANSWERED_AT_ONCE, EVALUATION_TOKENS
+from finetune_trainer import heartbeat
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import IGNORED, Rows, batches_by_length, collate
@@ -51,15 +52,16 @@ def perplexity(loss: float) -> float:
 
 
 def held_out_loss(
-    causal_lm: Any, rows: Rows, pad_id: int, compute: Compute, tokens_per_batch: int | None = None
+    causal_lm: Any, rows: Rows, pad_id: int, compute: Compute, tokens_per_batch: int | None = None, divisor: int = 1
 ) -> HeldOutLoss:
-    """Evaluate every row once. It does not depend on how rows are batched, beyond rounding."""
+    """Evaluate every row once. It does not depend on how rows are batched, beyond rounding: ``divisor`` makes batches smaller."""
     loss = LearnedTokenLoss(causal_lm)
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
     with inference(causal_lm), compute.autocast():
         sample = torch.tensor([rows.ids(0)], device=compute.device)
-        budget = loss.batch_tokens(sample, tokens_per_batch or TOKENS_PER_BATCH[compute.device.type])
+        budget = loss.batch_tokens(sample, tokens_per_batch or TOKENS_PER_BATCH[compute.device.type] // divisor)
         for indices in batches_by_length(rows, budget):
+            heartbeat.beat()
             batch = {k: v.to(compute.device) for k, v in collate(rows, indices, pad_id).items()}
             counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
             for index, part in zip(indices, torch.split(loss.per_token(batch), counts), strict=True):
@@ -74,6 +76,7 @@ def greedy_answers(
     compute: Compute,
     max_new_tokens: int,
     context_tokens: int | None = None,
+    divisor: int = 1,
 ) -> list[str]:
     """The most likely continuation of each prompt, up to an end token.
 
@@ -89,7 +92,8 @@ def greedy_answers(
             "%d of %d prompts are longer than %d tokens: their beginning is left out", cut, len(prompts), context
         )
     answers = [""] * len(given)
-    for indices in answer_batches([len(g) for g in given], max_new_tokens):
+    for indices in answer_batches([len(g) for g in given], max_new_tokens, divisor):
+        heartbeat.beat()
         found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens)
         for index, answer in zip(indices, found, strict=True):
             answers[index] = answer
@@ -103,13 +107,15 @@ def prompt_room(config: Any, max_new_tokens: int, context_tokens: int | None) ->
     return max(1, min((limit for limit in limits if limit is not None), default=sys.maxsize))
 
 
-def answer_batches(lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+def answer_batches(lengths: Sequence[int], max_new_tokens: int, divisor: int = 1) -> list[list[int]]:
     """Prompts by like length, at most ANSWERED_AT_ONCE together and ANSWER_TOKENS with padding and answers (at least one)."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         # The first of a batch is its longest.
-        fits = batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + max_new_tokens) <= ANSWER_TOKENS
-        if fits and len(batches[-1]) < ANSWERED_AT_ONCE:
+        fits = (
+            batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + max_new_tokens) <= ANSWER_TOKENS // divisor
+        )
+        if fits and len(batches[-1]) < max(1, ANSWERED_AT_ONCE // divisor):
             batches[-1].append(index)
         else:
             batches.append([index])

@@ -21,24 +21,26 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a prepared Parquet file, in memory as Arrow columns (8 bytes a token)."""
+    """Rows of a prepared Parquet file, in memory as Arrow columns (8 bytes a token). Of longer ones the first ``limit`` tokens."""
 
     table: pa.Table
+    limit: int | None = None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def ids(self, index: int) -> list[int]:
         """Token ids of a row."""
-        return list(self.table["input_ids"][index].as_py())
+        return list(self.table["input_ids"][index].as_py()[: self.limit])
 
     def labels(self, index: int) -> list[int]:
         """Labels of a row, aligned with its ids."""
-        return list(self.table["labels"][index].as_py())
+        return list(self.table["labels"][index].as_py()[: self.limit])
 
     def length(self, index: int) -> int:
         """Tokens of a row."""
-        return len(self.table["input_ids"][index])
+        length = len(self.table["input_ids"][index])
+        return length if self.limit is None else min(length, self.limit)
 
     def learned_tokens(self, index: int) -> int:
         """Tokens of a row that are predicted and learned. The first token of a row is never predicted."""

@@ -4,26 +4,46 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from finetune_api.results import ANSWERS_FILE, TRAIN_RESULT, Answer, FileRecord, TrainMetrics, TrainReport, TrainResult
+from finetune_api.results import (
+    ANSWERS_FILE,
+    BASE_EVALUATION,
+    TRAIN_RESULT,
+    Answer,
+    BaseEvaluation,
+    FileRecord,
+    TrainMetrics,
+    TrainReport,
+    TrainResult,
+)
+from finetune_api.snapshot import Snapshot
+from finetune_trainer import heartbeat
 from finetune_trainer.attempts import note_begin
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
-from finetune_trainer.train import evaluate, inputs, model, save, verify
-from finetune_trainer.train.device import pick_compute
+from finetune_trainer.supervisor.run import SPLIT_FILE
+from finetune_trainer.train import evaluate, inputs, model, save, select, verify
+from finetune_trainer.train.checkpoints import Checkpoints
+from finetune_trainer.train.device import Compute, pick_compute
+from finetune_trainer.train.fit import Fit, History
+from finetune_trainer.train.owner import claim
 from finetune_trainer.train.quantized import quantized_modules
 from finetune_trainer.train.rows import read_rows
 from finetune_trainer.train.schedule import make_schedule
-from finetune_trainer.train.trainer import LoraTrainer, StepLog, training_arguments
+from finetune_trainer.train.split import choose_split, given_restarts
+from finetune_trainer.train.step_log import StepLog
 from finetune_trainer.train.versions import library_versions
 from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CHECK_ROWS = 32
 CHECK_TOKENS = 8192
@@ -34,21 +54,26 @@ def run(ctx: StageContext) -> TrainReport:
     """Train, and prove that what was saved is what was trained. The result is written last.
 
     Raises:
-        StageError: NoGPU, UnsupportedModel, UnknownTargetModule, NonFiniteLoss, VerificationFailed and what stores raise.
+        StageError: NoGPU, UnsupportedModel, UnknownTargetModule, NonFiniteLoss, Diverged, VerificationFailed, Superseded and what
+            stores raise.
+        Interrupted: told to stop; what was trained is in the newest checkpoint.
     """
-    output, workspace, done = wait_until_available(
-        ctx, lambda: open_stores(ctx), limit_seconds=inputs.GPU_PATIENCE_SECONDS
-    )
+    output, workspace, done = patiently(ctx, lambda: open_stores(ctx))
     if done is not None:
         log.info("this snapshot is trained already: nothing to do")
         return report(done)
-    note_begin(ctx, workspace)
+    restarts = given_restarts()
+    if not restarts:
+        note_begin(ctx, workspace)
+    owner = patiently(ctx, lambda: claim(workspace, ctx.execution_id))
 
     # Set up. A missing GPU is told before anything is downloaded.
     snapshot, spec = ctx.snapshot, ctx.snapshot.spec
     compute = pick_compute(spec.training.use_cpu)
+    split = patiently(ctx, lambda: choose_split(snapshot, workspace))
+    (ctx.work_dir / SPLIT_FILE).write_text(split.model_dump_json(by_alias=True))
     log.info("computing on %s in %s", compute.name, compute.dtype)
-    ctx.reporter.report(activity="Downloading")
+    begin(ctx, "Downloading", split=split if split != snapshot.split else None)
     prepared = inputs.fetch_prepared(ctx, workspace)
     base_files = inputs.fetch_base(
         ctx,
@@ -57,8 +82,9 @@ def run(ctx: StageContext) -> TrainReport:
         limit_seconds=inputs.GPU_PATIENCE_SECONDS,
     )
 
-    ctx.reporter.report(activity="Loading")
+    begin(ctx, "Loading")
     rows, held_out = read_rows(prepared.train), read_rows(prepared.held_out)
+    rows = replace(rows, limit=split.max_sequence_tokens)
     tokenizer = model.load_tokenizer(base_files.folder, snapshot)
     used = verify.check_tokenizer_files(tokenizer, base_files.files, prepared.result)
     verify.check_tokenizer(tokenizer, prepared.prompts)
@@ -66,20 +92,35 @@ def run(ctx: StageContext) -> TrainReport:
     base = model.load_base(base_files.folder, snapshot, compute)
     quantized = quantized_modules(base)
     asked = prepared.prompts[: spec.evaluation.generation.prompts]
-    prompt_ids = [p.input_ids for p in asked]
-    max_new_tokens, limit = spec.evaluation.generation.max_new_tokens, spec.training.max_sequence_tokens
+    answering = Answering(
+        [p.input_ids for p in asked],
+        compute,
+        spec.evaluation.generation.max_new_tokens,
+        spec.training.max_sequence_tokens,
+        split.evaluation_divisor,
+    )
 
-    # Evaluate the base.
-    ctx.reporter.report(activity="Evaluating")
-    loss_base = evaluate.held_out_loss(base, held_out, pad_id, compute)
-    answers_base = evaluate.greedy_answers(base, prompt_ids, tokenizer, compute, max_new_tokens, limit)
-    metrics_lines: list[dict[str, Any]] = [{"step": 0, "held_out_loss": loss_base.loss}]
+    # Evaluate the base, once for all executions.
+    begin(ctx, "Evaluating")
+    measured = patiently(ctx, lambda: read_base_evaluation(snapshot, workspace))
+    if measured is None:
+        loss_base = evaluate.held_out_loss(base, held_out, pad_id, compute, divisor=split.evaluation_divisor)
+        measured = BaseEvaluation(
+            snapshot_digest=snapshot.digest(),
+            nll=loss_base.nll,
+            tokens=loss_base.tokens,
+            answers=answering.answers(base, tokenizer),
+        )
+        to_store = measured
+        patiently(ctx, lambda: workspace.put_model(BASE_EVALUATION, to_store))
+    loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens)
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
-    # Train.
-    ctx.reporter.report(activity="Training", held_out_loss=loss_base.loss)
+    # Train, from the newest checkpoint on.
+    begin(ctx, "Training", held_out_loss=loss_base.loss)
     peft_model = model.attach_adapter(base, snapshot)
     trained_base = model.trained_base_weights(peft_model)
+    trainable = model.assert_trainables_float32(peft_model)
     schedule = make_schedule(
         len(rows),
         spec.training.length,
@@ -87,50 +128,64 @@ def run(ctx: StageContext) -> TrainReport:
         spec.training.seed,
         prepared.result.total_steps,
     )
-    steps = StepLog(schedule, rows, lambda entry: report_step(ctx, entry))
-    trainer = LoraTrainer(
-        model=peft_model,
-        args=training_arguments(snapshot, compute, schedule.steps, ctx.work_dir / "trainer"),
-        rows=rows,
-        schedule=schedule,
-        micro_batch=snapshot.plan.micro_batch_sequences,
-        pad_id=pad_id,
+    steps = StepLog(schedule, rows, lambda entry: report_step(ctx, entry), spec.recovery.stop_on_divergence)
+    fit = Fit(
+        ctx=ctx,
         compute=compute,
-        callbacks=[steps],
+        model=peft_model,
+        rows=rows,
+        held_out=held_out,
+        pad_id=pad_id,
+        schedule=schedule,
+        split=split,
+        checkpoints=Checkpoints(
+            workspace=workspace,
+            local=ctx.work_dir / "checkpoints",
+            owner=owner,
+            snapshot_digest=snapshot.digest(),
+            split=split,
+            total_steps=schedule.steps,
+            keep=spec.recovery.checkpoint.keep,
+        ),
+        steps=steps,
+        history=History(restarts=restarts),
     )
-    trainable = model.assert_trainables_float32(peft_model)
-    trainer.train()
-    seconds = steps.seconds
+    fit.run()
     model.assert_trainables_float32(peft_model)
-    metrics_lines += steps.steps
 
-    ctx.reporter.report(activity="Evaluating")
-    loss_trained = evaluate.held_out_loss(peft_model.get_base_model(), held_out, pad_id, compute)
+    begin(ctx, "Evaluating")
+    loss_trained, selected_step = select.evaluate_and_select(fit)
     ctx.reporter.report(held_out_loss=loss_trained.loss)
-    metrics_lines.append({"step": schedule.steps, "held_out_loss": loss_trained.loss})
+    metrics_lines = [
+        {"step": 0, "held_out_loss": loss_base.loss},
+        *sorted([*steps.steps, *fit.history.evaluations], key=lambda line: line["step"]),
+    ]
     log.info("held-out loss after training: %.4f (perplexity %.2f)", loss_trained.loss, loss_trained.perplexity)
 
     # Save.
-    ctx.reporter.report(activity="Uploading")
+    begin(ctx, "Uploading")
     adapter_folder = ctx.work_dir / "adapter"
     save.save_adapter(peft_model, tokenizer, adapter_folder)
+    patiently(ctx, owner.check)
     adapter_files = save.upload_adapter(ctx, adapter_folder, output)
 
     # Verify: nothing of the trained adapter or the tokenizer in memory is used from here on.
-    ctx.reporter.report(activity="Verifying")
-    del trainer, tokenizer
+    begin(ctx, "Verifying")
+    history = fit.history
+    del fit, tokenizer
     base = model.detach_adapter(peft_model, trained_base, compute.dtype)
     del peft_model
     fetched = verify.fetch_back(ctx, output, adapter_files, ctx.work_dir / "fetched")
     tokenizer = model.load_tokenizer(fetched, snapshot)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     tuned = verify.load_freshly(base, fetched).get_base_model()
-    loss_reloaded = evaluate.held_out_loss(tuned, held_out, evaluate.pad_token_id(tokenizer), compute)
+    loss_reloaded = evaluate.held_out_loss(
+        tuned, held_out, evaluate.pad_token_id(tokenizer), compute, divisor=split.evaluation_divisor
+    )
     verification = verify.compare(loss_trained.loss, loss_reloaded.loss)
-    answers_tuned = evaluate.greedy_answers(tuned, prompt_ids, tokenizer, compute, max_new_tokens, limit)
     answers = [
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
-        for p, b, t in zip(asked, answers_base, answers_tuned, strict=True)
+        for p, b, t in zip(asked, measured.answers, answering.answers(tuned, tokenizer), strict=True)
     ]
 
     check_rows = rows_to_check([held_out.length(i) for i in range(len(held_out))])
@@ -148,8 +203,8 @@ def run(ctx: StageContext) -> TrainReport:
             steps=schedule.steps,
             epochs=schedule.epoch_after(schedule.steps - 1),
             tokens=steps.tokens,
-            tokens_per_second=steps.tokens / seconds,
-            train_seconds=seconds,
+            tokens_per_second=steps.tokens / steps.seconds,
+            train_seconds=steps.seconds,
         ),
         verification=verification,
         base_files=base_files.files,
@@ -161,11 +216,52 @@ def run(ctx: StageContext) -> TrainReport:
         trainable_parameters=trainable,
         device=compute.name,
         versions=library_versions(),
+        selected_step=selected_step,
+        resumed_from_steps=history.resumed_from,
+        split=split,
+        restarts=history.restarts,
+        checkpoint_blocked_seconds=history.blocked_seconds,
     )
-    wait_until_available(
-        ctx, lambda: workspace.put_model(TRAIN_RESULT, result), limit_seconds=inputs.GPU_PATIENCE_SECONDS
-    )
+    patiently(ctx, owner.check)
+    patiently(ctx, lambda: workspace.put_model(TRAIN_RESULT, result))
     return report(result)
+
+
+def begin(ctx: StageContext, activity: str, **fields: object) -> None:
+    """What is done from now on, for the operator and the supervisor."""
+    heartbeat.begin(activity)
+    ctx.reporter.report(activity=activity, **{k: v for k, v in fields.items() if v is not None})
+
+
+def patiently(ctx: StageContext, call: Callable[[], T]) -> T:
+    """A store that is away is waited for as long as a stage that holds a GPU may."""
+    return wait_until_available(ctx, call, limit_seconds=inputs.GPU_PATIENCE_SECONDS)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """The prompts that base and tuned model answer, and how."""
+
+    prompts: list[list[int]]
+    compute: Compute
+    max_new_tokens: int
+    context_tokens: int
+    divisor: int
+
+    def answers(self, causal_lm: Any, tokenizer: Any) -> list[str]:
+        """Greedy answers."""
+        return evaluate.greedy_answers(
+            causal_lm, self.prompts, tokenizer, self.compute, self.max_new_tokens, self.context_tokens, self.divisor
+        )
+
+
+def read_base_evaluation(snapshot: Snapshot, workspace: S3Store) -> BaseEvaluation | None:
+    """What an earlier execution measured."""
+    try:
+        found = workspace.get_model(BASE_EVALUATION, BaseEvaluation)
+    except (NotFound, ValidationError):
+        return None
+    return found if found.snapshot_digest == snapshot.digest() else None
 
 
 def open_stores(ctx: StageContext) -> tuple[S3Store, S3Store, TrainResult | None]:
@@ -225,4 +321,5 @@ def report(result: TrainResult) -> TrainReport:
         verification=result.verification,
         adapter_bytes=sum(f.size for f in result.adapter_files),
         device=result.device,
+        selected_step=result.selected_step,
     )

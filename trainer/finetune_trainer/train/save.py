@@ -11,6 +11,7 @@ from peft import PeftModel
 from finetune_api.results import ADAPTER_DIR, METRICS_FILE, FileRecord
 from finetune_trainer.context import StageContext
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.train.capture import adapter_config
 from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS
 from finetune_trainer.waiting import wait_until_available
 
@@ -19,6 +20,10 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
     """Write what peft, transformers and vLLM load, into ``folder``."""
     # Otherwise peft asks the Hub for the base's vocabulary size, to find out whether embeddings were resized.
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    # peft writes its sets in the order of this process's string hashes.
+    (folder / "adapter_config.json").write_text(
+        json.dumps(adapter_config(model), indent=2, sort_keys=True, default=str)
+    )
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; publish writes the real one
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,17 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finetune_api.failures import Reason
+from finetune_api.progress import Split
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import Scheduler
+from finetune_trainer import heartbeat
 from finetune_trainer.errors import StageError
+from finetune_trainer.train.capture import random_states
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
 from finetune_trainer.train.rows import Rows, collate
 from finetune_trainer.train.schedule import Schedule
+from finetune_trainer.train.stop import TrainingStopped
 
 # Ours reports; transformers' own callback for the same purpose serves users' images.
 os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
@@ -40,10 +43,15 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self, *, model: Any, args: TrainingArguments, rows: Rows, schedule: Schedule, micro_batch: int, pad_id: int,
-        compute: Compute, callbacks: list[TrainerCallback],
+        compute: Compute, callbacks: list[TrainerCallback], start_step: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
+        """``start_step`` steps are behind us (see ``train(resume_from_checkpoint)``). ``should_stop`` is asked before each
+        micro-batch."""
         args._n_gpu = min(1, args.n_gpu)  # several visible GPUs in one process would become nn.DataParallel
-        super().__init__(model=model, args=args, callbacks=callbacks)
+        ends = StepEnds()
+        super().__init__(model=model, args=args, callbacks=[ends, *callbacks])
+        ends.trainer = self
         self.remove_callback(PrinterCallback)  # StepLog logs
         # The loss is already divided by the learned tokens of the whole step (see compute_loss).
         self.model_accepts_loss_kwargs = True
@@ -52,15 +60,37 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.micro_batch = micro_batch
         self.pad_id = pad_id
         self.compute = compute
+        self.start_step = start_step
+        self.should_stop = should_stop
+        self.updating = False
+        """The optimizer is changing the weights: what an error leaves now is no step's state."""
+        self.step_random = random_states()
+        """As the last completed step left them."""
         self.nll = LearnedTokenLoss(model.get_base_model())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches of the whole run, in the schedule's order, as one epoch of Trainer's."""
+        """Micro-batches of the run from ``start_step`` on, in the schedule's order, as one epoch of Trainer's.
+
+        With a generator of its own: a DataLoader draws a seed whenever it is iterated, and a run that was resumed iterates anew.
+        """
         return DataLoader(
             range(self.schedule.rows),  # type: ignore[arg-type]
-            batch_sampler=_MicroBatches(self.schedule, self.micro_batch),
+            batch_sampler=_MicroBatches(self.schedule, self.micro_batch, self.start_step),
             collate_fn=lambda indices: collate(self.rows, indices, self.pad_id),
+            generator=torch.Generator(),
         )
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch, unless training is to stop: then what its step has accumulated is thrown away.
+
+        Raises:
+            TrainingStopped: weights and optimizer are as the last completed step left them.
+        """
+        heartbeat.beat()
+        if self.should_stop():
+            raise TrainingStopped
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """The normaliser of a step: its learned tokens, over all micro-batches."""
@@ -86,75 +116,54 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
 
 class _MicroBatches(Sampler[list[int]]):
-    """Row ids of each micro-batch. Every step but the last has the same number of them."""
+    """Row ids of each micro-batch from a step on. Every step but the last has the same number of them."""
 
-    def __init__(self, schedule: Schedule, micro_batch: int) -> None:
+    def __init__(self, schedule: Schedule, micro_batch: int, start_step: int) -> None:
         self._schedule = schedule
         self._micro_batch = micro_batch
+        self._start_step = start_step
 
     def __len__(self) -> int:
-        full = self._schedule.steps - 1
-        last = len(self._schedule.step_rows(full))
+        full = self._schedule.steps - 1 - self._start_step
+        last = len(self._schedule.step_rows(self._schedule.steps - 1))
         return full * (self._schedule.global_batch // self._micro_batch) + math.ceil(last / self._micro_batch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self._schedule.steps):
+        for step in range(self._start_step, self._schedule.steps):
             yield from self._schedule.micro_batches(step, self._micro_batch)
 
 
-class StepLog(TrainerCallback):  # type: ignore[misc]
-    """Calls ``on_step`` with the numbers of each optimizer step and keeps them."""
+class StepEnds(TrainerCallback):  # type: ignore[misc]
+    """Marks the moments at which the run's state is that of a whole step."""
 
-    def __init__(self, schedule: Schedule, rows: Rows, on_step: Callable[[dict[str, float]], None]) -> None:
-        self._schedule = schedule
-        self._rows = rows
-        self._on_step = on_step
-        self._started = 0.0
-        self.steps: list[dict[str, float]] = []
-        self.tokens = 0
-        """Tokens trained on, prompts included, padding not."""
+    def __init__(self) -> None:
+        self.trainer: LoraTrainer | None = None
 
-    @property
-    def seconds(self) -> float:
-        """Since the first step began."""
-        return time.monotonic() - self._started
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights begin to change."""
+        assert self.trainer is not None
+        self.trainer.updating = True
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._started = time.monotonic()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Trainer logs once a step, and once more, without a loss, at the end."""
-        if "loss" not in logs:
-            return
-        step = state.global_step
-        self.tokens += sum(self._rows.length(i) for i in self._schedule.step_rows(step - 1))
-        seconds = self.seconds
-        entry = {
-            "step": step,
-            "total_steps": self._schedule.steps,
-            "epoch": round(self._schedule.epoch_after(step - 1), 4),
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": float(logs.get("grad_norm", math.nan)),
-            "tokens": self.tokens,
-            "tokens_per_second": round(self.tokens / seconds, 1),
-            "eta_seconds": round(seconds / step * (self._schedule.steps - step), 1),
-        }
-        self.steps.append(entry)
-        self._on_step(entry)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Weights, optimizer and scheduler have moved on."""
+        assert self.trainer is not None
+        self.trainer.step_random = random_states()
+        self.trainer.updating = False
 
 
-def training_arguments(snapshot: Snapshot, compute: Compute, steps: int, folder: Path) -> TrainingArguments:
+def training_arguments(
+    snapshot: Snapshot, compute: Compute, steps: int, folder: Path, split: Split | None = None
+) -> TrainingArguments:
     """The spec in transformers' words. Nothing is saved, evaluated or sent anywhere by Trainer itself."""
     training = snapshot.spec.training
     optimizer = training.optimizer
     warmup = training.warmup
+    split = split or snapshot.split
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=snapshot.plan.micro_batch_sequences,
-        gradient_accumulation_steps=snapshot.plan.gradient_accumulation_steps,
+        per_device_train_batch_size=split.micro_batch_sequences,
+        gradient_accumulation_steps=split.gradient_accumulation_steps,
         learning_rate=snapshot.plan.learning_rate,
         lr_scheduler_type=SCHEDULERS[training.scheduler],
         # Rounded down: transformers rounds a share up, which makes a run of few steps waste its first one at rate 0.
@@ -163,7 +172,7 @@ def training_arguments(snapshot: Snapshot, compute: Compute, steps: int, folder:
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
         seed=training.seed,
-        activation_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing=split.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         fp16=compute.dtype is torch.float16,
         use_cpu=compute.device.type == "cpu",
@@ -171,6 +180,8 @@ def training_arguments(snapshot: Snapshot, compute: Compute, steps: int, folder:
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="no",
+        # The data schedule begins at the right step by itself.
+        ignore_data_skip=True,
         eval_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -1,0 +1,42 @@
+"""What the container's memory cgroup counted (version 2, or 1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def peak_bytes(root: Path = CGROUP) -> int | None:
+    """The most memory that this container has held, in bytes; None where no cgroup tells."""
+    for name in ("memory.peak", "memory/memory.max_usage_in_bytes"):
+        value = _number(root / name)
+        if value is not None:
+            return value
+    return None
+
+
+def kills(root: Path = CGROUP) -> int:
+    """How many processes of this container were killed for exceeding its memory."""
+    for name in ("memory.events", "memory/memory.oom_control"):
+        try:
+            lines = (root / name).read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            key, _, value = line.partition(" ")
+            if key == "oom_kill":
+                return int(value)
+    return 0
+
+
+def gibibytes(count: int) -> str:
+    """``12.3 GiB``."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

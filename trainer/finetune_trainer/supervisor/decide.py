@@ -1,0 +1,178 @@
+"""What follows when the training process has ended: pure."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+
+from finetune_api.failures import FAILURES, Reason
+from finetune_api.progress import Split, StageReport
+from finetune_api.snapshot import largest_divisor
+from finetune_api.spec import OutOfMemoryAction
+from finetune_trainer.memory import gibibytes
+
+MAX_RESTARTS = 2
+"""Restarts in one pod after the processes hung or died. The next failure ends the pod, and another node may do better."""
+SHORTEST_TOKENS = 256
+MOST_EVALUATION_DIVISOR = 16
+EVALUATING = ("Evaluating", "Verifying")
+TRAINING = "Training"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a training process ended."""
+
+    returncode: int
+    """As subprocess tells it: negative for a signal."""
+    report: StageReport | None = None
+    """What it wrote before it ended, if it got that far."""
+    activity: str = ""
+    """What it last said that it did."""
+    silent_seconds: float | None = None
+    """It was ended because it had shown no sign of life for so long."""
+    stop_overdue: bool = False
+    """It was told to stop and did not within the grace period."""
+    told_to_stop: bool = False
+    memory_kills: int = 0
+    """Processes of this container killed for its memory limit while it ran."""
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What recovery allows."""
+
+    actions: tuple[OutOfMemoryAction, ...]
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class Succeeded:
+    """The stage is done."""
+
+    report: StageReport
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The pod ends."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Again:
+    """Another process starts in this pod."""
+
+    reason: Reason
+    message: str
+    split: Split
+
+
+@dataclass
+class Tally:
+    """Restarts in this pod so far, by reason."""
+
+    restarts: dict[Reason, int] = field(default_factory=dict)
+
+    def counted(self) -> int:
+        """Those that are bounded: an out-of-memory error bounds itself, as every change is made once."""
+        return sum(n for reason, n in self.restarts.items() if reason is not Reason.OUT_OF_MEMORY)
+
+
+def decide(ended: Ended, split: Split, limits: Limits, tally: Tally) -> Succeeded | Failed | Again:
+    """What follows."""
+    report = ended.report
+    if ended.returncode == 0 and report is not None and report.succeeded:
+        return Succeeded(report)
+    if ended.told_to_stop:
+        return _stopped(ended)
+    if ended.silent_seconds is not None:
+        said = f"no sign of life for {ended.silent_seconds:.0f} s while {ended.activity or 'starting'}"
+        return _bounded(Reason.HUNG, said, split, tally)
+    if report is not None and not report.succeeded:
+        reason = _known(report.reason)
+        if reason is Reason.OUT_OF_MEMORY:
+            return _out_of_memory(ended, report, split, limits)
+        if reason is Reason.RANK_FAILURE:
+            return _bounded(reason, report.message, split, tally)
+        return Failed(reason, report.message)
+    if ended.memory_kills:
+        peak = f" at {gibibytes(ended.peak_bytes)}" if ended.peak_bytes else ""
+        return Failed(
+            Reason.HOST_OUT_OF_MEMORY,
+            f"the training process was killed{peak} for exceeding the container's memory limit",
+        )
+    if ended.returncode < 0:
+        name = signal.Signals(-ended.returncode).name
+        return _bounded(
+            Reason.RANK_FAILURE,
+            f"the training process was ended by {name} while {ended.activity or 'starting'}",
+            split,
+            tally,
+        )
+    return Failed(Reason.UNKNOWN, f"the training process ended with exit code {ended.returncode} and said nothing")
+
+
+def next_split(split: Split, limits: Limits) -> tuple[Split, str] | None:
+    """The first change that is allowed and left to make, and how to say it; None when there is none."""
+    for action in limits.actions:
+        if action is OutOfMemoryAction.SMALLER_MICRO_BATCH and split.micro_batch_sequences > 1:
+            micro = largest_divisor(limits.global_batch, split.micro_batch_sequences // 2)
+            count = limits.global_batch // micro
+            said = (
+                f"with micro-batch {micro} × accumulation {count} instead of {split.micro_batch_sequences} × "
+                f"{split.gradient_accumulation_steps}. Same global batch, same data order"
+            )
+            return split.model_copy(update={"micro_batch_sequences": micro, "gradient_accumulation_steps": count}), said
+        if action is OutOfMemoryAction.GRADIENT_CHECKPOINTING and not split.gradient_checkpointing:
+            said = "with gradient checkpointing. Same global batch, same data order"
+            return split.model_copy(update={"gradient_checkpointing": True}), said
+        if action is OutOfMemoryAction.SHORTER_SEQUENCES and split.max_sequence_tokens > SHORTEST_TOKENS:
+            tokens = max(SHORTEST_TOKENS, split.max_sequence_tokens // 2)
+            said = (
+                f"with rows truncated at {tokens} tokens instead of {split.max_sequence_tokens}, as "
+                "recovery.outOfMemory.actions allows"
+            )
+            return split.model_copy(update={"max_sequence_tokens": tokens}), said
+    return None
+
+
+def _known(reason: str) -> Reason:
+    return Reason(reason) if reason in list(Reason) else Reason.UNKNOWN
+
+
+def _stopped(ended: Ended) -> Failed:
+    if ended.report is not None and ended.report.reason == Reason.INTERRUPTED:
+        return Failed(Reason.INTERRUPTED, ended.report.message)
+    if ended.stop_overdue:
+        return Failed(
+            Reason.INTERRUPTED,
+            f"told to stop (SIGTERM) while {ended.activity or 'starting'}, and not done within the grace period: what came after "
+            "the last checkpoint is computed again. recovery.terminationGracePeriodSeconds gives it more time",
+        )
+    return Failed(Reason.INTERRUPTED, f"told to stop (SIGTERM) while {ended.activity or 'starting'}")
+
+
+def _bounded(reason: Reason, message: str, split: Split, tally: Tally) -> Failed | Again:
+    if tally.counted() >= MAX_RESTARTS:
+        return Failed(reason, f"{message}, after {MAX_RESTARTS} restarts in this pod")
+    return Again(reason, f"{FAILURES[reason].meaning} ({message})", split)
+
+
+def _out_of_memory(ended: Ended, report: StageReport, split: Split, limits: Limits) -> Failed | Again:
+    activity = str((report.result or {}).get("activity") or ended.activity)
+    if activity in EVALUATING and split.evaluation_divisor < MOST_EVALUATION_DIVISOR:
+        smaller = split.model_copy(update={"evaluation_divisor": 2 * split.evaluation_divisor})
+        return Again(
+            Reason.OUT_OF_MEMORY,
+            f"Out of GPU memory while evaluating ({report.message}); evaluation batches are halved",
+            smaller,
+        )
+    found = next_split(split, limits) if activity == TRAINING else None
+    if found is None:
+        return Failed(Reason.OUT_OF_MEMORY, f"while {activity or 'starting'}: {report.message}")
+    smaller, said = found
+    return Again(Reason.OUT_OF_MEMORY, f"Out of GPU memory ({report.message}); goes on {said}", smaller)

@@ -1,0 +1,83 @@
+"""The train stage as its container sees it: a process that trains, again and again while that can help."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, TypeAdapter
+
+from finetune_api.failures import Reason
+from finetune_api.names import ENV_GRACE_SECONDS
+from finetune_api.progress import Restart, Split
+from finetune_api.results import TrainReport
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import Interrupted, StageError
+from finetune_trainer.supervisor.decide import Again, Failed, Limits, Succeeded, Tally, decide
+from finetune_trainer.supervisor.process import Patience, Stop, run_worker
+from finetune_trainer.text import shorten
+
+log = logging.getLogger(__name__)
+
+WORKER = (sys.executable, "-m", "finetune_trainer", "worker")
+ENV_SPLIT = "FINETUNE_SPLIT"
+ENV_RESTARTS = "FINETUNE_RESTARTS"
+MOST_RESTARTS_TOLD = 16
+SPLIT_FILE = "split.json"
+RESERVED_STOP_SECONDS = 10.0
+"""Of the grace period, for the termination message and the final post."""
+RESTARTS = TypeAdapter(list[Restart])
+
+
+def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[str, str] = os.environ) -> BaseModel:
+    """Train in a process of its own; the result is what that process reported.
+
+    Raises:
+        StageError: what the process reported, or what became of it.
+        Interrupted: the container was told to stop.
+    """
+    recovery = ctx.snapshot.spec.recovery
+    limits = Limits(tuple(recovery.out_of_memory.actions), ctx.snapshot.spec.training.global_batch_sequences)
+    grace = float(environ.get(ENV_GRACE_SECONDS) or recovery.termination_grace_period_seconds)
+    patience = Patience(float(recovery.hung_timeout_seconds), max(grace / 2, grace - RESERVED_STOP_SECONDS))
+    split: Split | None = None
+    restarts: list[Restart] = []
+    tally = Tally()
+    with Stop() as stop:
+        while True:
+            given = {ENV_RESTARTS: RESTARTS.dump_json(restarts, by_alias=True).decode()}
+            if split is not None:
+                given[ENV_SPLIT] = json.dumps(split.to_json_dict())
+            ended = run_worker(command, {**environ, **given}, ctx.work_dir / "outcome.json", patience, stop)
+            decision = decide(ended, split or used_split(ctx), limits, tally)
+            if isinstance(decision, Succeeded):
+                return TrainReport.model_validate(decision.report.result)
+            if isinstance(decision, Failed):
+                if decision.reason is Reason.INTERRUPTED:
+                    raise Interrupted(decision.message)
+                raise StageError(decision.reason, decision.message)
+            if decision.split != (split or used_split(ctx)):
+                split = decision.split
+            tally.restarts[decision.reason] = tally.restarts.get(decision.reason, 0) + 1
+            restarts = [*restarts, restart(decision)][-MOST_RESTARTS_TOLD:]
+            log.warning("%s Starting again in this pod (restart %d).", decision.message, len(restarts))
+            ctx.reporter.report(restarts=restarts, **({"split": split} if split else {}))
+
+
+def restart(decision: Again) -> Restart:
+    """For status and Events."""
+    return Restart(
+        at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        reason=decision.reason,
+        message=shorten(decision.message, 1024),
+    )
+
+
+def used_split(ctx: StageContext) -> Split:
+    """The split that the process wrote down when it began to train: an earlier execution may have made it smaller than planned."""
+    path = ctx.work_dir / SPLIT_FILE
+    return Split.model_validate_json(path.read_bytes()) if path.exists() else ctx.snapshot.split

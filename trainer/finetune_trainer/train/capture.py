@@ -1,0 +1,114 @@
+"""A training run's state as copies in host memory: all that the step loop waits for.
+
+What is frozen (the base) is not part of it. File names and contents are transformers' own, so that ``Trainer`` loads them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+PROGRESS_FILE = "progress.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The state after ``step`` optimizer steps."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]
+    adapter_config: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+    random: dict[str, Any]
+    trainer_state: str
+    progress: dict[str, Any]
+    held_out_loss: float | None = None
+
+
+def random_states() -> dict[str, Any]:
+    """Every generator's state, in transformers' form."""
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.random.get_rng_state()
+    return states
+
+
+def capture(
+    trainer: Any, states: dict[str, Any], progress: dict[str, Any], held_out_loss: float | None = None
+) -> Captured:
+    """Copy the state of ``trainer`` (a transformers Trainer over a PeftModel) after its last completed step.
+
+    Args:
+        states: :func:`random_states` as they were at that step's end; micro-batches of a later, unfinished step have moved them.
+    """
+    model: PeftModel = trainer.model
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return Captured(
+        step=trainer.state.global_step,
+        adapter=_on_host(get_peft_model_state_dict(model, save_embedding_layers=False)),
+        adapter_config=adapter_config(model),
+        optimizer=_on_host(trainer.optimizer.state_dict()),
+        scheduler=_on_host(trainer.lr_scheduler.state_dict()),
+        scaler=_on_host(scaler.state_dict()) if scaler is not None else None,
+        random=states,
+        trainer_state=_trainer_state(trainer.state),
+        progress=progress,
+        held_out_loss=held_out_loss,
+    )
+
+
+def adapter_config(model: PeftModel) -> dict[str, Any]:
+    """peft's configuration as JSON, its sets in order: they differ from process to process otherwise."""
+    config = model.peft_config[model.active_adapter].to_dict()
+    return {k: in_order(v) for k, v in config.items()}
+
+
+def in_order(value: Any) -> Any:
+    """Sets as sorted lists."""
+    return sorted(value) if isinstance(value, set | frozenset) else value
+
+
+def write_files(captured: Captured, folder: Path) -> None:
+    """The checkpoint's files, into an empty folder."""
+    folder.mkdir(parents=True)
+    save_file(captured.adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(captured.adapter_config, indent=1, default=str))
+    torch.save(captured.optimizer, folder / "optimizer.pt")
+    torch.save(captured.scheduler, folder / "scheduler.pt")
+    if captured.scaler is not None:
+        torch.save(captured.scaler, folder / "scaler.pt")
+    torch.save(captured.random, folder / "rng_state.pth")
+    (folder / "trainer_state.json").write_text(captured.trainer_state)
+    (folder / PROGRESS_FILE).write_text(json.dumps(captured.progress))
+
+
+def _trainer_state(state: Any) -> str:
+    """transformers' TrainerState without its log, which the step log has and which grows."""
+    fields = {k: v for k, v in vars(state).items() if k in state.__dataclass_fields__}
+    return json.dumps({**fields, "log_history": [], "stateful_callbacks": {}}, default=str)
+
+
+def _on_host(value: Any) -> Any:
+    """Copies of all tensors in a state dict, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _on_host(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_host(v) for v in value)
+    return value

@@ -1,0 +1,247 @@
+"""The optimization with its checkpoints: from the newest one on, to the last step or to the moment it is told to stop."""
+# ruff: noqa: ARG002 - signatures are transformers'
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from finetune_api.progress import Restart, Split
+from finetune_api.spec import CheckpointInterval
+from finetune_trainer import heartbeat, memory
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import Interrupted
+from finetune_trainer.train import evaluate
+from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured, capture
+from finetune_trainer.train.checkpoint_writer import CheckpointWriter
+from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
+from finetune_trainer.train.device import Compute
+from finetune_trainer.train.rows import Rows
+from finetune_trainer.train.schedule import Schedule
+from finetune_trainer.train.step_log import StepLog
+from finetune_trainer.train.stop import DeferredStop, TrainingStopped
+from finetune_trainer.train.trainer import LoraTrainer, training_arguments
+
+log = logging.getLogger(__name__)
+OUT_OF_MEMORY_UPLOAD_SECONDS = 60.0
+"""A checkpoint after an out-of-memory error is on this pod's disk already: its upload is not waited for longer."""
+
+
+@dataclass
+class History:
+    """What earlier executions did and this one goes on with."""
+
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    resumed_from: list[int] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
+    blocked_seconds: list[float] = field(default_factory=list)
+    """How long each checkpoint held the step loop up."""
+
+
+@dataclass
+class Fit:
+    """Everything that the optimization needs, and its history."""
+
+    ctx: StageContext
+    compute: Compute
+    model: PeftModel
+    rows: Rows
+    held_out: Rows
+    pad_id: int
+    schedule: Schedule
+    split: Split
+    checkpoints: Checkpoints
+    steps: StepLog
+    history: History
+
+    def run(self) -> None:
+        """Train to the last step. The newest checkpoint's state is taken up first, if there is one.
+
+        Raises:
+            Interrupted: told to stop; the last completed step is saved.
+            StageError: NonFiniteLoss, Diverged, Superseded.
+        """
+        restored = self.checkpoints.newest()
+        start = self._take_up(restored)
+        self.ctx.reporter.report(resumed_from_step=start, step=start, total_steps=self.schedule.steps)
+        if restored is not None and start == self.schedule.steps:
+            log.info("all %d steps are made: the adapter is that of the last checkpoint", start)
+            load_adapter(self.model, restored)
+            return
+        writer = CheckpointWriter(self.checkpoints, self._told)
+        trainer = self._trainer(start, writer)
+        try:
+            with DeferredStop() as stop:
+                trainer.should_stop = lambda: stop.requested
+                self._train(trainer, writer, restored)
+                if stop.requested:
+                    raise Interrupted(_stopped(self.schedule.steps, writer.finish()))
+            writer.finish()
+        finally:
+            writer.close()
+
+    def _train(self, trainer: LoraTrainer, writer: CheckpointWriter, restored: Restored | None) -> None:
+        start = trainer.start_step
+        try:
+            trainer.train(resume_from_checkpoint=str(restored.folder) if restored else None)
+        except TrainingStopped:
+            step = trainer.state.global_step
+            if step > start and (writer.saved is None or writer.saved.marker.step < step):
+                writer.submit(self.capture(trainer))
+            saved = writer.finish()
+            if saved is None and restored is not None:
+                saved = Saved(restored.marker)
+            raise Interrupted(_stopped(step, saved)) from None
+        except torch.OutOfMemoryError:
+            # Weights and optimizer are as the last completed step left them, unless it was the optimizer that ran out.
+            if trainer.state.global_step > start and not trainer.updating:
+                captured = self.capture(trainer)
+                self.checkpoints.save_locally(captured)
+                writer.submit(captured)
+                writer.finish(OUT_OF_MEMORY_UPLOAD_SECONDS)
+            raise
+
+    def capture(self, trainer: LoraTrainer, held_out_loss: float | None = None) -> Captured:
+        """The state after the last completed step."""
+        progress = {
+            "log": self.steps.as_progress(),
+            "evaluations": self.history.evaluations,
+            "resumed_from": self.history.resumed_from,
+            "restarts": [r.to_json_dict() for r in self.history.restarts],
+            "blocked_seconds": self.history.blocked_seconds,
+        }
+        return capture(trainer, trainer.step_random, progress, held_out_loss)
+
+    def evaluate(self) -> evaluate.HeldOutLoss:
+        """Held-out loss of the model as it is."""
+        return evaluate.held_out_loss(
+            self.model.get_base_model(), self.held_out, self.pad_id, self.compute, divisor=self.split.evaluation_divisor
+        )
+
+    def _take_up(self, restored: Restored | None) -> int:
+        if restored is None:
+            return 0
+        progress = json.loads((restored.folder / PROGRESS_FILE).read_text())
+        self.steps.restore(progress["log"])
+        history, marker = self.history, restored.marker
+        history.evaluations = progress["evaluations"]
+        history.blocked_seconds = progress["blocked_seconds"]
+        known = [Restart.model_validate(r) for r in progress["restarts"]]
+        history.restarts = [*known, *(r for r in history.restarts if r not in known)]
+        history.resumed_from = [*progress["resumed_from"], marker.step]
+        log.info("goes on from the checkpoint of step %d by execution %s", marker.step, marker.execution_id)
+        if marker.world_size != 1:
+            log.warning(
+                "that checkpoint was made by %d ranks: same rows, same normaliser, other rounding", marker.world_size
+            )
+        return marker.step
+
+    def _trainer(self, start: int, writer: CheckpointWriter) -> LoraTrainer:
+        spec = self.ctx.snapshot.spec
+        saving = Checkpointing(self, writer, start, spec.recovery.checkpoint.interval, spec.evaluation.interval_steps)
+        trainer = LoraTrainer(
+            model=self.model,
+            args=training_arguments(
+                self.ctx.snapshot, self.compute, self.schedule.steps, self.ctx.work_dir / "trainer", self.split
+            ),
+            rows=self.rows,
+            schedule=self.schedule,
+            micro_batch=self.split.micro_batch_sequences,
+            pad_id=self.pad_id,
+            compute=self.compute,
+            callbacks=[self.steps, saving],
+            start_step=start,
+        )
+        saving.trainer = trainer
+        return trainer
+
+    def _told(self, saved: Saved) -> None:
+        """Called in the writer's thread."""
+        log.info("checkpoint of step %d is in the bucket (%.1f s)", saved.marker.step, saved.seconds)
+        self.ctx.reporter.report(
+            checkpoint_step=saved.marker.step,
+            checkpoint_seconds=round(saved.seconds, 1),
+            peak_memory_bytes=memory.peak_bytes(),
+        )
+
+
+class Checkpointing(TrainerCallback):  # type: ignore[misc]
+    """Evaluates and checkpoints when it is time. Stands behind the step log, whose entry of the step is part of a checkpoint."""
+
+    def __init__(
+        self, fit: Fit, writer: CheckpointWriter, start: int, interval: CheckpointInterval, evaluate_every: int | None
+    ) -> None:
+        self._fit = fit
+        self._writer = writer
+        self._first = start + 1
+        self._interval = interval
+        self._evaluate_every = evaluate_every
+        self._last = time.monotonic()
+        self.trainer: LoraTrainer | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """After each step.
+
+        Raises:
+            StageError: Superseded.
+        """
+        if "loss" not in logs:
+            return
+        if self._writer.failure is not None:
+            raise self._writer.failure
+        assert self.trainer is not None
+        step, total = state.global_step, self._fit.schedule.steps
+        held_out = (
+            self._evaluate(step) if self._evaluate_every and step % self._evaluate_every == 0 < total - step else None
+        )
+        began = time.monotonic()
+        if held_out is None and not is_due(step, total, self._first, self._interval, began - self._last):
+            return
+        self._last = began
+        self._writer.submit(self._fit.capture(self.trainer, held_out))
+        self._fit.history.blocked_seconds.append(round(time.monotonic() - began, 4))
+
+    def _evaluate(self, step: int) -> float:
+        heartbeat.begin("Evaluating")
+        loss = self._fit.evaluate().loss
+        heartbeat.begin("Training")
+        self._fit.history.evaluations.append({"step": step, "held_out_loss": loss})
+        self._fit.ctx.reporter.report(held_out_loss=loss)
+        log.info("held-out loss at step %d: %.4f", step, loss)
+        return loss
+
+
+def is_due(step: int, total: int, first: int, interval: CheckpointInterval, seconds: float) -> bool:
+    """Whether a step is to be checkpointed: the first of an execution (which also measures how long one takes), the last, and
+    every so many steps or seconds between."""
+    if step in (first, total):
+        return True
+    if interval.steps is not None:
+        return step % interval.steps == 0
+    assert interval.seconds is not None
+    return seconds >= interval.seconds
+
+
+def load_adapter(model: PeftModel, restored: Restored) -> None:
+    """A checkpoint's weights into the adapter.
+
+    Raises:
+        AssertionError: tensors of the file that the model has no place for, or the reverse.
+    """
+    weights = load_file(restored.folder / ADAPTER_FILE)
+    found = set_peft_model_state_dict(model, weights)
+    assert not found.unexpected_keys, f"the checkpoint has tensors that the model lacks: {found.unexpected_keys[:3]}"
+
+
+def _stopped(step: int, saved: Saved | None) -> str:
+    if saved is None:
+        return f"told to stop (SIGTERM) after step {step}; nothing to save yet"
+    return f"told to stop (SIGTERM) after step {step}; checkpoint saved at step {saved.marker.step} in {saved.seconds:.0f} s"
