@@ -29,7 +29,9 @@ class Patience:
     """How long is waited, in seconds."""
 
     silence: float
-    """For a sign of life."""
+    """For a sign of life, after the first."""
+    start: float
+    """For the first: importing torch from a cold disk takes minutes."""
     stop: float
     """After SIGTERM."""
 
@@ -116,6 +118,7 @@ class _Watch:
 
     def _loop(self, selector: selectors.BaseSelector, pidfd: int) -> None:
         last_beat = time.monotonic()
+        silence = self._patience.start
         told_at: float | None = None
         while True:
             now = time.monotonic()
@@ -123,7 +126,7 @@ class _Watch:
                 told_at = now
                 selector.unregister(self._stop.fileno())
                 self._process.terminate()
-            due = told_at + self._patience.stop if told_at is not None else last_beat + self._patience.silence
+            due = told_at + self._patience.stop if told_at is not None else last_beat + silence
             if now >= due:
                 self._end(told_at is not None, now - last_beat)
                 return
@@ -131,7 +134,7 @@ class _Watch:
             if self._heartbeats in ready:
                 data = os.read(self._heartbeats, 65536)
                 if data:
-                    last_beat = time.monotonic()
+                    last_beat, silence = time.monotonic(), self._patience.silence
                     self.activity = data.splitlines()[-1].decode(errors="replace") or self.activity
                 else:
                     selector.unregister(self._heartbeats)

@@ -30,6 +30,7 @@ MOST_RESTARTS_TOLD = 16
 SPLIT_FILE = "split.json"
 RESERVED_STOP_SECONDS = 10.0
 """Of the grace period, for the termination message and the final post."""
+START_SECONDS = 600.0
 RESTARTS = TypeAdapter(list[Restart])
 
 
@@ -43,7 +44,10 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
     recovery = ctx.snapshot.spec.recovery
     limits = Limits(tuple(recovery.out_of_memory.actions), ctx.snapshot.spec.training.global_batch_sequences)
     grace = float(environ.get(ENV_GRACE_SECONDS) or recovery.termination_grace_period_seconds)
-    patience = Patience(float(recovery.hung_timeout_seconds), max(grace / 2, grace - RESERVED_STOP_SECONDS))
+    silence = float(recovery.hung_timeout_seconds)
+    patience = Patience(
+        silence=silence, start=max(silence, START_SECONDS), stop=max(grace / 2, grace - RESERVED_STOP_SECONDS)
+    )
     split: Split | None = None
     restarts: list[Restart] = []
     tally = Tally()

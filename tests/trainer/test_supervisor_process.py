@@ -1,0 +1,181 @@
+"""The supervisor over real processes, and a pod killed in every way there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.failures import FAILURES, Reason
+from finetune_api.names import ENV_GRACE_SECONDS
+from finetune_trainer.supervisor.process import Ended, Patience, Stop, run_worker
+from tests.support.prepared import PreparedJob, prepare_job
+from tests.support.train_process import TrainPod, pod_of, steps
+from tests.trainer.test_train_resume import adapter, forget_the_result, markers, result
+
+REPORT = '{"stage": "train", "succeeded": false, "reason": "OutOfMemory", "message": "m"}'
+
+
+def worker(tmp_path: Path, code: str, patience: Patience | None = None) -> Ended:
+    with Stop() as stop:
+        return run_worker(
+            [sys.executable, "-c", code], dict(os.environ), tmp_path / "outcome", patience or Patience(60, 60, 60), stop
+        )
+
+
+def test_what_a_process_leaves_is_read(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+os.write(int(os.environ["FINETUNE_HEARTBEAT_FD"]), b"Loading\\nTraining\\n")
+open(os.environ["FINETUNE_OUTCOME"], "w").write({REPORT!r})
+sys.exit(40)
+"""
+    ended = worker(tmp_path, code)
+    assert (ended.returncode, ended.activity, ended.told_to_stop) == (40, "Training", False)
+    assert ended.report is not None
+    assert ended.report.reason == "OutOfMemory"
+
+
+def test_an_outcome_of_an_earlier_process_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    (tmp_path / "outcome").write_text(REPORT)
+    assert worker(tmp_path, "import os; os.kill(os.getpid(), 9)") == Ended(
+        -9, None, memory_kills=0, peak_bytes=worker(tmp_path, "").peak_bytes
+    )
+
+
+def test_silence_ends_a_process_and_beats_keep_it(tmp_path: Path) -> None:
+    silent = worker(tmp_path, "import signal; signal.pause()", Patience(1.0, 1.0, 60))
+    assert silent.returncode == -signal.SIGUSR1 or silent.returncode == -signal.SIGKILL
+    assert silent.silent_seconds is not None
+    beating = """
+import os, time
+for _ in range(20):
+    os.write(int(os.environ["FINETUNE_HEARTBEAT_FD"]), b"Training\\n")
+    time.sleep(0.2)
+"""
+    assert worker(tmp_path, beating, Patience(2.0, 20.0, 60)).silent_seconds is None
+
+
+def test_sigterm_is_passed_on_and_a_process_that_ignores_it_is_killed(tmp_path: Path) -> None:
+    code = """
+import os, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.kill(os.getppid(), signal.SIGTERM)
+while True:
+    signal.pause()
+"""
+    ended = worker(tmp_path, code, Patience(60, 60, 1.0))
+    assert (ended.returncode, ended.told_to_stop, ended.stop_overdue) == (-signal.SIGKILL, True, True)
+    ended = worker(tmp_path, "import os, signal; os.kill(os.getppid(), 15); signal.pause()")
+    assert (ended.returncode, ended.stop_overdue) == (-signal.SIGTERM, False)
+
+
+SPEC: dict[str, Any] = {
+    "method": {"type": "QLoRA", "lora": {"rank": 4, "dropout": 0.2}},
+    "training": {"length": {"steps": 60}, "microBatchSequences": 2},
+    "recovery": {"checkpoint": {"interval": {"steps": 5}}},
+}
+
+
+@pytest.fixture
+def job(s3: Any, tiny_model: Path, tmp_path: Path) -> PreparedJob:
+    return prepare_job(s3, tmp_path, tiny_model, **SPEC)
+
+
+@pytest.mark.timeout(600)
+def test_after_any_kills_the_adapter_is_the_same_bytes(job: PreparedJob) -> None:
+    assert pod_of(job).start().wait() == 0
+    undisturbed = adapter(job)
+    forget_the_result(job)
+
+    # kill -9 of the whole pod
+    pod = pod_of(job).start()
+    pod.until_step(12)
+    pod.kill()
+    assert steps(pod.lines)[0] == 1
+
+    # kill -9 of the process that trains: it goes on in the same pod
+    pod = pod_of(job).start()
+    pod.until_step(24)
+    os.kill(pod.worker(), signal.SIGKILL)
+    pod.until(lambda lines: "Starting again in this pod" in "\n".join(lines))
+    made = steps(pod.lines)
+    pod.until(lambda lines: len(steps(lines)) > len(made) + 8)
+    again = steps(pod.lines)[len(made)]
+    assert made[0] in (6, 11), "from a checkpoint"
+    assert 10 <= again <= made[-1] + 1
+
+    # SIGTERM of the pod: it saves the last whole step and leaves with its own exit code
+    pod.process.send_signal(signal.SIGTERM)
+    assert pod.wait() == FAILURES[Reason.INTERRUPTED].exit_code
+    assert pod.report.reason == Reason.INTERRUPTED
+    last = steps(pod.lines)[-1]
+    assert f"checkpoint saved at step {last}" in pod.report.message
+    assert max(m.step for m in markers(job).values()) == last
+    assert not job.context().output_store().exists("adapter/adapter_model.safetensors")
+
+    pod = pod_of(job).start()
+    assert pod.wait() == 0
+    assert steps(pod.lines)[0] == last + 1, "nothing is computed again"
+    assert adapter(job) == undisturbed
+    assert result(job).execution_id == pod.execution
+
+
+@pytest.mark.timeout(600)
+def test_a_hung_process_is_started_again_and_its_stacks_are_in_the_log(job: PreparedJob) -> None:
+    hung = job.with_spec(recovery={"hungTimeoutSeconds": 20})
+    rewrite_prepared(job, hung)
+    pod = pod_of(hung).start()
+    pod.until_step(7)
+    os.kill(pod.worker(), signal.SIGSTOP)
+    pod.until(lambda lines: "Hung" in "\n".join(lines) or "no sign of life" in "\n".join(lines))
+    assert pod.wait() == 0, pod.log
+    assert [r.reason for r in result(hung).restarts] == ["Hung"]
+    assert "in training_step" in pod.log or "Current thread" in pod.log
+    assert len(result(hung).resumed_from_steps) == 1
+
+
+def rewrite_prepared(job: PreparedJob, changed: PreparedJob) -> None:
+    """The same prepared data for another spec."""
+    store = job.context().workspace_store()
+    stored = json.loads(store.get_bytes("prepare/result.json"))
+    stored["snapshotDigest"] = changed.snapshot.digest()
+    store.put_bytes("prepare/result.json", json.dumps(stored).encode())
+
+
+def test_a_supervisor_that_dies_takes_its_process_along(job: PreparedJob) -> None:
+    pod = pod_of(job).start()
+    pod.until_step(2)
+    worker = pod.worker()
+    os.kill(pod.process.pid, signal.SIGKILL)
+    pod.wait()
+    gone = threading.Event()
+
+    def watch() -> None:
+        while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+            time.sleep(0.05)
+        gone.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    assert gone.wait(10)
+
+
+def test_the_grace_period_bounds_the_saving(job: PreparedJob) -> None:
+    """A process that is stuck when told to stop is not waited for longer than Kubernetes waits."""
+    pod = pod_of(job, **{ENV_GRACE_SECONDS: "4"})
+    assert isinstance(pod, TrainPod)
+    pod.start()
+    pod.until_step(2)
+    os.kill(pod.worker(), signal.SIGSTOP)
+    began = time.monotonic()
+    pod.process.send_signal(signal.SIGTERM)
+    assert pod.wait() == FAILURES[Reason.INTERRUPTED].exit_code
+    assert time.monotonic() - began < 30
+    assert "not done within the grace period" in pod.report.message
