@@ -32,13 +32,32 @@ REFUSED = {
     "401",
     "403",
 }
+ROTATED = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
+"""What a store says of credentials that it has forgotten. With the same words it refuses wrong ones, see WORKED_BEFORE."""
+WORKED_BEFORE = "FinetuneWorkedBefore"
+"""Entry of an error's details: requests with this Secret's values were accepted earlier in this process."""
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 ROTATION_SECONDS = 300.0
 """How long new credentials are waited for: whoever rotates a Secret may be late, and the kubelet takes up to about two minutes to
 bring a changed Secret into a pod."""
+FULL = {
+    "QuotaExceeded",  # Ceph: with 403
+    "InsufficientStorage",
+    "InsufficientCapacity",
+    "StorageFull",
+    "XMinioStorageFull",
+    "XMinioAdminBucketQuotaExceeded",  # MinIO: with 400
+    "507",
+}
 PASSING = {
     "SlowDown",
+    "InternalError",
+    "ServiceUnavailable",
     "RequestTimeout",
+    "IncompleteBody",
+    "OperationAborted",
+    "TooManyRequests",
+    "XAmzContentSHA256Mismatch",
     "RequestTimeTooSkewed",
     "Throttling",
     "ThrottlingException",
@@ -49,17 +68,24 @@ TRANSPORT_ERRORS = (ConnectionError, HTTPClientError, IncompleteReadError, urlli
 
 
 @contextmanager
-def translated(uri: str) -> Iterator[None]:
-    """Turn botocore's errors about ``uri`` into StageError and NotFound.
+def translated(uri: str, but: type[Exception] | None = None) -> Iterator[None]:
+    """Turn botocore's errors about ``uri`` into StageError and NotFound, except those that are ``but``.
 
     Raises:
-        StageError: BucketNotFound, AccessDenied, StorageUnavailable.
+        StageError: BucketNotFound, AccessDenied, StorageUnavailable, StorageFull.
         NotFound: the object does not exist.
     """
     try:
         yield
     except (ClientError, BotoCoreError, urllib3.exceptions.HTTPError) as error:
+        if but is not None and isinstance(error, but):
+            raise
         raise translate(error, uri) from error
+
+
+def error_code(error: ClientError) -> str:
+    """The code of a store's answer, as ``NoSuchUpload``; the HTTP status where it names none."""
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def translate(error: Exception, uri: str) -> Exception:
@@ -88,13 +114,26 @@ def translate(error: Exception, uri: str) -> Exception:
                 f"Secret (or of the pod's identity) are picked up, for {ROTATION_SECONDS / 60:.0f} minutes",
                 patience_seconds=ROTATION_SECONDS,
             )
+        if code in FULL or status == 507:
+            return StageError(Reason.STORAGE_FULL, f"the store of {uri} takes no more data: {text}")
+        if code in ROTATED and details.get(WORKED_BEFORE):
+            return StageError(
+                Reason.ACCESS_DENIED,
+                f"the store refused {error.operation_name} on {uri}: {text}; this Secret's values were accepted before, so they "
+                f"are taken for rotated: new ones in the Secret are picked up, for {ROTATION_SECONDS / 60:.0f} minutes",
+                patience_seconds=ROTATION_SECONDS,
+            )
         if code in REFUSED or status in (401, 403):
             hint = ""
             if code in ("AccessDenied", "403") and error.operation_name in ("GetObject", "HeadObject"):
                 # AWS answers so for an object that does not exist, unless the credentials may list the bucket.
                 hint = "; reading needs s3:GetObject and s3:ListBucket"
             return StageError(Reason.ACCESS_DENIED, f"the store refused {error.operation_name} on {uri}: {text}{hint}")
-        if code in PASSING or status >= 500 or status == 429:
+        if code == "NotImplemented" or status == 501:
+            return StageError(
+                Reason.INVALID_CONFIG, f"the store of {uri} does not implement {error.operation_name}: {text}"
+            )
+        if code in PASSING or status >= 500 or status in (408, 425, 429):
             return StageError(Reason.STORAGE_UNAVAILABLE, f"the store cannot serve {uri} now: {text}")
         return StageError(Reason.UNKNOWN, f"{error.operation_name} on {uri} failed: {text}")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
