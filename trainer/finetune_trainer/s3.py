@@ -21,6 +21,7 @@ from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 from botocore.credentials import Credentials as BotocoreCredentials
 from botocore.credentials import ReadOnlyCredentials
+from botocore.model import OperationModel
 from pydantic import BaseModel
 
 from finetune_api.failures import Reason
@@ -30,7 +31,7 @@ from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.parallel import WORKERS, in_parallel
 from finetune_trainer.s3_download import download
-from finetune_trainer.s3_errors import WORKED_BEFORE, translated
+from finetune_trainer.s3_errors import WORKED_BEFORE, TornAnswer, must_be_whole, translated
 from finetune_trainer.s3_transfer import OnBytes, PacedBody, md5_base64, told
 from finetune_trainer.s3_upload import abort_orphans, upload
 
@@ -126,8 +127,9 @@ class _Memory:
         self._credentials = credentials
         self._accepted = False
 
-    def note(self, http_response: AWSResponse, parsed: dict[str, Any], **_: object) -> None:
-        """botocore's event after each answer."""
+    def note(self, http_response: AWSResponse, parsed: dict[str, Any], model: OperationModel, **_: object) -> None:
+        """botocore's event after each answer. Raises TornAnswer."""
+        must_be_whole(model.name, http_response.status_code, parsed)
         if http_response.status_code < 300:
             self._accepted = True
         elif self._accepted and self._credentials.folder is not None and "Error" in parsed:
@@ -166,7 +168,13 @@ class S3Store:
     def get_bytes(self, key: str) -> bytes:
         """A small object."""
         with translated(self.uri(key)):
-            return self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))["Body"].read()
+            answer = self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))
+            data = answer["Body"].read()
+            if len(data) != answer.get(
+                "ContentLength"
+            ):  # without it the connection's end would be taken for the object's
+                raise TornAnswer(operation="GetObject")
+            return data
 
     def put_bytes(self, key: str, data: bytes) -> FileRecord:
         """Write a small object; the store checks the MD5."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import urllib3.exceptions
 from botocore.exceptions import (
@@ -65,6 +66,36 @@ PASSING = {
     "429",
 }
 TRANSPORT_ERRORS = (ConnectionError, HTTPClientError, IncompleteReadError, urllib3.exceptions.HTTPError, OSError)
+
+
+NEEDED: dict[str, tuple[set[str], ...]] = {
+    "HeadObject": ({"ETag"}, {"ContentLength"}),
+    "GetObject": ({"ETag"},),
+    "PutObject": ({"ETag"},),
+    "CreateMultipartUpload": ({"UploadId"},),
+    "UploadPart": ({"ETag"},),
+    "CompleteMultipartUpload": ({"ETag"},),
+    "ListObjectsV2": ({"Name", "KeyCount", "Contents", "IsTruncated"},),
+    "ListParts": ({"Bucket", "Key", "UploadId", "Parts"},),
+    "ListMultipartUploads": ({"Bucket", "Uploads", "IsTruncated"},),
+}
+"""One of each set is in every whole answer of success."""
+
+
+class TornAnswer(BotoCoreError):
+    """A success of which the rest is missing.
+
+    Where a connection ends within the head of an answer, http.client (Python 3.11) takes what came for all of it, and, without a
+    Content-Length, an empty body for the whole: a listing of nothing, an upload without an id.
+    """
+
+    fmt = "the answer to {operation} broke off"
+
+
+def must_be_whole(operation: str, status: int, parsed: dict[str, Any]) -> None:
+    """Raises TornAnswer."""
+    if status < 300 and not all(any_of & parsed.keys() for any_of in NEEDED.get(operation, ())):
+        raise TornAnswer(operation=operation)
 
 
 @contextmanager
@@ -143,6 +174,6 @@ def translate(error: Exception, uri: str) -> Exception:
         )
     if isinstance(error, SSLError):
         return StageError(Reason.STORAGE_UNAVAILABLE, f"TLS to the store of {uri} failed: {error}")
-    if isinstance(error, TRANSPORT_ERRORS):
+    if isinstance(error, (TornAnswer, *TRANSPORT_ERRORS)):
         return StageError(Reason.STORAGE_UNAVAILABLE, f"cannot reach the store of {uri}: {error}")
     return StageError(Reason.INVALID_CONFIG, f"{uri}: {error}")
