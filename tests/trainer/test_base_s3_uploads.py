@@ -15,7 +15,7 @@ from finetune_api.uris import S3Location
 from finetune_trainer import s3_transfer
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import StageError
-from finetune_trainer.s3 import S3Store, connect
+from finetune_trainer.s3 import CLIENT_CONFIG, S3Store, connect
 from finetune_trainer.s3_transfer import Pace, TooSlow
 from tests.support import seaweed
 from tests.support.fault_proxy import Fault, FaultProxy
@@ -281,3 +281,24 @@ def test_a_store_that_trickles_is_given_up(
     s3_proxy.faults.script.clear()
     store.download_file("f", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == DATA[:MIB]
+
+
+@pytest.mark.parametrize("request_", ["PUT .*partNumber=2", "POST .*uploadId", "PUT .*/small", "GET .*/small"])
+def test_an_endpoint_that_takes_requests_and_never_answers_is_given_up(
+    s3: S3, s3_proxy: FaultProxy, big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: str
+) -> None:
+    monkeypatch.setitem(CLIENT_CONFIG, "read_timeout", 1)
+    s3.write_secret(tmp_path / "secret", endpoint=s3_proxy.endpoint)
+    store = connect(S3Location(s3.new_bucket(), "a"), Credentials("output", "s", tmp_path / "secret"), tmp_path)
+
+    def all_of_it() -> bytes:
+        store.upload_file(big, "big")
+        store.put_bytes("small", b"abc")
+        return store.get_bytes("small")
+
+    s3_proxy.faults.script = [Fault(request_, times=2, silent=True)]
+    with pytest.raises(StageError) as info:
+        all_of_it()
+    assert info.value.reason is Reason.STORAGE_UNAVAILABLE
+    assert all_of_it() == b"abc"
+    assert store.get_bytes("big") == DATA

@@ -154,7 +154,7 @@ def translate(error: Exception, uri: str) -> Exception:
                 f"are taken for rotated: new ones in the Secret are picked up, for {ROTATION_SECONDS / 60:.0f} minutes",
                 patience_seconds=ROTATION_SECONDS,
             )
-        if code in REFUSED or status in (401, 403):
+        if code in REFUSED or (status in (401, 403) and code not in PASSING):
             hint = ""
             if code in ("AccessDenied", "403") and error.operation_name in ("GetObject", "HeadObject"):
                 # AWS answers so for an object that does not exist, unless the credentials may list the bucket.
