@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import http.client
+import re
+import socket
+import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import urlsplit
+
+
+@dataclass
+class Fault:
+    """What goes wrong with requests whose ``METHOD path`` matches ``where``."""
+
+    where: str
+    times: int = 1
+    """-1 is for ever."""
+    reset_request_at: int | None = None
+    """The connection is reset once so many bytes of the request's body were read; the store sees nothing."""
+    reset_answer_at: int | None = None
+    """The store does what was asked; the connection is reset after so many bytes of its answer, the head included."""
+    status: int = 0
+    """Answered so, with the S3 error ``code``; the store sees nothing."""
+    code: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    silent: bool = False
+    """Read, and never answered."""
+    trickle_seconds: float | None = None
+    """The answer's body comes in single bytes, with this pause after each."""
+    before: Callable[[], None] | None = None
+    """Called first."""
 
 
 @dataclass
@@ -39,6 +66,10 @@ class S3Faults:
     """DELETE requests answered 403 AccessDenied."""
     fail_part: int = 0
     """The multipart part of this number is answered 500, always."""
+    script: list[Fault] = field(default_factory=list)
+    """Of those that match, the first that is not used up happens."""
+    over: threading.Event = field(default_factory=threading.Event)
+    """Set when the proxy ends: silent and trickling answers end."""
     requests: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -65,6 +96,7 @@ class FaultProxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.faults.over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -83,8 +115,20 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.faults.requests.append((self.command, self.path))
+        fault = self._next_fault()
+        if fault.before is not None:
+            fault.before()
+        if fault.reset_request_at is not None:
+            self.rfile.read(fault.reset_request_at)
+            return self._reset()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if fault.silent:
+            self.faults.over.wait()
+            return self._reset()
+        if fault.status:
+            text = f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>" if fault.code else ""
+            return self._answer(fault.status, fault.headers, b"" if self.command == "HEAD" else text.encode())
         if self._happens("unavailable"):
             return self._answer(503, {}, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
         if self._happens("expired"):
@@ -114,6 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = self.faults.content_range
         length = answer.getheader("Content-Length")
         connection.close()
+        if fault.reset_answer_at is not None:
+            return self._cut(answer.status, headers, data, fault.reset_answer_at)
+        if fault.trickle_seconds is not None:
+            return self._trickle(answer.status, headers, data, fault.trickle_seconds)
         if self.command == "HEAD":
             return self._answer(answer.status, headers, b"", int(length or 0))
         reading = self.command == "GET" and answer.status in (200, 206) and "list-type" not in self.path
@@ -129,6 +177,52 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return None
         return self._answer(status, headers, data)
+
+    def _next_fault(self) -> Fault:
+        for fault in self.faults.script:
+            if fault.times and re.search(fault.where, f"{self.command} {self.path}"):
+                fault.times -= fault.times > 0
+                return fault
+        return Fault("")
+
+    def _reset(self) -> None:
+        """A RST, as from a peer that died, instead of an orderly end."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()
+        self.connection.close()
+
+    def _cut(self, status: int, headers: dict[str, str], data: bytes, at: int) -> None:
+        lines = [
+            f"HTTP/1.1 {status} X",
+            *(f"{k}: {v}" for k, v in headers.items()),
+            f"Content-Length: {len(data)}",
+            "",
+            "",
+        ]
+        self.connection.sendall(("\r\n".join(lines).encode() + data)[:at])
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _trickle(self, status: int, headers: dict[str, str], data: bytes, seconds: float) -> None:
+        self._answer(status, headers, b"", len(data))
+        for i in range(len(data)):
+            self.connection.sendall(data[i : i + 1])
+            if self.faults.over.wait(seconds):
+                return self._reset()
+        return None
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except OSError:
+            self.close_connection = True  # the client went away
+
+    def finish(self) -> None:
+        try:
+            super().finish()
+        except OSError:
+            self.close_connection = True
 
     def _happens(self, fault: str) -> bool:
         left = getattr(self.faults, fault)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_api.failures import Reason
+from finetune_api.results import FileRecord
 from finetune_api.uris import S3Location
 from finetune_trainer import s3_download, s3_transfer, waiting
 from finetune_trainer.credentials import Credentials
@@ -241,21 +242,28 @@ def test_an_upload_that_arrives_wrong_is_refused_by_the_store(store: S3Store, s3
     assert store.get_bytes("f") == DATA
 
 
-def test_a_failed_part_leaves_no_upload_behind(
+def test_an_upload_goes_on_with_the_parts_that_the_store_has(
     store: S3Store, s3: S3, s3_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_transfer, "PART_BYTES", 5 << 20)  # the least that S3 takes
     data = DATA * 4
     (tmp_path / "big").write_bytes(data)
-    s3_proxy.faults.fail_part = 2
+    s3_proxy.faults.fail_part = 3
     moved: list[int] = []
     with pytest.raises(StageError) as info:
         store.upload_file(tmp_path / "big", "big", moved.append)
     assert info.value.reason is Reason.STORAGE_UNAVAILABLE
-    assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=store.location.bucket)
+    assert sum(moved) == 0, "counted again by whoever goes on"
+    assert not store.exists("big")
     s3_proxy.faults.fail_part = 0
-    assert store.upload_file(tmp_path / "big", "big", moved.append).size == sum(moved) == len(data)
+    s3_proxy.faults.requests.clear()
+    again = S3Store(store.location, store._client, store._uploads)  # as another process of the pod has it
+    record = again.upload_file(tmp_path / "big", "big", moved.append)
+    assert record == FileRecord(path="big", size=sum(moved), sha256=hashlib.sha256(data).hexdigest())
+    assert [path.split("partNumber=")[1][0] for _, path in s3_proxy.faults.requests if "partNumber=" in path] == ["3"]
     assert store.get_bytes("big") == data
+    assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=store.location.bucket)
+    assert list(store._uploads.iterdir()) == []
 
 
 def test_one_bad_moment_is_not_noticed_and_a_long_one_has_a_name(store: S3Store, s3_proxy: FaultProxy) -> None:

@@ -28,6 +28,9 @@ TIMEOUT = httpx.Timeout(5.0, connect=3.0)
 FINAL_ATTEMPTS = 3
 WAITING_AGAIN_SECONDS = 30.0
 """How often an unchanged wait is said again: an operator that was killed after it had acknowledged a post has forgotten it."""
+LEAST_ADVANCE = 10_000
+"""Bytes a second since the last advance that make another one: a store that gives a byte now and then is waited for as one that
+gives none, and does not hold a GPU for ever."""
 
 TransferKind = Literal["download", "upload", "merge"]
 
@@ -109,8 +112,10 @@ class Reporter:
             nonlocal completed
             with lock:
                 completed = max(0, completed + count)
-                if completed > self._farthest.get(kind, 0):
-                    self._farthest[kind], self._advanced = completed, time.monotonic()
+                now = time.monotonic()
+                farther = completed - self._farthest.get(kind, 0)
+                if farther > 0 and farther >= LEAST_ADVANCE * (now - self._advanced):
+                    self._farthest[kind], self._advanced = completed, now
                 # A count above the announced total would only confuse: then the total was wrong.
                 total = None if total_bytes is None else max(total_bytes, completed)
                 self.report(**{kind: Transfer(completed_bytes=completed, total_bytes=total)})

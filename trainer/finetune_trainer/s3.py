@@ -2,7 +2,7 @@
 
 Memory is bounded by a part. Every upload carries an MD5 that the store checks; every download is tied to one version of the
 object (ETag), counted, and checked against what the store tells of its bytes. boto3's own transfer manager does neither resume
-nor hash while reading, therefore the loops of s3_download and s3_transfer.
+nor hash while reading, therefore the loops of s3_download and s3_upload.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
 import botocore.loaders
 import botocore.session
+from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 from botocore.credentials import Credentials as BotocoreCredentials
 from botocore.credentials import ReadOnlyCredentials
+from botocore.model import OperationModel
 from pydantic import BaseModel
 
 from finetune_api.failures import Reason
@@ -29,8 +31,9 @@ from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.parallel import WORKERS, in_parallel
 from finetune_trainer.s3_download import download
-from finetune_trainer.s3_errors import translated
-from finetune_trainer.s3_transfer import OnBytes, md5_base64, told, upload
+from finetune_trainer.s3_errors import WORKED_BEFORE, TornAnswer, must_be_whole, translated
+from finetune_trainer.s3_transfer import OnBytes, PacedBody, md5_base64, told
+from finetune_trainer.s3_upload import abort_orphans, upload
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -51,6 +54,9 @@ CLIENT_CONFIG = {
     "response_checksum_validation": "when_required",
 }
 
+
+UPLOADS_DIR = ".uploads"
+"""Below a store's scratch folder."""
 
 # botocore parses a megabyte of service description per session; a shared loader does it once.
 _LOADER = botocore.loaders.create_loader()
@@ -103,13 +109,31 @@ def make_client(credentials: Credentials, scratch: Path) -> S3Client:
     endpoint = credentials.endpoint_url
     ca_bundle = credentials.ca_bundle(scratch)
     config = Config(**CLIENT_CONFIG, s3={"addressing_style": "path"}) if endpoint else Config(**CLIENT_CONFIG)  # type: ignore[arg-type]
-    return boto3.Session(botocore_session=session).client(
+    client = boto3.Session(botocore_session=session).client(
         "s3",
         endpoint_url=endpoint,
         region_name=credentials.region or session.get_config_variable("region") or "us-east-1",
         verify=str(ca_bundle) if ca_bundle else None,
         config=config,
     )
+    client.meta.events.register("after-call.s3", _Memory(credentials).note)
+    return client
+
+
+class _Memory:
+    """Notes whether credentials that are refused had been accepted: then they were rotated, and are not just wrong."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+        self._accepted = False
+
+    def note(self, http_response: AWSResponse, parsed: dict[str, Any], model: OperationModel, **_: object) -> None:
+        """botocore's event after each answer. Raises TornAnswer."""
+        must_be_whole(model.name, http_response.status_code, parsed)
+        if http_response.status_code < 300:
+            self._accepted = True
+        elif self._accepted and self._credentials.folder is not None and "Error" in parsed:
+            parsed["Error"][WORKED_BEFORE] = True
 
 
 def connect(location: S3Location, credentials: Credentials, scratch: Path) -> S3Store:
@@ -118,22 +142,24 @@ def connect(location: S3Location, credentials: Credentials, scratch: Path) -> S3
     Raises:
         StageError: SecretMissing.
     """
-    return S3Store(location, make_client(credentials, scratch))
+    return S3Store(location, make_client(credentials, scratch), scratch / UPLOADS_DIR)
 
 
 class S3Store:
     """Objects below one location. Keys are relative to it; ``""`` is the location itself.
 
-    Every method raises StageError (BucketNotFound, AccessDenied, StorageUnavailable) or NotFound.
+    Every method raises StageError (BucketNotFound, AccessDenied, StorageUnavailable, StorageFull) or NotFound.
     """
 
-    def __init__(self, location: S3Location, client: S3Client) -> None:
+    def __init__(self, location: S3Location, client: S3Client, uploads: Path) -> None:
+        """``uploads``: a folder for notes of multipart uploads that a later call, or process, may go on with."""
         self.location = location
         self._client = client
+        self._uploads = uploads
 
     def at(self, *parts: str) -> S3Store:
         """The store below ``parts``."""
-        return S3Store(self.location.join(*parts), self._client)
+        return S3Store(self.location.join(*parts), self._client, self._uploads)
 
     def uri(self, key: str = "") -> str:
         """``s3://bucket/prefix/key``."""
@@ -142,13 +168,19 @@ class S3Store:
     def get_bytes(self, key: str) -> bytes:
         """A small object."""
         with translated(self.uri(key)):
-            return self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))["Body"].read()
+            answer = self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))
+            data = answer["Body"].read()
+            if len(data) != answer.get(
+                "ContentLength"
+            ):  # without it the connection's end would be taken for the object's
+                raise TornAnswer(operation="GetObject")
+            return data
 
     def put_bytes(self, key: str, data: bytes) -> FileRecord:
         """Write a small object; the store checks the MD5."""
         with translated(self.uri(key)):
             self._client.put_object(
-                Bucket=self.location.bucket, Key=self._key(key), Body=data, ContentMD5=md5_base64(data)
+                Bucket=self.location.bucket, Key=self._key(key), Body=PacedBody(data), ContentMD5=md5_base64(data)
             )
         return FileRecord(path=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
@@ -214,8 +246,16 @@ class S3Store:
         return download(self._client, self.location.bucket, self._key(key), key, path, on_bytes)
 
     def upload_file(self, path: Path, key: str, on_bytes: OnBytes | None = None) -> FileRecord:
-        """Stream a file to an object; a failed multipart upload leaves nothing behind. Returns its SHA-256."""
-        return upload(self._client, self.location.bucket, self._key(key), key, path, on_bytes)
+        """Stream a file to an object; an upload that stopped is gone on with, if the file is the same. Returns its SHA-256."""
+        return upload(self._client, self.location.bucket, self._key(key), key, path, self._uploads, on_bytes)
+
+    def abort_orphans(self, prefix: str = "") -> int:
+        """Remove multipart uploads below the folder ``prefix`` that this pod does not know; returns how many.
+
+        Call it where the folder belongs to this job alone: an execution that still runs elsewhere loses its uploads. A store that
+        refuses costs a warning.
+        """
+        return abort_orphans(self._client, self.location.bucket, f"{self._key(prefix)}/".lstrip("/"), self._uploads)
 
     def download_dir(self, prefix: str, local: Path, on_bytes: OnBytes | None = None) -> Records:
         """All objects below ``prefix``, into ``local``; paths in the records are relative to ``prefix``."""

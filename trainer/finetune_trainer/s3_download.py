@@ -8,17 +8,18 @@ import re
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import urllib3.exceptions
 from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.response import HTTPResponse
 
 from finetune_api.failures import Reason
 from finetune_api.results import FileRecord
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3_checksum import Hashes, Version, look_up
 from finetune_trainer.s3_errors import translate
-from finetune_trainer.s3_transfer import CHUNK_BYTES, IDLE_ATTEMPTS, OnBytes, told
+from finetune_trainer.s3_transfer import CHUNK_BYTES, IDLE_ATTEMPTS, OnBytes, Pace, TooSlow, told
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -86,11 +87,17 @@ def _fill(
     client: S3Client, bucket: str, key: str, part: PartialFile, version: Version, on_bytes: OnBytes | None
 ) -> None:
     uri = f"s3://{bucket}/{key}"
-    idle = 0
+    idle, pace = 0, Pace()
     while part.size < version.size:
         before = part.size
         try:
-            _read_on(client, bucket, key, part, version, on_bytes)
+            _read_on(client, bucket, key, part, version, on_bytes, pace)
+            pace.moved(0)
+        except TooSlow as slow:
+            raise StageError(
+                Reason.STORAGE_UNAVAILABLE,
+                f"reading {uri} all but stands still at {part.size:,} of {version.size:,} bytes: {slow}",
+            ) from slow
         except (ClientError, BotoCoreError, urllib3.exceptions.HTTPError) as error:
             status = (
                 error.response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(error, ClientError) else None
@@ -114,19 +121,28 @@ def _fill(
 
 
 def _read_on(
-    client: S3Client, bucket: str, key: str, part: PartialFile, version: Version, on_bytes: OnBytes | None
+    client: S3Client,
+    bucket: str,
+    key: str,
+    part: PartialFile,
+    version: Version,
+    on_bytes: OnBytes | None,
+    pace: Pace,
 ) -> None:
     """One request, for everything from where the file ends."""
     start = part.size
     answer = client.get_object(Bucket=bucket, Key=key, IfMatch=version.etag, Range=f"bytes={start}-{version.size - 1}")
-    with answer["Body"] as body:
+    # Entered, botocore's body is urllib3's response. Its ``read`` waits for all bytes asked for: from a store that sends one in ten
+    # seconds, four months for a megabyte, without any timeout; ``read1`` gives what has come.
+    with cast(HTTPResponse, answer["Body"].__enter__()) as body:
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         if begins_at(status, answer.get("ContentRange"), start, version.size, f"s3://{bucket}/{key}") < start:
             told(on_bytes, -start)
             part.restart()
-        while chunk := body.read(min(CHUNK_BYTES, version.size - part.size)):
+        while chunk := body.read1(min(CHUNK_BYTES, version.size - part.size)):
             part.append(chunk)
             told(on_bytes, len(chunk))
+            pace.moved(len(chunk))
 
 
 def begins_at(status: int, content_range: str | None, start: int, size: int, uri: str) -> int:

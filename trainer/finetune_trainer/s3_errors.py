@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import urllib3.exceptions
 from botocore.exceptions import (
@@ -32,13 +33,32 @@ REFUSED = {
     "401",
     "403",
 }
+ROTATED = {"InvalidAccessKeyId", "SignatureDoesNotMatch"}
+"""What a store says of credentials that it has forgotten. With the same words it refuses wrong ones, see WORKED_BEFORE."""
+WORKED_BEFORE = "FinetuneWorkedBefore"
+"""Entry of an error's details: requests with this Secret's values were accepted earlier in this process."""
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 ROTATION_SECONDS = 300.0
 """How long new credentials are waited for: whoever rotates a Secret may be late, and the kubelet takes up to about two minutes to
 bring a changed Secret into a pod."""
+FULL = {
+    "QuotaExceeded",  # Ceph: with 403
+    "InsufficientStorage",
+    "InsufficientCapacity",
+    "StorageFull",
+    "XMinioStorageFull",
+    "XMinioAdminBucketQuotaExceeded",  # MinIO: with 400
+    "507",
+}
 PASSING = {
     "SlowDown",
+    "InternalError",
+    "ServiceUnavailable",
     "RequestTimeout",
+    "IncompleteBody",
+    "OperationAborted",
+    "TooManyRequests",
+    "XAmzContentSHA256Mismatch",
     "RequestTimeTooSkewed",
     "Throttling",
     "ThrottlingException",
@@ -48,18 +68,55 @@ PASSING = {
 TRANSPORT_ERRORS = (ConnectionError, HTTPClientError, IncompleteReadError, urllib3.exceptions.HTTPError, OSError)
 
 
+NEEDED: dict[str, tuple[set[str], ...]] = {
+    "HeadObject": ({"ETag"}, {"ContentLength"}),
+    "GetObject": ({"ETag"},),
+    "PutObject": ({"ETag"},),
+    "CreateMultipartUpload": ({"UploadId"},),
+    "UploadPart": ({"ETag"},),
+    "CompleteMultipartUpload": ({"ETag"},),
+    "ListObjectsV2": ({"Name", "KeyCount", "Contents", "IsTruncated"},),
+    "ListParts": ({"Bucket", "Key", "UploadId", "Parts"},),
+    "ListMultipartUploads": ({"Bucket", "Uploads", "IsTruncated"},),
+}
+"""One of each set is in every whole answer of success."""
+
+
+class TornAnswer(BotoCoreError):
+    """A success of which the rest is missing.
+
+    Where a connection ends within the head of an answer, http.client (Python 3.11) takes what came for all of it, and, without a
+    Content-Length, an empty body for the whole: a listing of nothing, an upload without an id.
+    """
+
+    fmt = "the answer to {operation} broke off"
+
+
+def must_be_whole(operation: str, status: int, parsed: dict[str, Any]) -> None:
+    """Raises TornAnswer."""
+    if status < 300 and not all(any_of & parsed.keys() for any_of in NEEDED.get(operation, ())):
+        raise TornAnswer(operation=operation)
+
+
 @contextmanager
-def translated(uri: str) -> Iterator[None]:
-    """Turn botocore's errors about ``uri`` into StageError and NotFound.
+def translated(uri: str, but: type[Exception] | None = None) -> Iterator[None]:
+    """Turn botocore's errors about ``uri`` into StageError and NotFound, except those that are ``but``.
 
     Raises:
-        StageError: BucketNotFound, AccessDenied, StorageUnavailable.
+        StageError: BucketNotFound, AccessDenied, StorageUnavailable, StorageFull.
         NotFound: the object does not exist.
     """
     try:
         yield
     except (ClientError, BotoCoreError, urllib3.exceptions.HTTPError) as error:
+        if but is not None and isinstance(error, but):
+            raise
         raise translate(error, uri) from error
+
+
+def error_code(error: ClientError) -> str:
+    """The code of a store's answer, as ``NoSuchUpload``; the HTTP status where it names none."""
+    return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def translate(error: Exception, uri: str) -> Exception:
@@ -88,13 +145,26 @@ def translate(error: Exception, uri: str) -> Exception:
                 f"Secret (or of the pod's identity) are picked up, for {ROTATION_SECONDS / 60:.0f} minutes",
                 patience_seconds=ROTATION_SECONDS,
             )
-        if code in REFUSED or status in (401, 403):
+        if code in FULL or status == 507:
+            return StageError(Reason.STORAGE_FULL, f"the store of {uri} takes no more data: {text}")
+        if code in ROTATED and details.get(WORKED_BEFORE):
+            return StageError(
+                Reason.ACCESS_DENIED,
+                f"the store refused {error.operation_name} on {uri}: {text}; this Secret's values were accepted before, so they "
+                f"are taken for rotated: new ones in the Secret are picked up, for {ROTATION_SECONDS / 60:.0f} minutes",
+                patience_seconds=ROTATION_SECONDS,
+            )
+        if code in REFUSED or (status in (401, 403) and code not in PASSING):
             hint = ""
             if code in ("AccessDenied", "403") and error.operation_name in ("GetObject", "HeadObject"):
                 # AWS answers so for an object that does not exist, unless the credentials may list the bucket.
                 hint = "; reading needs s3:GetObject and s3:ListBucket"
             return StageError(Reason.ACCESS_DENIED, f"the store refused {error.operation_name} on {uri}: {text}{hint}")
-        if code in PASSING or status >= 500 or status == 429:
+        if code == "NotImplemented" or status == 501:
+            return StageError(
+                Reason.INVALID_CONFIG, f"the store of {uri} does not implement {error.operation_name}: {text}"
+            )
+        if code in PASSING or status >= 500 or status in (408, 425, 429):
             return StageError(Reason.STORAGE_UNAVAILABLE, f"the store cannot serve {uri} now: {text}")
         return StageError(Reason.UNKNOWN, f"{error.operation_name} on {uri} failed: {text}")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
@@ -104,6 +174,6 @@ def translate(error: Exception, uri: str) -> Exception:
         )
     if isinstance(error, SSLError):
         return StageError(Reason.STORAGE_UNAVAILABLE, f"TLS to the store of {uri} failed: {error}")
-    if isinstance(error, TRANSPORT_ERRORS):
+    if isinstance(error, (TornAnswer, *TRANSPORT_ERRORS)):
         return StageError(Reason.STORAGE_UNAVAILABLE, f"cannot reach the store of {uri}: {error}")
     return StageError(Reason.INVALID_CONFIG, f"{uri}: {error}")

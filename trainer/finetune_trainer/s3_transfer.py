@@ -1,23 +1,12 @@
-"""A local file as an object, part by part; and what both directions share."""
+"""What transfers in both directions share."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import logging
-import math
+import io
+import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from finetune_api.results import FileRecord
-from finetune_trainer.s3_errors import translated
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
-
-log = logging.getLogger(__name__)
 
 OnBytes = Callable[[int], None]
 CHUNK_BYTES = 1 << 20
@@ -25,59 +14,57 @@ PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 IDLE_ATTEMPTS = 4
 """Attempts in a row that bring no byte before a transfer is given up (and, by the caller, waited for)."""
+STALL_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 10_000
+"""A transfer slower than this for STALL_SECONDS counts as one that stands still: timeouts of sockets begin anew with each byte."""
 
 
-def upload(client: S3Client, bucket: str, key: str, name: str, path: Path, on_bytes: OnBytes | None) -> FileRecord:
-    """Upload a file in parts, hashing what is sent.
+class TooSlow(Exception):
+    """Bytes arrive, but so few that it makes no difference."""
 
-    Raises:
-        StageError: StorageUnavailable, BucketNotFound, AccessDenied.
-    """
-    uri = f"s3://{bucket}/{key}"
-    size = path.stat().st_size
-    sha256 = hashlib.sha256()
-    if size <= PART_BYTES:
-        data = path.read_bytes()
-        with translated(uri):
-            client.put_object(Bucket=bucket, Key=key, Body=data, ContentMD5=md5_base64(data))
-        told(on_bytes, len(data))
-        return FileRecord(path=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    part_bytes = max(PART_BYTES, math.ceil(size / MAX_PARTS))
-    with translated(uri):
-        upload_id = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-        parts: list[CompletedPartTypeDef] = []
-        sent = 0
-        try:
-            with path.open("rb") as file:
-                while data := file.read(part_bytes):
-                    sha256.update(data)
-                    answer = client.upload_part(
-                        Bucket=bucket,
-                        Key=key,
-                        UploadId=upload_id,
-                        PartNumber=len(parts) + 1,
-                        Body=data,
-                        ContentMD5=md5_base64(data),
-                    )
-                    parts.append({"ETag": answer["ETag"], "PartNumber": len(parts) + 1})
-                    sent += len(data)
-                    told(on_bytes, len(data))
-            client.complete_multipart_upload(
-                Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}
+
+class Pace:
+    """Raises TooSlow where a stretch of STALL_SECONDS moved less than SLOWEST_BYTES_PER_SECOND."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = clock()
+        self._bytes = 0
+
+    def moved(self, count: int) -> None:
+        """``count`` more bytes; 0 for a try that brought none."""
+        self._bytes += count
+        seconds = self._clock() - self._since
+        if seconds < STALL_SECONDS:
+            return
+        if self._bytes < SLOWEST_BYTES_PER_SECOND * seconds:
+            raise TooSlow(
+                f"{self._bytes:,} bytes in {seconds:.0f} seconds, expected {SLOWEST_BYTES_PER_SECOND:,} a second at least"
             )
-        except BaseException:
-            _abort(client, bucket, key, upload_id)
-            told(on_bytes, -sent)
-            raise
-    return FileRecord(path=name, size=sent, sha256=sha256.hexdigest())
+        self._since, self._bytes = self._clock(), 0
 
 
-def _abort(client: S3Client, bucket: str, key: str, upload_id: str) -> None:
-    """Orphaned parts cost money and are seen by nobody: try to remove them."""
-    try:
-        client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
-    except Exception as error:  # noqa: BLE001 - the error that led here is the one to tell
-        log.warning("parts of the upload of s3://%s/%s may be left behind: %s", bucket, key, error)
+class PacedBody(io.BytesIO):
+    """A request's body that is sent in small pieces.
+
+    ``bytes`` are sent by one sendall, whose timeout (urllib3's for connecting, 5 s, on a new connection) is for all of them: a part
+    of 16 MiB would need 3.3 MB/s. Pieces have a timeout each, and the pace bounds them together.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._pace = Pace()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next piece; TooSlow, which botocore takes for a broken connection."""
+        piece = super().read(size)
+        self._pace.moved(len(piece))
+        return piece
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """botocore goes back to the start before each try."""
+        self._pace = Pace()
+        return super().seek(offset, whence)
 
 
 def told(on_bytes: OnBytes | None, count: int) -> None:
