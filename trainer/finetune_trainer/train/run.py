@@ -66,6 +66,8 @@ def run(ctx: StageContext) -> TrainReport:
     if not restarts:
         note_begin(ctx, workspace)
     owner = patiently(ctx, lambda: claim(workspace, ctx.execution_id))
+    for store in (output, workspace):
+        patiently(ctx, store.abort_orphans)
 
     # Set up. A missing GPU is told before anything is downloaded.
     snapshot, spec = ctx.snapshot, ctx.snapshot.spec

@@ -11,7 +11,6 @@ from peft import PeftModel
 from finetune_api.results import ADAPTER_DIR, METRICS_FILE, FileRecord
 from finetune_trainer.context import StageContext
 from finetune_trainer.s3 import S3Store
-from finetune_trainer.train.capture import adapter_config
 from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS
 from finetune_trainer.waiting import wait_until_available
 
@@ -21,9 +20,10 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
     # Otherwise peft asks the Hub for the base's vocabulary size, to find out whether embeddings were resized.
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     # peft writes its sets in the order of this process's string hashes.
-    (folder / "adapter_config.json").write_text(
-        json.dumps(adapter_config(model), indent=2, sort_keys=True, default=str)
-    )
+    path, config = folder / "adapter_config.json", model.peft_config[model.active_adapter]
+    written = json.loads(path.read_text())
+    ordered = {k: sorted(v) if isinstance(getattr(config, k, None), set) else v for k, v in written.items()}
+    path.write_text(json.dumps(ordered, indent=2, sort_keys=True))
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; publish writes the real one
 
@@ -32,11 +32,12 @@ def upload_adapter(ctx: StageContext, folder: Path, output: S3Store) -> list[Fil
     """Replace what an earlier execution may have left below ``adapter/``."""
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
-    def upload() -> list[FileRecord]:
-        output.clear(ADAPTER_DIR)
-        return output.upload_dir(folder, ADAPTER_DIR, ctx.reporter.transfer("upload", total))
-
-    return wait_until_available(ctx, upload, limit_seconds=GPU_PATIENCE_SECONDS)
+    wait_until_available(ctx, lambda: output.clear(ADAPTER_DIR), limit_seconds=GPU_PATIENCE_SECONDS)
+    return wait_until_available(
+        ctx,
+        lambda: output.upload_dir(folder, ADAPTER_DIR, ctx.reporter.transfer("upload", total)),
+        limit_seconds=GPU_PATIENCE_SECONDS,
+    )
 
 
 def upload_metrics(ctx: StageContext, lines: list[dict[str, Any]], output: S3Store) -> FileRecord:
