@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from finetune_api.names import Stage
+from finetune_api.names import PIPELINE, Stage
 from finetune_api.status import ConditionType, Phase, ProgressStatus
 from finetune_operator.apply import refusal
 from finetune_operator.client import ApiError
@@ -85,7 +85,7 @@ def test_every_phase_is_passed_in_order() -> None:
         seen.append(w.status.phase)
 
     look()
-    for stage in Stage:
+    for stage in PIPELINE:
         w.start_pod()
         look()
         w.run_pod()
@@ -175,8 +175,8 @@ def test_a_run_without_gpus_used_none_however_it_fails() -> None:
 
 @pytest.mark.parametrize(
     ("stages_before", "advice"),
-    [(0, "cpuStages.limits.memory"), (1, "Raise compute.memory."), (2, "cpuStages.limits.memory")],
-    ids=list(Stage),
+    [(0, "cpuStages.limits.memory"), (1, "Raise compute.memory, or let it grow"), (2, "cpuStages.limits.memory")],
+    ids=PIPELINE,
 )
 def test_advice_names_what_the_stages_own_resources_come_from(stages_before: int, advice: str) -> None:
     w = world()
@@ -253,7 +253,7 @@ def test_the_deadline_counts_running_time_only() -> None:
 
 
 def test_more_executions_than_status_holds_are_counted_once_each() -> None:
-    w = in_training(recovery={"maxFailures": 100})
+    w = in_training(recovery={"maxFailures": 50})
     for _ in range(MAX_ATTEMPTS + 6):
         w.tick(10)
         w.change_pod(phase="Failed", finished_at=w.now, exit_code=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_api.names import Stage, snapshot_name
+from finetune_api.names import PIPELINE, Stage, snapshot_name
 from finetune_api.status import (
     ArtifactsStatus,
     AttemptStatus,
@@ -100,7 +100,7 @@ def _stages(look: Look) -> list[StageTimes]:
             known[stage.value] = StageTimes(
                 stage=stage.value, started_at=rfc3339(view.job.created), finished_at=rfc3339(ended) if ended else None
             )
-    return [known[s.value] for s in Stage if s.value in known]
+    return [known[s.value] for s in PIPELINE if s.value in known]
 
 
 def _facts(look: Look) -> dict[str, object]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 
-from finetune_api.names import Stage
+from finetune_api.names import PIPELINE, Stage
 from finetune_api.results import PrepareReport, PublishReport, TrainReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ConditionType, FineTuneJobStatus
@@ -44,7 +44,7 @@ class Look:
     @cached_property
     def views(self) -> dict[Stage, StageView]:
         """Each stage's state."""
-        return {stage: stage_view(self.obs, stage, self.config) for stage in Stage}
+        return {stage: stage_view(self.obs, stage, self.config) for stage in PIPELINE}
 
     @cached_property
     def ledger(self) -> Ledger:
