@@ -6,17 +6,26 @@ from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """The three Jobs of a FineTuneJob, in order."""
+    """The Jobs of a FineTuneJob: the pipeline's three, in order, and the one that may follow its deletion."""
 
     PREPARE = "prepare"
     TRAIN = "train"
     PUBLISH = "publish"
+    CLEANUP = "cleanup"
+
+
+PIPELINE = (Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH)
+"""What a FineTuneJob runs through. Cleanup is no part of it: it runs once the FineTuneJob is being deleted."""
 
 
 LABEL_UID = "finetune.dev/job-uid"
 LABEL_NAME = "finetune.dev/job-name"
 LABEL_STAGE = "finetune.dev/stage"
 ANNOTATION_SNAPSHOT_HASH = "finetune.dev/snapshot-hash"
+ANNOTATION_MEMORY = "finetune.dev/memory"
+"""On the training Job: the memory that its pods get, which may have grown since the spec."""
+FINALIZER_DELETE_OUTPUT = "finetune.dev/delete-output"
+"""Keeps a FineTuneJob with output.deletionPolicy: Delete until its artifacts are gone."""
 
 SNAPSHOT_MOUNT = "/etc/finetune/snapshot"
 SNAPSHOT_KEY = "snapshot.json"
@@ -36,6 +45,9 @@ ENV_ENDPOINT = "FINETUNE_PROGRESS_URL"
 ENV_POD_UID = "FINETUNE_POD_UID"
 ENV_POD_NAME = "FINETUNE_POD_NAME"
 ENV_GRACE_SECONDS = "FINETUNE_GRACE_SECONDS"
+"""The pod's terminationGracePeriodSeconds: how long after SIGTERM it is killed."""
+ENV_SNAPSHOT = "FINETUNE_SNAPSHOT"
+"""The run snapshot itself, for a pod that may outlive the ConfigMap that holds it."""
 
 UID_CHARACTERS = 8
 MAX_JOB_NAME = 40

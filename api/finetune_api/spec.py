@@ -478,7 +478,8 @@ class OutOfMemory(ApiModel):
 class Recovery(ApiModel):
     """What happens after a failure that may pass."""
 
-    max_failures: Annotated[int, Field(ge=0, le=100)] = Field(
+    # status.attempts, from which the operator counts, holds 64.
+    max_failures: Annotated[int, Field(ge=0, le=50)] = Field(
         2, description="Failed executions of a stage that are repeated. Interruptions from outside do not count."
     )
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
@@ -676,6 +677,15 @@ class FineTuneJobSpec(ApiModel):
             (
                 "self.compute.gpusPerNode > 0 || self.training.useCpu",
                 "compute.gpusPerNode: 0 needs training.useCpu: true",
+            ),
+            (
+                "!has(self.recovery.outOfMemory.maxMemory) || has(self.compute.memory)",
+                "recovery.outOfMemory.maxMemory needs compute.memory: that is what grows",
+            ),
+            (
+                "!has(self.recovery.outOfMemory.maxMemory) || !has(self.compute.memory) || "
+                "quantity(self.recovery.outOfMemory.maxMemory).compareTo(quantity(self.compute.memory)) >= 0",
+                "recovery.outOfMemory.maxMemory must not be less than compute.memory",
             ),
         )
     )

@@ -51,6 +51,19 @@ class Condition(ApiModel):
     message: Annotated[str, Field(max_length=32768)]
 
 
+class ExecutionProgress(ApiModel):
+    """How far an earlier execution of training came, kept while a later one posts."""
+
+    execution_id: str
+    step: int | None = None
+    resumed_from_step: int | None = None
+    checkpoint_step: int | None = None
+    peak_memory_bytes: int | None = None
+    restarts: Annotated[list[Restart], Field(max_length=16)] | None = Field(
+        None, json_schema_extra={"x-kubernetes-list-type": "atomic"}
+    )
+
+
 class ProgressStatus(ApiModel):
     """Live progress. Written by the progress endpoint alone, under its own field manager."""
 
@@ -77,6 +90,11 @@ class ProgressStatus(ApiModel):
     split: Split | None = Field(None, description="How a step is cut now, where that differs from the plan.")
     restarts: Annotated[list[Restart], Field(max_length=16)] | None = Field(
         None, json_schema_extra={"x-kubernetes-list-type": "atomic"}
+    )
+    earlier: Annotated[list[ExecutionProgress], Field(max_length=4)] | None = Field(
+        None,
+        description="Earlier executions of training, oldest first.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     waiting_reason: str | None = None
     waiting_message: str | None = None

@@ -53,14 +53,14 @@ class Applier:
         """The job is gone."""
         self._answers.pop(uid, None)
 
-    async def create(self, job: JobView, snapshot: bool, stage: Stage | None) -> bool:
+    async def create(self, job: JobView, snapshot: bool, stage: Stage | None, memory: str | None = None) -> bool:
         """Create the snapshot, then the stage's Job. False if the API server refused; the reason is remembered."""
         try:
             record = self._snapshots.known(job.uid)
             if snapshot or record is None:
                 record = await self._snapshots.create(job)
             if stage is not None:
-                await self._create_job(job, record, stage)
+                await self._create_job(job, record, stage, memory)
         except Conflict as conflict:
             self._answers.setdefault(job.uid, Answers()).conflict = str(conflict)
             return False
@@ -82,9 +82,9 @@ class Applier:
             del self._answers[job.uid]
         return True
 
-    async def _create_job(self, job: JobView, record: SnapshotRecord, stage: Stage) -> None:
+    async def _create_job(self, job: JobView, record: SnapshotRecord, stage: Stage, memory: str | None) -> None:
         """POST once; on 409 the Job that is there must be ours, and is taken as it is."""
-        body = stage_job(Owner.of(job), record, stage, self._settings)
+        body = stage_job(Owner.of(job), record, stage, self._settings, memory)
         path = jobs_path(job.namespace)
         try:
             self._cache.put_job(await self._api.create(path, body))

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api import API_VERSION, KIND
-from finetune_api.failures import PERMANENT_EXIT_CODES
+from finetune_api.failures import HANDED_BACK_EXIT_CODES, INTERRUPTED_EXIT_CODES, PERMANENT_EXIT_CODES
 from finetune_api.names import (
+    ANNOTATION_MEMORY,
     ANNOTATION_SNAPSHOT_HASH,
     CA_KEY,
     ENV_ENDPOINT,
+    ENV_GRACE_SECONDS,
     ENV_POD_NAME,
     ENV_POD_UID,
     ENV_STAGE,
@@ -37,6 +39,7 @@ RUN_AS = 65532
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 GRACE_SECONDS = 120
+"""Of the CPU stages; the training pod's is the spec's, since it must save a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,17 @@ def snapshot_config_map(owner: Owner, snapshot_json: str, digest: str, ca_bundle
     }
 
 
-def stage_job(owner: Owner, record: SnapshotRecord, stage: Stage, settings: Settings) -> Manifest:
-    """The Job of a stage. Everything that shapes the run comes from the snapshot, never from the live spec."""
+def stage_job(
+    owner: Owner, record: SnapshotRecord, stage: Stage, settings: Settings, memory: str | None = None
+) -> Manifest:
+    """The Job of a stage. Everything that shapes the run comes from the snapshot, never from the live spec.
+
+    ``memory``: what the training pod gets instead of compute.memory, after it was killed for exceeding that.
+    """
     snapshot = record.snapshot
+    if stage is Stage.TRAIN and memory is not None:
+        compute = snapshot.spec.compute.model_copy(update={"memory": memory})
+        snapshot = snapshot.model_copy(update={"spec": snapshot.spec.model_copy(update={"compute": compute})})
     runtime = snapshot.spec.runtime
     labels = owner.labels(stage)
     annotations = {ANNOTATION_SNAPSHOT_HASH: record.digest}
@@ -99,7 +110,7 @@ def stage_job(owner: Owner, record: SnapshotRecord, stage: Stage, settings: Sett
             "name": stage_job_name(owner.name, owner.uid, stage),
             "namespace": owner.namespace,
             "labels": {**labels, **_queue_labels(snapshot.spec, stage)},
-            "annotations": annotations,
+            "annotations": {**annotations, **_memory_annotation(snapshot.spec, stage)},
             "ownerReferences": [owner.reference()],
         },
         "spec": {
@@ -108,20 +119,7 @@ def stage_job(owner: Owner, record: SnapshotRecord, stage: Stage, settings: Sett
             "parallelism": 1,
             # A new pod only after the old one is really gone: two executions never write at once.
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {
-                "rules": [
-                    # Order matters: a drained node's pod may die with any code, and that must not count.
-                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                    {
-                        "action": "FailJob",
-                        "onExitCodes": {
-                            "containerName": stage.value,
-                            "operator": "In",
-                            "values": list(PERMANENT_EXIT_CODES),
-                        },
-                    },
-                ]
-            },
+            "podFailurePolicy": {"rules": _failure_rules(stage)},
             "template": {
                 "metadata": {
                     "labels": {**(runtime.labels or {}), **labels},
@@ -131,6 +129,38 @@ def stage_job(owner: Owner, record: SnapshotRecord, stage: Stage, settings: Sett
             },
         },
     }
+
+
+def _failure_rules(stage: Stage) -> list[Manifest]:
+    """What the Job controller does about a failed pod; the first rule that fits decides, and none means: it counts.
+
+    A disruption comes first: a drained node's pod may die with any code, and that must not count. (The operator counts the
+    evictions and OOMKilled containers that are ignored here.)
+    """
+    ends = PERMANENT_EXIT_CODES
+    if stage is Stage.TRAIN:
+        # It has waited as long as it may hold a GPU for nothing: the operator goes back to prepare.
+        ends = tuple(sorted((*PERMANENT_EXIT_CODES, *HANDED_BACK_EXIT_CODES)))
+
+    def on_codes(action: str, codes: tuple[int, ...]) -> Manifest:
+        values = {"containerName": stage.value, "operator": "In", "values": list(codes)}
+        return {"action": action, "onExitCodes": values}
+
+    return [
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        on_codes("FailJob", ends),
+        on_codes("Ignore", INTERRUPTED_EXIT_CODES),
+    ]
+
+
+def _memory_annotation(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
+    memory = spec.compute.memory
+    return {ANNOTATION_MEMORY: memory} if stage is Stage.TRAIN and memory is not None else {}
+
+
+def grace_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
+    """How long a stage's pod may take to stop."""
+    return spec.recovery.termination_grace_period_seconds if stage is Stage.TRAIN else GRACE_SECONDS
 
 
 def stage_image(snapshot: Snapshot, stage: Stage) -> str:
@@ -158,7 +188,7 @@ def _pod_spec(owner: Owner, snapshot: Snapshot, stage: Stage, settings: Settings
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": grace_seconds(spec, stage),
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": RUN_AS,
@@ -207,6 +237,7 @@ def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Se
     values = {
         ENV_STAGE: stage.value,
         ENV_ENDPOINT: endpoint,
+        ENV_GRACE_SECONDS: str(grace_seconds(spec, stage)),
         "HOME": f"{WORK_MOUNT}/home",
         "TMPDIR": f"{WORK_MOUNT}/tmp",  # noqa: S108 - below the pod's own emptyDir
         "HF_HOME": f"{WORK_MOUNT}/hf",

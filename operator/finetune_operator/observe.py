@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_api.names import LABEL_STAGE, LABEL_UID, Stage
+from finetune_api.names import ANNOTATION_MEMORY, LABEL_STAGE, LABEL_UID, Stage
 from finetune_api.progress import StageReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
@@ -153,6 +153,7 @@ def trim_job(raw: Raw) -> StageJob | None:
         failed_reason=str(failed.get("reason") or "") if failed else "",
         failed_message=str(failed.get("message") or "") if failed else "",
         queue=str(labels.get(QUEUE_LABEL, "")),
+        memory=str((meta.get("annotations") or {}).get(ANNOTATION_MEMORY, "")),
     )
 
 
@@ -203,6 +204,7 @@ def trim_pod(raw: Raw) -> Pod | None:
         raw_message="" if report else message[:1024],
         pod_reason=str(status.get("reason") or ""),
         pod_message=str(status.get("message") or "")[:1024],
+        disruption=str(disruption.get("reason") or "") if disruption else "",
         disrupted=str(disruption.get("message") or disruption.get("reason") or "disrupted") if disruption else "",
     )
 

@@ -89,7 +89,9 @@ class Reconciler:
             return
         decided = plan(await self._look(cached), self._config)
         if decided.create_snapshot or decided.create_job:
-            created = await self._applier.create(cached.view(), decided.create_snapshot, decided.create_job)
+            created = await self._applier.create(
+                cached.view(), decided.create_snapshot, decided.create_job, decided.memory
+            )
             if created and self._queue.urgent:
                 # A burst: other jobs have no Job yet. This one's status comes after theirs.
                 self._queue.add(key)

@@ -60,6 +60,10 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("an optimizer in 8 bit on a CPU", {"training": {"useCpu": True, "optimizer": {"name": "adamw_bnb_8bit"}}}),
     ("biases with LoRA", {"method": {"lora": {"bias": "All"}}}),
     ("a revision of hub data", {"data": {"train": [{"uri": "hf://org/name", "revision": "v1"}]}}),
+    (
+        "memory that may grow",
+        {"compute": {"memory": "900Mi"}, "recovery": {"outOfMemory": {"maxMemory": "1G"}}},
+    ),
     ("column mapping", {"data": {"train": [{"uri": "s3://bucket/x.csv", "columns": {"prompt": "question"}}]}}),
 ]
 
@@ -98,6 +102,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("biases with QLoRA", {"method": {"type": "QLoRA", "lora": {"bias": "All"}}}, "QLoRA cannot train biases: bitsandbytes holds those of quantized layers in 16 bit"),
     ("an optimizer whose package the image has not", {"training": {"optimizer": {"name": "galore_adamw"}}}, 'Unsupported value: "galore_adamw": supported values: "adamw_torch"'),
     ("a revision of data in a bucket", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "revision": "v1"}]}}, "revision applies to hf:// data only"),
+    ("memory that may grow from nothing", {"recovery": {"outOfMemory": {"maxMemory": "8Gi"}}}, "maxMemory needs compute.memory"),
+    ("memory that may grow to less", {"compute": {"memory": "1Gi"}, "recovery": {"outOfMemory": {"maxMemory": "1G"}}}, "maxMemory must not be less than compute.memory"),
+    ("more failures than status can hold", {"recovery": {"maxFailures": 51}}, "spec.recovery.maxFailures"),
     ("memory that is no quantity", {"compute": {"memory": "lots"}}, "spec.compute.memory"),
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from finetune_api.names import Stage
+from finetune_api.names import PIPELINE, Stage
 from finetune_api.status import ConditionType, Phase, ProgressStatus
 from finetune_operator.apply import refusal
 from finetune_operator.client import ApiError
@@ -85,7 +85,7 @@ def test_every_phase_is_passed_in_order() -> None:
         seen.append(w.status.phase)
 
     look()
-    for stage in Stage:
+    for stage in PIPELINE:
         w.start_pod()
         look()
         w.run_pod()
@@ -175,11 +175,11 @@ def test_a_run_without_gpus_used_none_however_it_fails() -> None:
 
 @pytest.mark.parametrize(
     ("stages_before", "advice"),
-    [(0, "cpuStages.limits.memory"), (1, "Raise compute.memory."), (2, "cpuStages.limits.memory")],
-    ids=list(Stage),
+    [(0, "cpuStages.limits.memory"), (1, "Raise compute.memory, or let it grow"), (2, "cpuStages.limits.memory")],
+    ids=PIPELINE,
 )
 def test_advice_names_what_the_stages_own_resources_come_from(stages_before: int, advice: str) -> None:
-    w = world()
+    w = world(recovery={"maxFailures": 0})
     for _ in range(stages_before):
         w.pass_stage()
     w.settle()
@@ -203,7 +203,7 @@ def test_a_message_that_gives_the_advice_itself_does_not_give_it_twice() -> None
 
 
 def test_a_reason_that_is_not_a_condition_reason_becomes_unknown() -> None:
-    w = world()
+    w = world(recovery={"maxFailures": 0})
     w.settle()
     w.start_pod()
     w.run_pod()
@@ -253,10 +253,13 @@ def test_the_deadline_counts_running_time_only() -> None:
 
 
 def test_more_executions_than_status_holds_are_counted_once_each() -> None:
-    w = in_training(recovery={"maxFailures": 100})
-    for _ in range(MAX_ATTEMPTS + 6):
+    w = in_training()
+    for step in range(MAX_ATTEMPTS + 6):
         w.tick(10)
-        w.change_pod(phase="Failed", finished_at=w.now, exit_code=1)
+        pod = w.pod()
+        assert pod is not None
+        w.post(ProgressStatus(execution_id=pod.uid, stage="train", step=step + 1))
+        w.end_pod(143)
         w.start_pod()
         w.run_pod()
         w.settle()
@@ -540,11 +543,17 @@ def test_a_job_is_not_made_anew_before_the_old_ones_pods_are_gone() -> None:
     w.spec = w.spec.model_copy(update={"suspend": False})
     assert w.plan().create_job is None
     w.collect()
-    assert w.plan().create_job is Stage.TRAIN, "suspension was never complete, so prepare need not run again"
+    assert w.plan().create_job is Stage.PREPARE
 
 
-def test_a_resumed_job_says_that_training_restarts() -> None:
+@pytest.mark.parametrize(
+    ("saved", "words"), [(402, "goes on from the checkpoint of step 402"), (None, "training begins anew")]
+)
+def test_a_resumed_job_says_where_training_goes_on(saved: int | None, words: str) -> None:
     w = in_training()
+    pod = w.pod()
+    assert pod is not None
+    w.post(ProgressStatus(execution_id=pod.uid, stage="train", step=402, checkpoint_step=saved))
     w.spec = w.spec.model_copy(update={"suspend": True})
     w.settle()
     w.collect()
@@ -553,7 +562,7 @@ def test_a_resumed_job_says_that_training_restarts() -> None:
     w.settle()
     assert w.live_job() is not None
     assert w.events[-1].reason == "Resumed"
-    assert "restarts from the beginning" in w.events[-1].message
+    assert words in w.events[-1].message
 
 
 def test_success_wins_over_a_late_suspend() -> None:
@@ -616,7 +625,9 @@ def test_the_training_job_alone_proves_that_prepare_is_done() -> None:
 
 
 def test_status_alone_proves_that_prepare_is_done() -> None:
-    w = in_training()
+    w = world()
+    w.pass_stage()
+    w.settle()
     w.jobs, w.pods = {}, {}
     assert w.plan().create_job is Stage.TRAIN
 
@@ -692,7 +703,7 @@ def test_a_pod_whose_job_is_gone_holds_the_next_one_back() -> None:
     w.jobs = {}
     assert w.plan().create_job is None
     w.pods = {}
-    assert w.plan().create_job is Stage.TRAIN
+    assert w.plan().create_job is Stage.PREPARE
 
 
 def test_times_of_conditions_move_only_when_they_flip() -> None:

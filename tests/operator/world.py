@@ -10,8 +10,10 @@ from finetune_api.progress import StageReport
 from finetune_api.snapshot import Images, JobIdentity, make_snapshot
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus, ProgressStatus
+from finetune_operator.manifests import Owner, stage_job
 from finetune_operator.planning import Observation, Plan, plan
 from finetune_operator.planning.model import EventNote, JobView, Pod, Refusal, SnapshotRecord, StageJob
+from finetune_operator.settings import Settings
 from tests.operator.manifests import finetunejob, success
 
 START = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -60,7 +62,7 @@ class World:
         if decided.create_snapshot:
             self.make_snapshot()
         if decided.create_job is not None:
-            self.create_job(decided.create_job)
+            self.create_job(decided.create_job, decided.memory)
             return
         for delete in decided.deletes:
             job = self.jobs[delete.name]
@@ -91,10 +93,10 @@ class World:
         snapshot = make_snapshot(self.spec, identity, Images(prepare="p", train="t"), "1")
         self.snapshot = SnapshotRecord(snapshot, snapshot.digest())
 
-    def create_job(self, stage: Stage) -> None:
+    def create_job(self, stage: Stage, memory: str | None = None) -> None:
         name = stage_job_name("story", UID, stage)
         assert name not in self.jobs, "the API server would answer 409"
-        self.jobs[name] = StageJob(name, self._uid("job"), stage, self.now)
+        self.jobs[name] = StageJob(name, self._uid("job"), stage, self.now, memory=memory or "")
 
     # What the cluster does
 
@@ -134,6 +136,7 @@ class World:
         )
 
     def end_pod(self, code: int = 0, report: StageReport | None = None) -> None:
+        """The pod ends, and the Job controller does what the real Job's failure policy says."""
         pod = self.pod()
         if pod is None or not pod.running:
             return
@@ -143,8 +146,28 @@ class World:
             return
         if code == 0:
             self.jobs[job.name] = replace(job, complete_at=self.now)
-        else:
-            self.jobs[job.name] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")
+            return
+        action = self._action(self.pods[pod.name])
+        if action == "FailJob":
+            words = f"Container {job.stage} for pod ns/{pod.name} failed with exit code {code} matching FailJob rule at index 1"
+            self.jobs[job.name] = replace(
+                job, failed_at=self.now, failed_reason="PodFailurePolicy", failed_message=words
+            )
+        elif action == "Count":
+            mine = [p for p in self.pods.values() if p.owner_uid == job.uid and p.ended and p.exit_code]
+            counted = [p for p in mine if self._action(p) == "Count"]
+            if len(counted) > self.spec.recovery.max_failures:
+                self.jobs[job.name] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")
+
+    def _action(self, pod: Pod) -> str:
+        assert self.snapshot is not None
+        body = stage_job(Owner("ns", "story", UID), self.snapshot, pod.stage, Settings())
+        for rule in body["spec"]["podFailurePolicy"]["rules"]:
+            if "onPodConditions" in rule and pod.disruption:
+                return str(rule["action"])
+            if pod.exit_code in rule.get("onExitCodes", {}).get("values", ()):
+                return str(rule["action"])
+        return "Count"
 
     def pass_stage(self, trained: bool = False) -> None:
         """The current stage's Job starts a pod, which ends well."""

@@ -162,6 +162,15 @@ def begins_at(status: int, content_range: str | None, start: int, size: int, uri
     )
 
 
+def _read_note(path: Path) -> str | None:
+    """Which version a partial file is of; None where that was not noted, or was torn by a kill."""
+    try:
+        note = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, str) else None
+
+
 class PartialFile:
     """``<path>.part`` beside a note of which version it belongs to. Survives a killed container."""
 
@@ -170,7 +179,7 @@ class PartialFile:
         self._version = version
         self._note = path.with_name(path.name + ".part.json")
         part = path.with_name(path.name + ".part")
-        ours = self._note.exists() and part.exists() and json.loads(self._note.read_text()) == note
+        ours = part.exists() and _read_note(self._note) == note
         self._part = part
         self._file = part.open("r+b" if ours else "w+b")
         self._note.write_text(json.dumps(note))  # only now: a note beside another version's bytes would be believed

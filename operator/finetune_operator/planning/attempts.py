@@ -9,11 +9,14 @@ from finetune_api.names import Stage
 from finetune_api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.planning.clock import parse_time, rfc3339
 from finetune_operator.planning.conditions import attempt_rank
-from finetune_operator.planning.model import Pod, StageState, StageView
-from finetune_operator.planning.outcome import pod_failure
+from finetune_operator.planning.endings import in_context, pod_failure, vanished
+from finetune_operator.planning.highlights import highlights, with_highlights
+from finetune_operator.planning.model import Pod, StageFailure, StageState, StageView
 
 MAX_ATTEMPTS = 64
 REPORT_LOST = "ReportLost"
+_NO_VIEW = StageView(Stage.PREPARE, StageState.ABSENT)
+"""Of a stage that only another version knows."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
 
     Running time is added when an attempt ends, and once: an ended attempt never changes again.
     """
+    of_stage = {view.stage.value: view for view in views}
+    came = highlights(before.progress)
     pods = {p.uid: p for view in views for p in view.pods}
     lost = {p.uid for view in views if view.state is StageState.REPORT_LOST for p in view.pods if p.exit_code == 0}
     # A full list has lost its oldest: a pod from before them is one of those, and its time was counted.
@@ -41,25 +46,26 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
         new = old
         if old.outcome == "Running":
             pod = pods.pop(old.execution_id, None)
-            new = _from_pod(pod, old, now) if pod is not None else _vanished(old, now)
+            view = of_stage.get(old.stage, _NO_VIEW)
+            new = _from_pod(pod, old, now, view) if pod is not None else _vanished(old, now, view, before)
             if new.outcome != "Running":
                 active += _seconds(new)
         else:
             pods.pop(old.execution_id, None)
         if new.execution_id in lost and new.reason != REPORT_LOST:
             new = new.model_copy(update={"reason": REPORT_LOST})
-        attempts[new.execution_id] = new
+        attempts[new.execution_id] = with_highlights(new, came.get(new.execution_id))
     for pod in sorted(pods.values(), key=lambda p: (p.started_at or p.created, p.name)):
         if pod.started_at is None and pod.exit_code is None:
             continue  # never ran: no execution
-        new = _from_pod(pod, None, now)
+        new = _from_pod(pod, None, now, of_stage[pod.stage.value])
         if dropped_before is not None and attempt_rank(new) < dropped_before:
             continue
         if new.outcome != "Running":
             active += _seconds(new)
         if pod.uid in lost:
             new = new.model_copy(update={"reason": REPORT_LOST})
-        attempts[pod.uid] = new
+        attempts[pod.uid] = with_highlights(new, came.get(pod.uid))
     for view in views:
         if view.state is StageState.REPORT_LOST and view.job is not None and not any(p.uid in lost for p in view.pods):
             new = _lost_job(view)
@@ -81,7 +87,7 @@ def lost_reports(ledger: Ledger, stage: Stage) -> int:
     return sum(1 for a in ledger.attempts if a.stage == stage and a.reason == REPORT_LOST)
 
 
-def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime) -> AttemptStatus:
+def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageView) -> AttemptStatus:
     started = rfc3339(pod.started_at) if pod.started_at else (old.started_at if old else None)
     if not pod.ended:
         return AttemptStatus(
@@ -93,7 +99,7 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime) -> AttemptStat
             outcome="Running",
         )
     succeeded = pod.exit_code == 0 or (pod.exit_code is None and pod.phase == "Succeeded")
-    failure = None if succeeded else pod_failure(pod, pod.stage)
+    failure = None if succeeded else in_context(pod_failure(pod, pod.stage), view)
     report = pod.report
     # A pod that was lost with its node tells no end: it counts as running until that was noticed.
     finished = pod.finished_at or (now if pod.started_at else pod.created)
@@ -111,13 +117,22 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime) -> AttemptStat
     )
 
 
-def _vanished(old: AttemptStatus, now: datetime) -> AttemptStatus:
+def _vanished(old: AttemptStatus, now: datetime, view: StageView, before: FineTuneJobStatus) -> AttemptStatus:
+    """Its pod is gone: its own last post tells why it ended, or else its Job does."""
+    if view.job is not None and view.job.complete_at is not None:
+        return old.model_copy(update={"outcome": "Succeeded", "finished_at": rfc3339(view.job.complete_at)})
+    progress = before.progress
+    report = progress.report if progress is not None and progress.execution_id == old.execution_id else None
+    if report is not None and not report.succeeded:
+        failure = in_context(StageFailure(report.reason, report.message), view)
+    else:
+        failure = vanished(view)
     return old.model_copy(
         update={
             "outcome": "Failed",
             "finished_at": rfc3339(now),
-            "reason": "PodGone",
-            "message": "The pod was deleted before its end was seen.",
+            "reason": failure.reason,
+            "message": failure.message[:512],
         }
     )
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
-from finetune_api.failures import Reason
+from finetune_api.failures import MAX_FRUITLESS, MAX_RETURNS, Reason
+from finetune_api.names import Stage
+from finetune_api.quantity import parse_quantity
 from finetune_api.status import ConditionType, Phase
-from finetune_operator.planning import conditions, phases
+from finetune_operator.planning import budget, conditions, phases
 from finetune_operator.planning.attempts import lost_reports
 from finetune_operator.planning.clock import exact_duration, parse_time
 from finetune_operator.planning.conditions import Wish
@@ -21,6 +24,7 @@ from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import NO_GPU_USED, sentence
 from finetune_operator.planning.model import DeleteJob, Observation, Plan, PlannerConfig, StageState
 from finetune_operator.planning.outcome import advice_for
+from finetune_operator.planning.story import peak_memory
 from finetune_operator.planning.waiting import next_look
 
 _REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
@@ -108,6 +112,81 @@ def stage_failed(look: Look) -> Decision | None:
     return fail(look, failure.reason, failure.message) if look.view.state is StageState.FAILED and failure else None
 
 
+def too_many_failures(look: Look) -> Decision | None:
+    """Fail if executions of the stage failed more often than allowed, also where its Job does not count them: it ignores evicted
+    pods and exit code 137, and a new Job has forgotten what the last one counted."""
+    found = budget.failures(look.ledger.attempts, look.stage, look.spec)
+    limit = look.spec.recovery.max_failures
+    if len(found) <= limit:
+        return None
+    last = found[-1]
+    message = sentence(last.message or f"{look.stage} failed")
+    if len(found) > 1:
+        message += f" {len(found)} executions of {look.stage} have failed; recovery.maxFailures is {limit}."
+    return fail(look, last.reason or Reason.UNKNOWN, message)
+
+
+def got_nowhere(look: Look) -> Decision | None:
+    """Fail if one execution after the other was interrupted, and none got any farther."""
+    row = budget.fruitless(look.ledger.attempts, look.stage)
+    if row < MAX_FRUITLESS:
+        return None
+    last = budget.ended(look.ledger.attempts, look.stage)[-1]
+    words = f"{row} executions of {look.stage} in a row were interrupted, and none got farther than the ones before."
+    return fail(look, last.reason or Reason.INTERRUPTED, f"{words} The last: {sentence(last.message or '')}")
+
+
+def handed_back(look: Look) -> Decision | None:
+    """Back to prepare, which waits without a GPU, if training waited for something as long as it may hold one.
+
+    Told first, then both Jobs go: the number of returns is counted from the attempts in status.
+    """
+    failure = look.handed_back
+    if (
+        failure is None
+        or look.stage is not Stage.TRAIN
+        or look.view.state not in (StageState.FAILED, StageState.STOPPING)
+    ):
+        return None
+    count = budget.returns(look.ledger.attempts)
+    if count > MAX_RETURNS:
+        words = f"{sentence(failure.message)} Training gave its GPU back {count} times in a row and got no farther."
+        return fail(look, failure.reason, words)
+    text = f"Training gave its GPU back; prepare waits without one. {failure.reason}: {sentence(failure.message)}"
+    told = conditions.find(look.before, ConditionType.PREPARED)
+    recorded = look.attempts_recorded and told is not None and told.status == "False"
+    gone = [v.job for v in (look.views[Stage.TRAIN], look.views[Stage.PREPARE]) if v.job is not None]
+    wish = Wish(ConditionType.PREPARED, False, failure.reason, text)
+    decision = phases.current(
+        look, deletes=tuple(DeleteJob(j.name, j.uid) for j in gone if recorded and not j.deleting)
+    )
+    return replace(decision, message=text, wishes=(*decision.wishes, wish))
+
+
+def more_memory(look: Look) -> Decision | None:
+    """Replace the training Job by one with more memory, if its container was killed for exceeding what it has."""
+    job, wanted = look.views[Stage.TRAIN].job, look.wanted_memory
+    if job is None or job.deleting or job.complete_at is not None or not job.memory or wanted is None:
+        return None
+    if parse_quantity(job.memory) >= parse_quantity(wanted):
+        return None
+    deletes = (DeleteJob(job.name, job.uid),) if look.attempts_recorded else ()
+    decision = phases.current(look, deletes=deletes)
+    return replace(
+        decision, message=f"The training Job is created anew with {wanted} instead of {job.memory} of memory."
+    )
+
+
+def prepare_again(look: Look) -> Decision | None:
+    """Run prepare again if a training Job that had run is gone: a CPU pod looks for its result before a GPU is asked for."""
+    job = look.views[Stage.PREPARE].job
+    if look.stage is not Stage.PREPARE or job is None or job.deleting or job.complete_at is None:
+        return None
+    if not look.training_vanished or not look.prepare_is_old:
+        return None
+    return phases.current(look, deletes=(DeleteJob(job.name, job.uid),))
+
+
 def suspended(look: Look) -> Decision | None:
     """Hold nothing while spec.suspend is true: every Job goes, finished ones too, so that resuming starts at prepare."""
     if not look.spec.suspend:
@@ -192,6 +271,8 @@ def fail(look: Look, reason: str, message: str) -> Decision:
     """The job has failed: what, why and what to do, in one sentence each."""
     reason = str(reason) if _REASON.match(reason) else str(Reason.UNKNOWN)
     parts = [f"{reason}: {sentence(message)}"]
+    if reason == Reason.HOST_OUT_OF_MEMORY and look.stage is Stage.TRAIN and (peak := _peak_memory(look)):
+        parts.append(peak)
     advice = advice_for(reason, look.stage)
     waited = reason == Reason.PENDING_TIMEOUT  # its message ends with the advice for what was missing
     if advice and advice not in message and not waited:
@@ -212,6 +293,14 @@ def fail(look: Look, reason: str, message: str) -> Decision:
     )
 
 
+def _peak_memory(look: Look) -> str:
+    """What the training pod had, and the most that it told to hold."""
+    last = budget.ended(look.ledger.attempts, Stage.TRAIN)[-1:]
+    peak = peak_memory(look.before.progress, last[0].execution_id) if last else ""
+    had = look.wanted_memory
+    return f"It had {had or 'no limit of its own'}{peak}." if had or peak else ""
+
+
 Rule = Callable[[Look], Decision | None]
 
 RULES: tuple[Rule, ...] = (
@@ -219,10 +308,15 @@ RULES: tuple[Rule, ...] = (
     name_conflict,
     invalid_object,
     succeeded,
+    too_many_failures,
+    got_nowhere,
+    handed_back,
+    more_memory,
     stage_failed,
     suspended,
     deadline_exceeded,
     waited_too_long,
+    prepare_again,
     repeat_lost_stage,
     advance,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_api.names import Stage, snapshot_name
+from finetune_api.names import PIPELINE, Stage, snapshot_name
 from finetune_api.status import (
     ArtifactsStatus,
     AttemptStatus,
@@ -19,8 +19,9 @@ from finetune_api.uris import display_name
 from finetune_operator.planning.clock import rfc3339
 from finetune_operator.planning.conditions import Wish, apply_wishes, find
 from finetune_operator.planning.look import Look
-from finetune_operator.planning.messages import data_status, metrics_status, plan_status
+from finetune_operator.planning.messages import data_status, metrics_status, plan_status, with_split
 from finetune_operator.planning.model import DeleteJob, Plan, Urgency
+from finetune_operator.planning.story import recoveries
 from finetune_operator.planning.transitions import notes
 
 
@@ -45,6 +46,7 @@ def finish(look: Look, decision: Decision) -> Plan:
     return Plan(
         create_snapshot=decision.create_snapshot,
         create_job=decision.create,
+        memory=look.wanted_memory if decision.create is Stage.TRAIN else None,
         deletes=decision.deletes,
         status=after if changed else None,
         urgency=_urgency(before, after) if changed else Urgency.LATER,
@@ -77,6 +79,7 @@ def _status(look: Look, decision: Decision) -> FineTuneJobStatus:
             "gpu_held": look.gpu_held or None,
             "stages": _stages(look),
             "attempts": _attempts(look, decision),
+            "recoveries": recoveries(look),
             **_facts(look),
             "progress": None,
         }
@@ -100,18 +103,22 @@ def _stages(look: Look) -> list[StageTimes]:
             known[stage.value] = StageTimes(
                 stage=stage.value, started_at=rfc3339(view.job.created), finished_at=rfc3339(ended) if ended else None
             )
-    return [known[s.value] for s in Stage if s.value in known]
+    return [known[s.value] for s in PIPELINE if s.value in known]
 
 
 def _facts(look: Look) -> dict[str, object]:
     """Plan, data, metrics, artifacts and snapshot: once known they stay."""
     before, record = look.before, look.obs.snapshot
     facts: dict[str, object] = {}
+    split = before.progress.split if before.progress is not None else None
+    if before.plan is not None and split is not None:
+        facts["plan"] = with_split(before.plan, split)
     if record is None:
         return facts
     snapshot, report = record.snapshot, look.prepare_report
     if report is not None or before.plan is None:
-        facts["plan"] = plan_status(snapshot, report)
+        plan = plan_status(snapshot, report)
+        facts["plan"] = with_split(plan, split) if split is not None else plan
     if report is not None:
         facts["data"] = data_status(report, snapshot.spec.training.max_sequence_tokens)
     old = before.snapshot

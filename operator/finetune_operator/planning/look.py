@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 
-from finetune_api.names import Stage
+from finetune_api.failures import Reason
+from finetune_api.names import PIPELINE, Stage
 from finetune_api.results import PrepareReport, PublishReport, TrainReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator.planning import conditions
 from finetune_operator.planning.attempts import Ledger, attempts_of, keep_ledger
+from finetune_operator.planning.budget import HANDED_BACK, wanted_memory
 from finetune_operator.planning.clock import parse_time
-from finetune_operator.planning.model import Observation, PlannerConfig, StageState, StageView
+from finetune_operator.planning.model import Observation, PlannerConfig, StageFailure, StageState, StageView
 from finetune_operator.planning.outcome import stage_view
 from finetune_operator.planning.waiting import Wait, find_wait
 
@@ -44,7 +46,7 @@ class Look:
     @cached_property
     def views(self) -> dict[Stage, StageView]:
         """Each stage's state."""
-        return {stage: stage_view(self.obs, stage, self.config) for stage in Stage}
+        return {stage: stage_view(self.obs, stage, self.config) for stage in PIPELINE}
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -102,12 +104,53 @@ class Look:
     @cached_property
     def prepared(self) -> bool:
         """Preparation is behind us."""
+        train, prepare = self.views[Stage.TRAIN], self.views[Stage.PREPARE]
+        if self.trained or train.job is not None or train.pods:
+            return True
+        if self.training_vanished:
+            return prepare.state is StageState.SUCCEEDED and not self.prepare_is_old
+        return prepare.state is StageState.SUCCEEDED or conditions.is_true(self.before, ConditionType.PREPARED)
+
+    @cached_property
+    def handed_back(self) -> StageFailure | None:
+        """Why training gave its GPU back, while its Job is there to tell."""
+        view = self.views[Stage.TRAIN]
+        return view.failure if view.failure is not None and view.failure.reason in HANDED_BACK else None
+
+    @cached_property
+    def training_vanished(self) -> bool:
+        """A training Job has run and is gone: its result may be in the bucket, so prepare looks before a GPU is asked for.
+
+        Not after an execution that exceeded its memory: that has no result, and its successor only needs more memory.
+        """
+        executions = attempts_of(self.ledger, Stage.TRAIN)
         return (
-            self.trained
-            or self.views[Stage.TRAIN].job is not None
-            or self.views[Stage.PREPARE].state is StageState.SUCCEEDED
-            or conditions.is_true(self.before, ConditionType.PREPARED)
+            self.views[Stage.TRAIN].job is None
+            and self._train_created is not None
+            and bool(executions)
+            and executions[-1].reason != Reason.HOST_OUT_OF_MEMORY
         )
+
+    @cached_property
+    def prepare_is_old(self) -> bool:
+        """Prepare ran before the training Job that vanished. Both times are the API server's; within one second it is run again."""
+        job, created = self.views[Stage.PREPARE].job, self._train_created
+        return job is not None and created is not None and job.created <= created
+
+    @cached_property
+    def _train_created(self) -> datetime | None:
+        return next((parse_time(s.started_at) for s in self.before.stages if s.stage == Stage.TRAIN), None)
+
+    @cached_property
+    def wanted_memory(self) -> str | None:
+        """What the training pod should have."""
+        return wanted_memory(self.ledger.attempts, self.spec)
+
+    @cached_property
+    def attempts_recorded(self) -> bool:
+        """Status holds every end that was seen: what is counted from it may now lose its pod."""
+        known = {a.execution_id for a in self.before.attempts if a.outcome != "Running"}
+        return all(a.execution_id in known for a in self.ledger.attempts if a.outcome != "Running")
 
     @cached_property
     def stage(self) -> Stage:

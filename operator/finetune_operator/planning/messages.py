@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from finetune_api.names import Stage
+from finetune_api.progress import Split
 from finetune_api.results import PrepareReport, TrainMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
@@ -55,6 +56,25 @@ def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
         trainable_parameters=report.trainable_parameters if report else None,
         total_parameters=report.total_parameters if report else None,
         summary=sentence("; ".join(parts)),
+    )
+
+
+_NOW = " Since then cut otherwise to fit the memory: "
+
+
+def with_split(plan: PlanStatus, split: Split) -> PlanStatus:
+    """The plan as an out-of-memory error has changed it; the result is the same, but for sequences that became shorter."""
+    checkpointing = "with" if split.gradient_checkpointing else "without"
+    words = (
+        f"micro-batch {split.micro_batch_sequences} × accumulation {split.gradient_accumulation_steps}, {checkpointing} gradient "
+        f"checkpointing, sequences of at most {split.max_sequence_tokens:,} tokens."
+    )
+    return plan.model_copy(
+        update={
+            "micro_batch_sequences": split.micro_batch_sequences,
+            "gradient_accumulation_steps": split.gradient_accumulation_steps,
+            "summary": f"{plan.summary.split(_NOW)[0]}{_NOW}{words}",
+        }
     )
 
 

@@ -65,6 +65,8 @@ class StageJob:
     failed_reason: str = ""
     failed_message: str = ""
     queue: str = ""
+    memory: str = ""
+    """What a training Job's pods get; empty where the spec does not say."""
 
     @property
     def finished(self) -> bool:
@@ -105,8 +107,10 @@ class Pod:
     """The termination message, if it is not."""
     pod_reason: str = ""
     pod_message: str = ""
+    disruption: str = ""
+    """Reason of a DisruptionTarget condition: PreemptionByScheduler, EvictionByEvictionAPI, TerminationByKubelet, …"""
     disrupted: str = ""
-    """Reason of a DisruptionTarget condition: preempted, drained, evicted."""
+    """Its words."""
 
     @property
     def ended(self) -> bool:
@@ -195,6 +199,8 @@ class Plan:
 
     create_snapshot: bool = False
     create_job: Stage | None = None
+    memory: str | None = None
+    """With the training Job: what its pod gets instead of compute.memory."""
     deletes: tuple[DeleteJob, ...] = ()
     delete_self: bool = False
     status: FineTuneJobStatus | None = None

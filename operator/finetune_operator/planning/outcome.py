@@ -17,6 +17,7 @@ from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_api.results import PrepareReport, PublishReport, TrainReport
 from finetune_api.status import FineTuneJobStatus
+from finetune_operator.planning.endings import pod_failure
 from finetune_operator.planning.model import (
     Observation,
     PlannerConfig,
@@ -38,9 +39,10 @@ def stage_view(obs: Observation, stage: Stage, config: PlannerConfig) -> StageVi
         # A pod without its Job is about to be collected: the next Job waits, so that no two executions overlap.
         return StageView(stage, StageState.STOPPING if pods else StageState.ABSENT, pods=pods)
     pods = tuple(p for p in pods if p.owner_uid == job.uid)
-    if job.deleting:
-        return StageView(stage, StageState.STOPPING, job, pods)
     report = _report(job, pods, obs.job.status)
+    if job.deleting:
+        failure = (_failure(job, pods, report, stage) or _from_condition(job)) if job.failed_at is not None else None
+        return StageView(stage, StageState.STOPPING, job, pods, failure=failure)
     if job.complete_at is not None:
         if report is not None and report.succeeded and _readable(report):
             return StageView(stage, StageState.SUCCEEDED, job, pods, report)
@@ -105,31 +107,6 @@ def _failure(job: StageJob, pods: tuple[Pod, ...], report: StageReport | None, s
         code = int(permanent.group(1))
         ended = [p for p in ended if p.exit_code == code] or ended
     return pod_failure(ended[-1], stage)
-
-
-def pod_failure(pod: Pod, stage: Stage) -> StageFailure:
-    """Why one pod failed."""
-    if pod.report is not None and not pod.report.succeeded:
-        return StageFailure(pod.report.reason, pod.report.message)
-    if pod.terminated_reason == "OOMKilled":
-        return StageFailure(
-            Reason.HOST_OUT_OF_MEMORY,
-            f"the {stage} container of pod {pod.name} used more memory than its limit and was killed.",
-        )
-    if pod.pod_reason == "Evicted":
-        return StageFailure(Reason.EVICTED, f"pod {pod.name} was evicted: {pod.pod_message.strip()}")
-    if pod.exit_code is None:
-        why = pod.disrupted or pod.pod_message or pod.pod_reason or "its node did not report how"
-        return StageFailure(
-            Reason.INTERRUPTED if pod.disrupted else Reason.UNKNOWN, f"pod {pod.name} ended: {why.strip()}."
-        )
-    failure = by_exit_code(pod.exit_code)
-    words = f" ({pod.raw_message.strip()[:512]})" if pod.raw_message.strip() else ""
-    if failure.reason is Reason.UNKNOWN:
-        return StageFailure(
-            failure.reason, f"the {stage} container of pod {pod.name} ended with exit code {pod.exit_code}{words}."
-        )
-    return StageFailure(failure.reason, f"{failure.meaning}{words}")
 
 
 def _from_condition(job: StageJob) -> StageFailure:

@@ -14,6 +14,8 @@ from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import queued_message, sentence
 from finetune_operator.planning.model import DeleteJob, StageState
 from finetune_operator.planning.outcome import advice_for
+from finetune_operator.planning.risk import checkpoint_at_risk
+from finetune_operator.planning.story import last_restart, saved_step
 
 
 def current(
@@ -45,12 +47,26 @@ def current(
 def milestones(look: Look) -> list[Wish]:
     """Prepared and Trained, as far as they are behind us; a milestone once told keeps its words."""
     wishes = []
-    if look.prepared and not is_true(look.before, ConditionType.PREPARED):
+    was_prepared = is_true(look.before, ConditionType.PREPARED)
+    if not look.prepared and was_prepared:
+        text = (
+            "The training Job is gone after it had run: prepare looks for its result before a GPU is asked for again."
+        )
+        wishes.append(Wish(ConditionType.PREPARED, False, "TrainingJobGone", text))
+    if look.prepared and not was_prepared and _proven(look):
         wishes.append(Wish(ConditionType.PREPARED, True, "Prepared", _prepared_message(look)))
     if look.trained and not is_true(look.before, ConditionType.TRAINED):
         reason = "AlreadyTrained" if look.train_unneeded else "Trained"
         wishes.append(Wish(ConditionType.TRAINED, True, reason, _trained_message(look)))
-    return wishes
+    return [*wishes, *checkpoint_at_risk(look)]
+
+
+def _proven(look: Look) -> bool:
+    """A training Job proves that prepare was done, but not one that goes: prepare may have to run again after it."""
+    job = look.views[Stage.TRAIN].job
+    if look.trained or job is None:
+        return look.trained or not look.views[Stage.TRAIN].pods
+    return not job.deleting and look.handed_back is None
 
 
 def not_waiting(look: Look) -> Wish:
@@ -67,7 +83,12 @@ def not_suspended(look: Look) -> list[Wish]:
         return []
     text = "Runs again, from prepare on."
     if look.training_began:
-        text = "Runs again, from prepare on. Unless training had finished, it restarts from the beginning (there are no checkpoints yet)."
+        step = saved_step(look.ledger.attempts)
+        text += (
+            f" Training goes on from the checkpoint of step {step}."
+            if step
+            else " No checkpoint is known of: training begins anew."
+        )
     return [Wish(ConditionType.SUSPENDED, False, "Resumed", text)]
 
 
@@ -92,7 +113,8 @@ def _phase(look: Look) -> tuple[Phase, str]:
         phase = Phase.PENDING if look.stage is Stage.PREPARE else look.before.phase or Phase.PENDING
         if phase in (Phase.SUSPENDED, Phase.SUCCEEDED, Phase.FAILED):
             phase = Phase.PENDING
-        return phase, f"Starts {look.stage}."
+        again = " again: looks for a result of training before a GPU is asked for" if look.training_vanished else ""
+        return phase, f"Starts {look.stage}{again if look.stage is Stage.PREPARE else ''}."
     if state is StageState.QUEUED:
         queue = look.view.job.queue if look.view.job else ""
         return Phase.QUEUED, queued_message(look.spec, look.stage, queue, admitted=False)
@@ -126,7 +148,8 @@ def _stage_message(look: Look) -> str:
     if not running:
         return queued_message(look.spec, look.stage, "", admitted=True)
     attempts = [a for a in look.ledger.attempts if a.stage == Stage.TRAIN and a.pod]
-    return f"Trains on node {running[-1].node or 'unknown'}, attempt {max(1, len(attempts))}."
+    healed = last_restart(look.before.progress, running[-1].uid)
+    return f"Trains on node {running[-1].node or 'unknown'}, attempt {max(1, len(attempts))}.{healed}"
 
 
 def _prepared_message(look: Look) -> str:

@@ -6,9 +6,11 @@ from finetune_api.names import Stage
 from finetune_api.status import AttemptStatus, ConditionType, FineTuneJobStatus
 from finetune_operator.planning.clock import exact_duration, parse_time
 from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.endings import replaced
 from finetune_operator.planning.model import EventNote, EventType
 
 EVENT_LIMIT = 1000
+RESUMED = "Resumed"
 
 
 def notes(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[EventNote, ...]:
@@ -18,6 +20,8 @@ def notes(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[EventNot
         *_became(before, after, ConditionType.PREPARED, "Prepared"),
         *_started(before, after),
         *_retried(before, after),
+        *_recovered(before, after),
+        *_at_risk(before, after),
         *_became(before, after, ConditionType.TRAINED, "Trained"),
         *_waiting(before, after),
         *_became(before, after, ConditionType.SUSPENDED, "Suspended"),
@@ -60,16 +64,39 @@ def _retried(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventN
     """An execution failed and the job goes on: told, since otherwise only a growing attempt number would show it."""
     if is_true(after, ConditionType.FINISHED) or is_true(after, ConditionType.SUSPENDED):
         return []
+    told = {(r.execution_id, r.reason) for r in after.recoveries}
     settled = {a.execution_id for a in before.attempts if a.outcome != "Running"}
     out = []
     for attempt in after.attempts:
         if attempt.outcome != "Failed" or attempt.execution_id in settled:
+            continue
+        if (attempt.execution_id, attempt.reason) in told:
             continue
         started, finished = parse_time(attempt.started_at), parse_time(attempt.finished_at)
         after_time = f" after {exact_duration((finished - started).total_seconds())}" if started and finished else ""
         words = f"{attempt.stage} pod {attempt.pod} ended{after_time}: {attempt.reason}: {attempt.message or ''}"
         out.append(EventNote(EventType.WARNING, attempt.reason or "Unknown", words))
     return out
+
+
+def _recovered(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
+    """What was mended, under its own reason. A place that was lost and found again is no warning."""
+    known = {(r.execution_id, r.at, r.reason) for r in before.recoveries}
+    out = []
+    for entry in after.recoveries:
+        if (entry.execution_id, entry.at, entry.reason) in known:
+            continue
+        harmless = entry.reason == RESUMED or replaced(entry.reason)
+        out.append(EventNote(EventType.NORMAL if harmless else EventType.WARNING, entry.reason, entry.message))
+    return out
+
+
+def _at_risk(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
+    """Once for a job, however often the measurements cross the line."""
+    condition = find(after, ConditionType.CHECKPOINT_AT_RISK)
+    if condition is None or condition.status != "True" or find(before, ConditionType.CHECKPOINT_AT_RISK) is not None:
+        return []
+    return [EventNote(EventType.WARNING, condition.reason, condition.message)]
 
 
 def _waiting(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api.names import LABEL_STAGE, LABEL_UID, TOKEN_AUDIENCE, Stage
+from finetune_api.names import LABEL_STAGE, LABEL_UID, PIPELINE, TOKEN_AUDIENCE, Stage
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import Api, ApiError, Raw, jobs_path, pods_path
@@ -152,7 +152,7 @@ class Authenticator:
         if job is None or owner is None or job["metadata"]["uid"] != owner["uid"] or owner_uid(job["metadata"]) != uid:
             raise forbidden
         stage = labels.get(LABEL_STAGE)
-        if stage not in set(Stage):
+        if stage not in PIPELINE:
             raise forbidden
         return Caller(key, uid, identity.pod_uid, parse_time(meta.get("creationTimestamp")), Stage(stage))
 

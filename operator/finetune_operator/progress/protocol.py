@@ -8,11 +8,27 @@ from typing import Any
 
 from finetune_api.names import Stage
 from finetune_api.progress import ProgressPost
-from finetune_api.status import ProgressStatus
+from finetune_api.status import ExecutionProgress, ProgressStatus
 from finetune_operator.planning.clock import human_duration, rfc3339
+from finetune_operator.planning.highlights import MAX_EARLIER, highlight
 
 LOSS_DIGITS = 4
-_FLOATS = ("epoch", "loss", "learning_rate", "tokens_per_second", "eta_seconds", "held_out_loss")
+_COPIED = (
+    "activity",
+    "step",
+    "total_steps",
+    "epoch",
+    "learning_rate",
+    "download",
+    "merge",
+    "upload",
+    "resumed_from_step",
+    "checkpoint_step",
+    "peak_memory_bytes",
+    "split",
+    "restarts",
+)
+_FLOATS = ("epoch", "loss", "learning_rate", "tokens_per_second", "eta_seconds", "held_out_loss", "checkpoint_seconds")
 
 
 def finite(post: ProgressPost) -> ProgressPost:
@@ -30,7 +46,11 @@ def fold(earlier: ProgressPost | None, later: ProgressPost) -> ProgressPost:
 
 
 def merge(base: ProgressStatus | None, post: ProgressPost, now: datetime) -> ProgressStatus:
-    """``status.progress`` after a post. A new execution of training starts with a clean slate; publish keeps its figures."""
+    """``status.progress`` after a post. A new execution starts with a clean slate; publish keeps training's figures.
+
+    What the planner must know of earlier executions moves to ``earlier`` with the post that takes their place: the operator may
+    not have looked in between. The split stays, too: the bucket remembers it for the next execution.
+    """
     keep: dict[str, Any] = {}
     if base is not None:
         same = base.execution_id == post.execution_id
@@ -39,6 +59,8 @@ def merge(base: ProgressStatus | None, post: ProgressPost, now: datetime) -> Pro
         elif post.stage is Stage.PUBLISH:
             kept = ("summary", "step", "total_steps", "epoch", "loss", "held_out_loss")
             keep = {n: getattr(base, n) for n in kept}
+        if not same:
+            keep |= {"earlier": _earlier(base, post.execution_id), "split": base.split}
     new: dict[str, Any] = {
         **keep,
         "execution_id": post.execution_id,
@@ -48,7 +70,7 @@ def merge(base: ProgressStatus | None, post: ProgressPost, now: datetime) -> Pro
         "waiting_reason": post.waiting.reason.value if post.waiting else None,
         "waiting_message": post.waiting.message if post.waiting else None,
     }
-    for name in ("activity", "step", "total_steps", "epoch", "learning_rate", "download", "merge", "upload"):
+    for name in _COPIED:
         value = getattr(post, name)
         if value is not None:
             new[name] = value
@@ -56,6 +78,8 @@ def merge(base: ProgressStatus | None, post: ProgressPost, now: datetime) -> Pro
         value = getattr(post, name)
         if value is not None:
             new[name] = round(value, LOSS_DIGITS)
+    if post.checkpoint_seconds is not None:
+        new["checkpoint_seconds"] = round(post.checkpoint_seconds, 1)
     if post.tokens_per_second is not None:
         new["tokens_per_second"] = round(post.tokens_per_second, 1)
     if post.eta_seconds is not None:
@@ -67,6 +91,16 @@ def merge(base: ProgressStatus | None, post: ProgressPost, now: datetime) -> Pro
     if post.final is not None or post.stage is not Stage.TRAIN:
         new["eta"] = None if post.eta_seconds is None else new.get("eta")
     return ProgressStatus.model_validate(new)
+
+
+def _earlier(base: ProgressStatus, execution_id: str) -> list[ExecutionProgress] | None:
+    """Earlier executions of training, the one that posted last among them."""
+    kept = {e.execution_id: e for e in base.earlier or []}
+    last = highlight(base)
+    if last is not None:
+        kept[last.execution_id] = last
+    kept.pop(execution_id, None)
+    return list(kept.values())[-MAX_EARLIER:] or None
 
 
 def from_kubeflow(body: Any, pod_uid: str, stage: Stage, sequence: int) -> ProgressPost:

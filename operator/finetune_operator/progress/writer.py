@@ -100,7 +100,7 @@ class ProgressWriter:
         return max(known)
 
     def _is_urgent(self, stream: _Stream, written: ProgressStatus | None, post: ProgressPost) -> bool:
-        """A final, a wait that begins, changes or ends, and the first sign of training or publishing.
+        """A final, a wait that begins, changes or ends, a restart, and the first sign of training or publishing.
 
         Not the first sign of prepare: a short one costs no write at all before training.
         """
@@ -109,9 +109,11 @@ class ProgressWriter:
         last = stream.last if stream.last is not None and stream.last.execution_id == post.execution_id else None
         reason = post.waiting.reason if post.waiting else None
         if last is not None:
-            return reason != (last.waiting.reason if last.waiting else None)
+            restarted = len(post.restarts or ()) > len(last.restarts or ())
+            return restarted or reason != (last.waiting.reason if last.waiting else None)
         if written is not None and written.execution_id == post.execution_id:
-            return reason != written.waiting_reason
+            restarted = len(post.restarts or ()) > len(written.restarts or ())
+            return restarted or reason != written.waiting_reason
         return reason is not None or post.stage is not Stage.PREPARE
 
     async def _schedule(self, stream: _Stream, wait: bool) -> bool:

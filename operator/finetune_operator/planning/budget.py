@@ -1,0 +1,70 @@
+"""What is counted: failures that may pass, executions that get nowhere, GPUs given back, and memory that must grow.
+
+All of it from the attempts in status, so that an operator that restarts counts the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from finetune_api.failures import HANDED_BACK_EXIT_CODES, Consequence, Reason, by_exit_code
+from finetune_api.names import Stage
+from finetune_api.quantity import grown_memory
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import AttemptStatus
+from finetune_operator.planning.endings import consequence_of, replaced
+
+HANDED_BACK = frozenset(by_exit_code(code).reason.value for code in HANDED_BACK_EXIT_CODES)
+"""Reasons with which a training pod gives its GPU back."""
+
+
+def ended(attempts: Sequence[AttemptStatus], stage: Stage) -> list[AttemptStatus]:
+    """Executions of a stage that are over, oldest first."""
+    return [a for a in attempts if a.stage == stage and a.outcome != "Running"]
+
+
+def failures(attempts: Sequence[AttemptStatus], stage: Stage, spec: FineTuneJobSpec) -> list[AttemptStatus]:
+    """Executions that count against recovery.maxFailures. Those that exceeded their memory do not while it can grow."""
+    found = [
+        a for a in ended(attempts, stage) if a.outcome == "Failed" and consequence_of(a.reason) is Consequence.RETRY
+    ]
+    excused = set()
+    if stage is Stage.TRAIN:
+        excused = {a.execution_id for a, before, after in growths(found, spec) if before != after}
+    return [a for a in found if a.execution_id not in excused]
+
+
+def growths(attempts: Sequence[AttemptStatus], spec: FineTuneJobSpec) -> list[tuple[AttemptStatus, str, str]]:
+    """Executions of training that exceeded their memory, each with the memory that it had and the next has."""
+    memory, limit = spec.compute.memory, spec.recovery.out_of_memory.max_memory
+    if memory is None:
+        return []
+    killed = [a for a in ended(attempts, Stage.TRAIN) if a.reason == Reason.HOST_OUT_OF_MEMORY]
+    return [(a, grown_memory(memory, limit, n), grown_memory(memory, limit, n + 1)) for n, a in enumerate(killed)]
+
+
+def wanted_memory(attempts: Sequence[AttemptStatus], spec: FineTuneJobSpec) -> str | None:
+    """What the training pod should have now."""
+    found = growths(attempts, spec)
+    return found[-1][2] if found else spec.compute.memory
+
+
+def fruitless(attempts: Sequence[AttemptStatus], stage: Stage) -> int:
+    """How many executions in a row were interrupted without any getting farther than those before it."""
+    return _in_a_row(ended(attempts, stage), lambda a: replaced(a.reason))
+
+
+def returns(attempts: Sequence[AttemptStatus]) -> int:
+    """How often in a row training gave its GPU back without having got any farther."""
+    return _in_a_row(ended(attempts, Stage.TRAIN), lambda a: a.reason in HANDED_BACK)
+
+
+def _in_a_row(attempts: Sequence[AttemptStatus], counts: Callable[[AttemptStatus], bool]) -> int:
+    best, row = 0, 0
+    for attempt in attempts:
+        step = attempt.last_step or 0
+        if step > best or attempt.outcome == "Succeeded":
+            best, row = max(best, step), 0
+        elif counts(attempt):
+            row += 1
+    return row

@@ -1,0 +1,450 @@
+"""What the planner does about faults, row by row: what counts, what is waited for, what is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from finetune_api.failures import MAX_FRUITLESS, MAX_RETURNS
+from finetune_api.names import Stage
+from finetune_api.progress import Restart, Split
+from finetune_api.status import AttemptStatus, ConditionType, Phase, ProgressStatus
+from finetune_operator.planning.attempts import MAX_ATTEMPTS
+from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.model import EventType
+from finetune_operator.planning.story import MAX_RECOVERIES
+from tests.operator.manifests import failure
+from tests.operator.test_planner import in_training, message, reason
+from tests.operator.world import World
+
+MEMORY = {"compute": {"memory": "4Gi"}, "recovery": {"maxFailures": 0, "outOfMemory": {"maxMemory": "8Gi"}}}
+
+
+def execution(w: World) -> str:
+    pod = w.pod()
+    assert pod is not None
+    return pod.uid
+
+
+def came_to(w: World, step: int, **fields: object) -> None:
+    """The running training pod posts."""
+    posted = ProgressStatus.model_validate({"execution_id": execution(w), "stage": "train", "step": step, **fields})
+    w.post(posted)
+
+
+def again(w: World) -> None:
+    """The Job controller starts the next pod."""
+    w.settle()
+    w.tick(10)
+    w.start_pod()
+    w.run_pod()
+    w.settle()
+
+
+def last(w: World, stage: Stage = Stage.TRAIN) -> AttemptStatus:
+    return [a for a in w.status.attempts if a.stage == stage][-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"disruption": "PreemptionByScheduler", "disrupted": "preempted by x"}, "Preempted"),
+        ({"disruption": "EvictionByEvictionAPI", "disrupted": "Eviction API: evicting"}, "Preempted"),
+        ({"disruption": "DeletionByTaintManager", "disrupted": "deleting due to NoExecute taint"}, "Preempted"),
+        ({"disruption": "TerminationByKubelet", "pod_reason": "Evicted", "pod_message": "low on memory"}, "Evicted"),
+        ({"disruption": "TerminationByKubelet", "disrupted": "low on memory"}, "Evicted"),
+        ({"disruption": "TerminationByKubelet", "pod_reason": "Terminated"}, "Preempted"),
+        ({"disruption": "DeletionByPodGC", "disrupted": "orphaned pod"}, "NodeLost"),
+        ({"terminated_reason": "OOMKilled"}, "HostOutOfMemory"),
+        ({}, "Interrupted"),
+    ],
+)
+def test_an_execution_that_was_killed_tells_by_whom(fields: dict[str, object], expected: str) -> None:
+    w = in_training()
+    w.change_pod(**fields)
+    w.end_pod(137)
+    w.settle()
+    assert last(w).reason == expected
+    assert not is_true(w.status, ConditionType.FAILED)
+
+
+def test_a_rank_that_dies_while_its_node_is_drained_does_not_count() -> None:
+    w = in_training(recovery={"maxFailures": 0})
+    w.change_pod(disruption="EvictionByEvictionAPI", disrupted="Eviction API: evicting")
+    w.end_pod(44, failure(Stage.TRAIN, "RankFailure", "rank 1 died"))
+    w.settle()
+    assert last(w).reason == "Preempted"
+    assert not is_true(w.status, ConditionType.FAILED)
+
+
+@pytest.mark.parametrize(("suspended", "expected"), [(True, "Preempted"), (False, "Interrupted")])
+def test_a_pod_that_vanished_was_preempted_if_its_job_is_suspended(suspended: bool, expected: str) -> None:
+    w = in_training()
+    job = w.live_job()
+    assert job is not None
+    w.jobs[job.name] = replace(job, suspended=suspended)
+    w.pods = {n: p for n, p in w.pods.items() if p.ended}
+    w.settle()
+    assert last(w).reason == expected
+
+
+def test_a_pod_that_ended_while_the_queue_suspended_its_job_was_preempted() -> None:
+    w = in_training()
+    job = w.live_job()
+    assert job is not None
+    w.jobs[job.name] = replace(job, suspended=True)
+    w.end_pod(60, failure(Stage.TRAIN, "Interrupted", "told to stop"))
+    w.settle()
+    assert last(w).reason == "Preempted"
+
+
+def test_preemption_and_resumption_are_told_as_a_story() -> None:
+    w = in_training()
+    came_to(w, 402, resumed_from_step=0, checkpoint_step=402)
+    w.change_pod(disruption="EvictionByEvictionAPI", disrupted="Eviction API: evicting")
+    w.end_pod(60)
+    again(w)
+    came_to(w, 403, resumed_from_step=402)
+    w.settle()
+    told = [(e.type, e.reason, e.message) for e in w.events[2:]]
+    assert told == [
+        (
+            EventType.NORMAL,
+            "Preempted",
+            "node drained (Eviction API: evicting) at step 402; checkpoint saved at step 402",
+        ),
+        (EventType.NORMAL, "Started", "attempt 2 on node gpu-7"),
+        (EventType.NORMAL, "Resumed", "attempt 2 on node gpu-7 from step 402; nothing recomputed"),
+    ]
+    assert [r.reason for r in w.status.recoveries] == ["Preempted", "Resumed"]
+
+
+def test_steps_that_are_computed_again_are_counted() -> None:
+    w = in_training()
+    came_to(w, 410)
+    w.end_pod(137)
+    again(w)
+    came_to(w, 400, resumed_from_step=400)
+    w.settle()
+    assert w.events[-1].message == "attempt 2 on node gpu-7 from step 400; 10 steps computed again"
+
+
+def test_how_far_an_execution_came_is_kept_when_the_next_posts_before_anybody_looked() -> None:
+    w = in_training()
+    earlier = {"execution_id": execution(w), "step": 402, "checkpoint_step": 400}
+    w.end_pod(143)
+    w.tick(10)
+    w.start_pod()
+    w.run_pod()
+    came_to(w, 401, resumed_from_step=400, earlier=[earlier])
+    w.settle()
+    first, second = [a for a in w.status.attempts if a.stage == "train"]
+    assert (first.last_step, first.checkpoint_step) == (402, 400)
+    assert (second.resumed_from_step, second.last_step) == (400, None), "while it runs, progress tells"
+
+
+def test_progress_alone_changes_no_attempt() -> None:
+    w = in_training()
+    came_to(w, 1, resumed_from_step=0)
+    w.settle()
+    came_to(w, 2, resumed_from_step=0, checkpoint_step=2)
+    assert w.plan().idle
+
+
+@pytest.mark.parametrize("code", [60, 130, 137, 143])
+def test_interruptions_that_get_farther_never_fail_a_job(code: int) -> None:
+    w = in_training(recovery={"maxFailures": 0})
+    for step in range(1, MAX_FRUITLESS + 5):
+        came_to(w, step)
+        w.end_pod(code)
+        again(w)
+    assert w.status.phase is Phase.TRAINING
+
+
+def test_interruptions_that_get_nowhere_end_the_job() -> None:
+    w = in_training()
+    for _ in range(MAX_FRUITLESS):
+        assert w.status.phase is Phase.TRAINING
+        came_to(w, 5)
+        w.end_pod(137)
+        again(w)
+    came_to(w, 5)
+    w.end_pod(137)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "Interrupted"
+    assert "none got farther" in message(w, ConditionType.FAILED)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"terminated_reason": "OOMKilled"}, "HostOutOfMemory"), ({"pod_reason": "Evicted"}, "Evicted")],
+)
+def test_what_the_job_ignores_and_still_is_its_own_fault_is_counted(fields: dict[str, object], expected: str) -> None:
+    w = in_training(recovery={"maxFailures": 1})
+    disruption = {"disruption": "TerminationByKubelet"} if expected == "Evicted" else {}
+    w.change_pod(**fields, **disruption)
+    w.end_pod(137)
+    again(w)
+    assert w.status.phase is Phase.TRAINING
+    w.change_pod(**fields, **disruption)
+    w.end_pod(137)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == expected
+    assert "2 executions of train have failed; recovery.maxFailures is 1" in message(w, ConditionType.FAILED)
+    assert w.live_job() is None, "the Job would have gone on"
+
+
+def test_a_job_that_failed_and_then_succeeded_lists_its_attempts() -> None:
+    w = in_training()
+    w.end_pod(44, failure(Stage.TRAIN, "RankFailure", "rank 1 died"))
+    w.tick(10)
+    w.pass_stage()
+    w.pass_stage()
+    w.settle()
+    assert w.status.phase is Phase.SUCCEEDED
+    assert [(a.stage, a.outcome, a.reason) for a in w.status.attempts] == [
+        ("prepare", "Succeeded", "Succeeded"),
+        ("train", "Failed", "RankFailure"),
+        ("train", "Succeeded", "Succeeded"),
+        ("publish", "Succeeded", "Succeeded"),
+    ]
+
+
+def give_back(w: World) -> None:
+    w.tick(10)
+    w.end_pod(61, failure(Stage.TRAIN, "StorageUnavailable", "http://s3: connection refused"))
+    w.settle()
+
+
+def test_a_training_pod_that_gives_its_gpu_back_sends_the_job_to_prepare() -> None:
+    w = in_training()
+    old = {j.uid for j in w.jobs.values()}
+    give_back(w)
+    assert not is_true(w.status, ConditionType.PREPARED)
+    assert reason(w, ConditionType.PREPARED) == "StorageUnavailable"
+    assert "connection refused" in message(w, ConditionType.PREPARED)
+    assert all(j.deleting for j in w.jobs.values())
+    w.collect()
+    w.settle()
+    assert [j.stage for j in w.jobs.values()] == [Stage.PREPARE]
+    assert w.status.phase is Phase.PREPARING
+    w.tick(10)
+    w.pass_stage()
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert job.stage is Stage.TRAIN
+    assert job.uid not in old
+    assert is_true(w.status, ConditionType.PREPARED)
+    assert ("StorageUnavailable", "Failed") in [(a.reason, a.outcome) for a in w.status.attempts]
+
+
+def test_the_return_is_written_down_before_the_jobs_go() -> None:
+    w = in_training()
+    w.end_pod(61, failure(Stage.TRAIN, "StorageUnavailable", "gone"))
+    decided = w.plan()
+    assert not decided.deletes
+    w.apply(decided)
+    assert {d.name.rsplit("-", 1)[1] for d in w.plan().deletes} == {"train", "prepare"}
+
+
+def test_returns_are_bounded() -> None:
+    w = in_training()
+    for _ in range(MAX_RETURNS):
+        give_back(w)
+        w.collect()
+        w.tick(10)
+        w.pass_stage()
+        again(w)
+        assert w.status.phase is Phase.TRAINING
+    give_back(w)
+    assert reason(w, ConditionType.FAILED) == "StorageUnavailable"
+    assert "gave its GPU back 4 times" in message(w, ConditionType.FAILED)
+
+
+def test_returns_from_farther_on_do_not_add_up() -> None:
+    w = in_training()
+    for step in range(1, MAX_RETURNS + 4):
+        came_to(w, step * 10)
+        give_back(w)
+        w.collect()
+        w.tick(10)
+        w.pass_stage()
+        again(w)
+    assert w.status.phase is Phase.TRAINING
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_cpu_pod_looks_for_the_result_when_a_training_job_vanished_after_it_had_run(trained: bool) -> None:
+    w = in_training()
+    w.jobs = {n: j for n, j in w.jobs.items() if j.stage is Stage.PREPARE}
+    w.pods = {n: p for n, p in w.pods.items() if p.stage is Stage.PREPARE}
+    w.settle()
+    assert reason(w, ConditionType.PREPARED) == "TrainingJobGone"
+    assert [j.deleting for j in w.jobs.values()] == [True]
+    w.collect()
+    w.tick(10)
+    w.pass_stage(trained)
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert job.stage is (Stage.PUBLISH if trained else Stage.TRAIN)
+
+
+def oom(w: World, told: int | None = None) -> None:
+    if told is not None:
+        came_to(w, 3, peak_memory_bytes=told)
+    w.change_pod(terminated_reason="OOMKilled")
+    w.end_pod(137)
+    w.settle()
+
+
+def test_memory_grows_by_half_until_its_limit_and_then_the_job_fails() -> None:
+    w = in_training(**MEMORY)
+    for memory in ("6Gi", "8Gi"):
+        oom(w)
+        assert [j.stage for j in w.jobs.values() if j.deleting] == [Stage.TRAIN], "prepare need not run again"
+        w.collect()
+        w.settle()
+        job = w.live_job()
+        assert job is not None
+        assert (job.stage, job.memory) == (Stage.TRAIN, memory)
+        again(w)
+    oom(w)
+    assert reason(w, ConditionType.FAILED) == "HostOutOfMemory"
+    assert [r.message for r in w.status.recoveries] == [
+        "the training container exceeded its memory of 4Gi; the Job is created anew with 6Gi",
+        "the training container exceeded its memory of 6Gi; the Job is created anew with 8Gi",
+    ]
+
+
+def test_memory_grows_where_the_trainer_itself_noticed_and_the_job_has_failed() -> None:
+    w = in_training(**MEMORY)
+    w.end_pod(41, failure(Stage.TRAIN, "HostOutOfMemory", "a worker was killed"))
+    w.settle()
+    w.collect()
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert job.memory == "6Gi"
+
+
+def test_the_growth_is_written_down_before_the_job_goes_and_tells_the_peak() -> None:
+    w = in_training(**MEMORY)
+    came_to(w, 3, peak_memory_bytes=4_187_593_114)
+    w.change_pod(terminated_reason="OOMKilled")
+    w.end_pod(137)
+    decided = w.plan()
+    assert not decided.deletes
+    w.apply(decided)
+    assert [d.name.rsplit("-", 1)[1] for d in w.plan().deletes] == ["train"]
+    assert (
+        "4Gi (it held 3.9 GiB when it last told); the Job is created anew with 6Gi" in w.status.recoveries[-1].message
+    )
+
+
+def test_without_a_limit_to_grow_to_the_failure_names_the_peak() -> None:
+    w = in_training(compute={"memory": "4Gi"}, recovery={"maxFailures": 0})
+    oom(w, 4_187_593_114)
+    assert "It had 4Gi (it held 3.9 GiB when it last told)." in message(w, ConditionType.FAILED)
+    assert "recovery.outOfMemory.maxMemory" in message(w, ConditionType.FAILED)
+
+
+HALVED = Restart(
+    at="2026-03-01T12:00:20Z",
+    reason="OutOfMemory",
+    message="Out of GPU memory at step 31; resumed from step 30 with micro-batch 2 × accumulation 8 instead of 4 × 4.",
+)
+
+
+def test_what_training_healed_by_itself_is_told_once_in_status_events_message_and_plan() -> None:
+    w = in_training()
+    split = Split(
+        micro_batch_sequences=2, gradient_accumulation_steps=8, gradient_checkpointing=True, max_sequence_tokens=2048
+    )
+    for _ in range(2):
+        came_to(w, 31, restarts=[HALVED], split=split)
+        w.settle()
+    assert [(r.reason, r.message) for r in w.status.recoveries] == [("OutOfMemory", HALVED.message)]
+    assert next(e for e in w.events if e.reason == "OutOfMemory").type is EventType.WARNING
+    assert len([e for e in w.events if e.reason == "OutOfMemory"]) == 1
+    assert w.status.message == f"Trains on node gpu-7, attempt 1. {HALVED.message}"
+    assert w.status.plan is not None
+    assert (w.status.plan.micro_batch_sequences, w.status.plan.gradient_accumulation_steps) == (2, 8)
+    w.pods = {n: p for n, p in w.pods.items() if p.stage is Stage.TRAIN}  # prepare's report is gone with its pod
+    w.settle()
+    assert w.status.plan.summary.count("micro-batch 2 × accumulation 8") == 1
+
+
+def test_more_recoveries_than_status_holds_are_told_once_each() -> None:
+    w = in_training()
+    for number in range(MAX_RECOVERIES + 8):
+        came_to(w, number + 1)
+        w.end_pod(143)
+        again(w)
+    assert len(w.status.recoveries) == MAX_RECOVERIES
+    assert len([e for e in w.events if e.reason == "Interrupted"]) == MAX_RECOVERIES + 8
+    assert len(w.status.attempts) <= MAX_ATTEMPTS
+
+
+def test_a_grace_period_that_is_too_short_is_warned_about_once() -> None:
+    w = in_training()
+    came_to(w, 10, checkpoint_seconds=96.0)
+    w.settle()
+    assert find(w.status, ConditionType.CHECKPOINT_AT_RISK) is None, "0.8 of 120 s"
+    came_to(w, 20, checkpoint_seconds=110.2)
+    w.settle()
+    assert reason(w, ConditionType.CHECKPOINT_AT_RISK) == "GracePeriodTooShort"
+    told = message(w, ConditionType.CHECKPOINT_AT_RISK)
+    assert "took 110 s" in told
+    assert "killed after 120 s" in told
+    assert "recovery.terminationGracePeriodSeconds to at least 150" in told
+    came_to(w, 30, checkpoint_seconds=111.0)
+    assert w.plan().idle, "another measurement is no news"
+    came_to(w, 40, checkpoint_seconds=50.0)
+    w.settle()
+    assert not is_true(w.status, ConditionType.CHECKPOINT_AT_RISK)
+    came_to(w, 50, checkpoint_seconds=119.0)
+    w.settle()
+    assert len([e for e in w.events if e.reason == "GracePeriodTooShort"]) == 1
+
+
+def test_a_deadline_stops_the_pod_by_deletion_and_leaves_it_its_grace_period() -> None:
+    w = in_training(activeDeadlineSeconds=30)
+    w.tick(31)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "DeadlineExceeded"
+    pod = next(p for p in w.pods.values() if p.stage is Stage.TRAIN)
+    assert pod.deleting
+    assert not pod.ended, "it saves its checkpoint"
+    w.collect()
+    assert w.settle().idle
+    assert not [p for p in w.pods.values() if p.stage is Stage.TRAIN]
+
+
+@pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH])
+def test_a_suspension_in_any_phase_stops_the_pod_by_deletion_and_holds_nothing(stage: Stage) -> None:
+    w = in_training() if stage is Stage.TRAIN else World(in_training().spec)
+    if stage is Stage.PUBLISH:
+        w.pass_stage()
+        w.pass_stage()
+    if stage is not Stage.TRAIN:
+        w.settle()
+        w.start_pod()
+        w.run_pod()
+        w.settle()
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    assert all(p.deleting for p in w.pods.values())
+    w.collect()
+    w.settle()
+    assert w.status.phase is Phase.SUSPENDED
+    assert not w.pods
+    assert not w.jobs
+    w.spec = w.spec.model_copy(update={"suspend": False})
+    w.tick(1)
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert job.stage is Stage.PREPARE, "a CPU pod looks for what is there"
