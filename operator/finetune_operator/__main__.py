@@ -43,8 +43,10 @@ class Operator:
         self.identity = settings.identity
         snapshots = Snapshots(api, settings)
         self.events = EventRecorder(api, self.queue, self.identity)
-        applier = Applier(api, self.cache, snapshots, settings)
-        self.reconciler = Reconciler(self.cache, self.queue, applier, snapshots, self.events, JobEvents(api), self.pace)
+        self.applier = Applier(api, self.cache, snapshots, settings)
+        self.reconciler = Reconciler(
+            self.cache, self.queue, self.applier, snapshots, self.events, JobEvents(api), self.pace
+        )
         self.informer = Informer(self.cache, self.queue, self.reconciler)
         self.resync = Resync(
             api, self.cache, self.informer, self.reconciler, settings.namespaces, settings.resync_seconds
@@ -60,6 +62,8 @@ class Operator:
         await self.progress.start()
         self.health.ready = True
         election = Election(self.api, self.settings, self.identity)
+        if self.settings.leader_election:
+            self.applier.may_act = election.holds
         leading: Coroutine[Any, Any, None] = (
             election.run(lambda: self.lead(stop)) if self.settings.leader_election else self.lead(stop)
         )
