@@ -7,6 +7,7 @@ Nor those that go after our first list and before kopf's own: at the start, list
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class Resync:
         self._first = True
         self._settled = True
         self._away = False
+        self._again = asyncio.Event()
         self._found = 0
         self.silent = 0
         """How many lists in a row found changes while no watch told any."""
@@ -56,6 +58,9 @@ class Resync:
         """For ever, the first time at once."""
         early = EARLY_SECONDS
         while True:
+            if self._again.is_set():
+                self._again.clear()
+                early = EARLY_SECONDS
             self._settled = early >= self._seconds
             try:
                 await self.once()
@@ -65,7 +70,12 @@ class Resync:
                 logger.warning("Listing failed: %s", problem)
                 self._away = True
                 delay = min(RETRY_SECONDS, self._seconds)
-            await asyncio.sleep(delay)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._again.wait(), delay)
+
+    def look_again(self) -> None:
+        """The watches begin anew: lists follow each other closely once more."""
+        self._again.set()
 
     async def once(self) -> None:
         """One full list of everything. Once settled, and when the API server is back, every unfinished job is looked at once
