@@ -101,6 +101,10 @@ class LightCluster:
             self.kubeconfig, namespace, name, self.folder / f"{namespace}-{name}.kubeconfig"
         )
 
+    def certificate(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key of a server on loopback that this cluster's clients trust, for example a proxy."""
+        return self._plane.authority.issue(name, name, sans=["127.0.0.1", "localhost"])
+
     def start(self, component: Component) -> None:
         """Start a component that does not run. ``wait_ready`` waits for it."""
         if self.running(component):

@@ -17,7 +17,7 @@ from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import Api, ApiError, load_configuration
 from finetune_operator.events import EventRecorder, JobEvents
-from finetune_operator.handlers import Informer, make_registry, make_settings
+from finetune_operator.handlers import WATCH_RETRY_SECONDS, Informer, make_registry, make_settings
 from finetune_operator.health import Health, start_health
 from finetune_operator.leader import Election
 from finetune_operator.pace import Pace
@@ -43,8 +43,10 @@ class Operator:
         self.identity = settings.identity
         snapshots = Snapshots(api, settings)
         self.events = EventRecorder(api, self.queue, self.identity)
-        applier = Applier(api, self.cache, snapshots, settings)
-        self.reconciler = Reconciler(self.cache, self.queue, applier, snapshots, self.events, JobEvents(api), self.pace)
+        self.applier = Applier(api, self.cache, snapshots, settings)
+        self.reconciler = Reconciler(
+            self.cache, self.queue, self.applier, snapshots, self.events, JobEvents(api), self.pace
+        )
         self.informer = Informer(self.cache, self.queue, self.reconciler)
         self.resync = Resync(
             api, self.cache, self.informer, self.reconciler, settings.namespaces, settings.resync_seconds
@@ -60,6 +62,8 @@ class Operator:
         await self.progress.start()
         self.health.ready = True
         election = Election(self.api, self.settings, self.identity)
+        if self.settings.leader_election:
+            self.applier.may_act = election.holds
         leading: Coroutine[Any, Any, None] = (
             election.run(lambda: self.lead(stop)) if self.settings.leader_election else self.lead(stop)
         )
@@ -95,17 +99,7 @@ class Operator:
             *(self.reconciler.work() for _ in range(self.settings.workers)),
         ]
         tasks = [asyncio.ensure_future(part) for part in parts]
-        namespaces = self.settings.namespaces
-        kopf_task = asyncio.ensure_future(
-            kopf.operator(
-                registry=make_registry(self.informer),
-                settings=make_settings(self.settings.request_timeout_seconds),
-                standalone=True,
-                clusterwide=not namespaces,
-                namespaces=namespaces,
-                stop_flag=stop,
-            )
-        )
+        kopf_task = asyncio.ensure_future(self._watch(stop))
         try:
             done, _ = await asyncio.wait([kopf_task, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -114,6 +108,30 @@ class Operator:
         finally:
             for task in (*tasks, kopf_task):
                 task.cancel()
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        """kopf, begun anew when it fails; returns when it was stopped.
+
+        kopf 1.45 ends as a whole when one list or watch is answered 410 (a page of a long list that came too late) or any other
+        4xx. What was missed meanwhile is listed.
+        """
+        namespaces = self.settings.namespaces
+        while True:
+            try:
+                await kopf.operator(
+                    registry=make_registry(self.informer),
+                    settings=make_settings(self.settings.request_timeout_seconds),
+                    standalone=True,
+                    clusterwide=not namespaces,
+                    namespaces=namespaces,
+                    stop_flag=stop,
+                )
+            except Exception as problem:  # noqa: BLE001 - of a library; liveness looks after what does not mend
+                logger.warning("The watches failed and begin anew: %r", problem)
+                await asyncio.sleep(WATCH_RETRY_SECONDS)
+                self.resync.look_again()
+            else:
+                return
 
     async def _first_list(self) -> None:
         while True:

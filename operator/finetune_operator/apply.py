@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from finetune_api.names import Stage, stage_job_name
 from finetune_api.status import FineTuneJobStatus
@@ -40,10 +41,17 @@ class Applier:
 
     def __init__(self, api: Api, cache: Cache, snapshots: Snapshots, settings: Settings) -> None:
         self._api = api
+        self.may_act: Callable[[], bool] = lambda: True
+        """Whether this process still leads. Asked right before each write: a process that was paused wakes up in the middle
+        of something."""
         self._cache = cache
         self._snapshots = snapshots
         self._settings = settings
         self._answers: dict[str, Answers] = {}
+
+    def now(self) -> datetime:
+        """The API server's time."""
+        return self._api.clock.now()
 
     def answers(self, uid: str) -> Answers:
         """Earlier answers for a job."""
@@ -55,6 +63,7 @@ class Applier:
 
     async def create(self, job: JobView, snapshot: bool, stage: Stage | None, memory: str | None = None) -> bool:
         """Create the snapshot, then the stage's Job. False if the API server refused; the reason is remembered."""
+        self._check_leading(job)
         try:
             record = self._snapshots.known(job.uid)
             if snapshot or record is None:
@@ -74,7 +83,7 @@ class Applier:
                     raise
             delay = min(1.0 * 2**answers.refusals, longest)
             answers.refusals += 1
-            answers.refusal = refusal(problem, datetime.now(UTC) + timedelta(seconds=delay))
+            answers.refusal = refusal(problem, self.now() + timedelta(seconds=delay))
             logger.info("%s/%s: refused: %s", job.namespace, job.name, answers.refusal.message)
             return False
         answers_now = self._answers.get(job.uid)
@@ -84,6 +93,7 @@ class Applier:
 
     async def _create_job(self, job: JobView, record: SnapshotRecord, stage: Stage, memory: str | None) -> None:
         """POST once; on 409 the Job that is there must be ours, and is taken as it is."""
+        self._check_leading(job)
         body = stage_job(Owner.of(job), record, stage, self._settings, memory)
         path = jobs_path(job.namespace)
         try:
@@ -100,6 +110,7 @@ class Applier:
 
     async def delete_job(self, job: JobView, delete: DeleteJob) -> None:
         """Delete a Job; gone or replaced since is as good."""
+        self._check_leading(job)
         try:
             answer = await self._api.delete_job(job.namespace, delete)
             if answer.get("kind") == "Job":
@@ -109,14 +120,24 @@ class Applier:
                 raise
             self._cache.forget_job(job.uid, delete.name, delete.uid)
 
-    async def write_status(self, job: JobView, status: FineTuneJobStatus) -> None:
-        """Server-side apply of the whole status but progress."""
+    async def write_status(self, job: JobView, status: FineTuneJobStatus, resource_version: int) -> None:
+        """Server-side apply of the whole status but progress, on top of the version that it was decided on.
+
+        Without that, an operator that was paused and wakes up, or two at a time, would put an old status over a newer one: over
+        a finished job's, too.
+
+        Raises:
+            ApiError: 409 when anything was written since.
+        """
+        self._check_leading(job)
         body = {k: v for k, v in status.to_json_dict().items() if v not in ([], {}) and k != "progress"}
-        answer = await self._api.apply_status(job.namespace, job.name, job.uid, body, STATUS_MANAGER)
+        seen = str(resource_version) if resource_version else ""
+        answer = await self._api.apply_status(job.namespace, job.name, job.uid, body, STATUS_MANAGER, seen)
         self._cache.put_finetunejob(answer)
 
     async def delete_finetunejob(self, job: JobView) -> None:
         """Delete the FineTuneJob as it was seen; edited or gone since is looked at again."""
+        self._check_leading(job)
         cached = self._cache.jobs.get(Key(job.namespace, job.name))
         if cached is None or cached.uid != job.uid:
             return
@@ -130,6 +151,10 @@ class Applier:
                 raise
             else:
                 raise
+
+    def _check_leading(self, job: JobView) -> None:
+        if not self.may_act():
+            raise ApiError(0, "LeaseLost", "this process no longer leads", "-", f"{job.namespace}/{job.name}")
 
     async def fetch(self, key: Key) -> Raw | None:
         """The FineTuneJob as it is now, also into the cache; None if it is gone."""

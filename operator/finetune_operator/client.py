@@ -18,6 +18,7 @@ from kubernetes.aio.config import ConfigException, load_incluster_config, load_k
 
 from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
 from finetune_operator import metrics
+from finetune_operator.clock import ServerClock
 from finetune_operator.planning.model import DeleteJob
 
 Raw = dict[str, Any]
@@ -60,6 +61,7 @@ class Api:
         self.client = ApiClient(configuration)
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._host = configuration.host.rstrip("/")
+        self.clock = ServerClock()
         self.after_write: Callable[[str, str], Awaitable[None]] | None = None
         """Called after every accepted write; tests kill the process here."""
 
@@ -84,11 +86,13 @@ class Api:
         headers = {"Content-Type": content_type, "Accept": "application/json", "User-Agent": "finetune-operator"}
         await self.client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         url = f"{self._host}{path}{'?' + urlencode(query) if query else ''}"
+        asked = self.clock.local()
         try:
             response = await self.client.call_api(method, url, headers, body, _request_timeout=self._timeout)
             data = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as problem:
             raise ApiError(0, type(problem).__name__, str(problem), method, path) from problem
+        self.clock.heard(response.headers.get("Date"), asked, self.clock.local())
         if not 200 <= response.status < 300:
             raise _error(response.status, response.reason or "", data, method, path)
         if method != "GET":

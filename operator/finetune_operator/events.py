@@ -10,7 +10,7 @@ import logging
 import re
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from finetune_api import API_VERSION, KIND
@@ -48,7 +48,7 @@ class EventRecorder:
         """Queue Events; in a flood the newest are dropped."""
         for note in notes:
             try:
-                self._queue.put_nowait(_Pending(job, note, datetime.now(UTC)))
+                self._queue.put_nowait(_Pending(job, note, self._api.clock.now()))
             except asyncio.QueueFull:
                 metrics.EVENTS_DROPPED.inc()
 

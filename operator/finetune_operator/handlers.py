@@ -5,6 +5,7 @@ kopf's handlers never retry and see stale objects, so nothing may be decided her
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -16,6 +17,8 @@ from finetune_operator.cache import Cache, Key
 from finetune_operator.observe import Raw
 from finetune_operator.reconciler import Reconciler
 from finetune_operator.workqueue import WorkQueue
+
+WATCH_RETRY_SECONDS = 1.0
 
 
 class _NoDiffBase(kopf.DiffBaseStorage):
@@ -131,6 +134,9 @@ def make_settings(request_timeout: float) -> kopf.OperatorSettings:
     settings.persistence.progress_storage = _NoProgress()
     settings.networking.request_timeout = request_timeout
     settings.networking.connect_timeout = request_timeout
+    # kopf's own pauses grow to 21 s and end after 54 s: so much later it would hear of an API server that is back, or, when that
+    # answered 503 meanwhile, it would end.
+    settings.networking.error_backoffs = itertools.repeat(WATCH_RETRY_SECONDS)
     settings.watching.label_selectors["batch", "v1", "jobs"] = LABEL_UID
     settings.watching.label_selectors["", "v1", "pods"] = LABEL_UID
     settings.watching.chunk_size = 500

@@ -24,18 +24,35 @@ logger = logging.getLogger(__name__)
 class _TimedLock(LeaseLock):  # type: ignore[misc]
     """A lock whose calls end: a hung connection must not carry a leader past its renew deadline."""
 
-    def __init__(self, name: str, namespace: str, identity: str, api: Api, timeout: float) -> None:
+    def __init__(self, name: str, namespace: str, identity: str, api: Api, timeout: float, duration: float) -> None:
         super().__init__(name, namespace, identity, api.client)
         self._timeout = timeout
         self.held = asyncio.Event()
         self.held_from = 0.0
         """When (monotonic) the last write of the Lease that succeeded began: others count from its end at the earliest."""
+        self.lost = asyncio.Event()
+        """Held before, and now another's: the library would try again until its deadline and let us act on meanwhile."""
+        self._duration = duration
+        self._other: tuple[str, str] = "", ""
+        self._other_since = 0.0
 
     async def get(self, name: str, namespace: str) -> Any:
         try:
-            return await asyncio.wait_for(super().get(name, namespace), self._timeout)
+            found, record = await asyncio.wait_for(super().get(name, namespace), self._timeout)
         except Exception as problem:  # noqa: BLE001 - whatever it was, the Lease is not known to be held
             return False, _Unknown(problem)
+        if found and record is not None:
+            self._see(str(record.holder_identity or ""), str(record.renew_time))
+        return found, record
+
+    def _see(self, holder: str, renewed: str) -> None:
+        if holder == self.identity:
+            self._other = "", ""
+            return
+        if self.held.is_set():
+            self.lost.set()
+        if (holder, renewed) != self._other:
+            self._other, self._other_since = (holder, renewed), time.monotonic()
 
     async def create(self, name: str, namespace: str, election_record: Any) -> bool:
         # Not the library's own: kubernetes 37.0.1 passes pretty=True, which its own validation refuses (a string is wanted).
@@ -47,6 +64,9 @@ class _TimedLock(LeaseLock):  # type: ignore[misc]
         return True
 
     async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
+        # The library (kubernetes 37) counts by the wall clock: set forward, it would take a Lease that is being renewed.
+        if self.lost.is_set() or (self._other[0] and time.monotonic() - self._other_since < self._duration):
+            return False
         return await self._try(super().update(name, namespace, updated_record))
 
     async def _try(self, call: Awaitable[bool]) -> bool:
@@ -62,6 +82,11 @@ class _TimedLock(LeaseLock):  # type: ignore[misc]
         return done
 
 
+def _lasts(duration: float) -> float:
+    """For how long a holder may act on a Lease of a duration."""
+    return duration - min(2.0, duration / 5)
+
+
 async def _expiry(lock: _TimedLock, duration: float) -> None:
     """Returns before anybody else may take a Lease that is no longer renewed.
 
@@ -69,9 +94,8 @@ async def _expiry(lock: _TimedLock, duration: float) -> None:
     may hang, an old leader would act on for seconds after the Lease's 15.
     """
     await lock.held.wait()
-    lasts = duration - min(2.0, duration / 5)
     while True:
-        left = lock.held_from + lasts - time.monotonic()
+        left = lock.held_from + _lasts(duration) - time.monotonic()
         if left <= 0:
             return
         await asyncio.sleep(left)
@@ -92,13 +116,21 @@ class Election:
         self._api = api
         self._settings = settings
         self.identity = identity
+        self._lock: _TimedLock | None = None
+
+    def holds(self) -> bool:
+        """Whether the Lease is ours at this moment. A process that was paused asks before its timers can have told it."""
+        lock = self._lock
+        if lock is None or not lock.held.is_set() or lock.lost.is_set():
+            return False
+        return time.monotonic() < lock.held_from + _lasts(self._settings.lease_duration_seconds)
 
     async def run(self, lead: Callable[[], Awaitable[None]]) -> None:
         """Wait for the Lease, lead, and return when it is lost (the caller must exit) or ``lead`` ends."""
         settings = self._settings
-        lock = _TimedLock(
-            settings.lease_name, settings.lease_namespace, self.identity, self._api, settings.lease_retry_seconds * 2
-        )
+        timeout, duration = settings.lease_retry_seconds * 2, settings.lease_duration_seconds
+        lock = _TimedLock(settings.lease_name, settings.lease_namespace, self.identity, self._api, timeout, duration)
+        self._lock = lock
         work: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         leading: list[asyncio.Task[Any]] = []
 
@@ -123,11 +155,12 @@ class Election:
         )
         election = asyncio.ensure_future(leaderelection.LeaderElection(config).run())
         expiry = asyncio.ensure_future(_expiry(lock, settings.lease_duration_seconds))
+        lost = asyncio.ensure_future(lock.lost.wait())
         try:
-            await asyncio.wait({election, work, expiry}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({election, work, expiry, lost}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended = work.done()
-            for task in (work, election, expiry, *leading):
+            for task in (work, election, expiry, lost, *leading):
                 task.cancel()
         if ended:
             await work

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator import metrics
@@ -118,7 +117,7 @@ class Reconciler:
                 conflict = str(problem)
         seen = Observation(
             job=view,
-            now=datetime.now(UTC).replace(microsecond=0),
+            now=self._applier.now().replace(microsecond=0),
             jobs=tuple(family.jobs.values()),
             pods=tuple(family.pods.values()),
             snapshot=record,
@@ -161,7 +160,7 @@ class Reconciler:
         return self._pace.due(uid, dirty)
 
     async def _write(self, cached: CachedJob, status: FineTuneJobStatus, decided: Plan) -> None:
-        await self._applier.write_status(cached.view(), status)
+        await self._applier.write_status(cached.view(), status, cached.resource_version)
         self._pace.wrote(cached.uid)
         self._dirty.pop(cached.uid, None)
         self._events.record(cached.view(), decided.events)

@@ -7,6 +7,7 @@ Nor those that go after our first list and before kopf's own: at the start, list
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from finetune_operator.planning.conditions import is_true
 from finetune_operator.reconciler import Reconciler
 
 logger = logging.getLogger(__name__)
-RETRY_SECONDS = 5.0
+RETRY_SECONDS = 2.0
 EARLY_SECONDS, EARLY_FACTOR = 2.0, 3.0
 """Pauses between the first lists: 2, 6, 18, … s, up to the regular one."""
 
@@ -46,6 +47,8 @@ class Resync:
         self._seconds = seconds
         self._first = True
         self._settled = True
+        self._away = False
+        self._again = asyncio.Event()
         self._found = 0
         self.silent = 0
         """How many lists in a row found changes while no watch told any."""
@@ -55,6 +58,9 @@ class Resync:
         """For ever, the first time at once."""
         early = EARLY_SECONDS
         while True:
+            if self._again.is_set():
+                self._again.clear()
+                early = EARLY_SECONDS
             self._settled = early >= self._seconds
             try:
                 await self.once()
@@ -62,18 +68,25 @@ class Resync:
                 early = delay * EARLY_FACTOR
             except ApiError as problem:
                 logger.warning("Listing failed: %s", problem)
+                self._away = True
                 delay = min(RETRY_SECONDS, self._seconds)
-            await asyncio.sleep(delay)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._again.wait(), delay)
+
+    def look_again(self) -> None:
+        """The watches begin anew: lists follow each other closely once more."""
+        self._again.set()
 
     async def once(self) -> None:
-        """One full list of everything. Once settled, every unfinished job is looked at once more, changed or not."""
+        """One full list of everything. Once settled, and when the API server is back, every unfinished job is looked at once
+        more, changed or not: otherwise jobs would wait for as long as their back-off had grown while it was away."""
         heard = self._informer.last_event > self.last_success
         self._found = 0
         for namespace in self._namespaces:
             await self._children(jobs_path(namespace), namespace, "jobs")
             await self._children(pods_path(namespace), namespace, "pods")
             await self._finetunejobs(namespace)
-        for key, cached in list(self._cache.jobs.items()) if self._settled or self._first else ():
+        for key, cached in list(self._cache.jobs.items()) if self._settled or self._first or self._away else ():
             finished = is_true(cached.status, ConditionType.FINISHED)
             expires = cached.spec is not None and cached.spec.ttl_seconds_after_finished is not None
             # An operator that died right after it wrote "Failed" left a Job behind that must not run on.
@@ -81,7 +94,7 @@ class Resync:
             if not finished or expires or runs_on:
                 self._informer.enqueue(key)
         self.silent = self.silent + 1 if self._found and not heard and self._counts else 0
-        self._first = False
+        self._first = self._away = False
         self.last_success = time.monotonic()
         metrics.RESYNC_TIMESTAMP.set_to_current_time()
 

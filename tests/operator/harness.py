@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,9 +147,20 @@ class Bench:
     def start_operator(self, wait: bool = True, module: str = "finetune_operator", **env: str) -> OperatorProcess:
         """Start an operator process with the chart's way of configuration."""
         ports = free_ports(3)
-        number = len(self.operators)
-        log = self.folder / f"operator-{number}.log"
-        environment = {
+        log = self.folder / f"operator-{len(self.operators)}.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module], env=self.environment(ports, **env), cwd=ROOT, stdout=out, stderr=out
+            )
+        operator = OperatorProcess(process, log, *ports)
+        self.operators.append(operator)
+        if wait:
+            operator.wait_ready()
+        return operator
+
+    def environment(self, ports: Sequence[int], **env: str) -> dict[str, str]:
+        """An operator's environment; ``ports`` are those of progress, health and metrics."""
+        return {
             **os.environ,
             "KUBECONFIG": str(self.cluster.kubeconfig),
             "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "api", "operator", "cluster")),
@@ -164,18 +175,9 @@ class Bench:
             "FINETUNE_NAMESPACES": self.namespace,
             "FINETUNE_LEASE_NAMESPACE": self.namespace,
             "FINETUNE_LEADER_ELECTION": "false",
-            "FINETUNE_POD_NAME": f"operator-{number}",
+            "FINETUNE_POD_NAME": f"operator-{len(self.operators)}",
             **env,
         }
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module], env=environment, cwd=ROOT, stdout=out, stderr=out
-            )
-        operator = OperatorProcess(process, log, *ports)
-        self.operators.append(operator)
-        if wait:
-            operator.wait_ready()
-        return operator
 
     # FineTuneJobs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,3 +37,8 @@ class ApiServer:
         # `kubectl wait` (1.34) fails at once on a CRD that is so new that it has no conditions.
         self.kubectl("wait", "--for=jsonpath={.status.conditions}", name, "--timeout=30s").check_returncode()
         self.kubectl("wait", "--for=condition=Established", name, "--timeout=30s").check_returncode()
+        # Established, and for a moment it answers 429 "storage is (re)initializing": nothing tells when that is over.
+        end = time.monotonic() + 30
+        while (listed := self.kubectl("get", "finetunejobs.finetune.dev", "--all-namespaces")).returncode:
+            if time.monotonic() > end:
+                listed.check_returncode()

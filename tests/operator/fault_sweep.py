@@ -1,0 +1,358 @@
+"""Every request of a job's life × every fault: the end is the same as without faults.
+
+    python -m tests.operator.fault_sweep --all [--seed S]     every point; the number of those that passed, and each that did not
+
+For each point one namespace, one proxy and one operator process of its own, some at a time, on one light cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from finetune_api.names import LABEL_UID
+from finetune_cluster.light import LightCluster
+from finetune_cluster.ports import free_ports
+from finetune_cluster.scripted_kubelet import scripted_kubelet
+from finetune_cluster.steps import Pod, Step
+from tests.operator.certificates import make_tls
+from tests.operator.harness import ROOT, Bench, Recorder, Tls, finetunejobs_of, jobs_of, pods_of, succeed_stage
+from tests.operator.manifests import Raw, finetunejob
+from tests.operator.remains import bench_in, remains
+from tests.support.api_proxy import ApiProxy, EventFault, EventStrike, Fault, Plan, ProxyLoop
+from tests.support.apiserver import ApiServer
+
+NAME = "story"
+AT_ONCE = 6
+RESYNC_SECONDS = "3"
+FINISH_SECONDS = 60
+KILLS = (Fault.KILL_BEFORE, Fault.KILL_AFTER)
+SETTINGS = {"FINETUNE_RESYNC_SECONDS": RESYNC_SECONDS, "FINETUNE_PROGRESS_URL": "https://operator.test:8443"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A fault at the Nth request or watch event of a job's life; none for an undisturbed run."""
+
+    fault: Fault | EventFault | None
+    at: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.fault or 'undisturbed'} #{self.at}"
+
+
+@dataclass
+class Outcome:
+    """How a run with one fault ended."""
+
+    point: Point
+    hit: str = ""
+    """What the fault struck; empty if there were not so many requests."""
+    problems: list[str] = field(default_factory=list)
+    restarts: int = 0
+    """Times the operator ended by itself and was started anew, as a kubelet does."""
+    seconds: float = 0.0
+    requests: int = 0
+    events: int = 0
+    left: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the fault came and made no difference."""
+        return bool(self.hit) and not self.problems
+
+
+class Nursery:
+    """Starts operator processes by forking one that has everything imported."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join(str(ROOT / p) for p in (".", "api", "operator", "cluster"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.operator.operator_nursery"],
+            env={**os.environ, "PYTHONPATH": paths},
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._lock = threading.Lock()
+
+    def start(self, environment: dict[str, str], log: Path, module: str = "finetune_operator.__main__") -> int:
+        """A pidfd of a new operator: unlike a process id it never means another process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps({"env": environment, "log": str(log), "module": module}) + "\n")
+            self._process.stdin.flush()
+            return os.pidfd_open(int(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """End; the operators end with it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+
+
+class Kept:
+    """An operator that is started anew whenever it ends, as a kubelet does."""
+
+    def __init__(self, nursery: Nursery, bench: Bench, kubeconfig: Path, **env: str) -> None:
+        self._nursery, self._bench = nursery, bench
+        self._env = {"KUBECONFIG": str(kubeconfig), **SETTINGS, **env}
+        self.log = bench.folder / "operator.log"
+        self.starts = 0
+        self._stop_read, self._stop_write = os.pipe()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._fd = self._start()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def _start(self) -> int:
+        self.starts += 1
+        return self._nursery.start(self._bench.environment(free_ports(3), **self._env), self.log)
+
+    def _keep(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._fd, self._stop_read], [], [])
+            if self._stop_read in ready:
+                return
+            with self._lock:
+                os.close(self._fd)
+                self._fd = self._start()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send(signal.SIGKILL)
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to the process that runs now."""
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if self._closed:
+                return
+            signal.pidfd_send_signal(self._fd, number)
+
+    def close(self) -> None:
+        """End it for good."""
+        os.write(self._stop_write, b".")
+        self._thread.join()
+        self.kill()
+        with self._lock:
+            self._closed = True
+        for fd in (self._fd, self._stop_read, self._stop_write):
+            os.close(fd)
+
+
+def broken_invariants(jobs: list[tuple[str, Raw]], pods: list[tuple[str, Raw]]) -> list[str]:
+    """What must never have been, in the order of the events: two executions or two unfinished Jobs at a time."""
+    problems = []
+    live: dict[str, str] = {}
+    for kind, job in jobs:
+        uid, name = job["metadata"]["uid"], job["metadata"]["name"]
+        ended = any(
+            c["type"] in ("Complete", "Failed") and c["status"] == "True"
+            for c in (job.get("status") or {}).get("conditions") or []
+        )
+        if kind == "DELETED" or ended:
+            live.pop(uid, None)
+        else:
+            live[uid] = name
+        if len(live) > 1:
+            problems.append(f"Jobs live together: {sorted(live.values())}")
+    running: dict[str, str] = {}
+    for kind, pod in pods:
+        uid, name = pod["metadata"]["uid"], pod["metadata"]["name"]
+        if kind != "DELETED" and (pod.get("status") or {}).get("phase") == "Running":
+            running[uid] = name
+        else:
+            running.pop(uid, None)
+        if len(running) > 1:
+            problems.append(f"pods run together: {sorted(running.values())}")
+    return list(dict.fromkeys(problems))
+
+
+def script(pod: Pod) -> list[Step] | None:
+    """Every stage runs for a moment and ends well."""
+    return succeed_stage(pod, 0.2) if LABEL_UID in (pod["metadata"].get("labels") or {}) else None
+
+
+class Sweep:
+    """What all points share."""
+
+    def __init__(self, cluster: LightCluster, tls: Tls, folder: Path, prefix: str = "sweep") -> None:
+        self.cluster, self._tls, self._folder, self._prefix = cluster, tls, folder, prefix
+        self._stack = contextlib.ExitStack()
+        self.undisturbed = Outcome(Point(None))
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.loop = ProxyLoop()
+            stack.callback(self.loop.close)
+            self.nursery = Nursery()
+            stack.callback(self.nursery.close)
+            kubelet = scripted_kubelet(self.cluster.kubeconfig, script, name=self._prefix, gpus_per_node=64)
+            stack.enter_context(kubelet)
+            self._jobs = Recorder(self.cluster, "/apis/batch/v1/jobs", 7200)
+            self._pods = Recorder(self.cluster, "/api/v1/pods", 7200)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def measure(self) -> Outcome:
+        """The undisturbed run, which says how many points there are and how it is to end."""
+        self.undisturbed = self.run(Point(None))
+        if self.undisturbed.problems:
+            raise AssertionError(f"undisturbed: {self.undisturbed.problems}")
+        return self.undisturbed
+
+    def points(self) -> list[Point]:
+        """Every point."""
+        found = [Point(fault, n) for fault in Fault for n in range(1, self.undisturbed.requests + 1)]
+        return found + [Point(fault, n) for fault in EventFault for n in range(1, self.undisturbed.events + 1)]
+
+    def run_all(self, points: Sequence[Point], at_once: int = AT_ONCE) -> Iterator[Outcome]:
+        """Some at a time; outcomes in the order of the points."""
+        with ThreadPoolExecutor(at_once) as pool:
+            yield from pool.map(self.run, points)
+
+    def run(self, point: Point) -> Outcome:
+        """One job's life with one fault."""
+        words = f"{point.fault or 'undisturbed'}".lower().replace(" ", "-")
+        namespace = f"{self._prefix}-{words}-{point.at}"
+        outcome = Outcome(point)
+        began = time.monotonic()
+        plan = Plan()
+        strike = EventStrike(point.fault if isinstance(point.fault, EventFault) else EventFault.DOUBLE, point.at)
+        plan.watch = strike
+        if isinstance(point.fault, Fault):
+            plan.fault, plan.at = point.fault, point.at
+        with contextlib.ExitStack() as stack:
+            bench = stack.enter_context(bench_in(self.cluster, self._tls, self._folder / namespace, namespace))
+            certificate = self.cluster.certificate("api-proxy")
+            proxy = ApiProxy(self.loop, self.cluster.kubeconfig, certificate, bench.folder, plan)
+            stack.enter_context(proxy)
+            holder: list[Kept] = []
+            plan.kill = lambda: holder[0].kill() if holder else None
+            kept = Kept(self.nursery, bench, proxy.kubeconfig)
+            stack.callback(kept.close)
+            holder.append(kept)
+            try:
+                bench.apply(finetunejob(NAME).build())
+                bench.until_finished(NAME, FINISH_SECONDS)
+                outcome.left = remains(bench, NAME)
+                outcome.requests, outcome.events = len(plan.requests), strike.count
+                outcome.problems += self._differences(outcome.left)
+                self._delete(bench)
+            except AssertionError as problem:
+                outcome.problems.append(str(problem)[:3000])
+            outcome.hit = (plan.hit or strike.hit).replace(namespace, "NS")
+            killed = bool(plan.hit) and point.fault in KILLS
+            outcome.restarts = kept.starts - 1 - killed
+            if outcome.problems:
+                outcome.problems.append(f"log: {kept.log.read_text()[-3000:]}")
+        outcome.problems += broken_invariants(self._mine(self._jobs, namespace), self._mine(self._pods, namespace))
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+    def _differences(self, left: dict[str, Any]) -> list[str]:
+        right = self.undisturbed.left
+        return [f"{k}: {left[k]!r} instead of {right[k]!r}" for k in right if left[k] != right[k]]
+
+    def _delete(self, bench: Bench) -> None:
+        bench.api.delete(f"{finetunejobs_of(bench.namespace)}/{NAME}")
+        bench.until_gone(jobs_of(bench.namespace))
+        bench.until_gone(pods_of(bench.namespace))
+        others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}
+        bench.until_gone(f"/api/v1/namespaces/{bench.namespace}/configmaps", query=others)
+
+    @staticmethod
+    def _mine(recorder: Recorder, namespace: str) -> list[tuple[str, Raw]]:
+        return [e for e in recorder.so_far() if e[1]["metadata"]["namespace"] == namespace]
+
+
+def sample(points: Sequence[Point], count: int, seed: int) -> list[Point]:
+    """Some points of every kind."""
+    rng = random.Random(seed)
+    kinds = list(dict.fromkeys(p.fault for p in points))
+    rng.shuffle(kinds)
+    chosen: list[Point] = []
+    while len(chosen) < min(count, len(points)):
+        for kind in kinds[: count - len(chosen)]:
+            left = [p for p in points if p.fault is kind and p not in chosen]
+            if left:
+                chosen.append(rng.choice(left))
+    return chosen
+
+
+def report(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
+    """What a person reads at the end."""
+    lines = [f"seed {seed}, {len(outcomes)} points in {seconds:.0f} s"]
+    for kind in dict.fromkeys(o.point.fault for o in outcomes):
+        mine = [o for o in outcomes if o.point.fault is kind]
+        passed, unreached = sum(o.passed for o in mine), sum(not o.hit and not o.problems for o in mine)
+        longest = max(mine, key=lambda o: o.seconds)
+        restarts = sum(o.restarts for o in mine)
+        lines.append(
+            f"{kind!s:>12}: {passed} passed, {sum(bool(o.problems) for o in mine)} failed, {unreached} not reached, "
+            f"{restarts} restarts of the operator by itself, longest {longest.seconds:.0f} s ({longest.point})"
+        )
+    for outcome in outcomes:
+        if outcome.problems:
+            lines.append(f"FAILED {outcome.point} at {outcome.hit}: " + "\n    ".join(outcome.problems))
+    for (fault, hit), count in Counter((o.point.fault, o.hit) for o in outcomes if o.restarts).items():
+        lines.append(f"the operator ended by itself after {fault} at {hit} ({count} times)")
+    lines.append(f"{sum(o.passed for o in outcomes)} distinct fault points passed")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point; exits 1 if a point failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="every point")
+    which.add_argument("--count", type=int, help="so many, spread over all kinds")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--at-once", type=int, default=AT_ONCE)
+    parser.add_argument("--kinds", default="", help="comma-separated faults, instead of all")
+    given = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name, LightCluster(Path(name) / "cluster", name="fault-sweep") as cluster:
+        ApiServer(cluster.kubeconfig, cluster.kubectl).install_crd()
+        with Sweep(cluster, make_tls(Path(name) / "tls"), Path(name)) as sweep:
+            first = sweep.measure()
+            print(f"undisturbed: {first.requests} requests, {first.events} events, {first.seconds:.1f} s", flush=True)
+            kinds = set(given.kinds.split(",")) - {""}
+            points = [p for p in sweep.points() if not kinds or str(p.fault) in kinds]
+            chosen = points if given.all else sample(points, given.count, given.seed)
+            random.Random(given.seed).shuffle(chosen)
+            outcomes = []
+            for outcome in sweep.run_all(chosen, given.at_once):
+                outcomes.append(outcome)
+                if outcome.problems:
+                    print(f"FAILED {outcome.point} at {outcome.hit}: {outcome.problems[0][:300]}", flush=True)
+    order = [*Fault, *EventFault]
+    outcomes.sort(key=lambda o: (order.index(o.point.fault) if o.point.fault else -1, o.point.at))
+    print(report(outcomes, given.seed, time.monotonic() - began))
+    sys.exit(any(o.problems for o in outcomes))
+
+
+if __name__ == "__main__":
+    main()

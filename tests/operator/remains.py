@@ -1,0 +1,61 @@
+"""What a run leaves in its namespace, so that two runs can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune_cluster.light import LightCluster
+from tests.operator.harness import Bench, Tls
+from tests.operator.manifests import Raw
+
+
+@contextmanager
+def bench_in(cluster: LightCluster, tls: Tls, folder: Path, namespace: str) -> Iterator[Bench]:
+    with cluster.admin() as api:
+        api.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
+        api.wait(f"/api/v1/namespaces/{namespace}/serviceaccounts", "default", lambda _: True, 60, "default account")
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(cluster, folder, tls, namespace)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def remains(bench: Bench, name: str) -> dict[str, Any]:
+    """What a run leaves, without names, UIDs and times."""
+    job = bench.job(name)
+    uid = job["metadata"]["uid"]
+    status = job["status"]
+
+    def plain(value: Any) -> Any:
+        text = str(value)
+        return text.replace(uid, "UID").replace(uid[:8], "UID8").replace(bench.namespace, "NS")
+
+    jobs = {
+        plain(j["metadata"]["name"]): plain(spec_of(j))
+        for j in bench.stage_jobs()
+        if not j["metadata"].get("deletionTimestamp")
+    }
+    maps = bench.api.get(f"/api/v1/namespaces/{bench.namespace}/configmaps")["items"]
+    mine = [m for m in maps if m["metadata"]["name"] != "kube-root-ca.crt"]
+    return {
+        "phase": status["phase"],
+        "conditions": [(c["type"], c["status"], c["reason"]) for c in status["conditions"]],
+        "attempts": [(a["stage"], a["outcome"]) for a in status["attempts"]],
+        "plan": status["plan"],
+        "data": status["data"],
+        "metrics": status.get("metrics"),
+        "artifacts": plain(status.get("artifacts")),
+        "snapshot": [(plain(m["metadata"]["name"]), sorted(m["data"]), m["immutable"]) for m in mine],
+        "jobs": jobs,
+    }
+
+
+def spec_of(job: Raw) -> Raw:
+    template = job["spec"]["template"]
+    labels = {k: v for k, v in template["metadata"]["labels"].items() if k.startswith("finetune.dev")}
+    return {"labels": labels, "pod": template["spec"], "limit": job["spec"]["backoffLimit"]}

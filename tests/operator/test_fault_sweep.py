@@ -1,0 +1,33 @@
+"""A fault at any request or watch event of a job's life changes nothing about its end.
+
+A sample of the points, spread over all kinds; ``python -m tests.operator.fault_sweep --all`` (``make chaos``) runs every one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune_cluster.light import LightCluster
+from tests.operator.fault_sweep import Sweep, report, sample
+from tests.operator.harness import Tls
+from tests.support.api_proxy import EventFault, Fault
+
+pytestmark = pytest.mark.light
+
+SEED = 6
+POINTS = 3 * (len(Fault) + len(EventFault))
+
+
+@pytest.mark.timeout(240)
+def test_a_sample_of_all_fault_points_passes(cluster: LightCluster, tls: Tls, tmp_path: Path) -> None:
+    with Sweep(cluster, tls, tmp_path, "sample") as sweep:
+        first = sweep.measure()
+        assert first.requests >= 20, "lists and watches of three kinds, a snapshot, three Jobs, statuses and Events"
+        chosen = sample(sweep.points(), POINTS, SEED)
+        outcomes = list(sweep.run_all(chosen))
+        said = report(outcomes, SEED, sum(o.seconds for o in outcomes))
+        assert not any(o.problems for o in outcomes), said
+        # The last requests of a run are Events and lists, which a slower or faster run may not reach.
+        assert sum(o.passed for o in outcomes) >= POINTS * 0.8, said
