@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 
 from finetune_api.base import ApiModel
 from finetune_api.names import job_key
@@ -115,18 +116,26 @@ def largest_divisor(total: int, limit: int) -> int:
     return next(d for d in range(min(total, limit), 0, -1) if total % d == 0)
 
 
+def rank_count(spec: FineTuneJobSpec) -> int:
+    """Processes that train together: one per GPU."""
+    return max(1, spec.compute.gpus_per_node)
+
+
 def resolve_plan(spec: FineTuneJobSpec) -> Plan:
     """Resolve the defaults that depend on other fields.
 
     alpha = 2 × rank and a learning rate of 2e-4 are what the LoRA and QLoRA papers' successors settled on; the micro-batch
     is the largest divisor of the global batch up to 4, which keeps a GPU or CPU busy and fits where a sequence does.
-    A micro-batch the user names is lowered to the next divisor, so that the global batch stays exact.
+    A micro-batch the user names is lowered to the next divisor, so that the global batch stays exact. Several GPUs share a step's
+    rows evenly; where they cannot, some get rows that count for nothing.
     """
     method = spec.method
     lora = method.lora
     training = spec.training
     limit = training.micro_batch_sequences or DEFAULT_MICRO_BATCH
-    micro_batch = largest_divisor(training.global_batch_sequences, limit)
+    ranks = rank_count(spec)
+    share = math.ceil(training.global_batch_sequences / ranks)
+    micro_batch = largest_divisor(share, limit)
     return Plan(
         method=ResolvedMethod(
             type=method.type,
@@ -141,7 +150,7 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
         ),
         learning_rate=training.optimizer.learning_rate or DEFAULT_LEARNING_RATE,
         micro_batch_sequences=micro_batch,
-        gradient_accumulation_steps=training.global_batch_sequences // micro_batch,
+        gradient_accumulation_steps=share // micro_batch,
     )
 
 

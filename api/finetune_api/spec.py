@@ -392,8 +392,11 @@ class Gpu(ApiModel):
 class Compute(ApiModel):
     """Resources of the training pod. CPU stages get the operator's defaults."""
 
-    gpus_per_node: Annotated[int, Field(ge=0, le=1)] = Field(
-        1, description="GPUs of the training pod; 0 only with training.useCpu."
+    gpus_per_node: Annotated[int, Field(ge=0, le=8)] = Field(
+        1,
+        description=(
+            "GPUs of the training pod, each with the whole model and its share of every step's rows; 0 only with training.useCpu."
+        ),
     )
     gpu: Gpu = Field(default_factory=Gpu)
     cpu: Quantity | None = Field(None, description="CPU request of the training pod.")

@@ -88,7 +88,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a target module twice", {"method": {"lora": {"targetModules": ["q_proj", "q_proj"]}}}, "Duplicate value"),
     ("a micro-batch above the global batch", {"training": {"globalBatchSequences": 4, "microBatchSequences": 8}}, "microBatchSequences must not exceed"),
     ("no GPU without useCpu", {"compute": {"gpusPerNode": 0}}, "gpusPerNode: 0 needs training.useCpu: true"),
-    ("more GPUs than one job can use", {"compute": {"gpusPerNode": 2}}, "spec.compute.gpusPerNode"),
+    ("more GPUs than one job can use", {"compute": {"gpusPerNode": 9}}, "spec.compute.gpusPerNode"),
     ("a learning rate of zero", {"training": {"optimizer": {"learningRate": 0}}}, "spec.training.optimizer.learningRate"),
     ("a label's key with a blank", {"runtime": {"labels": {"a b": "c"}}}, "every key must be a name such as team"),
     ("a label's key without a name", {"runtime": {"labels": {"example.com/": "c"}}}, "every key must be a name such as team"),

@@ -26,6 +26,7 @@ from finetune_trainer.supervisor import run as supervisor
 from tests.support.prepared import PreparedJob
 
 ROOT = Path(__file__).resolve().parents[2]
+STARTED: list[TrainPod] = []
 STEP = re.compile(r"step (\d+)/(\d+)  loss")
 
 
@@ -62,6 +63,7 @@ class TrainPod:
     execution: str = field(default_factory=lambda: str(uuid.uuid4()))
     environ: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    _ended: bool = False
 
     def start(self) -> TrainPod:
         """Start it; its log is read in a thread."""
@@ -77,6 +79,7 @@ class TrainPod:
             [sys.executable, "-m", "tests.support.train_process", str(self.root)],
             env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
+        STARTED.append(self)
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -89,13 +92,13 @@ class TrainPod:
                 self.lines.append(line.rstrip())
                 self._news.notify_all()
         with self._news:
-            self.lines.append("")
+            self._ended = True
             self._news.notify_all()
 
-    def until(self, reached: Callable[[list[str]], bool], seconds: float = 120) -> None:
+    def until(self, reached: Callable[[list[str]], bool], seconds: float = 240) -> None:
         """Wait until the log says so."""
         with self._news:
-            ok = self._news.wait_for(lambda: reached(self.lines) or self.lines[-1:] == [""], seconds)
+            ok = self._news.wait_for(lambda: reached(self.lines) or self._ended, seconds)
             assert ok, self.log
             assert reached(self.lines), self.log
 
@@ -128,6 +131,14 @@ class TrainPod:
         """Its termination message."""
         path = self.root / "pods" / self.execution / "termination-log"
         return StageReport.model_validate_json(path.read_bytes())
+
+
+def kill_all() -> None:
+    """What a test that failed left running."""
+    while STARTED:
+        pod = STARTED.pop()
+        if pod.process.poll() is None:
+            pod.kill()
 
 
 def steps(lines: list[str]) -> list[int]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import pytest
 
 from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import ENV_GRACE_SECONDS
-from finetune_trainer.supervisor.process import Ended, Patience, Stop, run_worker
+from finetune_trainer.supervisor.process import Ended, Patience, Stop, run_workers
 from tests.support.prepared import PreparedJob, prepare_job
-from tests.support.train_process import TrainPod, pod_of, steps
+from tests.support.train_process import TrainPod, kill_all, pod_of, steps
 from tests.trainer.test_train_resume import adapter, forget_the_result, markers, result
 
 REPORT = '{"stage": "train", "succeeded": false, "reason": "OutOfMemory", "message": "m"}'
@@ -25,8 +26,8 @@ REPORT = '{"stage": "train", "succeeded": false, "reason": "OutOfMemory", "messa
 
 def worker(tmp_path: Path, code: str, patience: Patience | None = None) -> Ended:
     with Stop() as stop:
-        return run_worker(
-            [sys.executable, "-c", code], dict(os.environ), tmp_path / "outcome", patience or Patience(60, 60, 60), stop
+        return run_workers(
+            [sys.executable, "-c", code], [dict(os.environ)], tmp_path, patience or Patience(60, 60, 60), stop
         )
 
 
@@ -44,7 +45,7 @@ sys.exit(40)
 
 
 def test_an_outcome_of_an_earlier_process_is_not_taken_for_this_ones(tmp_path: Path) -> None:
-    (tmp_path / "outcome").write_text(REPORT)
+    (tmp_path / "outcome-0.json").write_text(REPORT)
     assert worker(tmp_path, "import os; os.kill(os.getpid(), 9)") == Ended(
         -9, None, memory_kills=0, peak_bytes=worker(tmp_path, "").peak_bytes
     )
@@ -82,6 +83,12 @@ SPEC: dict[str, Any] = {
     "training": {"length": {"steps": 60}, "microBatchSequences": 2},
     "recovery": {"checkpoint": {"interval": {"steps": 5}}},
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    yield
+    kill_all()
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from finetune_trainer import heartbeat
 from finetune_trainer.context import StageContext, load_context
 from finetune_trainer.errors import Interrupted, NotFound, StageError
 from finetune_trainer.supervisor.process import ENV_OUTCOME
+from finetune_trainer.supervisor.run import ENV_LOG_LEVEL
 from finetune_trainer.text import readable, shorten, shorten_bytes
 
 log = logging.getLogger("finetune")
@@ -42,7 +43,6 @@ RANK_ERRORS = ("AcceleratorError", "DistBackendError", "DistNetworkError", "Dist
 PR_SET_PDEATHSIG = 1
 REMOTE_CODE = "transformers_modules"
 """The package below which transformers imports code that a model repository ships."""
-ENV_LOG_LEVEL = "FINETUNE_LOG_LEVEL"
 
 StageFunction = Callable[[StageContext], BaseModel]
 

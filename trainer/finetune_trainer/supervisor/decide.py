@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from dataclasses import dataclass, field
 
@@ -37,6 +38,13 @@ class Ended:
     memory_kills: int = 0
     """Processes of this container killed for its memory limit while it ran."""
     peak_bytes: int | None = None
+    rank: int | None = None
+    """Which of several processes."""
+
+    @property
+    def who(self) -> str:
+        """For a sentence."""
+        return "the training process" if self.rank is None else f"the training process of rank {self.rank}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Limits:
 
     actions: tuple[OutOfMemoryAction, ...]
     global_batch: int
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,25 +112,26 @@ def decide(ended: Ended, split: Split, limits: Limits, tally: Tally) -> Succeede
         peak = f" at {gibibytes(ended.peak_bytes)}" if ended.peak_bytes else ""
         return Failed(
             Reason.HOST_OUT_OF_MEMORY,
-            f"the training process was killed{peak} for exceeding the container's memory limit",
+            f"{ended.who} was killed{peak} for exceeding the container's memory limit",
         )
     if ended.returncode < 0:
         name = signal.Signals(-ended.returncode).name
         return _bounded(
             Reason.RANK_FAILURE,
-            f"the training process was ended by {name} while {ended.activity or 'starting'}",
+            f"{ended.who} was ended by {name} while {ended.activity or 'starting'}",
             split,
             tally,
         )
-    return Failed(Reason.UNKNOWN, f"the training process ended with exit code {ended.returncode} and said nothing")
+    return Failed(Reason.UNKNOWN, f"{ended.who} ended with exit code {ended.returncode} and said nothing")
 
 
 def next_split(split: Split, limits: Limits) -> tuple[Split, str] | None:
     """The first change that is allowed and left to make, and how to say it; None when there is none."""
     for action in limits.actions:
         if action is OutOfMemoryAction.SMALLER_MICRO_BATCH and split.micro_batch_sequences > 1:
-            micro = largest_divisor(limits.global_batch, split.micro_batch_sequences // 2)
-            count = limits.global_batch // micro
+            share = math.ceil(limits.global_batch / limits.ranks)
+            micro = largest_divisor(share, split.micro_batch_sequences // 2)
+            count = share // micro
             said = (
                 f"with micro-batch {micro} × accumulation {count} instead of {split.micro_batch_sequences} × "
                 f"{split.gradient_accumulation_steps}. Same global batch, same data order"

@@ -62,94 +62,135 @@ class Stop:
         return self._reader
 
 
-def run_worker(
-    command: Sequence[str], environ: Mapping[str, str], outcome: Path, patience: Patience, stop: Stop
+@dataclass
+class _Worker:
+    """One rank's process."""
+
+    process: subprocess.Popen[bytes]
+    heartbeats: int
+    outcome: Path
+    pidfd: int
+    activity: str = ""
+
+    @property
+    def report(self) -> StageReport | None:
+        return _read(self.outcome)
+
+
+def run_workers(
+    command: Sequence[str], environs: Sequence[Mapping[str, str]], folder: Path, patience: Patience, stop: Stop
 ) -> Ended:
-    """Start a process and stay until it has ended, in whatever way."""
-    outcome.unlink(missing_ok=True)
+    """Start one process per environment and stay until all have ended. The first that fails takes the others along, and it is
+    the one that is told of."""
     kills = memory.kills()
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    process = subprocess.Popen(
-        list(command),
-        env={**environ, ENV_HEARTBEAT: str(writer), ENV_OUTCOME: str(outcome)},
-        pass_fds=[writer],
-    )
-    os.close(writer)
+    workers: list[_Worker] = []
     try:
-        watch = _Watch(process, reader, patience, stop)
+        for rank, environ in enumerate(environs):
+            workers.append(_start(command, environ, folder / f"outcome-{rank}.json"))
+        watch = _Watch(workers, patience, stop)
         watch.until_ended()
     finally:
-        os.close(reader)
-        if process.poll() is None:  # an error of ours: nothing may go on without a supervisor
-            process.kill()
-        returncode = process.wait()
+        for worker in workers:
+            if worker.process.poll() is None:
+                worker.process.kill()
+            worker.process.wait()
+            os.close(worker.heartbeats)
+            os.close(worker.pidfd)
+    # Ranks that were told to stop all leave; the first one has saved, and knows what.
+    told = workers[0] if stop.requested and not watch.stop_overdue else watch.first_failed or workers[0]
     return Ended(
-        returncode=returncode,
-        report=_read(outcome),
-        activity=watch.activity,
+        returncode=told.process.returncode,
+        report=told.report,
+        activity=told.activity,
         silent_seconds=watch.silent_seconds,
         stop_overdue=watch.stop_overdue,
         told_to_stop=stop.requested,
         memory_kills=memory.kills() - kills,
         peak_bytes=memory.peak_bytes(),
+        rank=workers.index(told) if len(workers) > 1 else None,
     )
 
 
+def _start(command: Sequence[str], environ: Mapping[str, str], outcome: Path) -> _Worker:
+    outcome.unlink(missing_ok=True)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        process = subprocess.Popen(
+            list(command),
+            env={**environ, ENV_HEARTBEAT: str(writer), ENV_OUTCOME: str(outcome)},
+            pass_fds=[writer],
+        )
+    finally:
+        os.close(writer)
+    return _Worker(process, reader, outcome, os.pidfd_open(process.pid))
+
+
 class _Watch:
-    def __init__(self, process: subprocess.Popen[bytes], heartbeats: int, patience: Patience, stop: Stop) -> None:
-        self._process = process
-        self._heartbeats = heartbeats
+    def __init__(self, workers: Sequence[_Worker], patience: Patience, stop: Stop) -> None:
+        self._running = list(workers)
         self._patience = patience
         self._stop = stop
-        self.activity = ""
+        self.first_failed: _Worker | None = None
         self.silent_seconds: float | None = None
         self.stop_overdue = False
 
     def until_ended(self) -> None:
-        """Return when the process has ended."""
-        pidfd = os.pidfd_open(self._process.pid)
+        """Return when every process has ended, or must."""
         with selectors.DefaultSelector() as selector:
-            for fd in (pidfd, self._heartbeats, self._stop.fileno()):
-                selector.register(fd, selectors.EVENT_READ)
-            try:
-                self._loop(selector, pidfd)
-            finally:
-                os.close(pidfd)
+            selector.register(self._stop.fileno(), selectors.EVENT_READ)
+            for worker in self._running:
+                selector.register(worker.heartbeats, selectors.EVENT_READ, worker)
+                selector.register(worker.pidfd, selectors.EVENT_READ, worker)
+            self._loop(selector)
 
-    def _loop(self, selector: selectors.BaseSelector, pidfd: int) -> None:
-        last_beat = time.monotonic()
-        silence = self._patience.start
+    def _loop(self, selector: selectors.BaseSelector) -> None:
+        last_beat, silence = time.monotonic(), self._patience.start
         told_at: float | None = None
-        while True:
+        while self._running:
             now = time.monotonic()
             if self._stop.requested and told_at is None:
                 told_at = now
                 selector.unregister(self._stop.fileno())
-                self._process.terminate()
+                for worker in self._running:
+                    worker.process.terminate()
             due = told_at + self._patience.stop if told_at is not None else last_beat + silence
             if now >= due:
                 self._end(told_at is not None, now - last_beat)
                 return
-            ready = {key.fd for key, _ in selector.select(due - now)}
-            if self._heartbeats in ready:
-                data = os.read(self._heartbeats, 65536)
-                if data:
-                    last_beat, silence = time.monotonic(), self._patience.silence
-                    self.activity = data.splitlines()[-1].decode(errors="replace") or self.activity
-                else:
-                    selector.unregister(self._heartbeats)
-            if pidfd in ready:
-                return
+            for key, _ in selector.select(due - now):
+                worker = key.data
+                if worker is None:
+                    continue
+                if key.fd == worker.heartbeats:
+                    data = os.read(key.fd, 65536)
+                    if data:
+                        last_beat, silence = time.monotonic(), self._patience.silence
+                        worker.activity = data.splitlines()[-1].decode(errors="replace") or worker.activity
+                    else:
+                        selector.unregister(key.fd)
+                elif not self._ended(worker, selector):
+                    return
+
+    def _ended(self, worker: _Worker, selector: selectors.BaseSelector) -> bool:
+        """One has ended; whether the others may go on."""
+        selector.unregister(worker.pidfd)
+        self._running.remove(worker)
+        if worker.process.wait() == 0:
+            return True
+        self.first_failed = self.first_failed or worker
+        # Ranks that were told to stop leave one after the other; one that fails leaves the others waiting for it for ever.
+        return self._stop.requested
 
     def _end(self, told: bool, silent: float) -> None:
         if told:
             self.stop_overdue = True
         else:
             self.silent_seconds = silent
-            self._process.send_signal(signal.SIGUSR1)  # faulthandler writes the stacks into the log
+            for worker in self._running:
+                worker.process.send_signal(signal.SIGUSR1)  # faulthandler writes the stacks into the log
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(DUMP_SECONDS)
-        self._process.kill()
+                self._running[0].process.wait(DUMP_SECONDS)
+        self.first_failed = self._running[0]
 
 
 def _read(path: Path) -> StageReport | None:

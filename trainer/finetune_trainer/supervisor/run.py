@@ -8,22 +8,28 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter
 
 from finetune_api.failures import Reason
-from finetune_api.names import ENV_GRACE_SECONDS
+from finetune_api.names import ENV_ENDPOINT, ENV_GRACE_SECONDS
 from finetune_api.progress import Restart, Split
 from finetune_api.results import TrainReport
+from finetune_api.snapshot import rank_count
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.supervisor.decide import Again, Failed, Limits, Succeeded, Tally, decide
-from finetune_trainer.supervisor.process import Patience, Stop, run_worker
+from finetune_trainer.supervisor.process import Patience, Stop, run_workers
 from finetune_trainer.text import shorten
 
 log = logging.getLogger(__name__)
 
 WORKER = (sys.executable, "-m", "finetune_trainer", "worker")
+ENV_LOG_LEVEL = "FINETUNE_LOG_LEVEL"
+ENV_RANK = "FINETUNE_RANK"
+ENV_RANKS = "FINETUNE_RANKS"
+ENV_RENDEZVOUS = "FINETUNE_RENDEZVOUS"
 ENV_SPLIT = "FINETUNE_SPLIT"
 ENV_RESTARTS = "FINETUNE_RESTARTS"
 MOST_RESTARTS_TOLD = 16
@@ -42,7 +48,8 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
         Interrupted: the container was told to stop.
     """
     recovery = ctx.snapshot.spec.recovery
-    limits = Limits(tuple(recovery.out_of_memory.actions), ctx.snapshot.spec.training.global_batch_sequences)
+    ranks = rank_count(ctx.snapshot.spec)
+    limits = Limits(tuple(recovery.out_of_memory.actions), ctx.snapshot.spec.training.global_batch_sequences, ranks)
     grace = float(environ.get(ENV_GRACE_SECONDS) or recovery.termination_grace_period_seconds)
     silence = float(recovery.hung_timeout_seconds)
     patience = Patience(
@@ -56,7 +63,10 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
             given = {ENV_RESTARTS: RESTARTS.dump_json(restarts, by_alias=True).decode()}
             if split is not None:
                 given[ENV_SPLIT] = json.dumps(split.to_json_dict())
-            ended = run_worker(command, {**environ, **given}, ctx.work_dir / "outcome.json", patience, stop)
+            environs = rank_environs(
+                {**environ, **given}, ranks, ctx.work_dir / f"rendezvous-{sum(tally.restarts.values())}"
+            )
+            ended = run_workers(command, environs, ctx.work_dir, patience, stop)
             decision = decide(ended, split or used_split(ctx), limits, tally)
             if isinstance(decision, Succeeded):
                 return TrainReport.model_validate(decision.report.result)
@@ -70,6 +80,33 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
             restarts = [*restarts, restart(decision)][-MOST_RESTARTS_TOLD:]
             log.warning("%s Starting again in this pod (restart %d).", decision.message, len(restarts))
             ctx.reporter.report(restarts=restarts, **({"split": split} if split else {}))
+
+
+def rank_environs(environ: Mapping[str, str], ranks: int, rendezvous: Path) -> list[dict[str, str]]:
+    """The environment of each rank: its number, where it meets the others, and its own GPU of those that the pod sees.
+
+    Only the first one talks to the operator. On a CPU they share the threads.
+    """
+    if ranks == 1:
+        return [dict(environ)]
+    rendezvous.unlink(missing_ok=True)
+    visible = environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(i) for i in range(ranks))).split(",")
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    environs = []
+    for rank in range(ranks):
+        own = {
+            "OMP_NUM_THREADS": str(threads),
+            **environ,
+            ENV_RANK: str(rank),
+            ENV_RANKS: str(ranks),
+            ENV_RENDEZVOUS: str(rendezvous),
+            "CUDA_VISIBLE_DEVICES": visible[rank] if rank < len(visible) else "",
+        }
+        if rank:
+            own.pop(ENV_ENDPOINT, None)
+            own[ENV_LOG_LEVEL] = "WARNING"
+        environs.append(own)
+    return environs
 
 
 def restart(decision: Again) -> Restart:

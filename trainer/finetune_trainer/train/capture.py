@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers.trainer_pt_utils import safe_globals
 
 PROGRESS_FILE = "progress.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -30,7 +31,8 @@ class Captured:
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
-    random: dict[str, Any]
+    random: list[dict[str, Any]]
+    """By rank."""
     trainer_state: str
     progress: dict[str, Any]
     held_out_loss: float | None = None
@@ -48,13 +50,32 @@ def random_states() -> dict[str, Any]:
     return states
 
 
+def restore_random_states(folder: Path, rank: int) -> None:
+    """A rank's states from a checkpoint; its own seed's where the checkpoint has none of it."""
+    path = folder / random_file(rank)
+    if not path.exists():
+        return
+    with safe_globals():
+        states = torch.load(path, weights_only=True)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.random.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.random.set_rng_state(states["cuda"])
+
+
+def random_file(rank: int) -> str:
+    """transformers looks for the first one's."""
+    return "rng_state.pth" if rank == 0 else f"rng_state_{rank}.pth"
+
+
 def capture(
-    trainer: Any, states: dict[str, Any], progress: dict[str, Any], held_out_loss: float | None = None
+    trainer: Any, states: list[dict[str, Any]], progress: dict[str, Any], held_out_loss: float | None = None
 ) -> Captured:
     """Copy the state of ``trainer`` (a transformers Trainer over a PeftModel) after its last completed step.
 
     Args:
-        states: :func:`random_states` as they were at that step's end; micro-batches of a later, unfinished step have moved them.
+        states: :func:`random_states` of each rank as they were at that step's end; micro-batches of a later, unfinished step have moved them.
     """
     model: PeftModel = trainer.model
     scaler = getattr(trainer.accelerator, "scaler", None)
@@ -92,7 +113,8 @@ def write_files(captured: Captured, folder: Path) -> None:
     torch.save(captured.scheduler, folder / "scheduler.pt")
     if captured.scaler is not None:
         torch.save(captured.scaler, folder / "scaler.pt")
-    torch.save(captured.random, folder / "rng_state.pth")
+    for rank, states in enumerate(captured.random):
+        torch.save(states, folder / random_file(rank))
     (folder / "trainer_state.json").write_text(captured.trainer_state)
     (folder / PROGRESS_FILE).write_text(json.dumps(captured.progress))
 

@@ -61,6 +61,7 @@ class Checkpoints:
     split: Split
     total_steps: int
     keep: int
+    world_size: int = 1
     known: dict[str, CheckpointMarker] = field(default_factory=dict)
     """By folder name."""
 
@@ -99,6 +100,7 @@ class Checkpoints:
             step=captured.step,
             total_steps=self.total_steps,
             split=self.split,
+            world_size=self.world_size,
             held_out_loss=captured.held_out_loss,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             files=hash_files(folder, [p.name for p in folder.iterdir()]),

@@ -24,6 +24,7 @@ from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
 from finetune_trainer.train.step_log import StepLog
@@ -61,6 +62,7 @@ class Fit:
     checkpoints: Checkpoints
     steps: StepLog
     history: History
+    ranks: Ranks = field(default_factory=Ranks)
 
     def run(self) -> None:
         """Train to the last step. The newest checkpoint's state is taken up first, if there is one.
@@ -69,33 +71,39 @@ class Fit:
             Interrupted: told to stop; the last completed step is saved.
             StageError: NonFiniteLoss, Diverged, Superseded.
         """
-        restored = self.checkpoints.newest()
+        restored = self.ranks.share(self.checkpoints.newest)
         start = self._take_up(restored)
         self.ctx.reporter.report(resumed_from_step=start, step=start, total_steps=self.schedule.steps)
         if restored is not None and start == self.schedule.steps:
             log.info("all %d steps are made: the adapter is that of the last checkpoint", start)
             load_adapter(self.model, restored)
             return
-        writer = CheckpointWriter(self.checkpoints, self._told)
+        writer = CheckpointWriter(self.checkpoints, self._told) if self.ranks.first else None
         trainer = self._trainer(start, writer)
         try:
             with DeferredStop() as stop:
                 trainer.should_stop = lambda: stop.requested
                 self._train(trainer, writer, restored)
                 if stop.requested:
-                    raise Interrupted(_stopped(self.schedule.steps, writer.finish()))
-            writer.finish()
+                    raise Interrupted(_stopped(self.schedule.steps, writer.finish() if writer else None))
+            if writer is not None:
+                writer.finish()
         finally:
-            writer.close()
+            if writer is not None:
+                writer.close()
 
-    def _train(self, trainer: LoraTrainer, writer: CheckpointWriter, restored: Restored | None) -> None:
+    def _train(self, trainer: LoraTrainer, writer: CheckpointWriter | None, restored: Restored | None) -> None:
         start = trainer.start_step
         try:
             trainer.train(resume_from_checkpoint=str(restored.folder) if restored else None)
         except TrainingStopped:
+            # All ranks are here, at the same micro-batch.
             step = trainer.state.global_step
+            states = self.ranks.gather(trainer.step_random)
+            if writer is None:
+                raise Interrupted(_stopped(step, None)) from None
             if step > start and (writer.saved is None or writer.saved.marker.step < step):
-                writer.submit(self.capture(trainer))
+                writer.submit(self.capture(trainer, states))
             saved = writer.finish()
             if saved is None and restored is not None:
                 saved = Saved(restored.marker)
@@ -103,13 +111,25 @@ class Fit:
         except torch.OutOfMemoryError:
             # Weights and optimizer are as the last completed step left them, unless it was the optimizer that ran out.
             if trainer.state.global_step > start and not trainer.updating:
-                captured = self.capture(trainer)
-                self.checkpoints.save_locally(captured)
-                writer.submit(captured)
-                writer.finish(OUT_OF_MEMORY_UPLOAD_SECONDS)
+                self._save_after_out_of_memory(trainer, writer)
             raise
 
-    def capture(self, trainer: LoraTrainer, held_out_loss: float | None = None) -> Captured:
+    def _save_after_out_of_memory(self, trainer: LoraTrainer, writer: CheckpointWriter | None) -> None:
+        """Any rank may be the one, and the others cannot be asked for their random states: the smaller split draws others anyway."""
+        captured = self.capture(trainer, [trainer.step_random])
+        try:
+            # The first of them that comes here; all have the same weights.
+            (self.ctx.work_dir / f"out-of-memory-{captured.step}").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        self.checkpoints.save_locally(captured)
+        if writer is not None:
+            writer.submit(captured)
+            writer.finish(OUT_OF_MEMORY_UPLOAD_SECONDS)
+
+    def capture(
+        self, trainer: LoraTrainer, states: list[dict[str, Any]], held_out_loss: float | None = None
+    ) -> Captured:
         """The state after the last completed step."""
         progress = {
             "log": self.steps.as_progress(),
@@ -118,7 +138,7 @@ class Fit:
             "restarts": [r.to_json_dict() for r in self.history.restarts],
             "blocked_seconds": self.history.blocked_seconds,
         }
-        return capture(trainer, trainer.step_random, progress, held_out_loss)
+        return capture(trainer, states, progress, held_out_loss)
 
     def evaluate(self) -> evaluate.HeldOutLoss:
         """Held-out loss of the model as it is."""
@@ -138,19 +158,26 @@ class Fit:
         history.restarts = [*known, *(r for r in history.restarts if r not in known)]
         history.resumed_from = [*progress["resumed_from"], marker.step]
         log.info("goes on from the checkpoint of step %d by execution %s", marker.step, marker.execution_id)
-        if marker.world_size != 1:
+        if marker.world_size != self.ranks.size:
             log.warning(
-                "that checkpoint was made by %d ranks: same rows, same normaliser, other rounding", marker.world_size
+                "that checkpoint was made by %d ranks, this run has %d: same rows, same normaliser, other rounding",
+                marker.world_size,
+                self.ranks.size,
             )
         return marker.step
 
-    def _trainer(self, start: int, writer: CheckpointWriter) -> LoraTrainer:
+    def _trainer(self, start: int, writer: CheckpointWriter | None) -> LoraTrainer:
         spec = self.ctx.snapshot.spec
         saving = Checkpointing(self, writer, start, spec.recovery.checkpoint.interval, spec.evaluation.interval_steps)
         trainer = LoraTrainer(
             model=self.model,
             args=training_arguments(
-                self.ctx.snapshot, self.compute, self.schedule.steps, self.ctx.work_dir / "trainer", self.split
+                self.ctx.snapshot,
+                self.compute,
+                self.schedule.steps,
+                self.ctx.work_dir / "trainer",
+                self.split,
+                self.ranks,
             ),
             rows=self.rows,
             schedule=self.schedule,
@@ -159,6 +186,7 @@ class Fit:
             compute=self.compute,
             callbacks=[self.steps, saving],
             start_step=start,
+            ranks=self.ranks,
         )
         saving.trainer = trainer
         return trainer
@@ -177,7 +205,12 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
     """Evaluates and checkpoints when it is time. Stands behind the step log, whose entry of the step is part of a checkpoint."""
 
     def __init__(
-        self, fit: Fit, writer: CheckpointWriter, start: int, interval: CheckpointInterval, evaluate_every: int | None
+        self,
+        fit: Fit,
+        writer: CheckpointWriter | None,
+        start: int,
+        interval: CheckpointInterval,
+        evaluate_every: int | None,
     ) -> None:
         self._fit = fit
         self._writer = writer
@@ -195,19 +228,23 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         """
         if "loss" not in logs:
             return
-        if self._writer.failure is not None:
+        if self._writer is not None and self._writer.failure is not None:
             raise self._writer.failure
         assert self.trainer is not None
-        step, total = state.global_step, self._fit.schedule.steps
-        held_out = (
-            self._evaluate(step) if self._evaluate_every and step % self._evaluate_every == 0 < total - step else None
-        )
+        fit, step, total = self._fit, state.global_step, self._fit.schedule.steps
+        measure = self._evaluate_every is not None and step % self._evaluate_every == 0 and step < total
+        held_out = self._evaluate(step) if measure and fit.ranks.first else None
         began = time.monotonic()
-        if held_out is None and not is_due(step, total, self._first, self._interval, began - self._last):
+        # By the first one's clock.
+        if not fit.ranks.any(
+            fit.ranks.first and (measure or is_due(step, total, self._first, self._interval, began - self._last))
+        ):
             return
         self._last = began
-        self._writer.submit(self._fit.capture(self.trainer, held_out))
-        self._fit.history.blocked_seconds.append(round(time.monotonic() - began, 4))
+        states = fit.ranks.gather(self.trainer.step_random)
+        if self._writer is not None:
+            self._writer.submit(fit.capture(self.trainer, states, held_out))
+            fit.history.blocked_seconds.append(round(time.monotonic() - began, 4))
 
     def _evaluate(self, step: int) -> float:
         heartbeat.begin("Evaluating")

@@ -62,8 +62,13 @@ def read_rows(path: Path) -> Rows:
 def collate(rows: Rows, indices: list[int], pad_id: int) -> Batch:
     """Pad to the longest of these rows, on the right. Padding is never attended to and never learned.
 
+    Without rows (a rank whose share of a ragged step is empty) it is two tokens of which nothing is learned.
+
     The mask follows the rows' lengths, not ``pad_id``: many models' padding token is their end-of-turn token, which is learned.
     """
+    if not indices:
+        nothing = {"input_ids": torch.full((1, 2), pad_id), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+        return {**nothing, "labels": torch.full((1, 2), IGNORED)}
     longest = max(rows.length(i) for i in indices)
     shape = (len(indices), longest)
     batch = {

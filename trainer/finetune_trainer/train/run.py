@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from finetune_api.base import ApiModel
+from finetune_api.progress import Split
 from finetune_api.results import (
     ANSWERS_FILE,
     BASE_EVALUATION,
@@ -33,9 +35,10 @@ from finetune_trainer.train import evaluate, inputs, model, save, select, verify
 from finetune_trainer.train.checkpoints import Checkpoints
 from finetune_trainer.train.device import Compute, pick_compute
 from finetune_trainer.train.fit import Fit, History
-from finetune_trainer.train.owner import claim
+from finetune_trainer.train.owner import Owner, claim
 from finetune_trainer.train.quantized import quantized_modules
-from finetune_trainer.train.rows import read_rows
+from finetune_trainer.train.ranks import join, leave
+from finetune_trainer.train.rows import Rows, read_rows
 from finetune_trainer.train.schedule import make_schedule
 from finetune_trainer.train.split import choose_split, given_restarts
 from finetune_trainer.train.step_log import StepLog
@@ -50,7 +53,21 @@ CHECK_TOKENS = 8192
 """Publish compares its own measurement with this stage's on the first held-out rows, at most so many of them and their tokens."""
 
 
-def run(ctx: StageContext) -> TrainReport:
+class RankDone(ApiModel):
+    """What another rank than the first reports: nothing."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What the first rank found or fetched, for all of them. The files lie on the pod's disk, which they share."""
+
+    owner_number: int
+    split: Split
+    prepared: inputs.Prepared
+    base_files: inputs.BaseFiles
+
+
+def run(ctx: StageContext) -> TrainReport | RankDone:
     """Train, and prove that what was saved is what was trained. The result is written last.
 
     Raises:
@@ -58,31 +75,16 @@ def run(ctx: StageContext) -> TrainReport:
             stores raise.
         Interrupted: told to stop; what was trained is in the newest checkpoint.
     """
-    output, workspace, done = patiently(ctx, lambda: open_stores(ctx))
-    if done is not None:
+    ranks = join()
+    began = ranks.share(lambda: begin_execution(ctx))
+    if isinstance(began, TrainResult):
         log.info("this snapshot is trained already: nothing to do")
-        return report(done)
-    restarts = given_restarts()
-    if not restarts:
-        note_begin(ctx, workspace)
-    owner = patiently(ctx, lambda: claim(workspace, ctx.execution_id))
-    for store in (output, workspace):
-        patiently(ctx, store.abort_orphans)
-
-    # Set up. A missing GPU is told before anything is downloaded.
+        return report(began)
+    split, prepared, base_files = began.split, began.prepared, began.base_files
     snapshot, spec = ctx.snapshot, ctx.snapshot.spec
+    output, workspace = ctx.output_store(), ctx.workspace_store()
+    owner = Owner(workspace, ctx.execution_id, began.owner_number)
     compute = pick_compute(spec.training.use_cpu)
-    split = patiently(ctx, lambda: choose_split(snapshot, workspace))
-    (ctx.work_dir / SPLIT_FILE).write_text(split.model_dump_json(by_alias=True))
-    log.info("computing on %s in %s", compute.name, compute.dtype)
-    begin(ctx, "Downloading", split=split if split != snapshot.split else None)
-    prepared = inputs.fetch_prepared(ctx, workspace)
-    base_files = inputs.fetch_base(
-        ctx,
-        prepared.result.model_commit,
-        prepared.result.model_files,
-        limit_seconds=inputs.GPU_PATIENCE_SECONDS,
-    )
 
     begin(ctx, "Loading")
     rows, held_out = read_rows(prepared.train), read_rows(prepared.held_out)
@@ -102,19 +104,9 @@ def run(ctx: StageContext) -> TrainReport:
         split.evaluation_divisor,
     )
 
-    # Evaluate the base, once for all executions.
+    # Evaluate the base, once for all executions, by the first rank.
     begin(ctx, "Evaluating")
-    measured = patiently(ctx, lambda: read_base_evaluation(snapshot, workspace))
-    if measured is None:
-        loss_base = evaluate.held_out_loss(base, held_out, pad_id, compute, divisor=split.evaluation_divisor)
-        measured = BaseEvaluation(
-            snapshot_digest=snapshot.digest(),
-            nll=loss_base.nll,
-            tokens=loss_base.tokens,
-            answers=answering.answers(base, tokenizer),
-        )
-        to_store = measured
-        patiently(ctx, lambda: workspace.put_model(BASE_EVALUATION, to_store))
+    measured = ranks.share(lambda: evaluate_base(ctx, workspace, base, held_out, pad_id, compute, answering, tokenizer))
     loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens)
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
@@ -130,7 +122,9 @@ def run(ctx: StageContext) -> TrainReport:
         spec.training.seed,
         prepared.result.total_steps,
     )
-    steps = StepLog(schedule, rows, lambda entry: report_step(ctx, entry), spec.recovery.stop_on_divergence)
+    steps = StepLog(
+        schedule, rows, lambda entry: report_step(ctx, entry) if ranks.first else None, spec.recovery.stop_on_divergence
+    )
     fit = Fit(
         ctx=ctx,
         compute=compute,
@@ -148,11 +142,16 @@ def run(ctx: StageContext) -> TrainReport:
             split=split,
             total_steps=schedule.steps,
             keep=spec.recovery.checkpoint.keep,
+            world_size=ranks.size,
         ),
         steps=steps,
-        history=History(restarts=restarts),
+        history=History(restarts=given_restarts()),
+        ranks=ranks,
     )
     fit.run()
+    leave(ranks)
+    if not ranks.first:
+        return RankDone()
     model.assert_trainables_float32(peft_model)
 
     begin(ctx, "Evaluating")
@@ -227,6 +226,57 @@ def run(ctx: StageContext) -> TrainReport:
     patiently(ctx, owner.check)
     patiently(ctx, lambda: workspace.put_model(TRAIN_RESULT, result))
     return report(result)
+
+
+def begin_execution(ctx: StageContext) -> Begun | TrainResult:
+    """Take the job over and fetch what it needs; or what an earlier execution finished. A missing GPU is told before anything is
+    downloaded."""
+    output, workspace, done = patiently(ctx, lambda: open_stores(ctx))
+    if done is not None:
+        return done
+    if not given_restarts():
+        note_begin(ctx, workspace)
+    owner = patiently(ctx, lambda: claim(workspace, ctx.execution_id))
+    for store in (output, workspace):
+        patiently(ctx, store.abort_orphans)
+    compute = pick_compute(ctx.snapshot.spec.training.use_cpu)
+    log.info("computing on %s in %s", compute.name, compute.dtype)
+    split = patiently(ctx, lambda: choose_split(ctx.snapshot, workspace))
+    (ctx.work_dir / SPLIT_FILE).write_text(split.model_dump_json(by_alias=True))
+    begin(ctx, "Downloading", split=split if split != ctx.snapshot.split else None)
+    prepared = inputs.fetch_prepared(ctx, workspace)
+    base_files = inputs.fetch_base(
+        ctx,
+        prepared.result.model_commit,
+        prepared.result.model_files,
+        limit_seconds=inputs.GPU_PATIENCE_SECONDS,
+    )
+    return Begun(owner.number, split, prepared, base_files)
+
+
+def evaluate_base(
+    ctx: StageContext,
+    workspace: S3Store,
+    base: Any,
+    held_out: Rows,
+    pad_id: int,
+    compute: Compute,
+    answering: Answering,
+    tokenizer: Any,
+) -> BaseEvaluation:
+    """What an earlier execution measured of the base, or what this one does and leaves for later ones."""
+    found = patiently(ctx, lambda: read_base_evaluation(ctx.snapshot, workspace))
+    if found is not None:
+        return found
+    loss = evaluate.held_out_loss(base, held_out, pad_id, compute, divisor=answering.divisor)
+    measured = BaseEvaluation(
+        snapshot_digest=ctx.snapshot.digest(),
+        nll=loss.nll,
+        tokens=loss.tokens,
+        answers=answering.answers(base, tokenizer),
+    )
+    patiently(ctx, lambda: workspace.put_model(BASE_EVALUATION, measured))
+    return measured
 
 
 def begin(ctx: StageContext, activity: str, **fields: object) -> None:

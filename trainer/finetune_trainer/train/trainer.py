@@ -19,9 +19,10 @@ from finetune_api.snapshot import Snapshot
 from finetune_api.spec import Scheduler
 from finetune_trainer import heartbeat
 from finetune_trainer.errors import StageError
-from finetune_trainer.train.capture import random_states
+from finetune_trainer.train.capture import random_states, restore_random_states
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
+from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows, collate
 from finetune_trainer.train.schedule import Schedule
 from finetune_trainer.train.stop import TrainingStopped
@@ -44,7 +45,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self, *, model: Any, args: TrainingArguments, rows: Rows, schedule: Schedule, micro_batch: int, pad_id: int,
         compute: Compute, callbacks: list[TrainerCallback], start_step: int = 0,
-        should_stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = lambda: False, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         """``start_step`` steps are behind us (see ``train(resume_from_checkpoint)``). ``should_stop`` is asked before each
         micro-batch."""
@@ -61,6 +62,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.pad_id = pad_id
         self.compute = compute
         self.start_step = start_step
+        self.ranks = ranks or Ranks()
         self.should_stop = should_stop
         self.updating = False
         """The optimizer is changing the weights: what an error leaves now is no step's state."""
@@ -75,7 +77,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         """
         return DataLoader(
             range(self.schedule.rows),  # type: ignore[arg-type]
-            batch_sampler=_MicroBatches(self.schedule, self.micro_batch, self.start_step),
+            batch_sampler=_MicroBatches(self.schedule, self.micro_batch, self.start_step, self.ranks),
             collate_fn=lambda indices: collate(self.rows, indices, self.pad_id),
             generator=torch.Generator(),
         )
@@ -87,14 +89,30 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             TrainingStopped: weights and optimizer are as the last completed step left them.
         """
         heartbeat.beat()
-        if self.should_stop():
+        if self.ranks.any(self.should_stop()):
             raise TrainingStopped
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.ranks.add_gradients(model.parameters())
         return loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The loss of a step is the sum of its parts on all ranks."""
+        if "loss" in logs:
+            logs["loss"] = self.ranks.total(logs["loss"])
+        super().log(logs, start_time)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Every rank has drawn its own random numbers. A rank that a checkpoint of fewer knows nothing of begins from its seed."""
+        if self.ranks.first:
+            super()._load_rng_state(checkpoint)
+        elif checkpoint is not None:
+            restore_random_states(Path(checkpoint), self.ranks.rank)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        """The normaliser of a step: its learned tokens, over all micro-batches."""
-        return torch.tensor(sum(learned_tokens(b["labels"]) for b in batch_samples), device=device)
+        """The normaliser of a step: its learned tokens, over all micro-batches of all ranks."""
+        own = sum(learned_tokens(b["labels"]) for b in batch_samples)
+        return torch.tensor(int(self.ranks.total(own)), device=device)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -118,19 +136,23 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 class _MicroBatches(Sampler[list[int]]):
     """Row ids of each micro-batch from a step on. Every step but the last has the same number of them."""
 
-    def __init__(self, schedule: Schedule, micro_batch: int, start_step: int) -> None:
+    def __init__(self, schedule: Schedule, micro_batch: int, start_step: int, ranks: Ranks) -> None:
         self._schedule = schedule
         self._micro_batch = micro_batch
         self._start_step = start_step
+        self._ranks = ranks
 
     def __len__(self) -> int:
+        together = self._micro_batch * self._ranks.size
         full = self._schedule.steps - 1 - self._start_step
         last = len(self._schedule.step_rows(self._schedule.steps - 1))
-        return full * (self._schedule.global_batch // self._micro_batch) + math.ceil(last / self._micro_batch)
+        return full * math.ceil(self._schedule.global_batch / together) + math.ceil(last / together)
 
     def __iter__(self) -> Iterator[list[int]]:
+        size = self._micro_batch
         for step in range(self._start_step, self._schedule.steps):
-            yield from self._schedule.micro_batches(step, self._micro_batch)
+            for together in self._schedule.micro_batches(step, size * self._ranks.size):
+                yield together[self._ranks.rank * size : (self._ranks.rank + 1) * size]
 
 
 class StepEnds(TrainerCallback):  # type: ignore[misc]
@@ -152,18 +174,27 @@ class StepEnds(TrainerCallback):  # type: ignore[misc]
 
 
 def training_arguments(
-    snapshot: Snapshot, compute: Compute, steps: int, folder: Path, split: Split | None = None
+    snapshot: Snapshot,
+    compute: Compute,
+    steps: int,
+    folder: Path,
+    split: Split | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainingArguments:
-    """The spec in transformers' words. Nothing is saved, evaluated or sent anywhere by Trainer itself."""
+    """The spec in transformers' words. Nothing is saved, evaluated or sent anywhere by Trainer itself.
+
+    The accumulation follows from the ranks that are there, which may be others than those planned for.
+    """
     training = snapshot.spec.training
     optimizer = training.optimizer
     warmup = training.warmup
-    split = split or snapshot.split
+    split, ranks = split or snapshot.split, ranks or Ranks()
+    together = split.micro_batch_sequences * ranks.size
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=split.micro_batch_sequences,
-        gradient_accumulation_steps=split.gradient_accumulation_steps,
+        gradient_accumulation_steps=math.ceil(training.global_batch_sequences / together),
         learning_rate=snapshot.plan.learning_rate,
         lr_scheduler_type=SCHEDULERS[training.scheduler],
         # Rounded down: transformers rounds a share up, which makes a run of few steps waste its first one at rate 0.
@@ -171,7 +202,7 @@ def training_arguments(
         optim=optimizer.name,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
-        seed=training.seed,
+        seed=training.seed + ranks.rank,
         activation_checkpointing=split.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         fp16=compute.dtype is torch.float16,

@@ -1,0 +1,97 @@
+"""The processes that train together on one node, one per GPU. Every rank holds the whole model; what is shared are gradients, flags
+and random states.
+
+Why not DistributedDataParallel: the loss calls decoder and head apart (see loss.py), past the forward pass that DDP has to see to
+synchronise gradients. Only the adapter has gradients, so adding them up once a step, in one message, costs little.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from finetune_trainer.supervisor.run import ENV_RANK, ENV_RANKS, ENV_RENDEZVOUS
+
+PATIENCE = timedelta(hours=24)
+"""Ranks wait for the first one while it evaluates or downloads; whether anything hangs is the supervisor's to judge."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others. Every method but ``first`` is collective: all ranks must call it."""
+
+    rank: int = 0
+    size: int = 1
+    data: distributed.ProcessGroup | None = None
+    """For tensors on the device; the default group is for the CPU."""
+
+    @property
+    def first(self) -> bool:
+        """Reports, evaluates and saves."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether one of them says so."""
+        return self.total(int(flag)) > 0
+
+    def total(self, value: float) -> float:
+        """The sum."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        distributed.all_reduce(tensor)
+        return float(tensor)
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What the first one makes, for all (picklable). The others wait."""
+        if self.size == 1:
+            return make()
+        box: list[Any] = [make() if self.first else None]
+        distributed.broadcast_object_list(box, src=0)
+        shared: T = box[0]
+        return shared
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's, by rank; on the first one only, elsewhere empty."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        distributed.gather_object(value, box if self.first else None, dst=0)
+        return box if self.first else []
+
+    def add_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by the sum over the ranks. A rank whose rows left none adds zeros."""
+        if self.size == 1:
+            return
+        trained = [p for p in parameters if p.requires_grad]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in trained])
+        distributed.all_reduce(flat, group=self.data)
+        for parameter, part in zip(trained, torch.split(flat, [p.numel() for p in trained]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+
+def join(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """Meet the other ranks that the supervisor has started; alone where it has started none."""
+    size = int(environ.get(ENV_RANKS) or 1)
+    if size == 1:
+        return Ranks()
+    rank = int(environ[ENV_RANK])
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{environ[ENV_RENDEZVOUS]}", rank=rank, world_size=size, timeout=PATIENCE
+    )
+    data = distributed.new_group(backend="nccl", timeout=PATIENCE) if torch.cuda.is_available() else None
+    assert data is None or isinstance(data, distributed.ProcessGroup)  # a number would mean: not a member
+    return Ranks(rank, size, data)
+
+
+def leave(ranks: Ranks) -> None:
+    """Training is over; the first rank goes on alone."""
+    if ranks.size > 1:
+        distributed.destroy_process_group()
