@@ -17,7 +17,7 @@ from tests.support.api_proxy import EventFault, Fault
 pytestmark = pytest.mark.light
 
 SEED = 6
-POINTS = 3 * (len(Fault) + len(EventFault))
+POINTS = 2 * (len(Fault) + len(EventFault))
 
 
 @pytest.mark.timeout(240)
