@@ -1,4 +1,4 @@
-"""Every request of a job's life × every fault: the end is the same as without faults.
+"""Every request and watch event of a job's life × every fault: the end is the same as without faults.
 
     python -m tests.operator.fault_sweep --all [--seed S]     every point; the number of those that passed, and each that did not
 
@@ -26,19 +26,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from finetune_api.names import LABEL_UID
+from finetune_api.names import LABEL_STAGE, LABEL_UID, Stage
 from finetune_cluster.light import LightCluster
 from finetune_cluster.ports import free_ports
 from finetune_cluster.scripted_kubelet import scripted_kubelet
-from finetune_cluster.steps import Pod, Step
+from finetune_cluster.steps import Pod, Step, run_forever
 from tests.operator.certificates import make_tls
-from tests.operator.harness import ROOT, Bench, Recorder, Tls, finetunejobs_of, jobs_of, pods_of, succeed_stage
+from tests.operator.harness import (
+    ROOT,
+    Bench,
+    Recorder,
+    Tls,
+    finetunejobs_of,
+    jobs_of,
+    name_of,
+    pods_of,
+    stage_of,
+    succeed_stage,
+)
 from tests.operator.manifests import Raw, finetunejob
 from tests.operator.remains import bench_in, remains
 from tests.support.api_proxy import ApiProxy, EventFault, EventStrike, Fault, Plan, ProxyLoop
 from tests.support.apiserver import ApiServer
 
-NAME = "story"
+SUCCEEDS, STOPPED = "succeeds", "stopped"
+STORIES = (SUCCEEDS, STOPPED)
+"""Names of jobs: one goes from apply to Succeeded; the other trains for ever, until it is given a deadline that is over."""
 AT_ONCE = 6
 RESYNC_SECONDS = "3"
 FINISH_SECONDS = 60
@@ -52,9 +65,10 @@ class Point:
 
     fault: Fault | EventFault | None
     at: int = 0
+    story: str = SUCCEEDS
 
     def __str__(self) -> str:
-        return f"{self.fault or 'undisturbed'} #{self.at}"
+        return f"{self.fault or 'undisturbed'} #{self.at} of {self.story}"
 
 
 @dataclass
@@ -188,8 +202,11 @@ def broken_invariants(jobs: list[tuple[str, Raw]], pods: list[tuple[str, Raw]]) 
 
 
 def script(pod: Pod) -> list[Step] | None:
-    """Every stage runs for a moment and ends well."""
-    return succeed_stage(pod, 0.2) if LABEL_UID in (pod["metadata"].get("labels") or {}) else None
+    """Every stage runs for a moment and ends well, but for a training that has no end."""
+    if LABEL_UID not in (pod["metadata"].get("labels") or {}):
+        return None
+    endless = stage_of(pod) is Stage.TRAIN and name_of(pod) == STOPPED
+    return run_forever() if endless else succeed_stage(pod, 0.2)
 
 
 class Sweep:
@@ -198,7 +215,7 @@ class Sweep:
     def __init__(self, cluster: LightCluster, tls: Tls, folder: Path, prefix: str = "sweep") -> None:
         self.cluster, self._tls, self._folder, self._prefix = cluster, tls, folder, prefix
         self._stack = contextlib.ExitStack()
-        self.undisturbed = Outcome(Point(None))
+        self.undisturbed: dict[str, Outcome] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -216,17 +233,24 @@ class Sweep:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def measure(self) -> Outcome:
-        """The undisturbed run, which says how many points there are and how it is to end."""
-        self.undisturbed = self.run(Point(None))
-        if self.undisturbed.problems:
-            raise AssertionError(f"undisturbed: {self.undisturbed.problems}")
+    def measure(self) -> dict[str, Outcome]:
+        """The undisturbed runs, which say how many points there are and how they are to end."""
+        outcomes = self.run_all([Point(None, story=story) for story in STORIES])
+        self.undisturbed = {o.point.story: o for o in outcomes}
+        for outcome in self.undisturbed.values():
+            if outcome.problems:
+                raise AssertionError(f"undisturbed: {outcome.problems}")
         return self.undisturbed
 
     def points(self) -> list[Point]:
         """Every point."""
-        found = [Point(fault, n) for fault in Fault for n in range(1, self.undisturbed.requests + 1)]
-        return found + [Point(fault, n) for fault in EventFault for n in range(1, self.undisturbed.events + 1)]
+        return [
+            Point(fault, n, story)
+            for story, life in self.undisturbed.items()
+            for faults, count in ((Fault, life.requests), (EventFault, life.events))
+            for fault in faults
+            for n in range(1, count + 1)
+        ]
 
     def run_all(self, points: Sequence[Point], at_once: int = AT_ONCE) -> Iterator[Outcome]:
         """Some at a time; outcomes in the order of the points."""
@@ -236,7 +260,7 @@ class Sweep:
     def run(self, point: Point) -> Outcome:
         """One job's life with one fault."""
         words = f"{point.fault or 'undisturbed'}".lower().replace(" ", "-")
-        namespace = f"{self._prefix}-{words}-{point.at}"
+        namespace = f"{self._prefix}-{point.story}-{words}-{point.at}"
         outcome = Outcome(point)
         began = time.monotonic()
         plan = Plan()
@@ -255,14 +279,20 @@ class Sweep:
             stack.callback(kept.close)
             holder.append(kept)
             try:
-                bench.apply(finetunejob(NAME).build())
-                bench.until_finished(NAME, FINISH_SECONDS)
-                outcome.left = remains(bench, NAME)
+                bench.apply(finetunejob(point.story).build())
+                if point.story == STOPPED:
+                    bench.until_phase(point.story, "Training", FINISH_SECONDS)
+                    bench.merge(point.story, {"activeDeadlineSeconds": 1})
+                bench.until_finished(point.story, FINISH_SECONDS)
+                if point.story == STOPPED:
+                    selector = {"labelSelector": f"{LABEL_STAGE}={Stage.TRAIN}"}
+                    bench.until_gone(jobs_of(namespace), query=selector)
+                outcome.left = remains(bench, point.story)
                 outcome.requests, outcome.events = len(plan.requests), strike.count
-                outcome.problems += self._differences(outcome.left)
-                self._delete(bench)
-            except AssertionError as problem:
-                outcome.problems.append(str(problem)[:3000])
+                outcome.problems += self._differences(point, outcome.left)
+                self._delete(bench, point.story)
+            except Exception as problem:  # noqa: BLE001 - one point must not end the sweep
+                outcome.problems.append(f"{type(problem).__name__}: {str(problem)[:3000]}")
             outcome.hit = (plan.hit or strike.hit).replace(namespace, "NS")
             killed = bool(plan.hit) and point.fault in KILLS
             outcome.restarts = kept.starts - 1 - killed
@@ -272,12 +302,13 @@ class Sweep:
         outcome.seconds = time.monotonic() - began
         return outcome
 
-    def _differences(self, left: dict[str, Any]) -> list[str]:
-        right = self.undisturbed.left
+    def _differences(self, point: Point, left: dict[str, Any]) -> list[str]:
+        right = self.undisturbed[point.story].left if point.fault else left
         return [f"{k}: {left[k]!r} instead of {right[k]!r}" for k in right if left[k] != right[k]]
 
-    def _delete(self, bench: Bench) -> None:
-        bench.api.delete(f"{finetunejobs_of(bench.namespace)}/{NAME}")
+    @staticmethod
+    def _delete(bench: Bench, name: str) -> None:
+        bench.api.delete(f"{finetunejobs_of(bench.namespace)}/{name}")
         bench.until_gone(jobs_of(bench.namespace))
         bench.until_gone(pods_of(bench.namespace))
         others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}
@@ -332,24 +363,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--at-once", type=int, default=AT_ONCE)
     parser.add_argument("--kinds", default="", help="comma-separated faults, instead of all")
+    parser.add_argument("--story", choices=STORIES, help="one story instead of all")
     given = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name, LightCluster(Path(name) / "cluster", name="fault-sweep") as cluster:
         ApiServer(cluster.kubeconfig, cluster.kubectl).install_crd()
         with Sweep(cluster, make_tls(Path(name) / "tls"), Path(name)) as sweep:
-            first = sweep.measure()
-            print(f"undisturbed: {first.requests} requests, {first.events} events, {first.seconds:.1f} s", flush=True)
+            for story, life in sweep.measure().items():
+                print(f"{story}: {life.requests} requests, {life.events} events, {life.seconds:.1f} s", flush=True)
             kinds = set(given.kinds.split(",")) - {""}
-            points = [p for p in sweep.points() if not kinds or str(p.fault) in kinds]
+            points = [
+                p for p in sweep.points() if (not kinds or str(p.fault) in kinds) and given.story in (None, p.story)
+            ]
             chosen = points if given.all else sample(points, given.count, given.seed)
             random.Random(given.seed).shuffle(chosen)
             outcomes = []
             for outcome in sweep.run_all(chosen, given.at_once):
                 outcomes.append(outcome)
+                if len(outcomes) % 100 == 0:
+                    print(
+                        f"{len(outcomes)} of {len(chosen)} points, {sum(o.passed for o in outcomes)} passed", flush=True
+                    )
                 if outcome.problems:
                     print(f"FAILED {outcome.point} at {outcome.hit}: {outcome.problems[0][:300]}", flush=True)
     order = [*Fault, *EventFault]
-    outcomes.sort(key=lambda o: (order.index(o.point.fault) if o.point.fault else -1, o.point.at))
+    outcomes.sort(key=lambda o: (order.index(o.point.fault) if o.point.fault else -1, o.point.story, o.point.at))
     print(report(outcomes, given.seed, time.monotonic() - began))
     sys.exit(any(o.problems for o in outcomes))
 

@@ -45,9 +45,9 @@ def remains(bench: Bench, name: str) -> dict[str, Any]:
     return {
         "phase": status["phase"],
         "conditions": [(c["type"], c["status"], c["reason"]) for c in status["conditions"]],
-        "attempts": [(a["stage"], a["outcome"]) for a in status["attempts"]],
-        "plan": status["plan"],
-        "data": status["data"],
+        "attempts": [(a["stage"], a["outcome"]) for a in status.get("attempts", [])],
+        "plan": status.get("plan"),
+        "data": status.get("data"),
         "metrics": status.get("metrics"),
         "artifacts": plain(status.get("artifacts")),
         "snapshot": [(plain(m["metadata"]["name"]), sorted(m["data"]), m["immutable"]) for m in mine],

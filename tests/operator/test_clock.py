@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def roles(operators: list[OperatorProcess]) -> list[str]:
 
 @pytest.mark.light
 def test_of_operators_whose_clocks_disagree_one_leads(bench: Bench) -> None:
-    election = {
+    election: dict[str, Any] = {
         "FINETUNE_LEADER_ELECTION": "true",
         "FINETUNE_LEASE_DURATION_SECONDS": "4",
         "FINETUNE_LEASE_RENEW_DEADLINE_SECONDS": "3",

@@ -36,7 +36,7 @@ from tests.operator.manifests import finetunejob
 pytestmark = pytest.mark.light
 
 STAGES = [(stage.value, "Succeeded") for stage in Stage]
-ELECTION = {
+ELECTION: dict[str, Any] = {
     "FINETUNE_LEADER_ELECTION": "true",
     "FINETUNE_LEASE_DURATION_SECONDS": "4",
     "FINETUNE_LEASE_RENEW_DEADLINE_SECONDS": "3",
