@@ -34,6 +34,8 @@ class World:
     pod_refusal: str = ""
     conflict: str | None = None
     deleting: bool = False
+    skew: float = 0.0
+    """How many seconds the operator's clock is ahead of the API server's."""
     held: bool = False
     deleted_at: datetime | None = None
     gone: bool = False
@@ -59,7 +61,7 @@ class World:
         )
         return Observation(
             view,
-            self.now,
+            self.now + timedelta(seconds=self.skew),
             tuple(self.jobs.values()),
             tuple(self.pods.values()),
             self.snapshot,
