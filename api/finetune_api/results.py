@@ -338,6 +338,12 @@ class TrainReport(ApiModel):
     selected_step: int | None = None
 
 
+class CleanupReport(ApiModel):
+    """``StageReport.result`` of cleanup."""
+
+    objects: int
+
+
 class PublishReport(ApiModel):
     """``StageReport.result`` of publish. Repeats the metrics, so that a lost train report is made good here."""
 

@@ -64,6 +64,20 @@ class Plan(ApiModel):
     gradient_accumulation_steps: int
 
 
+def output_location(spec: FineTuneJobSpec, name: str, uid: str) -> S3Location:
+    """The prefix of everything a job publishes."""
+    location = parse_uri(spec.output.uri)
+    assert isinstance(location, S3Location)  # the spec's pattern allows nothing else
+    return location.join(job_key(name, uid))
+
+
+def workspace_location(spec: FineTuneJobSpec, name: str, uid: str) -> S3Location:
+    """The prefix of a job's intermediate results."""
+    location = parse_uri(spec.output.workspace.uri or spec.output.uri)
+    assert isinstance(location, S3Location)  # the spec's pattern allows nothing else
+    return location.join(job_key(name, uid), "workspace")
+
+
 class Snapshot(ApiModel):
     """Input of every stage."""
 
@@ -77,9 +91,7 @@ class Snapshot(ApiModel):
     @property
     def output(self) -> S3Location:
         """``<output.uri>/<name>-<uid8>``: the prefix of everything this job publishes."""
-        location = parse_uri(self.spec.output.uri)
-        assert isinstance(location, S3Location)  # the spec's pattern allows nothing else
-        return location.join(job_key(self.job.name, self.job.uid))
+        return output_location(self.spec, self.job.name, self.job.uid)
 
     @property
     def workspace(self) -> S3Location:
@@ -87,9 +99,7 @@ class Snapshot(ApiModel):
 
         Never the output or above it, whatever the URIs: with the same URI for both, deleting the one would take the other.
         """
-        location = parse_uri(self.spec.output.workspace.uri or self.spec.output.uri)
-        assert isinstance(location, S3Location)  # the spec's pattern allows nothing else
-        return location.join(job_key(self.job.name, self.job.uid), "workspace")
+        return workspace_location(self.spec, self.job.name, self.job.uid)
 
     @property
     def split(self) -> Split:

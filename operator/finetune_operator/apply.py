@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_api.names import Stage, stage_job_name
+from finetune_api.names import FINALIZER_DELETE_OUTPUT, Stage, stage_job_name
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import STATUS_MANAGER, Api, ApiError, Raw, jobs_path
-from finetune_operator.manifests import Owner, stage_job
-from finetune_operator.observe import owner_uid
+from finetune_operator.manifests import Owner, cleanup_job, stage_job
+from finetune_operator.observe import owner_uid, trim_job
 from finetune_operator.planning.model import DeleteJob, JobView, Refusal, SnapshotRecord
 from finetune_operator.settings import Settings
 from finetune_operator.snapshots import Conflict, Snapshots
@@ -61,6 +61,43 @@ class Applier:
         """The job is gone."""
         self._answers.pop(uid, None)
 
+    async def hold_output(self, job: JobView, hold: bool) -> None:
+        """Put our finalizer on, or take it off. One that was written since is looked at again (409)."""
+        self._check_leading(job)
+        cached = self._cache.jobs.get(Key(job.namespace, job.name))
+        if cached is None or cached.uid != job.uid:
+            return
+        others = [f for f in cached.finalizers if f != FINALIZER_DELETE_OUTPUT]
+        finalizers = [*others, FINALIZER_DELETE_OUTPUT] if hold else others
+        try:
+            answer = await self._api.set_finalizers(
+                job.namespace, job.name, job.uid, cached.resource_version, finalizers
+            )
+        except ApiError as problem:
+            if problem.status != 404:
+                raise
+            self._cache.drop_finetunejob(Key(job.namespace, job.name), job.uid)
+            return
+        self._cache.put_finetunejob(answer)
+
+    async def create_cleanup(self, job: JobView) -> None:
+        """Create the Job that deletes the artifacts; a refusal is remembered. The stored snapshot may be gone with its owner."""
+        self._check_leading(job)
+        known = self._snapshots.known(job.uid)
+        snapshot = known.snapshot if known is not None else self._snapshots.make(job)
+        body = cleanup_job(Owner.of(job), snapshot, self._settings)
+        path = jobs_path(job.namespace)
+        try:
+            self._cache.put_job(await self._api.create(path, body))
+        except ApiError as problem:
+            if problem.status == 409:
+                there = await self._api.get(f"{path}/{body['metadata']['name']}")
+                if self._cache.put_job(there) is None and trim_job(there) is None:
+                    words = f"Job {body['metadata']['name']} exists and is not this FineTuneJob's."
+                    self._answers.setdefault(job.uid, Answers()).conflict = words
+                return
+            self._refused(job, problem)
+
     async def create(self, job: JobView, snapshot: bool, stage: Stage | None, memory: str | None = None) -> bool:
         """Create the snapshot, then the stage's Job. False if the API server refused; the reason is remembered."""
         self._check_leading(job)
@@ -74,22 +111,26 @@ class Applier:
             self._answers.setdefault(job.uid, Answers()).conflict = str(conflict)
             return False
         except ApiError as problem:
-            answers = self._answers.setdefault(job.uid, Answers())
-            longest = MAX_RETRY_SECONDS
-            if problem.status not in REFUSED:
-                longest = MAX_OUTAGE_RETRY_SECONDS
-                answers.failures += 1
-                if answers.failures < PATIENCE:
-                    raise
-            delay = min(1.0 * 2**answers.refusals, longest)
-            answers.refusals += 1
-            answers.refusal = refusal(problem, self.now() + timedelta(seconds=delay))
-            logger.info("%s/%s: refused: %s", job.namespace, job.name, answers.refusal.message)
+            self._refused(job, problem)
             return False
         answers_now = self._answers.get(job.uid)
         if answers_now is not None and answers_now.conflict is None:
             del self._answers[job.uid]
         return True
+
+    def _refused(self, job: JobView, problem: ApiError) -> None:
+        """Remember a refusal; an outage counts as one only when it lasts, and is raised before."""
+        answers = self._answers.setdefault(job.uid, Answers())
+        longest = MAX_RETRY_SECONDS
+        if problem.status not in REFUSED:
+            longest = MAX_OUTAGE_RETRY_SECONDS
+            answers.failures += 1
+            if answers.failures < PATIENCE:
+                raise problem
+        delay = min(1.0 * 2**answers.refusals, longest)
+        answers.refusals += 1
+        answers.refusal = refusal(problem, self.now() + timedelta(seconds=delay))
+        logger.info("%s/%s: refused: %s", job.namespace, job.name, answers.refusal.message)
 
     async def _create_job(self, job: JobView, record: SnapshotRecord, stage: Stage, memory: str | None) -> None:
         """POST once; on 409 the Job that is there must be ours, and is taken as it is."""
@@ -177,4 +218,5 @@ def refusal(problem: ApiError, retry_at: datetime) -> Refusal:
     words = problem.message or problem.reason
     if problem.status not in REFUSED:
         words = f"the API server answered {problem.status or 'nothing'} ({problem.reason}): {words}"
-    return Refusal(words, retry_at, for_good=problem.status == 422 and bool(problem.fields))
+    for_good = problem.status == 422 and bool(problem.fields)
+    return Refusal(words, retry_at, for_good, terminating="NamespaceTerminating" in problem.causes)

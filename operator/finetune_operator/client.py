@@ -31,7 +31,14 @@ class ApiError(Exception):
     """An answer that is not a success. ``status`` 0: no answer came (connection, timeout)."""
 
     def __init__(
-        self, status: int, reason: str, message: str, method: str, path: str, fields: tuple[str, ...] = ()
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        method: str,
+        path: str,
+        fields: tuple[str, ...] = (),
+        causes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(f"{method} {path}: {status} {reason}: {message}")
         self.status = status
@@ -39,6 +46,8 @@ class ApiError(Exception):
         self.message = message
         self.fields = fields
         """Fields of the object that the API server's validation names."""
+        self.causes = causes
+        """Reasons of the causes that it names: NamespaceTerminating, FieldValueInvalid, …"""
 
 
 async def load_configuration() -> Configuration:
@@ -134,6 +143,12 @@ class Api:
         }
         await self.request("DELETE", f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}", options)
 
+    async def set_finalizers(self, namespace: str, name: str, uid: str, version: int, finalizers: list[str]) -> Raw:
+        """Replace the finalizers of exactly what was seen: 409 for one that was written since."""
+        meta = {"uid": uid, "resourceVersion": str(version), "finalizers": finalizers}
+        path = f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}"
+        return await self.request("PATCH", path, {"metadata": meta}, content_type="application/merge-patch+json")
+
     # Children
 
     async def create(self, path: str, body: Raw, read_answer: bool = True) -> Raw:
@@ -214,6 +229,8 @@ def _error(status: int, reason: str, data: bytes, method: str, path: str) -> Api
         body = json.loads(data)
         causes = (body.get("details") or {}).get("causes") or []
         fields = tuple(str(c["field"]) for c in causes if c.get("field"))
-        return ApiError(status, str(body.get("reason") or reason), str(body.get("message") or ""), method, path, fields)
+        reasons = tuple(str(c["reason"]) for c in causes if c.get("reason"))
+        words = str(body.get("message") or "")
+        return ApiError(status, str(body.get("reason") or reason), words, method, path, fields, reasons)
     except (ValueError, AttributeError):
         return ApiError(status, reason, data[:512].decode(errors="replace"), method, path)

@@ -15,6 +15,7 @@ from finetune_api.names import (
     ENV_GRACE_SECONDS,
     ENV_POD_NAME,
     ENV_POD_UID,
+    ENV_SNAPSHOT,
     ENV_STAGE,
     LABEL_NAME,
     LABEL_STAGE,
@@ -131,6 +132,46 @@ def stage_job(
     }
 
 
+CLEANUP_RETRIES, CLEANUP_TTL_SECONDS = 3, 600
+
+
+def cleanup_job(owner: Owner, snapshot: Snapshot, settings: Settings) -> Manifest:
+    """The Job that deletes a deleted FineTuneJob's artifacts.
+
+    It has no owner: a foreground deletion of the FineTuneJob would take it along. What it must know stands in its own
+    environment, because the ConfigMap of the snapshot may be gone; a deadline ends it and a time to live removes it.
+    """
+    stage = Stage.CLEANUP
+    runtime, labels = snapshot.spec.runtime, owner.labels(stage)
+    pod = _pod_spec(owner, snapshot, stage, settings)
+    pod["containers"][0]["env"].append({"name": ENV_SNAPSHOT, "value": snapshot.canonical_json()})
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": stage_job_name(owner.name, owner.uid, stage),
+            "namespace": owner.namespace,
+            "labels": {**labels, **_queue_labels(snapshot.spec, stage)},
+        },
+        "spec": {
+            "backoffLimit": CLEANUP_RETRIES,
+            "completions": 1,
+            "parallelism": 1,
+            "activeDeadlineSeconds": snapshot.spec.pending_timeout_seconds,
+            "ttlSecondsAfterFinished": CLEANUP_TTL_SECONDS,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": _failure_rules(stage)},
+            "template": {
+                "metadata": {
+                    "labels": {**(runtime.labels or {}), **labels},
+                    "annotations": dict(runtime.annotations or {}),
+                },
+                "spec": pod,
+            },
+        },
+    }
+
+
 def _failure_rules(stage: Stage) -> list[Manifest]:
     """What the Job controller does about a failed pod; the first rule that fits decides, and none means: it counts.
 
@@ -236,7 +277,8 @@ def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Se
     endpoint = f"{settings.progress_url.rstrip('/')}/v1/namespaces/{owner.namespace}/finetunejobs/{owner.name}"
     values = {
         ENV_STAGE: stage.value,
-        ENV_ENDPOINT: endpoint,
+        # Cleanup reports to nobody: its FineTuneJob is about to be gone.
+        **({ENV_ENDPOINT: endpoint} if stage is not Stage.CLEANUP else {}),
         ENV_GRACE_SECONDS: str(grace_seconds(spec, stage)),
         "HOME": f"{WORK_MOUNT}/home",
         "TMPDIR": f"{WORK_MOUNT}/tmp",  # noqa: S108 - below the pod's own emptyDir
@@ -276,7 +318,7 @@ def _resources(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> Manif
             requests["memory"] = settings.cpu_stage_memory_request
         if settings.cpu_stage_memory_limit:
             limits["memory"] = settings.cpu_stage_memory_limit
-    storage = spec.compute.ephemeral_storage if stage is not Stage.PREPARE else None
+    storage = spec.compute.ephemeral_storage if stage in (Stage.TRAIN, Stage.PUBLISH) else None
     storage = storage or (settings.cpu_stage_ephemeral_storage_request if stage is not Stage.TRAIN else None)
     if storage:
         requests["ephemeral-storage"] = storage

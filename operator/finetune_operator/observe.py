@@ -9,7 +9,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_api.names import ANNOTATION_MEMORY, LABEL_STAGE, LABEL_UID, Stage
+from finetune_api.names import (
+    ANNOTATION_MEMORY,
+    FINALIZER_DELETE_OUTPUT,
+    LABEL_NAME,
+    LABEL_STAGE,
+    LABEL_UID,
+    Stage,
+    stage_job_name,
+)
 from finetune_api.progress import StageReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
@@ -36,6 +44,8 @@ class CachedJob:
     spec: FineTuneJobSpec | None
     spec_error: str
     status: FineTuneJobStatus
+    deleted_at: datetime | None = None
+    finalizers: tuple[str, ...] = ()
 
     def view(self) -> JobView:
         """As the planner sees it."""
@@ -49,6 +59,8 @@ class CachedJob:
             spec=self.spec,
             spec_error=self.spec_error,
             status=self.status,
+            deleted_at=self.deleted_at,
+            holds_output=FINALIZER_DELETE_OUTPUT in self.finalizers,
         )
 
 
@@ -86,6 +98,8 @@ def trim_finetunejob(raw: Raw, known: CachedJob | None) -> CachedJob:
         spec=spec,
         spec_error=error,
         status=parse_status(raw.get("status") or {}),
+        deleted_at=parse_time(meta.get("deletionTimestamp")),
+        finalizers=tuple(meta.get("finalizers") or ()),
     )
 
 
@@ -125,12 +139,20 @@ def finetunejob_uid(raw: Raw) -> str:
     return str((raw["metadata"].get("labels") or {}).get(LABEL_UID, ""))
 
 
+def _is_ours(meta: Raw, labels: Raw, stage: Stage) -> bool:
+    """A Job is its controller's; cleanup has none (it must outlive the FineTuneJob) and is known by its name."""
+    name, uid = str(labels.get(LABEL_NAME, "")), str(labels.get(LABEL_UID, ""))
+    if stage is Stage.CLEANUP:
+        return not owner_uid(meta) and meta["name"] == stage_job_name(name, uid, stage)
+    return owner_uid(meta) == uid
+
+
 def trim_job(raw: Raw) -> StageJob | None:
     """A Job of ours; None for one that only bears the label (its controller owner must agree)."""
     meta = raw["metadata"]
     labels = meta.get("labels") or {}
     stage = labels.get(LABEL_STAGE)
-    if stage not in set(Stage) or owner_uid(meta) != labels.get(LABEL_UID):
+    if stage not in set(Stage) or not _is_ours(meta, labels, Stage(stage)):
         return None
     status = raw.get("status") or {}
     conditions = status.get("conditions")

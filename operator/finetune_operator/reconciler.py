@@ -18,7 +18,7 @@ from finetune_operator.pace import Pace
 from finetune_operator.planning import Observation, Plan, PlannerConfig, plan
 from finetune_operator.planning.clock import parse_time
 from finetune_operator.planning.conditions import find, is_true
-from finetune_operator.planning.model import Urgency
+from finetune_operator.planning.model import EventType, Urgency
 from finetune_operator.planning.waiting import podless
 from finetune_operator.snapshots import Conflict, Snapshots
 from finetune_operator.workqueue import WorkQueue
@@ -87,6 +87,9 @@ class Reconciler:
         if cached is None:
             return
         decided = plan(await self._look(cached), self._config)
+        if decided.hold_output is not None or decided.create_cleanup:
+            await self._hold(key, cached, decided)
+            return
         if decided.create_snapshot or decided.create_job:
             created = await self._applier.create(
                 cached.view(), decided.create_snapshot, decided.create_job, decided.memory
@@ -102,6 +105,20 @@ class Reconciler:
             if decided.create_snapshot or decided.create_job:
                 self._queue.add(key)
         await self._carry_out(key, cached, decided)
+
+    async def _hold(self, key: Key, cached: CachedJob, decided: Plan) -> None:
+        """The steps of output.deletionPolicy: Delete; each is followed by a new look."""
+        view = cached.view()
+        if decided.create_cleanup:
+            await self._applier.create_cleanup(view)
+        if decided.hold_output is not None:
+            await self._applier.hold_output(view, decided.hold_output)
+            for note in decided.events:
+                # In a namespace that is being deleted no Event can be created either.
+                level = logging.WARNING if note.type is EventType.WARNING else logging.INFO
+                logger.log(level, "%s: %s: %s", key, note.reason, note.message)
+            self._events.record(view, decided.events)
+        self._queue.add(key)
 
     async def _look(self, cached: CachedJob) -> Observation:
         view = cached.view()

@@ -91,7 +91,7 @@ class Resync:
             expires = cached.spec is not None and cached.spec.ttl_seconds_after_finished is not None
             # An operator that died right after it wrote "Failed" left a Job behind that must not run on.
             runs_on = any(not job.finished for job in self._cache.family(cached.uid).jobs.values())
-            if not finished or expires or runs_on:
+            if not finished or expires or runs_on or cached.deleting:
                 self._informer.enqueue(key)
         self.silent = self.silent + 1 if self._found and not heard and self._counts else 0
         self._first = self._away = False

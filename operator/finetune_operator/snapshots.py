@@ -70,9 +70,7 @@ class Snapshots:
             Conflict: the ConfigMap belongs to something else.
             ApiError: the API server refused, or could not be reached.
         """
-        assert job.spec is not None
-        identity = JobIdentity(name=job.name, namespace=job.namespace, uid=job.uid, generation=job.generation)
-        snapshot = make_snapshot(job.spec, identity, self._settings.images, self._version)
+        snapshot = self.make(job)
         text = snapshot.canonical_json()
         digest = hashlib.sha256(text.encode()).hexdigest()
         body = snapshot_config_map(Owner.of(job), text, digest, self._authority())
@@ -85,6 +83,12 @@ class Snapshots:
         record = SnapshotRecord(snapshot, digest)
         self._known[job.uid] = record
         return record
+
+    def make(self, job: JobView) -> Snapshot:
+        """What a job would be frozen to now."""
+        assert job.spec is not None
+        identity = JobIdentity(name=job.name, namespace=job.namespace, uid=job.uid, generation=job.generation)
+        return make_snapshot(job.spec, identity, self._settings.images, self._version)
 
     def _remember(self, job: JobView, raw: Raw) -> SnapshotRecord:
         if owner_uid(raw["metadata"]) != job.uid:

@@ -29,6 +29,8 @@ def volumes_and_mounts(
     spec: FineTuneJobSpec, stage: Stage, snapshot_config_map: str
 ) -> tuple[list[Manifest], list[Manifest]]:
     """Volumes of the pod and mounts of its container."""
+    if stage is Stage.CLEANUP:
+        return _cleanup_volumes(spec)
     token = {"audience": TOKEN_AUDIENCE, "expirationSeconds": TOKEN_SECONDS, "path": TOKEN_KEY}
     volumes: list[Manifest] = [
         {"name": "snapshot", "configMap": {"name": snapshot_config_map}},
@@ -45,16 +47,32 @@ def volumes_and_mounts(
     if stage is Stage.TRAIN:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - shared memory of data loaders and NCCL
-    for slot, secret in _secrets(spec, stage).items():
+    _add_secrets(volumes, mounts, _secrets(spec, stage))
+    for index, claim in enumerate(_claims(spec, stage)):
+        volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+        mounts.append({"name": f"pvc-{index}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": True})
+    return volumes, mounts
+
+
+def _cleanup_volumes(spec: FineTuneJobSpec) -> tuple[list[Manifest], list[Manifest]]:
+    """Nothing that may be gone together with the FineTuneJob: neither its snapshot nor a claim; and it reports to nobody."""
+    volumes: list[Manifest] = [{"name": "work", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}]
+    mounts: list[Manifest] = [
+        {"name": "work", "mountPath": WORK_MOUNT},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
+    ]
+    if spec.output.secret_ref is not None:
+        _add_secrets(volumes, mounts, {OUTPUT_SLOT: spec.output.secret_ref.name})
+    return volumes, mounts
+
+
+def _add_secrets(volumes: list[Manifest], mounts: list[Manifest], secrets: dict[str, str]) -> None:
+    for slot, secret in secrets.items():
         # Optional: the pod starts without it, reports SecretMissing and goes on when it appears; mode: readable by fsGroup.
         volumes.append(
             {"name": f"secret-{slot}", "secret": {"secretName": secret, "optional": True, "defaultMode": 0o440}}
         )
         mounts.append({"name": f"secret-{slot}", "mountPath": f"{SECRETS_MOUNT}/{slot}", "readOnly": True})
-    for index, claim in enumerate(_claims(spec, stage)):
-        volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
-        mounts.append({"name": f"pvc-{index}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": True})
-    return volumes, mounts
 
 
 def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:

@@ -52,7 +52,7 @@ def test_a_suspended_job_holds_no_pods_and_resumes_from_prepare(bench: Bench) ->
     stages = [a["stage"] for a in done["status"]["attempts"]]
     assert stages == ["prepare", "train", "prepare", "train", "publish"]
     told = dict(bench.events("pause"))
-    assert "restarts from the beginning" in told["Resumed"]
+    assert "training begins anew" in told["Resumed"]
     assert {"Prepared", "Started", "Suspended", "Trained"} <= set(told)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import timedelta
 
@@ -9,13 +10,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune_api.names import Stage
-from finetune_api.progress import StageReport
+from finetune_api.failures import MAX_FRUITLESS, MAX_RETURNS, by_exit_code
+from finetune_api.names import PIPELINE, Stage
+from finetune_api.progress import ProgressPost, StageReport
 from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, ProgressStatus
-from finetune_operator.planning.conditions import is_true
+from finetune_operator.planning import budget
+from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.endings import replaced
 from finetune_operator.planning.model import Refusal
+from finetune_operator.progress.protocol import merge
 from tests.operator.manifests import failure, success
 from tests.operator.world import World, world
+
+HISTORIES = int(os.environ.get("FINETUNE_HISTORIES", "150"))
+"""``make chaos`` runs more; a seed is set with --hypothesis-seed."""
 
 
 class Histories(RuleBasedStateMachine):
@@ -27,10 +35,25 @@ class Histories(RuleBasedStateMachine):
         self.end: FineTuneJobStatus | None = None
 
     @initialize(
-        deadline=st.sampled_from([None, 30]), pending=st.sampled_from([20, 3600]), ttl=st.sampled_from([None, 60])
+        deadline=st.sampled_from([None, 30]),
+        pending=st.sampled_from([20, 3600]),
+        ttl=st.sampled_from([None, 60]),
+        failures=st.sampled_from([0, 2]),
+        grows=st.booleans(),
+        policy=st.sampled_from(["Retain", "Delete"]),
     )
-    def create(self, deadline: int | None, pending: int, ttl: int | None) -> None:
-        self.world = world(activeDeadlineSeconds=deadline, pendingTimeoutSeconds=pending, ttlSecondsAfterFinished=ttl)
+    def create(
+        self, deadline: int | None, pending: int, ttl: int | None, failures: int, grows: bool, policy: str
+    ) -> None:
+        memory = {"outOfMemory": {"maxMemory": "8Gi"}} if grows else {}
+        self.world = world(
+            activeDeadlineSeconds=deadline,
+            pendingTimeoutSeconds=pending,
+            ttlSecondsAfterFinished=ttl,
+            recovery={"maxFailures": failures, **memory},
+            compute={"memory": "4Gi"},
+            output={"uri": "s3://results/here", "deletionPolicy": policy},
+        )
 
     # The operator
 
@@ -65,7 +88,18 @@ class Histories(RuleBasedStateMachine):
             for pod in [p for p in self.world.pods.values() if p.owner_uid == job.uid]:
                 self.world.pods[pod.name] = replace(pod, deleting=True)
 
+    @rule()
+    def somebody_deletes_the_finetunejob(self) -> None:
+        if self.world.deleting:
+            return
+        self.world.deleting, self.world.deleted_at = True, self.world.now
+        self.world.gone = self.world.gone or not self.world.held
+
     # The cluster
+
+    @rule(seconds=st.sampled_from([-3, 0, 2]))
+    def the_operators_clock_is_set(self, seconds: int) -> None:
+        self.world.skew = seconds
 
     @rule(seconds=st.sampled_from([1, 6, 31]))
     def time_passes(self, seconds: int) -> None:
@@ -87,12 +121,52 @@ class Histories(RuleBasedStateMachine):
         if pod is not None:
             self.world.end_pod(0, success(pod.stage, trained) if report else None)
 
-    @rule(code=st.sampled_from([1, 11, 61, 137, 143]), told=st.booleans())
+    @rule(code=st.sampled_from([1, 11, 41, 44, 60, 61, 137, 143]), told=st.booleans())
     def a_pod_fails(self, code: int, told: bool) -> None:
         pod = self.world.pod()
         if pod is not None:
-            report: StageReport | None = failure(pod.stage, "InvalidData", "bad rows") if told else None
+            reason = by_exit_code(code).reason
+            report: StageReport | None = failure(pod.stage, reason, "why") if told and code not in (137, 143) else None
             self.world.end_pod(code, report)
+
+    @rule(
+        fields=st.sampled_from(
+            [
+                {"terminated_reason": "OOMKilled"},
+                {"disruption": "PreemptionByScheduler", "disrupted": "preempted"},
+                {"disruption": "EvictionByEvictionAPI", "disrupted": "drained"},
+                {"disruption": "TerminationByKubelet", "pod_reason": "Evicted", "pod_message": "low on memory"},
+            ]
+        )
+    )
+    def a_container_is_killed(self, fields: dict[str, object]) -> None:
+        pod = self.world.pod()
+        if pod is not None and pod.running:
+            self.world.change_pod(**fields)
+            self.world.end_pod(137)
+
+    @rule()
+    def a_pod_is_lost_with_its_node(self) -> None:
+        pod = next((p for p in self.world.pods.values() if p.running), None)
+        if pod is not None:
+            lost = {"disruption": "DeletionByPodGC", "disrupted": "orphaned", "phase": "Failed"}
+            self.world.pods[pod.name] = replace(pod, **lost)  # type: ignore[arg-type]
+
+    @rule(step=st.integers(0, 9), saved=st.booleans(), took=st.sampled_from([None, 5.0, 119.0]))
+    def training_posts(self, step: int, saved: bool, took: float | None) -> None:
+        pod = self.world.pod()
+        if pod is None or not pod.running or pod.stage is not Stage.TRAIN:
+            return
+        post = ProgressPost(
+            execution_id=pod.uid,
+            stage=Stage.TRAIN,
+            sequence=step,
+            step=step,
+            resumed_from_step=0,
+            checkpoint_step=step if saved else None,
+            checkpoint_seconds=took,
+        )
+        self.world.post(merge(self.world.status.progress, post, self.world.now))
 
     @rule()
     def a_pod_vanishes(self) -> None:
@@ -172,7 +246,43 @@ class Histories(RuleBasedStateMachine):
         if self.end is None:
             return
         assert self._end() == self.end
-        assert not self.world.gone or self.world.spec.ttl_seconds_after_finished is not None
+        expires = self.world.spec.ttl_seconds_after_finished is not None
+        assert not self.world.gone or self.world.deleting or expires
+
+    @invariant()
+    def what_came_from_outside_fails_no_job(self) -> None:
+        failed = find(self.world.status, ConditionType.FAILED)
+        if failed is None or failed.status != "True" or not replaced(failed.reason):
+            return
+        rows = [budget.fruitless(self.world.status.attempts, stage) for stage in PIPELINE]
+        assert max(rows) >= MAX_FRUITLESS, self.world.status.attempts
+
+    @invariant()
+    def the_budget_is_kept(self) -> None:
+        """A job that goes on has not failed more often than it may, nor given its GPU back."""
+        if self.world.gone or self.world.deleting or self.world.spec.suspend:
+            return
+        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
+        copy.settle()
+        if copy.gone or is_true(copy.status, ConditionType.FINISHED):
+            return
+        stage = max((PIPELINE.index(j.stage) for j in copy.jobs.values() if not j.deleting), default=0)
+        attempts = copy.status.attempts
+        assert len(budget.failures(attempts, PIPELINE[stage], copy.spec)) <= copy.spec.recovery.max_failures
+        assert budget.returns(attempts) <= MAX_RETURNS
+        assert budget.fruitless(attempts, PIPELINE[stage]) < MAX_FRUITLESS
+
+    @invariant()
+    def memory_stays_within_its_limit(self) -> None:
+        for job in self.world.jobs.values():
+            assert job.memory in ("", "4Gi", "6Gi", "8Gi")
+
+    @invariant()
+    def artifacts_are_deleted_only_when_no_pod_can_write_any_more(self) -> None:
+        if self.world.job(Stage.CLEANUP) is None:
+            return
+        assert self.world.deleting
+        assert not [p for p in self.world.pods.values() if p.stage is not Stage.CLEANUP and not p.ended]
 
     @invariant()
     def a_plan_applied_leaves_nothing_to_plan(self) -> None:
@@ -185,7 +295,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def suspended_holds_no_pods(self) -> None:
-        if self.world.gone or not self.world.spec.suspend or self.end is not None:
+        if self.world.gone or self.world.deleting or not self.world.spec.suspend or self.end is not None:
             return
         copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
         copy.settle()
@@ -213,5 +323,5 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=HISTORIES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

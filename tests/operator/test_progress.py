@@ -16,7 +16,7 @@ import pytest
 
 from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import Stage
-from finetune_api.progress import ProgressPost
+from finetune_api.progress import ProgressPost, Split
 from finetune_api.status import ProgressStatus
 from finetune_cluster.steps import Call, Pod, Running, Step, Terminated, run_forever
 from finetune_operator.planning.clock import human_duration
@@ -342,6 +342,33 @@ def test_a_new_execution_of_training_starts_with_a_clean_slate() -> None:
     old = ProgressStatus(execution_id="before", stage="train", sequence=70, step=9, loss=1.0)
     new = merge(old, post(1, activity="Loading"), START)
     assert (new.step, new.loss, new.sequence) == (None, None, 1)
+
+
+def test_how_far_an_execution_came_outlives_the_first_post_of_the_next() -> None:
+    told = {"resumed_from_step": 10, "checkpoint_step": 40, "peak_memory_bytes": 7, "checkpoint_seconds": 3.14}
+    status: ProgressStatus | None = None
+    for number in range(6):
+        post = ProgressPost(execution_id=f"pod-{number}", stage=Stage.TRAIN, sequence=0, step=42 + number, **told)
+        status = merge(status, post, START)
+    assert status is not None
+    assert status.checkpoint_seconds == 3.1
+    assert status.earlier is not None
+    assert [(e.execution_id, e.step, e.checkpoint_step) for e in status.earlier] == [
+        (f"pod-{n}", 42 + n, 40) for n in range(1, 5)
+    ]
+    prepare = merge(status, ProgressPost(execution_id="cpu", stage=Stage.PREPARE, sequence=0), START)
+    assert prepare.earlier is not None
+    assert prepare.earlier[-1].execution_id == "pod-5"
+    assert (prepare.step, prepare.checkpoint_step) == (None, None)
+
+
+def test_a_split_stays_until_another_is_told() -> None:
+    split = Split(
+        micro_batch_sequences=2, gradient_accumulation_steps=8, gradient_checkpointing=True, max_sequence_tokens=2048
+    )
+    before = merge(None, ProgressPost(execution_id="a", stage=Stage.TRAIN, sequence=0, split=split), START)
+    after = merge(before, ProgressPost(execution_id="b", stage=Stage.TRAIN, sequence=0), START)
+    assert after.split == split
 
 
 def test_publish_keeps_the_figures_of_training() -> None:

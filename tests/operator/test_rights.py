@@ -18,7 +18,8 @@ from tests.operator.test_progress import Poster
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 ON_JOBS = {
-    ("finetune.dev", "finetunejobs"): {"get", "list", "watch", "delete"},  # delete: ttlSecondsAfterFinished
+    # delete: ttlSecondsAfterFinished; patch: the finalizer of output.deletionPolicy
+    ("finetune.dev", "finetunejobs"): {"get", "list", "watch", "delete", "patch"},
     ("finetune.dev", "finetunejobs/status"): {"patch"},
     ("finetune.dev", "finetunejobs/finalizers"): {"update"},  # blockOwnerDeletion, where that is guarded
     ("batch", "jobs"): {"get", "list", "watch", "create", "delete"},

@@ -34,6 +34,10 @@ class World:
     pod_refusal: str = ""
     conflict: str | None = None
     deleting: bool = False
+    skew: float = 0.0
+    """How many seconds the operator's clock is ahead of the API server's."""
+    held: bool = False
+    deleted_at: datetime | None = None
     gone: bool = False
     generation: int = 1
     events: list[EventNote] = field(default_factory=list)
@@ -42,10 +46,22 @@ class World:
     # What the operator does
 
     def observe(self) -> Observation:
-        view = JobView("ns", "story", UID, self.generation, START, self.deleting, self.spec, "", self.status)
+        view = JobView(
+            "ns",
+            "story",
+            UID,
+            self.generation,
+            START,
+            self.deleting,
+            self.spec,
+            "",
+            self.status,
+            self.deleted_at,
+            self.held,
+        )
         return Observation(
             view,
-            self.now,
+            self.now + timedelta(seconds=self.skew),
             tuple(self.jobs.values()),
             tuple(self.pods.values()),
             self.snapshot,
@@ -59,6 +75,14 @@ class World:
 
     def apply(self, decided: Plan) -> None:
         """As the reconciler does: a plan that creates is followed by a new look, not by its status."""
+        if decided.hold_output is not None:
+            self.held = decided.hold_output
+            self.events.extend(decided.events)
+            self.gone = self.deleting and not self.held
+            return
+        if decided.create_cleanup:
+            self.create_job(Stage.CLEANUP)
+            return
         if decided.create_snapshot:
             self.make_snapshot()
         if decided.create_job is not None:

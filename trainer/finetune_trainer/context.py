@@ -55,7 +55,8 @@ def load_context(
     environ: Mapping[str, str] = os.environ,
 ) -> StageContext:
     """Read what the operator mounted and set. The execution id is the pod's UID: one pod, one execution."""
-    snapshot = Snapshot.model_validate_json((snapshot_dir / names.SNAPSHOT_KEY).read_bytes())
+    text = environ.get(names.ENV_SNAPSHOT) or (snapshot_dir / names.SNAPSHOT_KEY).read_bytes()
+    snapshot = Snapshot.model_validate_json(text)
     execution_id = environ.get(names.ENV_POD_UID) or str(uuid.uuid4())
     reporter = Reporter(
         stage,

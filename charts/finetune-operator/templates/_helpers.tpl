@@ -37,7 +37,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "finetune.jobRules" -}}
 - apiGroups: [finetune.dev]
   resources: [finetunejobs]
-  verbs: [get, list, watch, delete]
+  # patch: the finalizer of output.deletionPolicy: Delete.
+  verbs: [get, list, watch, delete, patch]
 - apiGroups: [finetune.dev]
   resources: [finetunejobs/status]
   verbs: [patch]

@@ -24,6 +24,7 @@ from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import NO_GPU_USED, sentence
 from finetune_operator.planning.model import DeleteJob, Observation, Plan, PlannerConfig, StageState
 from finetune_operator.planning.outcome import advice_for
+from finetune_operator.planning.release import must_be_held, release
 from finetune_operator.planning.story import peak_memory
 from finetune_operator.planning.waiting import next_look
 
@@ -34,9 +35,11 @@ def plan(obs: Observation, config: PlannerConfig | None = None) -> Plan:
     """What to do about a job, given everything that is known about it."""
     look = Look(obs, config or PlannerConfig())
     if obs.job.deleting:
-        return Plan()  # the garbage collector removes what it owns
+        return release(look)
     if conditions.is_true(obs.job.status, ConditionType.FINISHED):
         return _finished(look)
+    if must_be_held(look):
+        return Plan(hold_output=True)
     decision = next(d for d in (rule(look) for rule in RULES) if d is not None)
     return finish(look, decision)
 

@@ -57,7 +57,7 @@ def pod_failure(pod: Pod, stage: Stage) -> StageFailure:
 def _from_outside(pod: Pod) -> StageFailure | None:
     """What a kubelet, a scheduler or a controller did to a pod."""
     by_kubelet = pod.disruption == "TerminationByKubelet" and pod.pod_reason not in _KUBELET_MAKES_ROOM
-    if pod.pod_reason == "Evicted" or by_kubelet:
+    if by_kubelet or (not pod.disruption and pod.pod_reason == "Evicted"):
         words = (pod.pod_message or pod.disrupted).strip()
         return StageFailure(Reason.EVICTED, f"pod {pod.name} was evicted: {words}")
     if pod.pod_reason == "NodeLost" or pod.disruption == "DeletionByPodGC":

@@ -43,6 +43,9 @@ class JobView:
     """Absent when the stored spec cannot be parsed."""
     spec_error: str
     status: FineTuneJobStatus
+    deleted_at: datetime | None = None
+    holds_output: bool = False
+    """Our finalizer keeps it until its artifacts are deleted."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ class Refusal:
     retry_at: datetime
     for_good: bool = False
     """Nobody but the author of the spec can mend it: what is created would be the same each time."""
+    terminating: bool = False
+    """The namespace is being deleted: nothing can be created in it any more."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,9 @@ class Plan:
     create_job: Stage | None = None
     memory: str | None = None
     """With the training Job: what its pod gets instead of compute.memory."""
+    hold_output: bool | None = None
+    """Put the finalizer on, or let the FineTuneJob go."""
+    create_cleanup: bool = False
     deletes: tuple[DeleteJob, ...] = ()
     delete_self: bool = False
     status: FineTuneJobStatus | None = None
@@ -212,7 +220,8 @@ class Plan:
     @property
     def idle(self) -> bool:
         """Nothing to do (now)."""
-        return not (self.create_snapshot or self.create_job or self.deletes or self.delete_self or self.status)
+        creates = self.create_snapshot or self.create_job or self.create_cleanup
+        return not (creates or self.deletes or self.delete_self or self.status or self.hold_output is not None)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Authenticator:
         family = self._cache.families.get(uid)
         pod = family.pods.get(identity.pod_name) if family else None
         if family is not None and pod is not None and pod.uid == identity.pod_uid:
-            if not any(job.uid == pod.owner_uid for job in family.jobs.values()):
+            if pod.stage not in PIPELINE or not any(job.uid == pod.owner_uid for job in family.jobs.values()):
                 raise forbidden
             return Caller(key, uid, pod.uid, pod.created, pod.stage)
         raw = await self._get(f"{pods_path(key.namespace)}/{identity.pod_name}")
