@@ -88,8 +88,8 @@ class Failure:
     """Where a stage's resources are not the spec's to change: the CPU stages get the operator's."""
     healed_in_pod: str = ""
     """What the training pod does about it by itself, before anything else sees it."""
-    simulated: bool = False
-    """Tests raise the library's real exception at a chosen step, because only a GPU can cause it."""
+    proof: str = "produced"
+    """How tests bring it about. Simulated: what only a GPU or a node under pressure can cause is raised or reported in its own words."""
 
     def advice_in(self, stage: Stage) -> str:
         """What to do if it happened in a stage."""
@@ -104,9 +104,9 @@ def _row(
     advice: str,
     other_advice: dict[Stage, str] | None = None,
     healed_in_pod: str = "",
-    simulated: bool = False,
+    proof: str = "produced",
 ) -> Failure:
-    return Failure(reason, code, consequence, meaning, advice, other_advice or {}, healed_in_pod, simulated)
+    return Failure(reason, code, consequence, meaning, advice, other_advice or {}, healed_in_pod, proof)
 
 
 _CPU_MEMORY = "Have the platform team raise cpuStages.limits.memory in the operator's chart: compute.memory is the training pod's."
@@ -224,7 +224,7 @@ FAILURES: dict[Reason, Failure] = {
                 "training goes on from the last completed step with half the micro-batch and twice the accumulation, then with "
                 "gradient checkpointing, then with what else `recovery.outOfMemory.actions` allows"
             ),
-            simulated=True,
+            proof="simulated",
         ),
         _row(
             Reason.DISK_FULL,
@@ -248,7 +248,7 @@ FAILURES: dict[Reason, Failure] = {
             "A training process died, or the ranks lost each other.",
             "Read the pod's log for what the rank said last. Repeated failures on one node point to its GPU or network.",
             healed_in_pod="the processes are started again from the last checkpoint, up to twice",
-            simulated=True,
+            proof="produced; NCCL's and CUDA's errors simulated",
         ),
         _row(
             Reason.SUPERSEDED,
@@ -345,6 +345,7 @@ FAILURES: dict[Reason, Failure] = {
                     "operator's chart, to what the stage needs."
                 ),
             },
+            proof="simulated",
         ),
         _row(
             Reason.PREEMPTED,

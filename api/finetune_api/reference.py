@@ -105,8 +105,7 @@ def failures_page() -> str:
         follows, advice = _CONSEQUENCES[failure.consequence], _advice(failure)
         if failure.healed_in_pod:
             follows = f"in the pod: {failure.healed_in_pod}; then {follows}"
-        tested = "simulated" if failure.simulated else "produced"
-        lines.append(f"| `{failure.reason}` | {code} | {failure.meaning} | {follows} | {advice} | {tested} |")
+        lines.append(f"| `{failure.reason}` | {code} | {failure.meaning} | {follows} | {advice} | {failure.proof} |")
     return "\n".join([*lines, "", _LIMITS])
 
 

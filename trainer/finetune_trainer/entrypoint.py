@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -27,6 +26,7 @@ from finetune_api.progress import StageReport
 from finetune_trainer import heartbeat
 from finetune_trainer.context import StageContext, load_context
 from finetune_trainer.errors import Interrupted, NotFound, StageError
+from finetune_trainer.remote_code import remote_code
 from finetune_trainer.supervisor.process import ENV_OUTCOME
 from finetune_trainer.supervisor.run import ENV_LOG_LEVEL
 from finetune_trainer.text import readable, shorten, shorten_bytes
@@ -41,8 +41,6 @@ WORKER = "worker"
 RANK_ERRORS = ("AcceleratorError", "DistBackendError", "DistNetworkError", "DistStoreError")
 """torch's errors of a device or of the ranks' communication: another process may do better."""
 PR_SET_PDEATHSIG = 1
-REMOTE_CODE = "transformers_modules"
-"""The package below which transformers imports code that a model repository ships."""
 
 StageFunction = Callable[[StageContext], BaseModel]
 
@@ -193,14 +191,6 @@ def explain(error: BaseException) -> tuple[Reason, str]:
     if remote:
         return Reason.USER_CODE, f"{name} in {remote}: {error}"
     return Reason.UNKNOWN, f"{name}: {error}"
-
-
-def remote_code(error: BaseException) -> str:
-    """Where in the model repository's code an error arose; empty if it was not there."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if REMOTE_CODE in Path(frame.filename).parts:
-            return f"{Path(frame.filename).name}:{frame.lineno} ({frame.name})"
-    return ""
 
 
 def termination_message(report: StageReport) -> str:

@@ -18,6 +18,7 @@ from finetune_api.snapshot import ResolvedLora, Snapshot
 from finetune_api.spec import LoraBias, Quantization
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
+from finetune_trainer.remote_code import remote_code
 from finetune_trainer.train.device import Compute
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        if not is_the_models_fault(error):
+        if not is_the_models_fault(error) or remote_code(error):
             raise
         raise StageError(Reason.UNSUPPORTED_MODEL, f"transformers cannot load the base model: {error}") from error
     model.config.use_cache = False
