@@ -8,6 +8,7 @@ from typing import Any, Self
 from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_api.results import (
+    CleanupReport,
     DataSummary,
     LengthPercentiles,
     PrepareReport,
@@ -127,9 +128,12 @@ def publish_report() -> PublishReport:
 
 def success(stage: Stage, trained: bool = False) -> StageReport:
     """A stage's good end."""
-    result = {Stage.PREPARE: prepare_report(trained), Stage.TRAIN: train_report(), Stage.PUBLISH: publish_report()}[
-        stage
-    ]
+    result = {
+        Stage.PREPARE: prepare_report(trained),
+        Stage.TRAIN: train_report(),
+        Stage.PUBLISH: publish_report(),
+        Stage.CLEANUP: CleanupReport(objects=9),
+    }[stage]
     return StageReport(stage=stage, succeeded=True, reason="Succeeded", message="done", result=result.to_json_dict())
 
 

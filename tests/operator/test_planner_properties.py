@@ -41,10 +41,12 @@ class Histories(RuleBasedStateMachine):
         failures=st.sampled_from([0, 2]),
         grows=st.booleans(),
         policy=st.sampled_from(["Retain", "Delete"]),
+        stages=st.sampled_from([0, 1, 1, 2]),
     )
     def create(
-        self, deadline: int | None, pending: int, ttl: int | None, failures: int, grows: bool, policy: str
+        self, deadline: int | None, pending: int, ttl: int | None, failures: int, grows: bool, policy: str, stages: int
     ) -> None:
+        """Some histories begin late: most of what can happen happens while training runs."""
         memory = {"outOfMemory": {"maxMemory": "8Gi"}} if grows else {}
         self.world = world(
             activeDeadlineSeconds=deadline,
@@ -54,6 +56,27 @@ class Histories(RuleBasedStateMachine):
             compute={"memory": "4Gi"},
             output={"uri": "s3://results/here", "deletionPolicy": policy},
         )
+        for _ in range(stages):
+            self.world.pass_stage()
+        if stages:
+            self.world.settle()
+            self.world.start_pod()
+            self.world.run_pod()
+
+    def _running(self) -> bool:
+        pod = self.world.pod()
+        return pod is not None and pod.running
+
+    def _replace(self, look: bool) -> None:
+        """The operator looks, or is away; then the Job controller starts the next pod and it runs."""
+        if look and not self.world.gone:
+            self.reconcile_until_nothing_is_left_to_do()
+            self.world.collect()
+            self.reconcile_until_nothing_is_left_to_do()
+        self.world.tick(10)
+        self.world.start_pod()
+        if not self._running():
+            self.world.run_pod()
 
     # The operator
 
@@ -69,6 +92,7 @@ class Histories(RuleBasedStateMachine):
             self.world.settle()
             self._note_the_end()
 
+    @precondition(lambda self: self.world.refusal is not None)
     @rule()
     def forget_what_was_in_memory(self) -> None:
         self.world.refusal = None
@@ -80,6 +104,7 @@ class Histories(RuleBasedStateMachine):
         self.world.spec = self.world.spec.model_copy(update={"suspend": value})
         self.world.generation += 1
 
+    @precondition(lambda self: bool(self.world.jobs))
     @rule()
     def somebody_deletes_a_job(self) -> None:
         job = next(iter(self.world.jobs.values()), None)
@@ -88,9 +113,10 @@ class Histories(RuleBasedStateMachine):
             for pod in [p for p in self.world.pods.values() if p.owner_uid == job.uid]:
                 self.world.pods[pod.name] = replace(pod, deleting=True)
 
-    @rule()
-    def somebody_deletes_the_finetunejob(self) -> None:
-        if self.world.deleting:
+    @rule(chance=st.integers(0, 9))
+    def somebody_deletes_the_finetunejob(self, chance: int) -> None:
+        """Seldom: it cuts the rest of a history short."""
+        if self.world.deleting or chance:
             return
         self.world.deleting, self.world.deleted_at = True, self.world.now
         self.world.gone = self.world.gone or not self.world.held
@@ -105,30 +131,37 @@ class Histories(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         self.world.tick(seconds)
 
+    @precondition(lambda self: self.world.pod() is None and self.world.live_job() is not None)
     @rule()
     def a_pod_starts(self) -> None:
         self.world.start_pod()
 
+    @precondition(lambda self: self.world.pod() is not None and not self._running())
     @rule()
     def a_pod_runs(self) -> None:
         pod = self.world.pod()
         if pod is not None and not pod.running:
             self.world.run_pod()
 
-    @rule(report=st.booleans(), trained=st.booleans())
-    def a_pod_succeeds(self, report: bool, trained: bool) -> None:
+    @precondition(lambda self: self._running())
+    @rule(report=st.sampled_from([True, True, True, False]), trained=st.booleans(), look=st.booleans())
+    def a_pod_succeeds(self, report: bool, trained: bool, look: bool) -> None:
         pod = self.world.pod()
         if pod is not None:
             self.world.end_pod(0, success(pod.stage, trained) if report else None)
+            self._replace(look)
 
-    @rule(code=st.sampled_from([1, 11, 41, 44, 60, 61, 137, 143]), told=st.booleans())
-    def a_pod_fails(self, code: int, told: bool) -> None:
+    @precondition(lambda self: self._running())
+    @rule(code=st.sampled_from([1, 11, 41, 44, 60, 61, 61, 137, 143]), told=st.booleans(), look=st.booleans())
+    def a_pod_fails(self, code: int, told: bool, look: bool) -> None:
         pod = self.world.pod()
         if pod is not None:
             reason = by_exit_code(code).reason
             report: StageReport | None = failure(pod.stage, reason, "why") if told and code not in (137, 143) else None
             self.world.end_pod(code, report)
+            self._replace(look)
 
+    @precondition(lambda self: self._running())
     @rule(
         fields=st.sampled_from(
             [
@@ -137,14 +170,17 @@ class Histories(RuleBasedStateMachine):
                 {"disruption": "EvictionByEvictionAPI", "disrupted": "drained"},
                 {"disruption": "TerminationByKubelet", "pod_reason": "Evicted", "pod_message": "low on memory"},
             ]
-        )
+        ),
+        look=st.booleans(),
     )
-    def a_container_is_killed(self, fields: dict[str, object]) -> None:
+    def a_container_is_killed(self, fields: dict[str, object], look: bool) -> None:
         pod = self.world.pod()
         if pod is not None and pod.running:
             self.world.change_pod(**fields)
             self.world.end_pod(137)
+            self._replace(look)
 
+    @precondition(lambda self: self._running())
     @rule()
     def a_pod_is_lost_with_its_node(self) -> None:
         pod = next((p for p in self.world.pods.values() if p.running), None)
@@ -152,6 +188,7 @@ class Histories(RuleBasedStateMachine):
             lost = {"disruption": "DeletionByPodGC", "disrupted": "orphaned", "phase": "Failed"}
             self.world.pods[pod.name] = replace(pod, **lost)  # type: ignore[arg-type]
 
+    @precondition(lambda self: self._running())
     @rule(step=st.integers(0, 9), saved=st.booleans(), took=st.sampled_from([None, 5.0, 119.0]))
     def training_posts(self, step: int, saved: bool, took: float | None) -> None:
         pod = self.world.pod()
@@ -168,12 +205,14 @@ class Histories(RuleBasedStateMachine):
         )
         self.world.post(merge(self.world.status.progress, post, self.world.now))
 
+    @precondition(lambda self: bool(self.world.pods))
     @rule()
     def a_pod_vanishes(self) -> None:
         pod = next(iter(self.world.pods.values()), None)
         if pod is not None:
             del self.world.pods[pod.name]
 
+    @precondition(lambda self: self.world.pod() is not None)
     @rule(what=st.sampled_from(["image", "node", "volume", "told"]))
     def a_pod_waits(self, what: str) -> None:
         pod = self.world.pod()
@@ -190,6 +229,7 @@ class Histories(RuleBasedStateMachine):
         elif not pod.running and what == "volume":
             self.world.change_pod(node="n", sandbox_missing_since=self.world.now)
 
+    @precondition(lambda self: self.world.live_job() is not None)
     @rule(value=st.booleans())
     def kueue_suspends_or_admits(self, value: bool) -> None:
         job = self.world.live_job()
@@ -199,12 +239,14 @@ class Histories(RuleBasedStateMachine):
                 for pod in [p for p in self.world.pods.values() if p.owner_uid == job.uid and not p.ended]:
                     del self.world.pods[pod.name]
 
+    @precondition(lambda self: self._running())
     @rule()
     def a_pod_is_deleted_and_its_node_does_not_answer(self) -> None:
         pod = self.world.pod()
         if pod is not None and pod.node:
             self.world.change_pod(deleting=True, deletion_due=self.world.now)
 
+    @precondition(lambda self: any(x.deleting for x in (*self.world.jobs.values(), *self.world.pods.values())))
     @rule()
     def deletions_finish(self) -> None:
         self.world.collect()
@@ -234,6 +276,7 @@ class Histories(RuleBasedStateMachine):
         running = [p for p in self.world.pods.values() if p.running]
         assert len(running) <= 1, running
 
+    @precondition(lambda self: self.world.live_job() is not None)
     @rule()
     def a_job_vanishes_before_its_pods(self) -> None:
         """Deleted in the background: the garbage collector takes the pods later."""

@@ -51,6 +51,16 @@ def test_pods_stop_before_the_artifacts_are_deleted() -> None:
     assert w.held
 
 
+def test_a_pod_without_its_job_is_waited_for_too() -> None:
+    w = deleted(in_training(**DELETE))
+    w.jobs = {}
+    w.settle()
+    assert w.job(Stage.CLEANUP) is None
+    w.pods = {}
+    w.settle()
+    assert w.job(Stage.CLEANUP) is not None
+
+
 def test_a_job_whose_artifacts_are_deleted_is_let_go() -> None:
     w = cleaning()
     w.start_pod()
