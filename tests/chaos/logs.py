@@ -1,4 +1,4 @@
-"""What the containers of a namespace log, read from the nodes' disks: it goes on while pods, API server and operator are killed."""
+"""What the containers of a job log, read from the nodes' disks: it goes on while pods, API server and operator are killed."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Line:
 
 
 class StageLogs:
-    """Follows every container log of a namespace; files that the kubelet removes are read to their end. Used as a context."""
+    """Follows every container log of a job; files that the kubelet removes are read to their end. Used as a context."""
 
-    def __init__(self, instance: Instance, namespace: str) -> None:
+    def __init__(self, instance: Instance, namespace: str, job: str) -> None:
         self._folders = [instance.folder(node) / "log" / "pods" for node in instance.nodes]
-        self._namespace = namespace
+        self._pattern = f"{namespace}_{job}-*/*/0.log"
         self._files: dict[Path, tuple[io.BufferedReader, bytes]] = {}
         self._lines: list[Line] = []
         self._news = threading.Condition()
@@ -92,7 +92,7 @@ class StageLogs:
     def _follow(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
             for folder in self._folders:
-                for path in folder.glob(f"{self._namespace}_*/*/0.log"):
+                for path in folder.glob(self._pattern):
                     if path not in self._files:
                         try:
                             self._files[path] = (path.open("rb"), b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -186,7 +187,7 @@ def _told_step(job: Job) -> int:
 
 
 class Lives:
-    """Starts jobs of one namespace and watches them. Used as a context."""
+    """Starts jobs of a namespace and watches them. Used as a context."""
 
     def __init__(self, space: Space) -> None:
         assert space.target.cluster_name is not None, "processes are killed on the node: only on the local cluster"
@@ -194,18 +195,18 @@ class Lives:
         self._instance = require(space.target.cluster_name)
 
     def __enter__(self) -> Lives:
-        self._api = Api(self._instance.kubeconfig)
-        self._logs = StageLogs(self._instance, self._space.name).__enter__()
+        self._opened = ExitStack()
+        self._api = self._opened.enter_context(Api(self._instance.kubeconfig))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._logs.__exit__()
-        self._api.http.close()
+        self._opened.close()
 
     def begin(self, name: str, spec: dict[str, Any]) -> Life:
-        """``kubectl apply``. One job at a time: the logs are the namespace's."""
+        """``kubectl apply``."""
+        logs = self._opened.enter_context(StageLogs(self._instance, self._space.name, name))
         self._space.apply(name, spec)
-        return Life(self._space, name, self._instance, self._api, self._logs)
+        return Life(self._space, name, self._instance, self._api, logs)
 
 
 def live(

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from finetune_cluster.instance import require
+from tests.chaos.run import Ended, data, live, training_spec
 from tests.e2e.stack import Space, Stack, new_space, whole_stack
 from tests.support.hub_server import HubServer
 from tests.support.tiny_model import build_tiny_model
+
+STEPS = 120
+"""Of the jobs that are killed, suspended and preempted."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that nobody disturbed."""
+
+    spec: dict[str, Any]
+    ended: Ended
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +51,11 @@ def hub_url(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         hub.add_model("acme/tiny", folder)
         hub.add_model("acme/gated", folder, gated=True)
         yield hub.endpoint
+
+
+@pytest.fixture(scope="session")
+def undisturbed(stack: Stack) -> Iterator[Reference]:
+    """What a run that nobody disturbs leaves; jobs of the same spec must leave the same bytes."""
+    with new_space(stack.target, stack.bucket) as space:
+        spec = training_spec(data(space), STEPS)
+        yield Reference(spec, live(space, "undisturbed", spec))
