@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from demo.target import ROOT
+from tests.chaos.api_faults import ClusterFaults
 from tests.chaos.histories import run_histories
 from tests.chaos.run import Ended, as_json, data, live, training_spec
 from tests.chaos.schedule import Kind, schedule
@@ -95,6 +96,21 @@ def sweep(points: str, seed: int) -> dict[str, Any]:
     }
 
 
+def cluster_faults(count: int, seed: int) -> dict[str, Any]:
+    """Sampled fault points before the real cluster's API server."""
+    began = time.monotonic()
+    with ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        stack = opened.enter_context(whole_stack(folder))
+        outcomes = ClusterFaults(stack, folder).run(count, seed, say)
+    return {
+        "points": [{"fault": str(o.point), "hit": o.hit, "problems": o.problems} for o in outcomes],
+        "passed": sum(o.passed for o in outcomes),
+        "all_passed": not any(o.problems for o in outcomes),
+        "seconds": round(time.monotonic() - began),
+    }
+
+
 def table(result: dict[str, Any]) -> str:
     """For people."""
     lines = [f"{'KILLED':<24} {'PHASE':<11} {'STEP':>5} {'CHECKPOINT':>10} {'RECOMPUTED':>10} {'TRAINING AFTER':>14} {'ANSWERS AFTER':>13}"]  # fmt: skip
@@ -121,6 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--histories", type=int, default=1000, help="random histories of the planner")
     parser.add_argument("--fault-points", default="all", help="how many, spread over all kinds; or all")
+    parser.add_argument("--cluster-fault-points", type=int, default=10, help="before the real cluster's API server")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     say(f"seed {given.seed}")
@@ -131,6 +148,9 @@ def main() -> None:
         say("\n" + table(result["killed_job"]) + "\n")
         enough = result["killed_job"]["kills_while_training_past_the_first_checkpoint"] >= min(6, given.kills)
         good &= all(result["killed_job"]["same_bytes"].values()) and enough
+    if given.cluster_fault_points:
+        result["cluster_fault_points"] = cluster_faults(given.cluster_fault_points, given.seed)
+        good &= result["cluster_fault_points"]["all_passed"]
     if given.histories:
         began = time.monotonic()
         run_histories(given.seed, given.histories)
