@@ -25,6 +25,38 @@ def install_kueue(instance: Instance, folder: Path, seconds: float = 120) -> Non
         archive = images_root() / f"kueue-{tag}.tar"
         load(instance, [make_image(archive, image, {"/manager": folder / "manager"}, ["/manager"])])
         archive.unlink()
+    manifests = _manifests(folder, tag)
+    kubectl = [*_kubectl(instance), "apply", "--server-side"]
+    with step("Installing Kueue"), Api(instance.kubeconfig) as api:
+        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
+        api.apply(f"/api/v1/namespaces/{NAMESPACE}", namespace)
+        run([*kubectl, "--force-conflicts", "-f", "-"], stdin=manifests)
+        deployment = "kueue-controller-manager"
+        api.wait(DEPLOYMENTS, deployment, lambda d: condition(d, "Available") == "True", seconds, "Kueue is Available")
+        service = "v1beta2.visibility.kueue.x-k8s.io"
+        api.wait(API_SERVICES, service, lambda s: condition(s, "Available") == "True", seconds, "Kueue's API answers")
+        _wait_for_webhooks(api, seconds)
+
+
+def uninstall_kueue(instance: Instance, folder: Path) -> None:
+    """Remove it, its objects first: their finalizers are Kueue's, and without it nobody would take them off."""
+    kubectl = _kubectl(instance)
+    with step("Removing Kueue"):
+        for kind in ("localqueues", "clusterqueues", "resourceflavors", "workloadpriorityclasses"):
+            everywhere = ["--all-namespaces"] if kind == "localqueues" else []
+            run([*kubectl, "delete", f"{kind}.kueue.x-k8s.io", "--all", *everywhere, "--timeout=60s"])
+        run(
+            [*kubectl, "delete", "--ignore-not-found", "-f", "-"],
+            stdin=_manifests(folder, content_tag(folder / "manager")),
+        )
+        run([*kubectl, "delete", "namespace", NAMESPACE, "--ignore-not-found"])
+
+
+def _kubectl(instance: Instance) -> list[str | Path]:
+    return [ensure_binaries().program("kubectl"), f"--kubeconfig={instance.kubeconfig}"]
+
+
+def _manifests(folder: Path, tag: str) -> str:
     manager = "controllerManager.manager.image"
     values = f"{manager}.repository={REPOSITORY},{manager}.tag={tag},{manager}.pullPolicy=IfNotPresent"
     chart: list[str | Path] = [
@@ -35,22 +67,7 @@ def install_kueue(instance: Instance, folder: Path, seconds: float = 120) -> Non
         f"--namespace={NAMESPACE}",
         "--include-crds",
     ]
-    manifests = run([*chart, f"--set={values}"])
-    kubectl: list[str | Path] = [
-        ensure_binaries().program("kubectl"),
-        f"--kubeconfig={instance.kubeconfig}",
-        "apply",
-        "--server-side",
-    ]
-    with step("Installing Kueue"), Api(instance.kubeconfig) as api:
-        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
-        api.apply(f"/api/v1/namespaces/{NAMESPACE}", namespace)
-        run([*kubectl, "--force-conflicts", "-f", "-"], stdin=manifests)
-        deployment = "kueue-controller-manager"
-        api.wait(DEPLOYMENTS, deployment, lambda d: condition(d, "Available") == "True", seconds, "Kueue is Available")
-        service = "v1beta2.visibility.kueue.x-k8s.io"
-        api.wait(API_SERVICES, service, lambda s: condition(s, "Available") == "True", seconds, "Kueue's API answers")
-        _wait_for_webhooks(api, seconds)
+    return run([*chart, f"--set={values}"])
 
 
 def _wait_for_webhooks(api: Api, seconds: float) -> None:

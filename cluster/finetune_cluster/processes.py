@@ -47,6 +47,13 @@ def programs(init: int) -> list[Process]:
     return [process for process in children if process.program != "containerd-shim-runc-v2"]
 
 
+def of_container(container_id: str) -> list[Process]:
+    """The processes of a container, its first one first. ``container_id`` is as a pod's status has it, with or without scheme."""
+    wanted = container_id.rpartition("/")[2]
+    found = [(_pid_inside(p.pid), p) for p in _all() if wanted in _text(f"/proc/{p.pid}/cgroup")]
+    return [process for _, process in sorted(found, key=lambda item: item[0])]
+
+
 def kill_and_wait(pid: int, seconds: float = 60) -> None:
     """Kill -9 and wait until it is gone. A node's PID 1 goes only after everything in its namespaces has."""
     try:
@@ -86,6 +93,19 @@ def _all() -> list[Process]:
         for process in (_read(int(e)) for e in (entry.name for entry in Path("/proc").iterdir()) if e.isdigit())
         if process
     ]
+
+
+def _pid_inside(pid: int) -> int:
+    """The process's id in its innermost pid namespace."""
+    lines = _text(f"/proc/{pid}/status").splitlines()
+    return next((int(line.split()[-1]) for line in lines if line.startswith("NSpid:")), pid)
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _parent(pid: int) -> int | None:

@@ -4,48 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 
-from demo import images, install, store
-from demo.target import Target, current_target, existing_target
 from finetune_cluster.instance import require
-from finetune_cluster.locks import locked
-from finetune_cluster.paths import clusters_root
-from tests.e2e.stack import BUCKET, Space, clear_leftovers, new_space, tiny_model
+from tests.chaos.run import Ended, data, live, training_spec
+from tests.e2e.stack import Space, Stack, new_space, whole_stack
 from tests.support.hub_server import HubServer
 from tests.support.tiny_model import build_tiny_model
 
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+STEPS = 120
+"""Of the jobs that are killed, suspended and preempted."""
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Cluster and store."""
+class Reference:
+    """A run that nobody disturbed."""
 
-    target: Target
-    bucket: S3Client
+    spec: dict[str, Any]
+    ended: Ended
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Cluster, images, store and operator, as `make demo` sets them up. Of this run alone: another run on this machine waits here."""
-    with locked(clusters_root() / ".e2e.tests.lock", "the whole-cluster tests"):
-        if existing_target() is None:
-            install.cluster_up()
-        target = current_target()
-        clear_leftovers(target)
-        references = images.ensure(target)
-        install.install_store(target, references)
-        install.install_operator(target, references)
-        with store.access(target) as access:
-            client = access.client()
-            store.ensure_buckets(client)
-            store.ensure_bucket(client, BUCKET)
-            tiny_model(client, tmp_path_factory.mktemp("model") / "tiny")
-            yield Stack(target, client)
+    """The whole product."""
+    with whole_stack(tmp_path_factory.mktemp("model")) as stack:
+        yield stack
 
 
 @pytest.fixture
@@ -66,3 +51,11 @@ def hub_url(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         hub.add_model("acme/tiny", folder)
         hub.add_model("acme/gated", folder, gated=True)
         yield hub.endpoint
+
+
+@pytest.fixture(scope="session")
+def undisturbed(stack: Stack) -> Iterator[Reference]:
+    """What a run that nobody disturbs leaves; jobs of the same spec must leave the same bytes."""
+    with new_space(stack.target, stack.bucket) as space:
+        spec = training_spec(data(space), STEPS)
+        yield Reference(spec, live(space, "undisturbed", spec))

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from demo import install, store
+from demo import images, install, store
 from demo.follow import versions
-from demo.target import DemoError, Target
+from demo.target import DemoError, Target, current_target, existing_target
+from finetune_cluster.locks import locked
+from finetune_cluster.paths import clusters_root
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -26,6 +28,14 @@ TINY_MODEL = f"s3://{BUCKET}/tiny-model"
 GPU = "nvidia.com/gpu"
 PREFIX = "e2e-"
 Job = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Cluster and store."""
+
+    target: Target
+    bucket: S3Client
 
 
 class GpuPods(threading.Thread):
@@ -175,6 +185,28 @@ def rows(count: int) -> str:
         for i in range(count)
     ]
     return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@contextmanager
+def whole_stack(folder: Path) -> Iterator[Stack]:
+    """Cluster, images, store and operator, as `make demo` sets them up. Of this process alone: another one on this machine waits here.
+
+    ``folder`` is for files of the moment.
+    """
+    with locked(clusters_root() / ".e2e.tests.lock", "the whole-cluster tests"):
+        if existing_target() is None:
+            install.cluster_up()
+        target = current_target()
+        clear_leftovers(target)
+        references = images.ensure(target)
+        install.install_store(target, references)
+        install.install_operator(target, references)
+        with store.access(target) as access:
+            client = access.client()
+            store.ensure_buckets(client)
+            store.ensure_bucket(client, BUCKET)
+            tiny_model(client, folder / "tiny")
+            yield Stack(target, client)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import yaml
 from demo import images
 from demo.install import install_operator
 from demo.target import CRD, RELEASE, ROOT, SYSTEM_NAMESPACE, DemoError
-from tests.e2e.conftest import Stack
+from tests.e2e.stack import Stack
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

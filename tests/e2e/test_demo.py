@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from demo.target import NAMESPACE, ROOT
-from tests.e2e.conftest import Stack
-from tests.e2e.stack import is_true
+from tests.e2e.stack import Stack, is_true
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 

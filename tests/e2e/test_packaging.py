@@ -8,7 +8,7 @@ import pytest
 
 from demo import images
 from finetune_cluster.buildstore import StoredImage, find_image, images_root
-from tests.e2e.conftest import Stack
+from tests.e2e.stack import Stack
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 TORCH = "app/.venv/lib/python3.11/site-packages/torch"

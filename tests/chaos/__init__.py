@@ -1,0 +1,1 @@
+"""A job on the real cluster, killed again and again: ``make chaos``."""

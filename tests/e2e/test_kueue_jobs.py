@@ -1,0 +1,142 @@
+"""A job in a queue of the real Kueue keeps its place in it: through a failing rank, a lost container and a preemption."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_cluster.api import Api
+from finetune_cluster.binaries import ensure_binaries
+from finetune_cluster.instance import Instance, require
+from finetune_cluster.kueue import install_kueue, uninstall_kueue
+from finetune_cluster.node import pause_image
+from tests.chaos.run import Lives, ended
+from tests.chaos.schedule import Kind
+from tests.e2e.conftest import Reference
+from tests.e2e.stack import GPU, Space, Stack, condition, is_true
+
+FOLDER = os.environ.get("KUEUE_DIR", "")
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not FOLDER, reason="KUEUE_DIR does not name a folder with Kueue's manager and chart.tgz"),
+]
+ROOT = "/apis/kueue.x-k8s.io/v1beta2"
+QUEUE = "team"
+Raw = dict[str, Any]
+
+
+def kueue_object(kind: str, name: str, **fields: Any) -> Raw:
+    return {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": kind, "metadata": {"name": name}, **fields}
+
+
+@pytest.fixture
+def kueue(stack: Stack, space: Space) -> Iterator[Api]:
+    """Kueue, with one GPU for the namespace and two priorities. It goes again: its webhooks stand before every Job."""
+    if stack.target.cluster_name is None:
+        pytest.skip("Kueue is installed on the local cluster only")
+    instance: Instance = require(stack.target.cluster_name)
+    install_kueue(instance, Path(FOLDER))
+    quota = [{"name": n, "nominalQuota": q} for n, q in (("cpu", "8"), ("memory", "16Gi"), (GPU, "1"))]
+    group = {"coveredResources": [r["name"] for r in quota], "flavors": [{"name": "any", "resources": quota}]}
+    spec = {
+        "namespaceSelector": {},
+        "resourceGroups": [group],
+        "preemption": {"withinClusterQueue": "LowerPriority"},
+    }
+    try:
+        with Api(instance.kubeconfig) as api:
+            api.create(f"{ROOT}/resourceflavors", kueue_object("ResourceFlavor", "any", spec={}))
+            api.create(f"{ROOT}/clusterqueues", kueue_object("ClusterQueue", "one-gpu", spec=spec))
+            for name, value in (("low", 1), ("high", 1000)):
+                body = kueue_object("WorkloadPriorityClass", name, value=value)
+                api.create(f"{ROOT}/workloadpriorityclasses", body)
+            queue = kueue_object("LocalQueue", QUEUE, spec={"clusterQueue": "one-gpu"})
+            api.create(f"{ROOT}/namespaces/{space.name}/localqueues", queue)
+            yield api
+            # What is queued goes before Kueue does, which holds it by finalizers.
+            stack.target.kubectl("delete", "ftj,jobs.batch", "--all", "-n", space.name, "--timeout=120s")
+    finally:
+        uninstall_kueue(instance, Path(FOLDER))
+
+
+def urgent(namespace: str) -> Raw:
+    """A Job of somebody else's, of a higher priority."""
+    security = {
+        "allowPrivilegeEscalation": False,
+        "runAsNonRoot": True,
+        "runAsUser": 65532,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    container = {
+        "name": "main",
+        "image": pause_image(ensure_binaries()),
+        "imagePullPolicy": "IfNotPresent",
+        "resources": {"requests": {"cpu": "10m"}, "limits": {GPU: "1"}},
+        "securityContext": security,
+    }
+    labels = {"kueue.x-k8s.io/queue-name": QUEUE, "kueue.x-k8s.io/priority-class": "high"}
+    template = {"spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "containers": [container]}}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "urgent", "namespace": namespace, "labels": labels},
+        "spec": {"suspend": True, "template": template},
+    }
+
+
+def test_a_job_keeps_its_workload_through_failures_and_a_preemption(
+    space: Space, undisturbed: Reference, kueue: Api
+) -> None:
+    queued = {**undisturbed.spec, "queue": {"name": QUEUE, "priorityClassName": "low"}}
+    jobs = f"/apis/batch/v1/namespaces/{space.name}/jobs"
+
+    def train_job_and_workload() -> tuple[str, str]:
+        (job,) = (
+            j for j in kueue.get(jobs)["items"] if j["metadata"]["labels"].get("finetune.dev/stage") == "train"
+            and j["metadata"]["labels"].get("finetune.dev/job-name") == "first"
+        )  # fmt: skip
+        workloads = kueue.get(f"{ROOT}/namespaces/{space.name}/workloads")["items"]
+        uid = job["metadata"]["uid"]
+        (workload,) = (w for w in workloads if any(o["uid"] == uid for o in w["metadata"]["ownerReferences"]))
+        return uid, workload["metadata"]["uid"]
+
+    with Lives(space) as lives:
+        first = lives.begin("first", queued)
+        first.until_step(15)
+        kept = train_job_and_workload()
+
+        rank = first.strike(Kind.WORKER)
+        lost = first.strike(Kind.CONTAINER)
+        assert rank.while_training
+        assert lost.while_training
+        assert train_job_and_workload() == kept, "healed in the pod, and in the same Job"
+
+        first.until_step(35)
+        kueue.create(jobs, urgent(space.name))
+        preempted = first.until(lambda j: j["status"]["phase"] == "Queued", 120, "preempted")
+        assert is_true(preempted, "Waiting"), preempted["status"]
+        kueue.wait(jobs, "urgent", lambda j: j["status"].get("ready") == 1, 120, "the urgent Job runs")
+        made = max(x.step for x in first.logs.lines if x.step is not None)
+        assert train_job_and_workload() == kept
+
+        second = lives.begin("second", queued)
+        waiting = second.until(lambda j: j["status"].get("phase") == "Queued", 120, "waiting in the full queue")
+        assert condition(waiting, "Waiting")["reason"] == "Queued", waiting["status"]
+        space.target.kubectl("delete", "ftj", "second", "-n", space.name)
+
+        kueue.delete(f"{jobs}/urgent", propagationPolicy="Background")
+        first.logs.until(
+            lambda lines: next((x for x in lines if x.step is not None and x.step > made), None), 200, "a new step"
+        )
+        assert train_job_and_workload() == kept, "the same place in the queue"
+        result = ended(space, first.until_finished())
+    assert result.files == undisturbed.ended.files
+    assert result.result["resumedFromSteps"][-1] == made, "the preemption cost no step"
+    reasons = [a.get("reason") for a in result.job["status"]["attempts"] if a["stage"] == "train"]
+    assert len(reasons) == 3, result.job["status"]["attempts"]
