@@ -64,6 +64,19 @@ for _ in range(20):
     assert worker(tmp_path, beating, Patience(2.0, 20.0, 60)).silent_seconds is None
 
 
+def test_a_process_that_hangs_leaves_its_stacks_in_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = """
+import faulthandler, os, signal, threading
+faulthandler.register(signal.SIGUSR1, all_threads=True)
+os.write(int(os.environ["FINETUNE_HEARTBEAT_FD"]), b"Training\\n")
+def hangs_here():
+    threading.Event().wait()
+hangs_here()
+"""
+    assert worker(tmp_path, code, Patience(1.0, 20.0, 60)).silent_seconds is not None
+    assert "hangs_here" in capfd.readouterr().err
+
+
 def test_sigterm_is_passed_on_and_a_process_that_ignores_it_is_killed(tmp_path: Path) -> None:
     code = """
 import os, signal
@@ -136,7 +149,7 @@ def test_after_any_kills_the_adapter_is_the_same_bytes(job: PreparedJob) -> None
 
 
 @pytest.mark.timeout(600)
-def test_a_hung_process_is_started_again_and_its_stacks_are_in_the_log(job: PreparedJob) -> None:
+def test_a_hung_process_is_started_again(job: PreparedJob) -> None:
     hung = job.with_spec(recovery={"hungTimeoutSeconds": 20})
     rewrite_prepared(job, hung)
     pod = pod_of(hung).start()
@@ -145,7 +158,6 @@ def test_a_hung_process_is_started_again_and_its_stacks_are_in_the_log(job: Prep
     pod.until(lambda lines: "Hung" in "\n".join(lines) or "no sign of life" in "\n".join(lines))
     assert pod.wait() == 0, pod.log
     assert [r.reason for r in result(hung).restarts] == ["Hung"]
-    assert "in training_step" in pod.log or "Current thread" in pod.log
     assert len(result(hung).resumed_from_steps) == 1
 
 
