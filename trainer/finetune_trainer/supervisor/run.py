@@ -72,7 +72,7 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
                 return TrainReport.model_validate(decision.report.result)
             if isinstance(decision, Failed):
                 if decision.reason is Reason.INTERRUPTED:
-                    raise Interrupted(decision.message)
+                    raise Interrupted(decision.message, decision.result)
                 raise StageError(decision.reason, decision.message)
             if decision.split != (split or used_split(ctx)):
                 split = decision.split
