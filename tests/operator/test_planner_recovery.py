@@ -249,6 +249,23 @@ def test_the_return_is_written_down_before_the_jobs_go() -> None:
     assert {d.name.rsplit("-", 1)[1] for d in w.plan().deletes} == {"train", "prepare"}
 
 
+def test_a_gpu_is_given_back_also_where_the_operator_died_before_it_told_that_prepare_was_done() -> None:
+    w = World(in_training().spec)
+    w.pass_stage()
+    w.apply(w.plan())  # creates the training Job, and dies before its status is written
+    w.start_pod()
+    w.run_pod()
+    w.tick(10)
+    w.end_pod(61, failure(Stage.TRAIN, "StorageUnavailable", "gone"))
+    w.settle()
+    assert find(w.status, ConditionType.PREPARED) is None
+    assert {j.stage for j in w.jobs.values() if j.deleting} == {Stage.PREPARE, Stage.TRAIN}
+    w.collect()
+    w.settle()
+    assert [j.stage for j in w.jobs.values()] == [Stage.PREPARE]
+    assert last(w).reason == "StorageUnavailable"
+
+
 def test_returns_are_bounded() -> None:
     w = in_training()
     for _ in range(MAX_RETURNS):

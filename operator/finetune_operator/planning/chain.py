@@ -156,8 +156,8 @@ def handed_back(look: Look) -> Decision | None:
         words = f"{sentence(failure.message)} Training gave its GPU back {count} times in a row and got no farther."
         return fail(look, failure.reason, words)
     text = f"Training gave its GPU back; prepare waits without one. {failure.reason}: {sentence(failure.message)}"
-    told = conditions.find(look.before, ConditionType.PREPARED)
-    recorded = look.attempts_recorded and told is not None and told.status == "False"
+    # (Where status never said that prepare was done, there is nothing to take back: an operator died before it told.)
+    recorded = look.attempts_recorded and not conditions.is_true(look.before, ConditionType.PREPARED)
     gone = [v.job for v in (look.views[Stage.TRAIN], look.views[Stage.PREPARE]) if v.job is not None]
     wish = Wish(ConditionType.PREPARED, False, failure.reason, text)
     decision = phases.current(
