@@ -706,6 +706,22 @@ def test_a_pod_whose_job_is_gone_holds_the_next_one_back() -> None:
     assert w.plan().create_job is Stage.PREPARE
 
 
+def test_ended_pods_whose_job_was_deleted_without_them_hold_nothing_back() -> None:
+    w = in_training()
+    w.end_pod(143)
+    w.jobs = {}
+    w.pods = {n: replace(p, owner_uid="") for n, p in w.pods.items()}
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert job.stage is Stage.PREPARE, "a CPU pod looks for training's result"
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    w.collect()
+    w.settle()
+    assert phase(w) is Phase.SUSPENDED
+
+
 def test_times_of_conditions_move_only_when_they_flip() -> None:
     w = in_training()
     before = find(w.status, ConditionType.PREPARED)

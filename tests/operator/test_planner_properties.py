@@ -284,6 +284,14 @@ class Histories(RuleBasedStateMachine):
         if job is not None:
             del self.world.jobs[job.name]
 
+    @precondition(lambda self: bool(self.world.jobs))
+    @rule()
+    def a_job_is_deleted_and_its_pods_are_orphaned(self) -> None:
+        job = next(iter(self.world.jobs.values()))
+        del self.world.jobs[job.name]
+        for pod in [p for p in self.world.pods.values() if p.owner_uid == job.uid]:
+            self.world.pods[pod.name] = replace(pod, owner_uid="")
+
     @invariant()
     def an_end_is_final(self) -> None:
         if self.end is None:
@@ -337,6 +345,19 @@ class Histories(RuleBasedStateMachine):
             assert copy.plan().idle
 
     @invariant()
+    def a_job_never_stands_still(self) -> None:
+        """Whatever is neither over nor suspended goes on by itself: something lives or stops, or it is looked at again."""
+        if self.world.gone or self.world.deleting:
+            return
+        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
+        decided = copy.settle()
+        if copy.gone or is_true(copy.status, ConditionType.FINISHED) or copy.status.phase is Phase.SUSPENDED:
+            return
+        live = any(not j.finished or j.deleting for j in copy.jobs.values())
+        live = live or any(not p.ended for p in copy.pods.values())
+        assert live or decided.requeue_after is not None, (copy.status, copy.jobs, copy.pods)
+
+    @invariant()
     def suspended_holds_no_pods(self) -> None:
         if self.world.gone or self.world.deleting or not self.world.spec.suspend or self.end is not None:
             return
@@ -344,12 +365,12 @@ class Histories(RuleBasedStateMachine):
         copy.settle()
         copy.collect()
         copy.settle()
+        for pod in copy.pods.values():  # of a Job that somebody deleted, and not its pods: they end when they are done
+            copy.pods[pod.name] = replace(pod, phase="Failed", deleting=False)
+        copy.settle()
         if copy.status.phase in (Phase.SUCCEEDED, Phase.FAILED):
             return
-        if any(not p.deleting for p in copy.pods.values()):
-            return  # orphans of a Job that somebody deleted: the garbage collector's
         assert copy.status.phase is Phase.SUSPENDED
-        assert not copy.pods
         assert not copy.jobs
 
     @invariant()

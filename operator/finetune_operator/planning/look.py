@@ -105,7 +105,7 @@ class Look:
     def prepared(self) -> bool:
         """Preparation is behind us."""
         train, prepare = self.views[Stage.TRAIN], self.views[Stage.PREPARE]
-        if self.trained or train.job is not None or train.pods:
+        if self.trained or train.job is not None or train.occupied:
             return True
         if self.training_vanished:
             return prepare.state is StageState.SUCCEEDED and not self.prepare_is_old
@@ -199,5 +199,5 @@ class Look:
 
     @cached_property
     def idle(self) -> bool:
-        """No Job and no pod of this FineTuneJob is left."""
-        return not self.obs.jobs and not self.obs.pods
+        """No Job of this FineTuneJob is left, and no pod that has not ended."""
+        return not self.obs.jobs and all(p.ended for p in self.obs.pods)

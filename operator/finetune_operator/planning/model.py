@@ -256,3 +256,8 @@ class StageView:
     pods: tuple[Pod, ...] = field(default=())
     report: StageReport | None = None
     failure: StageFailure | None = None
+
+    @property
+    def occupied(self) -> bool:
+        """A pod of it has not ended: no other execution may begin."""
+        return any(not p.ended for p in self.pods)
