@@ -146,6 +146,21 @@ async def test_a_report_that_another_replica_wrote_since_the_last_look_survives(
     assert server.status["progress"]["report"] == report
 
 
+async def test_what_only_a_newer_version_knows_of_a_running_execution_is_written_again() -> None:
+    server = Server()
+    server.write(sequence=1, flops=1.5)
+    progress = replica(server)
+    await progress.submit(CALLER, post(2, step=2))
+    await server.until(lambda p: p.get("sequence") == 2)
+    assert server.status["progress"]["flops"] == 1.5
+    await progress.submit(
+        Caller(KEY, "job", "pod-2", CREATED + timedelta(seconds=60), Stage.TRAIN),
+        post(1).model_copy(update={"execution_id": "pod-2"}),
+    )
+    await server.until(lambda p: p.get("executionId") == "pod-2")
+    assert "flops" not in server.status["progress"], "another execution's"
+
+
 async def test_a_pod_that_another_has_replaced_writes_no_more_through_any_replica() -> None:
     server = Server()
     began = rfc3339(CREATED + timedelta(seconds=60))

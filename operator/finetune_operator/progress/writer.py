@@ -188,11 +188,13 @@ class ProgressWriter:
     async def _write(self, caller: Caller, post: ProgressPost) -> None:
         """Merge into what stands there now, and only into that: another replica may have written since the last look."""
         for left in reversed(range(CONFLICTS)):
-            status, version = await self._auth.read_status(caller)
+            status, unknown, version = await self._auth.read_status(caller)
             progress = _merged(status, caller, post)
             if progress is None:
                 return
-            body = {"progress": progress.to_json_dict()}
+            same = status.progress is not None and status.progress.execution_id == progress.execution_id
+            kept = unknown.get("progress", {}) if same else {}
+            body = {"progress": {**kept, **progress.to_json_dict()}}
             key = caller.key
             try:
                 answer = await self._api.apply_status(
