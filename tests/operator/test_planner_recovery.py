@@ -10,6 +10,7 @@ from finetune_api.failures import MAX_FRUITLESS, MAX_RETURNS
 from finetune_api.names import Stage
 from finetune_api.progress import Restart, Split
 from finetune_api.status import AttemptStatus, ConditionType, Phase, ProgressStatus
+from finetune_operator.observe import parse_status
 from finetune_operator.planning.attempts import MAX_ATTEMPTS
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import EventType
@@ -160,6 +161,18 @@ def test_interruptions_that_get_farther_never_fail_a_job(code: int) -> None:
         w.end_pod(code)
         again(w)
     assert w.status.phase is Phase.TRAINING
+
+
+def test_preemptions_that_an_earlier_version_wrote_down_are_no_failures_after_an_upgrade() -> None:
+    w = in_training(recovery={"maxFailures": 2})
+    gone = {"outcome": "Failed", "reason": "PodGone", "message": "The pod was deleted before its end was seen."}
+    times = {"startedAt": "2026-03-01T09:00:00Z", "finishedAt": "2026-03-01T10:00:00Z"}
+    earlier = [{"executionId": f"old-{n}", "stage": "train", "pod": f"p{n}", **gone, **times} for n in range(3)]
+    raw = w.status.to_json_dict()
+    w.status = parse_status({**raw, "attempts": [*earlier, *w.status.to_json_dict()["attempts"]]})
+    w.settle()
+    assert w.status.phase is Phase.TRAINING
+    assert [a.reason for a in w.status.attempts[:3]] == ["PodGone"] * 3
 
 
 def test_interruptions_that_get_nowhere_end_the_job() -> None:

@@ -15,10 +15,14 @@ _KUBELET_MAKES_ROOM = ("Terminated", "NodeShutdown", "Preempting", "Shutdown")
 """status.reason of pods that a kubelet stops for no fault of theirs: its node shuts down, a critical pod needs the place."""
 
 
+_FORMER = {"PodGone": Reason.INTERRUPTED}
+"""What earlier versions wrote into attempts, and what it is called now."""
+
+
 def consequence_of(reason: str | None) -> Consequence:
     """What follows from a reason; one that is not in the table is as good as Unknown."""
     try:
-        return FAILURES[Reason(reason or "")].consequence
+        return FAILURES[_FORMER.get(reason or "") or Reason(reason or "")].consequence
     except ValueError:
         return FAILURES[Reason.UNKNOWN].consequence
 
