@@ -172,6 +172,7 @@ class AttemptStatus(ApiModel):
     resumed_from_step: int | None = Field(None, description="Training went on from this step's checkpoint.")
     last_step: int | None = Field(None, description="The last step that it reported.")
     checkpoint_step: int | None = Field(None, description="Its newest step that is safe in the bucket.")
+    memory: str | None = Field(None, description="The memory that its container had, where the spec names one.")
 
 
 class RecoveryStatus(ApiModel):

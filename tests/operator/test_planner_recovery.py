@@ -349,6 +349,52 @@ def test_memory_grows_by_half_until_its_limit_and_then_the_job_fails() -> None:
     ]
 
 
+def test_memory_grows_from_what_was_had_however_often_it_did_not_suffice_while_nobody_looked() -> None:
+    w = in_training(**MEMORY)
+    for number in range(3):  # the Job goes on by itself, with the memory that it has
+        if number:
+            w.tick(10)
+            w.start_pod()
+            w.run_pod()
+        w.change_pod(terminated_reason="OOMKilled")
+        w.end_pod(137)
+    for memory in ("6Gi", "8Gi"):
+        w.settle()
+        w.collect()
+        w.settle()
+        job = w.live_job()
+        assert job is not None
+        assert job.memory == memory
+        again(w)
+        w.change_pod(terminated_reason="OOMKilled")
+        w.end_pod(137)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "HostOutOfMemory"
+    assert "It had 8Gi" in message(w, ConditionType.FAILED)
+    assert [a.memory for a in w.status.attempts if a.stage == "train"] == ["4Gi"] * 3 + ["6Gi", "8Gi"]
+
+
+def test_memory_stays_grown_when_the_attempts_that_lacked_it_are_no_longer_listed() -> None:
+    w = in_training(**MEMORY)
+    oom(w)
+    w.collect()
+    again(w)
+    for step in range(MAX_ATTEMPTS + 2):
+        came_to(w, step + 1)
+        w.end_pod(143)
+        again(w)
+    assert not [a for a in w.status.attempts if a.reason == "HostOutOfMemory"]
+    w.jobs = {n: j for n, j in w.jobs.items() if j.stage is not Stage.TRAIN}  # and the Job is made anew
+    w.pods = {n: p for n, p in w.pods.items() if p.stage is not Stage.TRAIN}
+    w.settle()
+    w.collect()
+    w.pass_stage()
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert (job.stage, job.memory) == (Stage.TRAIN, "6Gi")
+
+
 def test_memory_grows_where_the_trainer_itself_noticed_and_the_job_has_failed() -> None:
     w = in_training(**MEMORY)
     w.end_pod(41, failure(Stage.TRAIN, "HostOutOfMemory", "a worker was killed"))

@@ -89,6 +89,8 @@ def lost_reports(ledger: Ledger, stage: Stage) -> int:
 
 def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageView) -> AttemptStatus:
     started = rfc3339(pod.started_at) if pod.started_at else (old.started_at if old else None)
+    mine = view.job is not None and view.job.uid == pod.owner_uid
+    memory = (view.job.memory if view.job is not None and mine else None) or (old.memory if old else None)
     if not pod.ended:
         return AttemptStatus(
             execution_id=pod.uid,
@@ -97,6 +99,7 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageVie
             node=pod.node or None,
             started_at=started,
             outcome="Running",
+            memory=memory,
         )
     succeeded = pod.exit_code == 0 or (pod.exit_code is None and pod.phase == "Succeeded")
     failure = None if succeeded else in_context(pod_failure(pod, pod.stage), view)
@@ -114,6 +117,7 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageVie
         outcome="Succeeded" if succeeded else "Failed",
         reason=(failure.reason if failure else report.reason if report else None) or None,
         message=(failure.message[:512] if failure else None),
+        memory=memory,
     )
 
 

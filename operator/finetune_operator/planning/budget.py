@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from finetune_api.failures import HANDED_BACK_EXIT_CODES, Consequence, Reason, by_exit_code
 from finetune_api.names import Stage
-from finetune_api.quantity import grown_memory
+from finetune_api.quantity import grown_memory, parse_quantity
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AttemptStatus
 from finetune_operator.planning.endings import consequence_of, replaced
@@ -35,18 +35,29 @@ def failures(attempts: Sequence[AttemptStatus], stage: Stage, spec: FineTuneJobS
 
 
 def growths(attempts: Sequence[AttemptStatus], spec: FineTuneJobSpec) -> list[tuple[AttemptStatus, str, str]]:
-    """Executions of training that exceeded their memory, each with the memory that it had and the next has."""
-    memory, limit = spec.compute.memory, spec.recovery.out_of_memory.max_memory
-    if memory is None:
+    """Executions of training that exceeded their memory, each with the memory that it had and that would be more.
+
+    Several may have had the same: the Job goes on by itself while the operator is away. (Attempts of an earlier version do not tell
+    what they had: one grew after the other.)
+    """
+    had, limit = spec.compute.memory, spec.recovery.out_of_memory.max_memory
+    if had is None:
         return []
-    killed = [a for a in ended(attempts, Stage.TRAIN) if a.reason == Reason.HOST_OUT_OF_MEMORY]
-    return [(a, grown_memory(memory, limit, n), grown_memory(memory, limit, n + 1)) for n, a in enumerate(killed)]
+    found = []
+    for attempt in ended(attempts, Stage.TRAIN):
+        if attempt.reason == Reason.HOST_OUT_OF_MEMORY:
+            before = attempt.memory or had
+            had = grown_memory(before, limit, 1)
+            found.append((attempt, before, had))
+    return found
 
 
 def wanted_memory(attempts: Sequence[AttemptStatus], spec: FineTuneJobSpec) -> str | None:
-    """What the training pod should have now."""
-    found = growths(attempts, spec)
-    return found[-1][2] if found else spec.compute.memory
+    """What the training pod should have now: never less than any before it had, also when status has lost the oldest."""
+    if spec.compute.memory is None:
+        return None
+    had = [a.memory for a in attempts if a.stage == Stage.TRAIN and a.memory]
+    return max([spec.compute.memory, *had, *(after for _, _, after in growths(attempts, spec))], key=parse_quantity)
 
 
 def fruitless(attempts: Sequence[AttemptStatus], stage: Stage) -> int:

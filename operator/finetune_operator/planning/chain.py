@@ -300,7 +300,7 @@ def _peak_memory(look: Look) -> str:
     """What the training pod had, and the most that it told to hold."""
     last = budget.ended(look.ledger.attempts, Stage.TRAIN)[-1:]
     peak = peak_memory(look.before.progress, last[0].execution_id) if last else ""
-    had = look.wanted_memory
+    had = (last[0].memory if last else None) or look.wanted_memory
     return f"It had {had or 'no limit of its own'}{peak}." if had or peak else ""
 
 
