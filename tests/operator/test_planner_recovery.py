@@ -13,7 +13,7 @@ from finetune_api.status import AttemptStatus, ConditionType, Phase, ProgressSta
 from finetune_operator.observe import parse_status
 from finetune_operator.planning.attempts import MAX_ATTEMPTS
 from finetune_operator.planning.conditions import find, is_true
-from finetune_operator.planning.model import EventType
+from finetune_operator.planning.model import EventType, Urgency
 from finetune_operator.planning.story import MAX_RECOVERIES
 from tests.operator.manifests import failure
 from tests.operator.test_planner import in_training, message, reason
@@ -497,6 +497,47 @@ def test_a_deadline_stops_the_pod_by_deletion_and_leaves_it_its_grace_period() -
     w.collect()
     assert w.settle().idle
     assert not [p for p in w.pods.values() if p.stage is Stage.TRAIN]
+
+
+def test_a_failure_right_before_a_suspension_is_written_down_and_counted() -> None:
+    w = in_training(recovery={"maxFailures": 1})
+    for _ in range(2):
+        w.end_pod(44, failure(Stage.TRAIN, "RankFailure", "rank 1 died"))
+        w.spec = w.spec.model_copy(update={"suspend": True})
+        decided = w.plan()
+        assert not decided.deletes
+        assert decided.urgency is Urgency.NOW, "the pods go after it"
+        w.settle()
+        w.collect()
+        w.settle()
+        assert last(w).reason == "RankFailure"
+        if w.status.phase is Phase.FAILED:
+            break
+        w.spec = w.spec.model_copy(update={"suspend": False})
+        w.tick(10)
+        w.pass_stage()
+        w.settle()
+        w.tick(10)
+        w.start_pod()
+        w.run_pod()
+    assert reason(w, ConditionType.FAILED) == "RankFailure"
+
+
+def test_an_execution_that_was_never_written_down_is_before_a_suspension_takes_its_pod() -> None:
+    w = in_training()
+    w.end_pod(143)
+    w.settle()
+    w.tick(10)
+    w.start_pod()
+    w.run_pod()
+    running = execution(w)
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    assert not w.plan().deletes
+    w.settle()
+    w.collect()
+    w.settle()
+    assert w.status.phase is Phase.SUSPENDED
+    assert (last(w).execution_id, last(w).outcome) == (running, "Failed")
 
 
 @pytest.mark.parametrize("stage", [Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH])

@@ -163,7 +163,7 @@ def handed_back(look: Look) -> Decision | None:
     decision = phases.current(
         look, deletes=tuple(DeleteJob(j.name, j.uid) for j in gone if recorded and not j.deleting)
     )
-    return replace(decision, message=text, wishes=(*decision.wishes, wish))
+    return replace(decision, message=text, wishes=(*decision.wishes, wish), pressing=not recorded)
 
 
 def more_memory(look: Look) -> Decision | None:
@@ -173,11 +173,10 @@ def more_memory(look: Look) -> Decision | None:
         return None
     if parse_quantity(job.memory) >= parse_quantity(wanted):
         return None
-    deletes = (DeleteJob(job.name, job.uid),) if look.attempts_recorded else ()
-    decision = phases.current(look, deletes=deletes)
-    return replace(
-        decision, message=f"The training Job is created anew with {wanted} instead of {job.memory} of memory."
-    )
+    recorded = look.attempts_recorded
+    decision = phases.current(look, deletes=(DeleteJob(job.name, job.uid),) if recorded else ())
+    text = f"The training Job is created anew with {wanted} instead of {job.memory} of memory."
+    return replace(decision, message=text, pressing=not recorded)
 
 
 def prepare_again(look: Look) -> Decision | None:
@@ -191,10 +190,14 @@ def prepare_again(look: Look) -> Decision | None:
 
 
 def suspended(look: Look) -> Decision | None:
-    """Hold nothing while spec.suspend is true: every Job goes, finished ones too, so that resuming starts at prepare."""
+    """Hold nothing while spec.suspend is true: every Job goes, finished ones too, so that resuming starts at prepare.
+
+    Their executions are written down first: a pod takes with it why it ended, and that it was there at all.
+    """
     if not look.spec.suspend:
         return None
-    deletes = tuple(DeleteJob(j.name, j.uid) for j in look.obs.jobs if not j.deleting)
+    recorded = look.executions_recorded
+    deletes = tuple(DeleteJob(j.name, j.uid) for j in look.obs.jobs if recorded and not j.deleting)
     reset = tuple(
         Wish(kind, False, "Suspended", "Found again by prepare when the job resumes.")
         for kind in (ConditionType.PREPARED, ConditionType.TRAINED)
@@ -204,7 +207,8 @@ def suspended(look: Look) -> Decision | None:
         if look.view.state is StageState.STOPPING and look.wait is not None:
             text += f" {look.wait.reason}: {sentence(look.wait.message)} {advice_for(look.wait.reason, look.stage)}"
         again = next_look(look.obs, look.view, look.config)
-        return Decision(phase, text, (phases.not_waiting(look),), deletes=deletes, requeue_at=again)
+        wishes = (phases.not_waiting(look),)
+        return Decision(phase, text, wishes, deletes=deletes, requeue_at=again, pressing=not recorded)
     text = "spec.suspend is true: nothing runs and nothing is held."
     return Decision(
         Phase.SUSPENDED,

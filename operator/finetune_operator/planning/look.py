@@ -153,6 +153,12 @@ class Look:
         return all(a.execution_id in known for a in self.ledger.attempts if a.outcome != "Running")
 
     @cached_property
+    def executions_recorded(self) -> bool:
+        """Status holds every end and every execution that was seen: none is forgotten if all pods go now."""
+        known = {a.execution_id for a in self.before.attempts}
+        return self.attempts_recorded and all(a.execution_id in known for a in self.ledger.attempts)
+
+    @cached_property
     def stage(self) -> Stage:
         """The stage that is to run now."""
         return Stage.PUBLISH if self.trained else Stage.TRAIN if self.prepared else Stage.PREPARE
