@@ -201,6 +201,7 @@ def trim_pod(raw: Raw) -> Pod | None:
     message = str(ended.get("message") or "")
     report = parse_report(message)
     scheduled: Raw = next((c for c in conditions if c.get("type") == "PodScheduled"), {})
+    bound = parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
     refused = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
     sandbox = next(
         (c for c in conditions if c.get("type") == "PodReadyToStartContainers" and c.get("status") == "False"), None
@@ -220,6 +221,7 @@ def trim_pod(raw: Raw) -> Pod | None:
         deleting=bool(meta.get("deletionTimestamp")),
         deletion_due=parse_time(meta.get("deletionTimestamp")),
         node=node,
+        bound_at=bound,
         unschedulable=str(scheduled.get("message") or "no node fits") if refused else "",
         unschedulable_since=_time(scheduled.get("lastTransitionTime")) if refused else None,
         waiting_reason=str(waiting.get("reason") or ""),

@@ -139,6 +139,13 @@ def test_a_deleted_pod_tells_when_its_grace_period_ends() -> None:
     assert (seen.deleting, seen.deletion_due) == (True, MOMENT)
 
 
+def test_a_pod_tells_when_it_was_bound_to_its_node() -> None:
+    bound = {"type": "PodScheduled", "status": "True", "lastTransitionTime": AT}
+    seen = trim_pod(pod({"phase": "Pending", "conditions": [bound]}))
+    assert seen is not None
+    assert (seen.bound_at, seen.unschedulable) == (MOMENT, "")
+
+
 def test_a_terminating_pod_is_one_that_the_job_controller_counts() -> None:
     seen = trim_job({"metadata": meta(), "status": {"active": 0, "terminating": 1, "startTime": AT}})
     assert seen is not None

@@ -127,6 +127,10 @@ class Histories(RuleBasedStateMachine):
     def the_operators_clock_is_set(self, seconds: int) -> None:
         self.world.skew = seconds
 
+    @rule(seconds=st.sampled_from([-600, 0, 600]))
+    def the_nodes_clocks_are_set(self, seconds: int) -> None:
+        self.world.node_skew = seconds
+
     @rule(seconds=st.sampled_from([1, 6, 31]))
     def time_passes(self, seconds: int) -> None:
         self.world.tick(seconds)

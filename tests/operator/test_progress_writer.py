@@ -174,6 +174,29 @@ async def test_a_pod_that_another_has_replaced_writes_no_more_through_any_replic
     assert server.status["progress"]["executionId"] == "pod-2"
 
 
+async def test_a_pod_posts_although_its_predecessor_is_said_to_have_begun_after_it() -> None:
+    """Its node's clock was fast."""
+    server = Server()
+    old = {"executionId": "pod-0", "stage": "train", "pod": "p0", "outcome": "Failed"}
+    server.status = {
+        "progress": {"executionId": "pod-0", "stage": "train", "sequence": 9, "step": 9},
+        "attempts": [{**old, "startedAt": rfc3339(CREATED + timedelta(seconds=600))}],
+    }
+    assert await replica(server).submit(CALLER, post(1, final=success(Stage.TRAIN).to_json_dict()))
+    assert server.status["progress"]["executionId"] == "pod-1"
+
+
+async def test_a_pod_that_has_ended_does_not_post_over_its_successor() -> None:
+    server = Server()
+    ended = {"executionId": "pod-1", "stage": "train", "pod": "p1", "outcome": "Failed"}
+    server.status = {
+        "progress": {"executionId": "pod-2", "stage": "train", "sequence": 1, "step": 1},
+        "attempts": [ended],
+    }
+    with pytest.raises(Refused):
+        await replica(server).submit(CALLER, post(70, final=success(Stage.TRAIN).to_json_dict()))
+
+
 async def test_strangers_cannot_make_the_operator_flood_the_api_server_with_token_reviews() -> None:
     asked, most = 0, 0
     busy, go = asyncio.Event(), asyncio.Event()

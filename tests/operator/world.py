@@ -36,6 +36,8 @@ class World:
     deleting: bool = False
     skew: float = 0.0
     """How many seconds the operator's clock is ahead of the API server's."""
+    node_skew: float = 0.0
+    """How many seconds the nodes' clocks are ahead of it: containers' times are theirs."""
     held: bool = False
     deleted_at: datetime | None = None
     gone: bool = False
@@ -153,7 +155,7 @@ class World:
         self.change_pod(
             phase="Running",
             node="gpu-7",
-            started_at=self.now,
+            started_at=self.now + timedelta(seconds=self.node_skew),
             unschedulable="",
             unschedulable_since=None,
             waiting_reason="",
@@ -164,7 +166,8 @@ class World:
         pod = self.pod()
         if pod is None or not pod.running:
             return
-        self.change_pod(phase="Failed" if code else "Succeeded", finished_at=self.now, exit_code=code, report=report)
+        finished = self.now + timedelta(seconds=self.node_skew)
+        self.change_pod(phase="Failed" if code else "Succeeded", finished_at=finished, exit_code=code, report=report)
         job = next((j for j in self.jobs.values() if j.uid == pod.owner_uid), None)
         if job is None:
             return

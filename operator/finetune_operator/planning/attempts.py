@@ -88,7 +88,8 @@ def lost_reports(ledger: Ledger, stage: Stage) -> int:
 
 
 def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageView) -> AttemptStatus:
-    started = rfc3339(pod.started_at) if pod.started_at else (old.started_at if old else None)
+    # What was written stays: the time that a fast clock's is taken for is that of the first look.
+    started = (old.started_at if old else None) or (rfc3339(pod.started_at) if pod.started_at else None)
     mine = view.job is not None and view.job.uid == pod.owner_uid
     memory = (view.job.memory if view.job is not None and mine else None) or (old.memory if old else None)
     if not pod.ended:

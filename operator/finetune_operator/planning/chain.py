@@ -23,6 +23,7 @@ from finetune_operator.planning.decision import Decision, finish
 from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import NO_GPU_USED, sentence
 from finetune_operator.planning.model import DeleteJob, Observation, Plan, PlannerConfig, StageState
+from finetune_operator.planning.nodetime import in_server_time
 from finetune_operator.planning.outcome import advice_for
 from finetune_operator.planning.release import must_be_held, release
 from finetune_operator.planning.story import peak_memory
@@ -33,7 +34,7 @@ _REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
 
 def plan(obs: Observation, config: PlannerConfig | None = None) -> Plan:
     """What to do about a job, given everything that is known about it."""
-    look = Look(obs, config or PlannerConfig())
+    look = Look(replace(obs, pods=in_server_time(obs.pods, obs.now)), config or PlannerConfig())
     if obs.job.deleting:
         return release(look)
     if conditions.is_true(obs.job.status, ConditionType.FINISHED):

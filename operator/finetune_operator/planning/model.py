@@ -92,6 +92,8 @@ class Pod:
     deletion_due: datetime | None = None
     """When a deleted pod's grace period ends (deletionTimestamp)."""
     node: str = ""
+    bound_at: datetime | None = None
+    """When the API server bound it to its node."""
     unschedulable: str = ""
     """The scheduler's words, while it finds no node."""
     unschedulable_since: datetime | None = None

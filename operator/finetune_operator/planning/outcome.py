@@ -100,7 +100,7 @@ def _belongs(status: FineTuneJobStatus, job: StageJob, pods: tuple[Pod, ...]) ->
 
 def _failure(job: StageJob, pods: tuple[Pod, ...], report: StageReport | None, stage: Stage) -> StageFailure | None:
     """What the pods tell about a failed Job; None while no ended pod is visible."""
-    ended = sorted((p for p in pods if p.ended), key=lambda p: (p.finished_at or p.created, p.created))
+    ended = sorted((p for p in pods if p.ended), key=lambda p: (p.created, p.finished_at or p.created))
     if not ended:
         if report is not None and not report.succeeded:
             return StageFailure(report.reason, report.message)

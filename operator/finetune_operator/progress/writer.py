@@ -234,8 +234,7 @@ def _merged(status: FineTuneJobStatus, caller: Caller, post: ProgressPost) -> Pr
     if base is None or base.execution_id is None:
         return merge(base, post, datetime.now(UTC))
     if base.execution_id != post.execution_id:
-        began = next((parse_time(a.started_at) for a in status.attempts if a.execution_id == base.execution_id), None)
-        if began is not None and caller.pod_created is not None and caller.pod_created < began:
+        if _replaced(status, caller, base.execution_id):
             raise Refused(409, "Stale", "a newer pod of this job has posted")
         return merge(base, post, datetime.now(UTC))
     written = base.sequence if base.sequence is not None else -1
@@ -245,3 +244,14 @@ def _merged(status: FineTuneJobStatus, caller: Caller, post: ProgressPost) -> Pr
         # A final is news even where a later post came before it.
         post = post.model_copy(update={"sequence": written})
     return merge(base, post, datetime.now(UTC))
+
+
+def _replaced(status: FineTuneJobStatus, caller: Caller, other: str) -> bool:
+    """Whether another execution that has posted is newer than the caller's: of two that go on, the one that began later; else the
+    one that goes on."""
+    attempts = {a.execution_id: a for a in status.attempts}
+    mine, found = attempts.get(caller.pod_uid), attempts.get(other)
+    if mine is not None and mine.outcome != "Running":
+        return True
+    began = parse_time(found.started_at) if found is not None and found.outcome == "Running" else None
+    return began is not None and caller.pod_created is not None and caller.pod_created < began
