@@ -28,7 +28,7 @@ def execution(w: World) -> str:
     return pod.uid
 
 
-def came_to(w: World, step: int, **fields: object) -> None:
+def came_to(w: World, step: int | None, **fields: object) -> None:
     """The running training pod posts."""
     posted = ProgressStatus.model_validate({"execution_id": execution(w), "stage": "train", "step": step, **fields})
     w.post(posted)
@@ -173,6 +173,54 @@ def test_preemptions_that_an_earlier_version_wrote_down_are_no_failures_after_an
     w.settle()
     assert w.status.phase is Phase.TRAINING
     assert [a.reason for a in w.status.attempts[:3]] == ["PodGone"] * 3
+
+
+@pytest.mark.parametrize(("seconds", "fails"), [(3600, False), (60, True)])
+def test_interruptions_of_which_no_step_is_known_end_the_job_only_if_they_were_short(seconds: int, fails: bool) -> None:
+    w = in_training()
+    for _ in range(MAX_FRUITLESS + 1):
+        w.tick(seconds)
+        w.end_pod(137)
+        again(w)
+    assert (w.status.phase is Phase.FAILED) == fails
+
+
+def test_long_interruptions_that_are_known_to_have_got_no_farther_end_the_job() -> None:
+    w = in_training()
+    for _ in range(MAX_FRUITLESS):
+        came_to(w, None, resumed_from_step=0)
+        w.tick(3600)
+        w.end_pod(137)
+        again(w)
+    assert w.status.phase is Phase.FAILED
+
+
+@pytest.mark.parametrize("vanishes", [False, True])
+def test_an_interrupted_pod_tells_with_its_last_words_how_far_it_came(vanishes: bool) -> None:
+    w = in_training()
+    came_to(w, 400, checkpoint_step=390)
+    words = failure(Stage.TRAIN, "Interrupted", "told to stop")
+    words = words.model_copy(update={"result": {"step": 402, "checkpointStep": 402}})
+    if vanishes:
+        came_to(w, 400, checkpoint_step=390, report=words)
+        w.pods = {n: p for n, p in w.pods.items() if p.ended}
+    else:
+        w.end_pod(60, words)
+    again(w)
+    came_to(w, 403, resumed_from_step=402)
+    w.settle()
+    first = next(a for a in w.status.attempts if a.stage == "train")
+    assert (first.last_step, first.checkpoint_step) == (402, 402)
+    assert "checkpoint saved at step 402" in w.status.recoveries[0].message
+
+
+@pytest.mark.parametrize("result", [{"step": "402"}, {"step": -1}, {"step": True}, {"step": 1.5}, {}, None])
+def test_last_words_that_tell_no_step_tell_none(result: dict[str, object] | None) -> None:
+    w = in_training()
+    words = failure(Stage.TRAIN, "Interrupted", "told to stop").model_copy(update={"result": result})
+    w.end_pod(60, words)
+    w.settle()
+    assert (last(w).reason, last(w).last_step) == ("Interrupted", None)
 
 
 def test_interruptions_that_get_nowhere_end_the_job() -> None:

@@ -10,7 +10,7 @@ from finetune_api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.planning.clock import parse_time, rfc3339
 from finetune_operator.planning.conditions import attempt_rank
 from finetune_operator.planning.endings import in_context, pod_failure, vanished
-from finetune_operator.planning.highlights import highlights, with_highlights
+from finetune_operator.planning.highlights import highlights, last_words, with_highlights
 from finetune_operator.planning.model import Pod, StageFailure, StageState, StageView
 
 MAX_ATTEMPTS = 64
@@ -119,6 +119,7 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageVie
         reason=(failure.reason if failure else report.reason if report else None) or None,
         message=(failure.message[:512] if failure else None),
         memory=memory,
+        **last_words(report),
     )
 
 
@@ -138,6 +139,7 @@ def _vanished(old: AttemptStatus, now: datetime, view: StageView, before: FineTu
             "finished_at": rfc3339(now),
             "reason": failure.reason,
             "message": failure.message[:512],
+            **last_words(report),
         }
     )
 
