@@ -165,6 +165,11 @@ class Histories(RuleBasedStateMachine):
             self.world.end_pod(code, report)
             self._replace(look)
 
+    @precondition(lambda self: self.world.pod() is not None and not self._running())
+    @rule(reason=st.sampled_from(["UnexpectedAdmissionError", "OutOfcpu", "Evicted"]))
+    def a_node_refuses_a_pod(self, reason: str) -> None:
+        self.world.refuse_pod(reason)
+
     @precondition(lambda self: self._running())
     @rule(
         fields=st.sampled_from(

@@ -17,7 +17,7 @@ from finetune_operator.planning.model import EventType, Urgency
 from finetune_operator.planning.story import MAX_RECOVERIES
 from tests.operator.manifests import failure
 from tests.operator.test_planner import in_training, message, reason
-from tests.operator.world import World
+from tests.operator.world import World, world
 
 MEMORY = {"compute": {"memory": "4Gi"}, "recovery": {"maxFailures": 0, "outOfMemory": {"maxMemory": "8Gi"}}}
 
@@ -254,6 +254,76 @@ def test_what_the_job_ignores_and_still_is_its_own_fault_is_counted(fields: dict
     assert reason(w, ConditionType.FAILED) == expected
     assert "2 executions of train have failed; recovery.maxFailures is 1" in message(w, ConditionType.FAILED)
     assert w.live_job() is None, "the Job would have gone on"
+
+
+def refused(w: World, times: int) -> None:
+    for _ in range(times):
+        w.settle()
+        w.tick(10)
+        w.start_pod()
+        w.refuse_pod()
+    w.settle()
+
+
+def test_pods_that_a_node_refused_are_no_failures_and_their_job_is_made_anew_after_a_pause() -> None:
+    w = world(recovery={"maxFailures": 1})
+    w.pass_stage()
+    refused(w, 2)
+    old = w.job(Stage.TRAIN)
+    assert old is not None
+    assert old.failed_reason == "BackoffLimitExceeded"
+    assert not old.deleting
+    assert w.status.message == (
+        "Node gpu-7 refused the pod (UnexpectedAdmissionError: Pod was rejected: Allocate failed due to no healthy devices "
+        "present). Its Job is created anew at 2026-03-01T12:00:50Z."
+    )
+    assert [(a.reason, a.started_at) for a in w.status.attempts[1:]] == [("Unschedulable", None)] * 2
+    assert "Started" not in [e.reason for e in w.events]
+    assert w.settle().requeue_after == pytest.approx(20.05)
+    w.tick(20)
+    w.settle()
+    w.collect()
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert (job.stage, job.uid != old.uid) == (Stage.TRAIN, True), "nothing has run that prepare could look for"
+    w.pass_stage()
+    w.pass_stage()
+    w.settle()
+    assert w.status.phase is Phase.SUCCEEDED
+
+
+def test_nodes_that_refuse_every_pod_end_the_job_at_last() -> None:
+    w = world(recovery={"maxFailures": 4})
+    w.pass_stage()
+    for _ in range(MAX_FRUITLESS):
+        refused(w, 1)
+        if w.live_job() is None:
+            w.tick(600)
+            w.settle()
+            w.collect()
+    assert reason(w, ConditionType.FAILED) == "Unschedulable"
+    assert "Allocate failed" in message(w, ConditionType.FAILED)
+
+
+def test_a_refused_pod_takes_no_failure_from_a_jobs_budget() -> None:
+    w = world(recovery={"maxFailures": 1})
+    w.pass_stage()
+    refused(w, 1)
+    again(w)
+    w.end_pod(44, failure(Stage.TRAIN, "RankFailure", "rank 1 died"))
+    w.settle()
+    assert w.status.phase is not Phase.FAILED
+    w.tick(600)
+    for _ in range(2):  # the training Job, then prepare's, which looks for what was trained
+        w.settle()
+        w.collect()
+    w.pass_stage()
+    again(w)
+    w.end_pod(44, failure(Stage.TRAIN, "RankFailure", "rank 1 died"))
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "RankFailure"
+    assert "2 executions of train have failed; recovery.maxFailures is 1" in message(w, ConditionType.FAILED)
 
 
 def test_a_job_that_failed_and_then_succeeded_lists_its_attempts() -> None:

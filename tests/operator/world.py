@@ -174,6 +174,20 @@ class World:
         if code == 0:
             self.jobs[job.name] = replace(job, complete_at=self.now)
             return
+        self._count_failure(job, pod, code)
+
+    def refuse_pod(self, reason: str = "UnexpectedAdmissionError") -> None:
+        """Its node does not take it."""
+        pod = self.pod()
+        if pod is None or pod.running:
+            return
+        words = "Pod was rejected: Allocate failed due to no healthy devices present"
+        self.change_pod(phase="Failed", node="gpu-7", pod_reason=reason, pod_message=words)
+        job = next((j for j in self.jobs.values() if j.uid == pod.owner_uid), None)
+        if job is not None:
+            self._count_failure(job, pod, None)
+
+    def _count_failure(self, job: StageJob, pod: Pod, code: int | None) -> None:
         action = self._action(self.pods[pod.name])
         if action == "FailJob":
             words = f"Container {job.stage} for pod ns/{pod.name} failed with exit code {code} matching FailJob rule at index 1"
@@ -181,7 +195,7 @@ class World:
                 job, failed_at=self.now, failed_reason="PodFailurePolicy", failed_message=words
             )
         elif action == "Count":
-            mine = [p for p in self.pods.values() if p.owner_uid == job.uid and p.ended and p.exit_code]
+            mine = [p for p in self.pods.values() if p.owner_uid == job.uid and p.phase == "Failed"]
             counted = [p for p in mine if self._action(p) == "Count"]
             if len(counted) > self.spec.recovery.max_failures:
                 self.jobs[job.name] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")

@@ -56,8 +56,8 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
             new = new.model_copy(update={"reason": REPORT_LOST})
         attempts[new.execution_id] = with_highlights(new, came.get(new.execution_id))
     for pod in sorted(pods.values(), key=lambda p: (p.started_at or p.created, p.name)):
-        if pod.started_at is None and pod.exit_code is None:
-            continue  # never ran: no execution
+        if pod.started_at is None and pod.exit_code is None and not pod.refused:
+            continue  # never ran: no execution, and the Job counts no failure
         new = _from_pod(pod, None, now, of_stage[pod.stage.value])
         if dropped_before is not None and attempt_rank(new) < dropped_before:
             continue
@@ -80,6 +80,11 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
 def attempts_of(ledger: Ledger, stage: Stage) -> list[AttemptStatus]:
     """The executions of one stage, oldest first."""
     return [a for a in ledger.attempts if a.stage == stage]
+
+
+def executions(ledger: Ledger, stage: Stage) -> list[AttemptStatus]:
+    """Those that ran: a node may have refused the others."""
+    return [a for a in attempts_of(ledger, stage) if a.started_at is not None]
 
 
 def lost_reports(ledger: Ledger, stage: Stage) -> int:

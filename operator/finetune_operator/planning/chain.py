@@ -17,9 +17,10 @@ from finetune_api.quantity import parse_quantity
 from finetune_api.status import ConditionType, Phase
 from finetune_operator.planning import budget, conditions, phases
 from finetune_operator.planning.attempts import lost_reports
-from finetune_operator.planning.clock import exact_duration, parse_time
+from finetune_operator.planning.clock import exact_duration, parse_time, rfc3339
 from finetune_operator.planning.conditions import Wish
 from finetune_operator.planning.decision import Decision, finish
+from finetune_operator.planning.endings import pod_failure
 from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import NO_GPU_USED, sentence
 from finetune_operator.planning.model import DeleteJob, Observation, Plan, PlannerConfig, StageState
@@ -29,6 +30,8 @@ from finetune_operator.planning.release import must_be_held, release
 from finetune_operator.planning.story import peak_memory
 from finetune_operator.planning.waiting import next_look
 
+BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+REFUSED_PAUSE_SECONDS, LONGEST_REFUSED_PAUSE_SECONDS = 5, 600
 _REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
 
 
@@ -180,6 +183,28 @@ def more_memory(look: Look) -> Decision | None:
     return replace(decision, message=text, pressing=not recorded)
 
 
+def refused_by_nodes(look: Look) -> Decision | None:
+    """Make a Job anew that failed because nodes refused its pods: its controller counts them as failures, and they never ran.
+
+    After a pause, as the controller makes between two pods; got_nowhere bounds how often.
+    """
+    job = look.view.job
+    if look.view.state is not StageState.FAILED or job is None or job.failed_reason != BACKOFF_LIMIT_EXCEEDED:
+        return None
+    refused = [p for p in look.view.pods if p.refused]
+    if not refused:
+        return None
+    row = budget.fruitless(look.ledger.attempts, look.stage)
+    pause = min(REFUSED_PAUSE_SECONDS * 2**row, LONGEST_REFUSED_PAUSE_SECONDS)
+    due = (job.failed_at or look.now) + timedelta(seconds=pause)
+    go = look.attempts_recorded and look.now >= due
+    deletes = (DeleteJob(job.name, job.uid),) if go else ()
+    words = pod_failure(refused[-1], look.stage).message
+    text = f"{sentence(words[:1].upper() + words[1:])} Its Job is created anew at {rfc3339(due)}."
+    decision = phases.current(look, deletes=deletes, requeue_at=due if look.now < due else None)
+    return replace(decision, message=text)
+
+
 def prepare_again(look: Look) -> Decision | None:
     """Run prepare again if a training Job that had run is gone: a CPU pod looks for its result before a GPU is asked for."""
     job = look.views[Stage.PREPARE].job
@@ -320,6 +345,7 @@ RULES: tuple[Rule, ...] = (
     got_nowhere,
     handed_back,
     more_memory,
+    refused_by_nodes,
     stage_failed,
     suspended,
     deadline_exceeded,

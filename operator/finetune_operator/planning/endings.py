@@ -29,11 +29,14 @@ def consequence_of(reason: str | None) -> Consequence:
 
 def replaced(reason: str | None) -> bool:
     """Whether an execution ended through no fault of its own."""
-    return reason == Reason.NODE_LOST or consequence_of(reason) is Consequence.REPLACE
+    return reason in (Reason.NODE_LOST, Reason.UNSCHEDULABLE) or consequence_of(reason) is Consequence.REPLACE
 
 
 def pod_failure(pod: Pod, stage: Stage) -> StageFailure:
     """Why one pod failed."""
+    if pod.refused:
+        words = (pod.pod_message or pod.pod_reason).strip()
+        return StageFailure(Reason.UNSCHEDULABLE, f"node {pod.node} refused the pod ({pod.pod_reason}: {words})")
     told = pod.report if pod.report is not None and not pod.report.succeeded else None
     if told is None and pod.terminated_reason == "OOMKilled":
         return StageFailure(

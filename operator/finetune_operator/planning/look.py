@@ -12,7 +12,7 @@ from finetune_api.results import PrepareReport, PublishReport, TrainReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator.planning import conditions
-from finetune_operator.planning.attempts import Ledger, attempts_of, keep_ledger
+from finetune_operator.planning.attempts import Ledger, executions, keep_ledger
 from finetune_operator.planning.budget import HANDED_BACK, wanted_memory
 from finetune_operator.planning.clock import parse_time
 from finetune_operator.planning.model import Observation, PlannerConfig, StageFailure, StageState, StageView
@@ -123,12 +123,12 @@ class Look:
 
         Not after an execution that exceeded its memory: that has no result, and its successor only needs more memory.
         """
-        executions = attempts_of(self.ledger, Stage.TRAIN)
+        ran = executions(self.ledger, Stage.TRAIN)
         return (
             self.views[Stage.TRAIN].job is None
             and self._train_created is not None
-            and bool(executions)
-            and executions[-1].reason != Reason.HOST_OUT_OF_MEMORY
+            and bool(ran)
+            and ran[-1].reason != Reason.HOST_OUT_OF_MEMORY
         )
 
     @cached_property
@@ -193,7 +193,7 @@ class Look:
     @cached_property
     def training_began(self) -> bool:
         """Whether a training pod ever ran."""
-        return bool(attempts_of(self.ledger, Stage.TRAIN))
+        return bool(executions(self.ledger, Stage.TRAIN))
 
     @cached_property
     def gpu_held(self) -> bool:

@@ -123,6 +123,12 @@ class Pod:
         return self.phase in ("Succeeded", "Failed") or self.finished_at is not None
 
     @property
+    def refused(self) -> bool:
+        """The kubelet of its node did not take it (UnexpectedAdmissionError, OutOfcpu, …): it never ran."""
+        never_ran = self.started_at is None and self.exit_code is None
+        return never_ran and self.phase == "Failed" and bool(self.node and self.pod_reason) and not self.disruption
+
+    @property
     def running(self) -> bool:
         """Its container runs."""
         return self.started_at is not None and not self.ended

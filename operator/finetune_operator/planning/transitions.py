@@ -54,7 +54,7 @@ def _started(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventN
     known = {a.execution_id for a in before.attempts}
     out = []
     for number, attempt in enumerate(_train_attempts(after), start=1):
-        if attempt.execution_id not in known:
+        if attempt.execution_id not in known and attempt.started_at:
             where = f" on node {attempt.node}" if attempt.node else ""
             out.append(EventNote(EventType.NORMAL, "Started", f"attempt {number}{where}"))
     return out
