@@ -40,10 +40,10 @@ def plan(obs: Observation, config: PlannerConfig | None = None) -> Plan:
     look = Look(replace(obs, pods=in_server_time(obs.pods, obs.now)), config or PlannerConfig())
     if obs.job.deleting:
         return release(look)
+    if must_be_held(look):  # one that had finished before the operator knew of finalizers, too
+        return Plan(hold_output=True)
     if conditions.is_true(obs.job.status, ConditionType.FINISHED):
         return _finished(look)
-    if must_be_held(look):
-        return Plan(hold_output=True)
     decision = next(d for d in (rule(look) for rule in RULES) if d is not None)
     return finish(look, decision)
 
