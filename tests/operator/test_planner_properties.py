@@ -198,8 +198,13 @@ class Histories(RuleBasedStateMachine):
             self.world.pods[pod.name] = replace(pod, **lost)  # type: ignore[arg-type]
 
     @precondition(lambda self: self._running())
-    @rule(step=st.integers(0, 9), saved=st.booleans(), took=st.sampled_from([None, 5.0, 119.0]))
-    def training_posts(self, step: int, saved: bool, took: float | None) -> None:
+    @rule(
+        step=st.integers(0, 9),
+        saved=st.booleans(),
+        took=st.sampled_from([None, 5.0, 119.0]),
+        problem=st.sampled_from([None, None, "", "StorageFull: full"]),
+    )
+    def training_posts(self, step: int, saved: bool, took: float | None, problem: str | None) -> None:
         pod = self.world.pod()
         if pod is None or not pod.running or pod.stage is not Stage.TRAIN:
             return
@@ -211,6 +216,7 @@ class Histories(RuleBasedStateMachine):
             resumed_from_step=0,
             checkpoint_step=step if saved else None,
             checkpoint_seconds=took,
+            checkpoint_problem=problem,
         )
         self.world.post(merge(self.world.status.progress, post, self.world.now))
 

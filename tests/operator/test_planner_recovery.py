@@ -15,7 +15,7 @@ from finetune_operator.planning.attempts import MAX_ATTEMPTS
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import EventType, Urgency
 from finetune_operator.planning.story import MAX_RECOVERIES
-from tests.operator.manifests import failure
+from tests.operator.manifests import failure, success
 from tests.operator.test_planner import in_training, message, reason
 from tests.operator.world import World, world
 
@@ -602,6 +602,45 @@ def test_a_grace_period_that_is_too_short_is_warned_about_once() -> None:
     came_to(w, 50, checkpoint_seconds=119.0)
     w.settle()
     assert len([e for e in w.events if e.reason == "GracePeriodTooShort"]) == 1
+
+
+FULL = "StorageFull: s3://results takes no more data"
+
+
+def test_checkpoints_that_cannot_be_stored_are_told_with_what_is_at_stake_until_they_can_be() -> None:
+    w = in_training()
+    came_to(w, 42, checkpoint_step=40, checkpoint_problem=FULL)
+    w.settle()
+    assert reason(w, ConditionType.CHECKPOINT_AT_RISK) == "CheckpointsFail"
+    assert message(w, ConditionType.CHECKPOINT_AT_RISK) == (
+        "Checkpoints cannot be stored: StorageFull: s3://results takes no more data. Training goes on, and what it computed since "
+        "the checkpoint of step 40 is lost if its pod ends before one is stored. Free space in the bucket or raise its quota."
+    )
+    came_to(w, 43, checkpoint_step=40, checkpoint_problem=f"{FULL} (3 tries)")
+    assert w.plan().idle, "other words for the same are no news"
+    came_to(w, 44, checkpoint_step=40, checkpoint_problem="StorageUnavailable: connection refused")
+    w.settle()
+    assert "network path" in message(w, ConditionType.CHECKPOINT_AT_RISK)
+    came_to(w, 50, checkpoint_step=50, checkpoint_seconds=2.0)
+    w.settle()
+    assert not is_true(w.status, ConditionType.CHECKPOINT_AT_RISK)
+    assert reason(w, ConditionType.CHECKPOINT_AT_RISK) == "CheckpointsStored"
+    came_to(w, 60, checkpoint_step=50, checkpoint_problem=FULL)
+    w.settle()
+    told = [e.type for e in w.events if e.reason == "CheckpointsFail"]
+    assert told == [EventType.WARNING] * 2, "each time that it begins"
+
+
+def test_without_any_checkpoint_everything_is_at_stake_and_training_that_ends_is_not() -> None:
+    w = in_training()
+    came_to(w, 3, checkpoint_problem="Strange: nothing known")
+    w.settle()
+    assert message(w, ConditionType.CHECKPOINT_AT_RISK).endswith(
+        "what it computed so far, as there is no checkpoint yet, is lost if its pod ends before one is stored."
+    )
+    w.end_pod(0, success(Stage.TRAIN))
+    w.settle()
+    assert not is_true(w.status, ConditionType.CHECKPOINT_AT_RISK)
 
 
 def test_a_deadline_stops_the_pod_by_deletion_and_leaves_it_its_grace_period() -> None:

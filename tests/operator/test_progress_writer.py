@@ -197,6 +197,19 @@ async def test_a_pod_that_has_ended_does_not_post_over_its_successor() -> None:
         await replica(server).submit(CALLER, post(70, final=success(Stage.TRAIN).to_json_dict()))
 
 
+async def test_checkpoints_that_cannot_be_stored_are_written_at_once_and_so_is_their_end() -> None:
+    server = Server()
+    api = cast(Api, server)
+    progress = ProgressWriter(api, Authenticator(api, Cache()), Pace(3600), lambda _: None)
+    await progress.submit(CALLER, post(1, step=1))
+    await server.until(lambda p: p.get("step") == 1)
+    await progress.submit(CALLER, post(2, step=2, checkpointProblem="StorageFull: full"))
+    await server.until(lambda p: p.get("checkpointProblem") == "StorageFull: full")
+    await progress.submit(CALLER, post(3, step=3))
+    await progress.submit(CALLER, post(4, step=4, checkpointProblem=""))
+    await server.until(lambda p: p.get("step") == 4 and "checkpointProblem" not in p)
+
+
 async def test_strangers_cannot_make_the_operator_flood_the_api_server_with_token_reviews() -> None:
     asked, most = 0, 0
     busy, go = asyncio.Event(), asyncio.Event()

@@ -11,6 +11,8 @@ from finetune_operator.planning.model import EventNote, EventType
 
 EVENT_LIMIT = 1000
 RESUMED = "Resumed"
+CHECKPOINTS_FAIL = "CheckpointsFail"
+"""Reason of the condition CheckpointAtRisk while none can be stored."""
 
 
 def notes(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[EventNote, ...]:
@@ -92,9 +94,13 @@ def _recovered(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[Even
 
 
 def _at_risk(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
-    """Once for a job, however often the measurements cross the line."""
-    condition = find(after, ConditionType.CHECKPOINT_AT_RISK)
-    if condition is None or condition.status != "True" or find(before, ConditionType.CHECKPOINT_AT_RISK) is not None:
+    """Each time that checkpoints cannot be stored; else once for a job, however often the measurements cross the line."""
+    condition, old = find(after, ConditionType.CHECKPOINT_AT_RISK), find(before, ConditionType.CHECKPOINT_AT_RISK)
+    if condition is None or condition.status != "True":
+        return []
+    if old is not None and (old.status, old.reason) == (condition.status, condition.reason):
+        return []
+    if old is not None and condition.reason != CHECKPOINTS_FAIL:
         return []
     return [EventNote(EventType.WARNING, condition.reason, condition.message)]
 

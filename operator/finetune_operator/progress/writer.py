@@ -100,7 +100,8 @@ class ProgressWriter:
         return max(known)
 
     def _is_urgent(self, stream: _Stream, written: ProgressStatus | None, post: ProgressPost) -> bool:
-        """A final, a wait that begins, changes or ends, a restart, and the first sign of training or publishing.
+        """A final, a wait that begins, changes or ends, a restart, checkpoints that cannot be stored or can again, and the first
+        sign of training or publishing.
 
         Not the first sign of prepare: a short one costs no write at all before training.
         """
@@ -110,10 +111,12 @@ class ProgressWriter:
         reason = post.waiting.reason if post.waiting else None
         if last is not None:
             restarted = len(post.restarts or ()) > len(last.restarts or ())
-            return restarted or reason != (last.waiting.reason if last.waiting else None)
+            turned = _turned(last.checkpoint_problem, post.checkpoint_problem)
+            return restarted or turned or reason != (last.waiting.reason if last.waiting else None)
         if written is not None and written.execution_id == post.execution_id:
             restarted = len(post.restarts or ()) > len(written.restarts or ())
-            return restarted or reason != written.waiting_reason
+            turned = _turned(written.checkpoint_problem, post.checkpoint_problem)
+            return restarted or turned or reason != written.waiting_reason
         return reason is not None or post.stage is not Stage.PREPARE
 
     async def _schedule(self, stream: _Stream, wait: bool) -> bool:
@@ -215,6 +218,11 @@ class ProgressWriter:
         for uid, stream in list(self._streams.items()):
             if stream.used < limit and stream.pending is None:
                 del self._streams[uid]
+
+
+def _turned(before: str | None, now: str | None) -> bool:
+    """Whether a problem has appeared or gone; a post that does not speak of it changes nothing."""
+    return now is not None and bool(before) != bool(now)
 
 
 def _may_pass(problem: Refused | ApiError) -> bool:
