@@ -11,7 +11,7 @@ import pytest
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.config import load_kube_config
 
-from finetune_api.names import Stage
+from finetune_api.names import PIPELINE, Stage
 from finetune_cluster.steps import Pod, Running, Step
 from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
@@ -35,7 +35,7 @@ from tests.operator.manifests import finetunejob
 
 pytestmark = pytest.mark.light
 
-STAGES = [(stage.value, "Succeeded") for stage in Stage]
+STAGES = [(stage.value, "Succeeded") for stage in PIPELINE]
 ELECTION: dict[str, Any] = {
     "FINETUNE_LEADER_ELECTION": "true",
     "FINETUNE_LEASE_DURATION_SECONDS": "4",
