@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from finetune_api.names import Stage
+from finetune_api.snapshot import RESERVED_STOP_SECONDS, saving_seconds
 from finetune_api.status import Condition, ConditionType, ProgressStatus
 from finetune_operator.planning.conditions import Wish, find
 from finetune_operator.planning.look import Look
@@ -17,7 +18,7 @@ from finetune_operator.planning.story import saved_step
 from finetune_operator.planning.transitions import CHECKPOINTS_FAIL
 
 SHARE = 0.8
-"""Of the grace period; the rest is for the micro-batch that is under way and a store that is slower than usual."""
+"""Of the time there is to save; the rest is for the micro-batch that is under way and a store that is slower than usual."""
 REASON = "GracePeriodTooShort"
 
 
@@ -32,7 +33,7 @@ def checkpoint_at_risk(look: Look) -> list[Wish]:
     if posting is not None and posting.checkpoint_problem:
         return _not_stored(look, posting, posting.checkpoint_problem, was)
     took = posting.checkpoint_seconds if posting is not None else None
-    if took is not None and took > SHARE * grace:
+    if took is not None and took > SHARE * saving_seconds(grace):
         return [] if was is not None and was.reason == REASON else [_too_short(took, grace)]
     if was is None:
         return []
@@ -40,7 +41,7 @@ def checkpoint_at_risk(look: Look) -> list[Wish]:
         text = "Training is over." if look.trained else "Checkpoints are stored again."
         return [Wish(ConditionType.CHECKPOINT_AT_RISK, False, "CheckpointsStored", text)]
     if look.trained or took is not None:
-        fits = f"Saving a checkpoint takes less than {SHARE:.0%} of the grace period."
+        fits = f"Saving a checkpoint takes less than {SHARE:.0%} of the time that the grace period leaves for it."
         text = "Training is over." if look.trained else fits
         return [Wish(ConditionType.CHECKPOINT_AT_RISK, False, "GracePeriodSuffices", text)]
     return []
@@ -59,7 +60,7 @@ def _not_stored(look: Look, progress: ProgressStatus, problem: str, was: Conditi
 
 
 def _too_short(took: float, grace: int) -> Wish:
-    advised = max(grace + 30, 10 * math.ceil(took / SHARE / 10))
+    advised = max(grace + 30, 10 * math.ceil((took / SHARE + RESERVED_STOP_SECONDS) / 10))
     text = (
         f"Saving a checkpoint took {took:.0f} s, and a training pod that is told to stop is killed after {grace} s: what was "
         "computed since the last checkpoint may be lost then. Set recovery.terminationGracePeriodSeconds to at least "
