@@ -35,6 +35,7 @@ from finetune_trainer.s3_errors import WORKED_BEFORE, must_be_whole, translated
 from finetune_trainer.s3_read import head_object, in_time, read_object
 from finetune_trainer.s3_transfer import OnBytes, PacedBody, md5_base64, told
 from finetune_trainer.s3_upload import abort_orphans, upload
+from finetune_trainer.s3_upload_record import UploadRecord
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -246,7 +247,8 @@ class S3Store:
         return download(self._client, self.location.bucket, self._key(key), key, path, on_bytes)
 
     def upload_file(self, path: Path, key: str, on_bytes: OnBytes | None = None) -> FileRecord:
-        """Stream a file to an object; an upload that stopped is gone on with, if the file is the same. Returns its SHA-256."""
+        """Stream a file to an object. Of the same file, an upload that stopped is gone on with, and one that is complete is not sent
+        again while the object stands. Returns its SHA-256."""
         return upload(self._client, self.location.bucket, self._key(key), key, path, self._uploads, on_bytes)
 
     def abort_orphans(self, prefix: str = "") -> int:
@@ -271,6 +273,7 @@ class S3Store:
         """Delete an object, if it is there."""
         with translated(self.uri(key)):
             self._client.delete_object(Bucket=self.location.bucket, Key=self._key(key))
+        UploadRecord(self._uploads, self.location.bucket, self._key(key)).forget()
 
     def clear(self, prefix: str) -> None:
         """Delete what an earlier execution left below ``prefix``, as far as the credentials may.
