@@ -149,6 +149,20 @@ def test_credentials_that_rotate_during_a_download_are_waited_for(
     assert (tmp_path / "big").read_bytes() == DATA
 
 
+def test_credentials_that_are_refused_for_a_moment_do_not_leave_a_download_unchecked(
+    s3: S3, s3_proxy: FaultProxy, bucket: str, tmp_path: Path
+) -> None:
+    """Without the parts' size nobody knows which bytes the ETag is of."""
+    store = opened(s3, s3_proxy, bucket, tmp_path)
+    s3_proxy.faults.script = [
+        Fault("HEAD .*partNumber=1", status=403),
+        Fault("GET .*/big", status=403, code="InvalidAccessKeyId"),
+    ]
+    with pytest.raises(StageError, match="taken for rotated"):
+        store.download_file("big", tmp_path / "big")
+    assert store.download_file("big", tmp_path / "big") == WHOLE
+
+
 def test_a_download_goes_on_where_it_was_when_the_endpoint_comes_back(
     s3: S3, s3_proxy: FaultProxy, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

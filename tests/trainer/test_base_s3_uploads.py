@@ -369,9 +369,12 @@ def test_an_upload_goes_on_where_it_was_when_the_endpoint_comes_back(
 PAGE = "<!doctype html><p>Please log in<br>"
 
 
+@pytest.mark.parametrize(
+    "status", [200, 203]
+)  # botocore itself takes a page with 200, but with no other status, for an error
 @pytest.mark.parametrize("request_", ["get", "list", "head", "put", "upload", "uploads"])
-def test_a_page_with_status_200_is_not_taken_for_an_answer(
-    store: S3Store, s3_proxy: FaultProxy, big: Path, request_: str
+def test_a_page_is_not_taken_for_an_answer(
+    store: S3Store, s3_proxy: FaultProxy, big: Path, request_: str, status: int
 ) -> None:
     calls: dict[str, Callable[[S3Store], object]] = {
         **READS,
@@ -380,7 +383,7 @@ def test_a_page_with_status_200_is_not_taken_for_an_answer(
         "upload": lambda store: store.upload_file(big, "big"),
     }
     store.put_bytes("f", b"x")
-    s3_proxy.faults.script = [Fault("", times=FOREVER, status=200, page=PAGE, headers={"Content-Type": "text/html"})]
+    s3_proxy.faults.script = [Fault("", times=FOREVER, status=status, page=PAGE, headers={"Content-Type": "text/html"})]
     with pytest.raises(StageError) as info:
         calls[request_](store)
     assert info.value.reason is Reason.STORAGE_UNAVAILABLE
