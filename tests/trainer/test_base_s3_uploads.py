@@ -198,7 +198,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_uploaded(store: S3Store, s3
     assert uploads_in(s3, store) == []
 
 
-@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented"), (400, "InvalidArgument")])
 def test_a_store_that_lists_no_parts_is_continued_by_our_own_note(
     store: S3Store, s3_proxy: FaultProxy, big: Path, status: int, code: str
 ) -> None:
@@ -244,7 +244,7 @@ def test_uploads_of_a_killed_execution_are_removed_and_no_others(
         connect(S3Location(bucket, ""), Credentials("output", "s", tmp_path / "secret"), tmp_path).abort_orphans()
 
 
-@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented"), (400, "InvalidArgument")])
 def test_a_store_that_does_not_tell_of_uploads_costs_a_warning(
     store: S3Store, s3_proxy: FaultProxy, caplog: pytest.LogCaptureFixture, status: int, code: str
 ) -> None:

@@ -83,6 +83,11 @@ def _stands(client: S3Client, bucket: str, key: str, size: int, done: Finished) 
     return (head["ContentLength"], head["ETag"].strip('"')) == (size, done.etag.strip('"'))
 
 
+def waits(error: StageError) -> bool:
+    """Whether somebody can mend it, and the caller tries again."""
+    return error.consequence is Consequence.WAIT or error.patience_seconds is not None
+
+
 class _PartsLost(Exception):
     """The store does not know the upload, or a part of it, any more."""
 
@@ -101,10 +106,7 @@ class _Multipart:
         try:
             return self._run(on_bytes)
         except BaseException as error:
-            waits = isinstance(error, StageError) and (
-                error.consequence is Consequence.WAIT or error.patience_seconds is not None
-            )
-            if not waits and not isinstance(error, Stopped):
+            if not (isinstance(error, StageError) and waits(error)) and not isinstance(error, Stopped):
                 self._abandon()
             told(on_bytes, -self._counted)  # counted again by whoever goes on
             raise
@@ -261,7 +263,7 @@ def abort_orphans(client: S3Client, bucket: str, folder: str, records: Path) -> 
     or does not let us, costs a warning.
 
     Raises:
-        StageError: StorageUnavailable and others, but not AccessDenied.
+        StageError: StorageUnavailable and what else is waited for.
         ValueError: for a whole bucket, which belongs to others too.
     """
     uri = f"s3://{bucket}/{folder}"
@@ -283,8 +285,9 @@ def abort_orphans(client: S3Client, bucket: str, folder: str, records: Path) -> 
                     continue  # it ended meanwhile
                 count += 1
     except ClientError as error:
-        if error_code(error) not in UNLISTABLE:
-            raise translate(error, uri) from error
+        named = translate(error, uri)
+        if isinstance(named, StageError) and waits(named):
+            raise named from error
         log.warning("uploads that a killed execution left below %s may stay: %s", uri, error)
     return count
 
