@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from demo import images
-from demo.target import SYSTEM_NAMESPACE, Target
 from finetune_cluster.api import Api
 from finetune_cluster.instance import Instance, require
 from finetune_cluster.light import LightCluster
 from finetune_cluster.node import plane_of
 from tests.chaos.run import ended, training_spec
-from tests.e2e.stack import Space, Stack, finished, new_space, rows
+from tests.e2e.stack import Space, Stack, finished, new_space, resting_operator, rows
 from tests.operator.certificates import make_tls
 from tests.operator.fault_sweep import KILLS, Kept, Nursery, Outcome, Point, sample
 from tests.operator.harness import Bench
@@ -45,20 +44,6 @@ class FullCluster:
         return self._authority.issue(name, name, sans=["127.0.0.1", "localhost"])
 
 
-@contextlib.contextmanager
-def resting_operator(target: Target) -> Iterator[None]:
-    """The cluster's own operator does nothing."""
-    deployment = ["deployment", "-n", SYSTEM_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator"]
-    pods = ["pods", "-n", SYSTEM_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator"]
-    target.kubectl("scale", *deployment, "--replicas=0")
-    try:
-        target.kubectl("wait", *pods, "--for=delete", "--timeout=120s")
-        yield
-    finally:
-        target.kubectl("scale", *deployment, "--replicas=1")
-        target.kubectl("rollout", "status", *deployment, "--timeout=120s")
-
-
 class ClusterFaults:
     """What all points share."""
 
@@ -70,8 +55,12 @@ class ClusterFaults:
         self._tls = make_tls(folder / "tls")
         self._undisturbed: dict[str, Any] = {}
 
-    def run(self, count: int, seed: int, tell: Callable[[str], None]) -> list[Outcome]:
-        """So many points, one after the other."""
+    def run(self, count: int, seed: int, tell: Callable[[Outcome], None]) -> None:
+        """So many points, one after the other; ``tell`` hears of each.
+
+        Raises:
+            AssertionError: without any fault it did not end as it should.
+        """
         with contextlib.ExitStack() as opened:
             opened.enter_context(resting_operator(self._stack.target))
             loop = ProxyLoop()
@@ -81,19 +70,23 @@ class ClusterFaults:
             with new_space(self._stack.target, self._stack.bucket) as space:
                 self._spec = training_spec(space.put(rows(40)), STEPS)
             first = self._one(loop, nursery, Point(None))
-            assert not first.problems, first.problems
+            assert not first.problems, f"undisturbed: {first.problems}"
             self._undisturbed = first.left
-            tell(f"undisturbed: {first.requests} requests, {first.events} events, {first.seconds:.0f} s")
             points = [Point(f, n) for f in Fault for n in range(1, first.requests + 1)]
             points += [Point(f, n) for f in EventFault for n in range(1, first.events + 1)]
-            outcomes = []
             for point in sample(points, count, seed):
-                outcomes.append(self._one(loop, nursery, point))
-                tell(f"{point}: {outcomes[-1].hit or 'not reached'}, {outcomes[-1].problems or 'no difference'}")
-            return outcomes
+                tell(self._one(loop, nursery, point))
 
     def _one(self, loop: ProxyLoop, nursery: Nursery, point: Point) -> Outcome:
         outcome, began = Outcome(point), time.monotonic()
+        try:
+            self._live(loop, nursery, point, outcome)
+        except Exception as problem:  # noqa: BLE001 - kubectl, API server or store refused: the other points still count
+            outcome.problems.append(f"{type(problem).__name__}: {str(problem)[:2000]}")
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+    def _live(self, loop: ProxyLoop, nursery: Nursery, point: Point, outcome: Outcome) -> None:
         plan = Plan()
         event = point.fault if isinstance(point.fault, EventFault) else None
         plan.watch = strike = EventStrike(event or EventFault.DOUBLE, point.at if event else 0)
@@ -128,13 +121,13 @@ class ClusterFaults:
                     bench.until_gone(
                         f"/{'apis/batch/v1' if kind == 'jobs' else 'api/v1'}/namespaces/{space.name}/{kind}"
                     )
-            except AssertionError as problem:
-                outcome.problems.append(f"{str(problem)[:2000]}\n{kept.log.read_text()[-2000:]}")
-            outcome.hit = (plan.hit or strike.hit).replace(space.name, "NS")
-            outcome.requests, outcome.events = len(plan.requests), strike.count
-            outcome.restarts = kept.starts - 1 - (bool(plan.hit) and point.fault in KILLS)
-        outcome.seconds = time.monotonic() - began
-        return outcome
+            except Exception:
+                outcome.problems.append(f"the operator's log ends with {kept.log.read_text()[-2000:]}")
+                raise
+            finally:
+                outcome.hit = (plan.hit or strike.hit).replace(space.name, "NS")
+                outcome.requests, outcome.events = len(plan.requests), strike.count
+                outcome.restarts = kept.starts - 1 - (bool(plan.hit) and point.fault in KILLS)
 
     def _life(self, space: Space) -> dict[str, Any]:
         space.apply(NAME, self._spec)

@@ -16,7 +16,7 @@ import yaml
 
 from demo import images, install, store
 from demo.follow import versions
-from demo.target import DemoError, Target, current_target, existing_target
+from demo.target import SYSTEM_NAMESPACE, DemoError, Target, current_target, existing_target
 from finetune_cluster.locks import locked
 from finetune_cluster.paths import clusters_root
 
@@ -227,7 +227,20 @@ def new_space(target: Target, bucket: S3Client) -> Iterator[Space]:
         yield space
     finally:
         space.gpu_pods.stop()
-        target.kubectl("delete", "namespace", name, "--wait=false")
+        target.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
+
+
+@contextmanager
+def resting_operator(target: Target) -> Iterator[None]:
+    """The cluster's operator does nothing meanwhile."""
+    operator = ["-n", SYSTEM_NAMESPACE, "-l", "app.kubernetes.io/name=finetune-operator"]
+    target.kubectl("scale", "deployment", *operator, "--replicas=0")
+    try:
+        target.kubectl("wait", "pods", *operator, "--for=delete", "--timeout=120s")
+        yield
+    finally:
+        target.kubectl("scale", "deployment", *operator, "--replicas=1")
+        target.kubectl("rollout", "status", "deployment", *operator, "--timeout=120s")
 
 
 def tiny_model(bucket: S3Client, folder: Path) -> None:

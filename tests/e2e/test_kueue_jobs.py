@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune_cluster.api import Api
+from finetune_cluster.api import Api, condition
 from finetune_cluster.binaries import ensure_binaries
 from finetune_cluster.instance import Instance, require
 from finetune_cluster.kueue import install_kueue, uninstall_kueue
@@ -17,7 +17,7 @@ from finetune_cluster.node import pause_image
 from tests.chaos.run import Lives, ended
 from tests.chaos.schedule import Kind
 from tests.e2e.conftest import Reference
-from tests.e2e.stack import GPU, Space, Stack, condition, is_true
+from tests.e2e.stack import GPU, Job, Space, Stack, is_true
 
 FOLDER = os.environ.get("KUEUE_DIR", "")
 pytestmark = [
@@ -90,53 +90,79 @@ def urgent(namespace: str) -> Raw:
     }
 
 
+def queued_for(job: Job) -> bool:
+    """Whether status says that the job is held back by its queue, and for what."""
+    status = job.get("status", {})
+    return (status.get("phase"), status.get("message")) == ("Queued", f"Queued in {QUEUE}: waits for 1 × {GPU}.")
+
+
 def test_a_job_keeps_its_workload_through_failures_and_a_preemption(
     space: Space, undisturbed: Reference, kueue: Api
 ) -> None:
     queued = {**undisturbed.spec, "queue": {"name": QUEUE, "priorityClassName": "low"}}
-    jobs = f"/apis/batch/v1/namespaces/{space.name}/jobs"
+    jobs, workloads = f"/apis/batch/v1/namespaces/{space.name}/jobs", f"{ROOT}/namespaces/{space.name}/workloads"
 
-    def train_job_and_workload() -> tuple[str, str]:
+    def train_job_and_workload(name: str = "first") -> tuple[Raw, Raw]:
         (job,) = (
             j for j in kueue.get(jobs)["items"] if j["metadata"]["labels"].get("finetune.dev/stage") == "train"
-            and j["metadata"]["labels"].get("finetune.dev/job-name") == "first"
+            and j["metadata"]["labels"].get("finetune.dev/job-name") == name
         )  # fmt: skip
-        workloads = kueue.get(f"{ROOT}/namespaces/{space.name}/workloads")["items"]
         uid = job["metadata"]["uid"]
-        (workload,) = (w for w in workloads if any(o["uid"] == uid for o in w["metadata"]["ownerReferences"]))
-        return uid, workload["metadata"]["uid"]
+        (workload,) = (
+            w
+            for w in kueue.get(workloads)["items"]
+            if any(o["uid"] == uid for o in w["metadata"].get("ownerReferences", []))
+        )
+        return job, workload
+
+    def place() -> tuple[str, ...]:
+        """The one training Job of the first, and its place in the queue."""
+        return tuple(x["metadata"]["uid"] for x in train_job_and_workload())
 
     with Lives(space) as lives:
         first = lives.begin("first", queued)
-        first.until_step(15)
-        kept = train_job_and_workload()
+        first.until_step(25)
+        kept = place()
 
         rank = first.strike(Kind.WORKER)
         lost = first.strike(Kind.CONTAINER)
         assert rank.while_training
         assert lost.while_training
-        assert train_job_and_workload() == kept, "healed in the pod, and in the same Job"
+        assert place() == kept, "healed in the pod, and in the same Job"
 
         first.until_step(35)
         kueue.create(jobs, urgent(space.name))
-        preempted = first.until(lambda j: j["status"]["phase"] == "Queued", 120, "preempted")
-        assert is_true(preempted, "Waiting"), preempted["status"]
+        preempted = first.until(queued_for, 120, "preempted")
+        assert not is_true(preempted, "Waiting"), preempted["status"]
+        _, workload = train_job_and_workload()
+        evicted = next(c for c in workload["status"]["conditions"] if c["type"] == "Evicted")
+        assert (evicted["status"], evicted["reason"]) == ("True", "Preempted"), evicted
         kueue.wait(jobs, "urgent", lambda j: j["status"].get("ready") == 1, 120, "the urgent Job runs")
         made = max(x.step for x in first.logs.lines if x.step is not None)
-        assert train_job_and_workload() == kept
+        assert place() == kept
 
         second = lives.begin("second", queued)
-        waiting = second.until(lambda j: j["status"].get("phase") == "Queued", 120, "waiting in the full queue")
-        assert condition(waiting, "Waiting")["reason"] == "Queued", waiting["status"]
+        waiting = second.until(queued_for, 120, "waiting in the full queue")
+        assert not is_true(waiting, "Waiting"), waiting["status"]
+        job, workload = train_job_and_workload("second")
+        assert job["spec"]["suspend"]
+        assert condition(workload, "QuotaReserved") != "True", workload["status"]
+        assert not [p for p in space.gpu_pods.so_far() if p.startswith("second-")], "nothing of it asked for a GPU"
+        # Deleted while it is queued, it leaves its place in the queue, too.
         space.target.kubectl("delete", "ftj", "second", "-n", space.name)
+        space.target.kubectl(
+            "wait", f"workload/{workload['metadata']['name']}", "-n", space.name, "--for=delete", "--timeout=60s"
+        )
+        assert not [p for p in space.pods() if p["metadata"]["name"].startswith("second-")]
 
         kueue.delete(f"{jobs}/urgent", propagationPolicy="Background")
         first.logs.until(
             lambda lines: next((x for x in lines if x.step is not None and x.step > made), None), 200, "a new step"
         )
-        assert train_job_and_workload() == kept, "the same place in the queue"
+        assert place() == kept, "the same place in the queue"
         result = ended(space, first.until_finished())
     assert result.files == undisturbed.ended.files
     assert result.result["resumedFromSteps"][-1] == made, "the preemption cost no step"
     reasons = [a.get("reason") for a in result.job["status"]["attempts"] if a["stage"] == "train"]
     assert len(reasons) == 3, result.job["status"]["attempts"]
+    assert "RankFailure" in [r["reason"] for r in result.job["status"]["recoveries"]], "the rank that failed"

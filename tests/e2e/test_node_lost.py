@@ -1,20 +1,25 @@
 """A node loses its power while it trains: the job says so, waits until the pod surely is dead, and goes on elsewhere.
 
-Needs a second node: ``NODES=2 make cluster-up`` and a few minutes for the images to be there too.
+``make chaos`` runs it, on a cluster of its own: the second node that it adds stays, and takes minutes to get the images.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from demo import images, install
+from demo.target import NAMESPACE, SYSTEM_NAMESPACE
 from finetune_cluster.api import Api
 from finetune_cluster.api import condition as node_condition
-from finetune_cluster.instance import Instance, Node, require
+from finetune_cluster.instance import Instance, Node
 from finetune_cluster.node import stop
 from finetune_cluster.up import up
+from tests.chaos.logs import first_after
 from tests.chaos.run import Lives, ended
 from tests.e2e.conftest import Reference
 from tests.e2e.stack import Space, Stack, condition
@@ -23,16 +28,24 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 NODES = "/api/v1/nodes"
 GRACE = 10
 OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+WITH_SECOND_NODE = "WITH_SECOND_NODE"
+"""Environment variable that lets this test add a node to the cluster."""
+TOLD = re.compile(r"NodeLost told after (\d+) s, training again after (\d+) s")
+"""What it prints: seconds from the power failure, and from the taint that says that the node is off."""
 
 
 @pytest.fixture
 def second(stack: Stack) -> Iterator[tuple[Instance, Node]]:
-    """The second node; back, and with the first open to pods, afterwards."""
+    """A second node, which joins when store and operator are on the first. Back, and the first open to pods, afterwards."""
     name = stack.target.cluster_name
-    if name is None or len(require(name).nodes) < 2:
-        pytest.skip("needs a local cluster with a second node: NODES=2 make cluster-up")
-    instance = require(name)
+    if name is None or not os.environ.get(WITH_SECOND_NODE):
+        pytest.skip("adds a second node to the local cluster: run by `make chaos ONLY=node-lost`, on one of its own")
+    instance = up(name, 2, gpu_product=install.GPU_PRODUCT)
+    images.ensure(stack.target)
     first, node = instance.nodes[:2]
+    for namespace in (NAMESPACE, SYSTEM_NAMESPACE):
+        away = [p["metadata"]["name"] for p in stack.target.get("pods", "-n", namespace)["items"] if p["spec"]["nodeName"] != first.name]  # fmt: skip
+        assert away == [], f"they would be lost with node {node.name}: start with a new cluster of one node"
     try:
         yield instance, node
     finally:
@@ -70,9 +83,14 @@ def test_training_goes_on_on_another_node_after_its_own_is_gone(
         ] == [node.name]
         told_after = time.monotonic() - gone
         # What an operator of a cluster does who knows that the machine is off.
+        tainted = time.time()
         kubectl("taint", "node", node.name, f"{OUT_OF_SERVICE}=nodeshutdown:NoExecute")
+        step = job.logs.until(
+            lambda lines: first_after(lines, tainted, lambda x: x.step is not None), 300, "training elsewhere"
+        )
         result = ended(space, job.until_finished())
-    print(f"NodeLost told after {told_after:.0f} s")  # noqa: T201
+    again_after = step.at - tainted
+    print(f"NodeLost told after {told_after:.0f} s, training again after {again_after:.0f} s")  # noqa: T201
     assert result.files == undisturbed.ended.files
     lost, last = (a for a in result.job["status"]["attempts"] if a["stage"] == "train")
     assert (lost["node"], last["node"]) == (node.name, first.name)
