@@ -50,6 +50,7 @@ class Reason(StrEnum):
     VERIFICATION_FAILED = "VerificationFailed"
     DIVERGED = "Diverged"
     USER_CODE = "UserCode"
+    DOES_NOT_FIT = "DoesNotFit"
     OUT_OF_MEMORY = "OutOfMemory"
     DISK_FULL = "DiskFull"
     HUNG = "Hung"
@@ -214,6 +215,14 @@ FAILURES: dict[Reason, Failure] = {
             _F,
             "Code that came with the model failed.",
             "Mend the code that the message names, or set model.trustRemoteCode: false if transformers knows the model itself.",
+        ),
+        _row(
+            Reason.DOES_NOT_FIT,
+            26,
+            _F,
+            "By its memory plan the run does not fit the GPU, so none was asked for.",
+            "Take one of the changes that the message lists; if the GPU has more memory than was assumed, declare it in "
+            "compute.gpu.memory.",
         ),
         _row(
             Reason.OUT_OF_MEMORY,

@@ -28,6 +28,8 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel
 from finetune_api.progress import Restart, Split
+from finetune_api.snapshot import Snapshot
+from finetune_api.spec import MethodType
 
 PREPARED_VERSION = 1
 RESULT_VERSION = 1
@@ -134,6 +136,30 @@ class PreparedPrompt(ApiModel):
     """What it must make of it, in every later stage."""
 
 
+class RunPlan(ApiModel):
+    """What training holds on a GPU, planned before one is asked for (:mod:`finetune_api.planner`), and what follows from that. Bytes
+    are per GPU."""
+
+    method: MethodType
+    """LoRA or QLoRA: what Auto became."""
+    split: Split
+    """With the largest efficient micro-batch that fits."""
+    gpu: str | None = None
+    """The kind of GPU it was planned for; absent where that is not known."""
+    needed_bytes: int
+    """The most at any time: loading, training or evaluation, with allowances."""
+    usable_bytes: int | None = None
+    """What a process can allocate."""
+    peak_allocated_bytes: int
+    """What torch.cuda.max_memory_allocated should show after training."""
+    estimated_seconds: float | None = None
+    """Of the optimization; an estimate, and only for products whose speed is known."""
+    verified: bool
+    """The model's family is one whose plans were compared with simulated runs."""
+    summary: str
+    """The plan and why it was chosen, in sentences."""
+
+
 class PrepareResult(ApiModel):
     """``prepare/result.json``."""
 
@@ -152,8 +178,15 @@ class PrepareResult(ApiModel):
     trainable_parameters: int
     total_parameters: int
     total_steps: int
+    plan: RunPlan | None = None
+    """Absent on a CPU, and for models whose sizes config.json does not tell."""
     files: list[FileRecord]
     warnings: list[str] = []
+
+
+def chosen(snapshot: Snapshot, prepared: PrepareResult) -> Snapshot:
+    """The snapshot with the method that the memory plan has chosen: what is loaded, merged and told of."""
+    return snapshot.resolved(prepared.plan.method if prepared.plan is not None else None)
 
 
 class Verification(ApiModel):
@@ -224,6 +257,8 @@ class TrainMetrics(ApiModel):
     tokens: int
     tokens_per_second: float
     train_seconds: float
+    peak_gpu_bytes: int | None = None
+    """torch.cuda.max_memory_allocated after the optimization, of the execution that ended it; absent on a CPU."""
 
 
 class QuantizedModule(ApiModel):
@@ -306,6 +341,8 @@ class Manifest(ApiModel):
     verification: Verification
     merge_check: MergeCheck | None = None
     data: DataSummary
+    plan: RunPlan | None = None
+    """What was planned, beside ``metrics`` which tells what was measured."""
     versions: dict[str, str]
     attempts: list[ExecutionRecord]
     """The executions of all stages, failed ones included, in the order in which they began."""
@@ -323,6 +360,7 @@ class PrepareReport(ApiModel):
     trainable_parameters: int
     total_parameters: int
     total_steps: int
+    plan: RunPlan | None = None
     trained: bool
     """A complete ``train/result.json`` of this snapshot exists already: training need not run (again)."""
     warnings: list[str] = []

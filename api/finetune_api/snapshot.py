@@ -112,6 +112,14 @@ class Snapshot(ApiModel):
             max_sequence_tokens=training.max_sequence_tokens,
         )
 
+    def resolved(self, method: MethodType | None) -> Snapshot:
+        """With the method that the memory plan chose. For what is loaded and merged, never for :meth:`digest`."""
+        if method is None or method is self.plan.method.type:
+            return self
+        quantization = self.spec.method.quantization if method is MethodType.QLORA else None
+        chosen = self.plan.method.model_copy(update={"type": method, "quantization": quantization})
+        return self.model_copy(update={"plan": self.plan.model_copy(update={"method": chosen})})
+
     def canonical_json(self) -> str:
         """One byte form per value: sorted keys, no white space."""
         return json.dumps(self.to_json_dict(), sort_keys=True, separators=(",", ":"))
@@ -155,9 +163,11 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
     ranks = rank_count(spec)
     share = math.ceil(training.global_batch_sequences / ranks)
     micro_batch = largest_divisor(share, limit)
+    # On a CPU there is no GPU memory to save; elsewhere prepare chooses (RunPlan).
+    kind = MethodType.LORA if method.type is MethodType.AUTO and training.use_cpu else method.type
     return Plan(
         method=ResolvedMethod(
-            type=method.type,
+            type=kind,
             lora=ResolvedLora(
                 rank=lora.rank,
                 alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,

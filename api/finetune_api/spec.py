@@ -198,6 +198,7 @@ class MethodType(StrEnum):
 
     LORA = "LoRA"
     QLORA = "QLoRA"
+    AUTO = "Auto"
 
 
 class LoraBias(StrEnum):
@@ -252,26 +253,29 @@ class Quantization(ApiModel):
 
 
 _BIAS_MESSAGE = (
-    "QLoRA cannot train biases: bitsandbytes holds those of quantized layers in 16 bit, where small updates are lost; "
-    "set lora.bias: None, or type: LoRA"
+    "QLoRA cannot train biases, and Auto may choose it: bitsandbytes holds those of quantized layers in 16 bit, where small updates "
+    "are lost; set lora.bias: None, or type: LoRA"
 )
 
 
 class Method(ApiModel):
     """How the model is adapted."""
 
-    type: MethodType = Field(MethodType.LORA, description="LoRA keeps the base in 16 bit; QLoRA in 4 bit.")
+    type: MethodType = Field(
+        MethodType.LORA,
+        description="LoRA keeps the base in 16 bit; QLoRA in 4 bit. Auto is LoRA if that fits the GPU, otherwise QLoRA.",
+    )
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization, description="Used by QLoRA.")
 
     # bitsandbytes casts the biases of quantized layers to the compute dtype in the first forward pass (Linear4bit.forward).
     model_config = ConfigDict(
-        json_schema_extra=cel(("self.type != 'QLoRA' || self.lora.bias == 'None'", _BIAS_MESSAGE)),
+        json_schema_extra=cel(("self.type == 'LoRA' || self.lora.bias == 'None'", _BIAS_MESSAGE)),
     )
 
     @model_validator(mode="after")
     def _no_biases_in_16_bit(self) -> Method:
-        if self.type is MethodType.QLORA and self.lora.bias is not LoraBias.NONE:
+        if self.type is not MethodType.LORA and self.lora.bias is not LoraBias.NONE:
             raise ValueError(_BIAS_MESSAGE)
         return self
 
@@ -387,6 +391,13 @@ class Gpu(ApiModel):
         "nvidia.com/gpu", description="Extended resource that the device plugin serves."
     )
     product: LabelValue | None = Field(None, description="Value of the node label nvidia.com/gpu.product to require.")
+    memory: Quantity | None = Field(
+        None,
+        description=(
+            "Memory that a process can allocate on one GPU, for the memory plan; known for common products (see the planner's "
+            "documentation). With neither, nothing is refused for its memory."
+        ),
+    )
 
 
 class Compute(ApiModel):
@@ -681,6 +692,11 @@ class FineTuneJobSpec(ApiModel):
             (
                 "self.compute.gpusPerNode > 0 || self.training.useCpu",
                 "compute.gpusPerNode: 0 needs training.useCpu: true",
+            ),
+            (
+                "self.method.type != 'Auto' || self.training.useCpu || has(self.compute.gpu.product) || "
+                "has(self.compute.gpu.memory)",
+                "method.type: Auto needs to know the GPU: set compute.gpu.product or compute.gpu.memory",
             ),
             (
                 "!has(self.recovery.outOfMemory.maxMemory) || has(self.compute.memory)",

@@ -117,6 +117,9 @@ class PlanStatus(ApiModel):
     total_steps: int | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None
+    needed_memory_bytes: int | None = Field(None, description="The most that one GPU will hold, as planned.")
+    usable_memory_bytes: int | None = Field(None, description="What a process can allocate on the GPU planned for.")
+    memory: str | None = Field(None, description="The memory plan in words, and why method and micro-batch are so.")
     summary: str = Field("", description="The plan in one sentence.")
 
 

@@ -52,6 +52,7 @@ PROOFS: dict[Reason, str] = {
     Reason.VERIFICATION_FAILED: "trainer/test_train_teeth.py",
     Reason.DIVERGED: "trainer/test_train_failures.py",
     Reason.USER_CODE: "trainer/test_train_failures.py",
+    Reason.DOES_NOT_FIT: "trainer/test_prepare_plan.py",
     Reason.OUT_OF_MEMORY: "trainer/test_train_resume.py",
     Reason.DISK_FULL: "trainer/test_train_failures.py",
     Reason.HUNG: "trainer/test_supervisor_process.py",

@@ -70,6 +70,11 @@ def unknown_target_module(space: Space) -> dict[str, Any]:
     return spec_for(space.put(rows(20)), method={"lora": {"targetModules": ["q_proj", "query"]}})
 
 
+def too_large_for_the_gpu(space: Space) -> dict[str, Any]:
+    small = {"gpusPerNode": 1, "gpu": {"resourceName": GPU, "memory": "500Mi"}}
+    return spec_for(space.put(rows(20)), compute=small, training={"useCpu": False})
+
+
 FOR_GOOD: list[tuple[Case, str, list[str]]] = [
     (malformed_line, "InvalidData", ["train.jsonl:21", "maxBadRows"]),
     (wrong_columns, "InvalidData", ["question", "answer"]),
@@ -83,6 +88,7 @@ FOR_GOOD: list[tuple[Case, str, list[str]]] = [
     (no_such_data_bucket, "BucketNotFound", ["no-such-bucket"]),
     (wrong_credentials_for_data, "AccessDenied", ["Secret"]),
     (unknown_target_module, "UnknownTargetModule", ["query", "v_proj"]),
+    (too_large_for_the_gpu, "DoesNotFit", ["too little", "compute.gpu.memory"]),
 ]
 
 

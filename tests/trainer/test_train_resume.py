@@ -271,7 +271,9 @@ def test_out_of_memory_goes_on_from_the_last_step_with_a_smaller_split(
     assert curve(job)[:7] == losses[:7]
     monkeypatch.delenv(ENV_SPLIT)
     monkeypatch.delenv(ENV_RESTARTS)
-    assert train.choose_split(job.snapshot, job.context().workspace_store(), {}) == smaller, "a later pod knows it too"
+    assert train.choose_split(job.snapshot.split, job.context().workspace_store(), {}) == smaller, (
+        "a later pod knows it too"
+    )
 
 
 def test_the_curve_after_a_smaller_split_is_the_undisturbed_one(

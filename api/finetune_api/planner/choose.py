@@ -34,6 +34,7 @@ def choose(
     micro_batch_sequences: int | None = None,
     *,
     evaluation_follows: bool = False,
+    sharding: bool = True,
 ) -> Choice:
     """LoRA if it fits, QLoRA if not, each with the largest efficient micro-batch that fits. Where nothing fits, the choice is
     QLoRA (or the method asked for) with the smallest micro-batch, and its ``fit`` says what would.
@@ -43,6 +44,7 @@ def choose(
         method: chosen when absent.
         micro_batch_sequences: the most the user allows; chosen when absent.
         evaluation_follows: the trainer takes the evaluation batch from the plan, so it is made as small as training allows.
+        sharding: whether several GPUs may share one copy of the model.
     """
     per_gpu = max(1, global_batch_sequences // request.gpus)
     methods = [method] if method else [MethodType.LORA, MethodType.QLORA]
@@ -50,7 +52,7 @@ def choose(
     last: tuple[MethodType, Request, MemoryPlan] | None = None
     for candidate in methods:
         base = four_bit(request) if candidate is MethodType.QLORA else request
-        for layout in layouts(request):
+        for layout in layouts(request, sharding):
             for rows in micro_batches(per_gpu, request.batch.sequence_tokens, micro_batch_sequences):
                 tried = with_batch(base.model_copy(update={"layout": layout}), micro_batch_sequences=rows)
                 planned = plan(tried)
@@ -69,9 +71,11 @@ def choose(
     return _choice(*last, usable_bytes, " ".join(rejected))
 
 
-def layouts(request: Request) -> list[Layout]:
+def layouts(request: Request, sharding: bool = True) -> list[Layout]:
     """One GPU alone; several each with a whole copy if that fits, which is fastest, sharded if not."""
-    return [Layout.SINGLE] if request.gpus == 1 else [Layout.DDP, Layout.FSDP]
+    if request.gpus == 1:
+        return [Layout.SINGLE]
+    return [Layout.DDP, Layout.FSDP] if sharding else [Layout.DDP]
 
 
 def micro_batches(per_gpu: int, sequence_tokens: int, most: int | None) -> Iterator[int]:

@@ -32,10 +32,13 @@ def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
     where = gpu_request(snapshot.spec) or "the CPU"
     if snapshot.spec.training.use_cpu and snapshot.spec.compute.gpus_per_node:
         where = f"the CPU of a pod with {where}"
-    quantization = f" ({plan.method.quantization.type})" if plan.method.quantization else ""
+    memory = report.plan if report is not None else None
+    method = snapshot.resolved(memory.method if memory else None).plan.method
+    split = memory.split if memory else snapshot.split
+    quantization = f" ({method.quantization.type})" if method.quantization else ""
     parts = [
-        f"{plan.method.type}{quantization} rank {plan.method.lora.rank}, alpha {plan.method.lora.alpha} on {where}: "
-        f"micro-batch {plan.micro_batch_sequences} × accumulation {plan.gradient_accumulation_steps}, "
+        f"{method.type}{quantization} rank {method.lora.rank}, alpha {method.lora.alpha} on {where}: "
+        f"micro-batch {split.micro_batch_sequences} × accumulation {split.gradient_accumulation_steps}, "
         f"learning rate {plan.learning_rate:g}"
     ]
     if report is not None:
@@ -46,12 +49,15 @@ def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
         parts.append(f"{report.trainable_parameters:,} trainable parameters{share}")
         parts.extend(sentence(w)[:-1] for w in report.warnings[:3])
     return PlanStatus(
-        method=plan.method.type,
-        rank=plan.method.lora.rank,
-        alpha=plan.method.lora.alpha,
+        method=method.type,
+        rank=method.lora.rank,
+        alpha=method.lora.alpha,
         learning_rate=plan.learning_rate,
-        micro_batch_sequences=plan.micro_batch_sequences,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        micro_batch_sequences=split.micro_batch_sequences,
+        gradient_accumulation_steps=split.gradient_accumulation_steps,
+        needed_memory_bytes=memory.needed_bytes if memory else None,
+        usable_memory_bytes=memory.usable_bytes if memory else None,
+        memory=memory.summary if memory else None,
         total_steps=report.total_steps if report else None,
         trainable_parameters=report.trainable_parameters if report else None,
         total_parameters=report.total_parameters if report else None,

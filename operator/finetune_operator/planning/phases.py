@@ -11,7 +11,7 @@ from finetune_operator.planning.clock import rfc3339
 from finetune_operator.planning.conditions import Wish, find, is_true
 from finetune_operator.planning.decision import Decision
 from finetune_operator.planning.look import Look
-from finetune_operator.planning.messages import queued_message, sentence
+from finetune_operator.planning.messages import plan_status, queued_message, sentence
 from finetune_operator.planning.model import DeleteJob, StageState
 from finetune_operator.planning.outcome import advice_for
 from finetune_operator.planning.risk import checkpoint_at_risk
@@ -163,10 +163,10 @@ def _prepared_message(look: Look) -> str:
     record = look.obs.snapshot
     plan = ""
     if record is not None:
-        resolved = record.snapshot.plan
+        told = plan_status(record.snapshot, report)
         plan = (
-            f"; plan: {resolved.method.type}, {report.total_steps:,} steps, "
-            f"micro-batch {resolved.micro_batch_sequences} × accumulation {resolved.gradient_accumulation_steps}"
+            f"; plan: {told.method}, {report.total_steps:,} steps, "
+            f"micro-batch {told.micro_batch_sequences} × accumulation {told.gradient_accumulation_steps}"
         )
     return f"{report.data.rows:,} rows checked{took}{plan}."
 

@@ -38,6 +38,10 @@ class BaseModel:
     vocabulary: int
     """Rows of the embedding: token ids must be below it."""
     parameters: Parameters
+    config: dict[str, Any]
+    """config.json."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of every tensor in the weights' files."""
     warnings: list[str]
 
 
@@ -86,6 +90,8 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         renderer=renderer,
         vocabulary=_vocabulary(config, headers, spec.uri),
         parameters=count_parameters(headers, ctx.snapshot.plan.method.lora),
+        config=config,
+        shapes={name: shape for name, (_, shape) in headers.items()},
         warnings=warnings,
     )
 

@@ -31,6 +31,7 @@ from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import Prepared, finish, total_steps
 from finetune_trainer.prepare.model import inspect_model
+from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
 from finetune_trainer.text import plural
@@ -61,6 +62,9 @@ def run(ctx: StageContext) -> PrepareReport:
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
     checked = check_data(ctx, model)
     prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared")
+    planned = plan_run(ctx.snapshot.spec, ctx.snapshot.split, model, prepared.data)
+    if planned is not None:
+        log.info("%s", planned.summary)
     for warning in (warnings := model.warnings + prepared.warnings):
         log.warning("%s", warning)
 
@@ -77,6 +81,7 @@ def run(ctx: StageContext) -> PrepareReport:
         trainable_parameters=model.parameters.trainable,
         total_parameters=model.parameters.total,
         total_steps=total_steps(ctx.snapshot.spec, prepared.data.train_rows),
+        plan=planned,
         files=files,
         warnings=warnings,
     )
@@ -148,6 +153,7 @@ def report(result: PrepareResult, trained: bool) -> PrepareReport:
         trainable_parameters=result.trainable_parameters,
         total_parameters=result.total_parameters,
         total_steps=result.total_steps,
+        plan=result.plan,
         trained=trained,
         warnings=result.warnings,
     )

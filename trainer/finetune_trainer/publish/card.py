@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from finetune_api.results import DataSummary, MergeCheck, PrepareResult, TrainResult
+from finetune_api.results import DataSummary, MergeCheck, PrepareResult, TrainResult, chosen
 from finetune_api.snapshot import Snapshot
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.s3 import S3Store
@@ -37,7 +37,7 @@ def model_card(
         base_id=location.repo_id if isinstance(location, HubLocation) else None,
         commit=prepared.model_commit,
         job=snapshot.job,
-        method=snapshot.plan.method,
+        method=chosen(snapshot, prepared).plan.method,
         plan=snapshot.plan,
         training=snapshot.spec.training,
         output=snapshot.spec.output,

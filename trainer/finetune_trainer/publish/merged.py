@@ -17,6 +17,7 @@ from finetune_api.results import (
     PrepareResult,
     SourceFile,
     TrainResult,
+    chosen,
 )
 from finetune_api.spec import MergedBase
 from finetune_trainer.context import StageContext
@@ -60,7 +61,7 @@ def make_merged(
     rows = fetch_held_out(ctx, workspace, prepared)
 
     ctx.reporter.report(activity="Merging")
-    quantization = snapshot.plan.method.quantization
+    quantization = chosen(snapshot, prepared).plan.method.quantization
     round_trip = None
     if quantization is not None and spec.output.merged.base is MergedBase.QUANTIZED:
         round_trip = RoundTrip(quantization, trained.quantized_modules, getattr(torch, trained.base_dtype))

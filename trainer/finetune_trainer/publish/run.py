@@ -138,6 +138,7 @@ def make_manifest(
         metrics=trained.metrics,
         verification=trained.verification,
         data=prepared.data,
+        plan=prepared.plan,
         versions=trained.versions,
         attempts=attempts(notes, completed),
         warnings=warnings,

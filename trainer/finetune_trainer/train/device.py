@@ -28,6 +28,10 @@ class Compute:
         """Matrix products in ``dtype``, whatever the trainables are kept in. Used alike for training, evaluation and answers."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
+    def peak_bytes(self) -> int | None:
+        """The most that tensors have held on the GPU in this process; None on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
 
 def pick_compute(use_cpu: bool) -> Compute:
     """The CPU if asked for, otherwise the first GPU.

@@ -22,6 +22,7 @@ from finetune_api.results import (
     TrainMetrics,
     TrainReport,
     TrainResult,
+    chosen,
 )
 from finetune_api.snapshot import Snapshot
 from finetune_trainer import heartbeat, memory
@@ -40,7 +41,7 @@ from finetune_trainer.train.quantized import quantized_modules
 from finetune_trainer.train.ranks import join, leave
 from finetune_trainer.train.rows import Rows, read_rows
 from finetune_trainer.train.schedule import make_schedule
-from finetune_trainer.train.split import choose_split, given_restarts
+from finetune_trainer.train.split import choose_split, given_restarts, planned_split
 from finetune_trainer.train.step_log import StepLog
 from finetune_trainer.train.versions import library_versions
 from finetune_trainer.waiting import wait_until_available
@@ -81,7 +82,8 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         log.info("this snapshot is trained already: nothing to do")
         return report(began)
     split, prepared, base_files = began.split, began.prepared, began.base_files
-    snapshot, spec = ctx.snapshot, ctx.snapshot.spec
+    spec, digest = ctx.snapshot.spec, ctx.snapshot.digest()
+    snapshot = chosen(ctx.snapshot, prepared.result)
     output, workspace = ctx.output_store(), ctx.workspace_store()
     owner = Owner(workspace, ctx.execution_id, began.owner_number)
     compute = pick_compute(spec.training.use_cpu)
@@ -138,7 +140,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             workspace=workspace,
             local=ctx.work_dir / "checkpoints",
             owner=owner,
-            snapshot_digest=snapshot.digest(),
+            snapshot_digest=digest,
             split=split,
             total_steps=schedule.steps,
             keep=spec.recovery.checkpoint.keep,
@@ -149,6 +151,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         ranks=ranks,
     )
     fit.run()
+    peak_gpu_bytes = compute.peak_bytes()
     leave(ranks)
     if not ranks.first:
         return RankDone()
@@ -191,7 +194,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
 
     check_rows = rows_to_check([held_out.length(i) for i in range(len(held_out))])
     result = TrainResult(
-        snapshot_digest=snapshot.digest(),
+        snapshot_digest=digest,
         execution_id=ctx.execution_id,
         adapter_files=adapter_files,
         report_files=upload_reports(ctx, output, metrics_lines, answers),
@@ -206,6 +209,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             tokens=steps.tokens,
             tokens_per_second=steps.tokens / steps.seconds,
             train_seconds=steps.seconds,
+            peak_gpu_bytes=peak_gpu_bytes,
         ),
         verification=verification,
         base_files=base_files.files,
@@ -242,10 +246,13 @@ def begin_execution(ctx: StageContext) -> Begun | TrainResult:
         patiently(ctx, store.abort_orphans)
     compute = pick_compute(ctx.snapshot.spec.training.use_cpu)
     log.info("computing on %s in %s", compute.name, compute.dtype)
-    split = patiently(ctx, lambda: choose_split(ctx.snapshot, workspace))
-    (ctx.work_dir / SPLIT_FILE).write_text(split.model_dump_json(by_alias=True))
-    begin(ctx, "Downloading", split=split if split != ctx.snapshot.split else None)
+    begin(ctx, "Downloading")
     prepared = inputs.fetch_prepared(ctx, workspace)
+    planned = planned_split(ctx.snapshot, prepared.result)
+    split = patiently(ctx, lambda: choose_split(planned, workspace))
+    (ctx.work_dir / SPLIT_FILE).write_text(split.model_dump_json(by_alias=True))
+    if split != planned:
+        ctx.reporter.report(split=split)
     base_files = inputs.fetch_base(
         ctx,
         prepared.result.model_commit,

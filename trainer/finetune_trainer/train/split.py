@@ -8,20 +8,25 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from finetune_api.progress import Restart, Split
-from finetune_api.results import TRAIN_SPLIT
+from finetune_api.results import TRAIN_SPLIT, PrepareResult
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import NotFound
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.supervisor.run import ENV_RESTARTS, ENV_SPLIT, RESTARTS
 
 
-def choose_split(snapshot: Snapshot, workspace: S3Store, environ: Mapping[str, str] = os.environ) -> Split:
+def planned_split(snapshot: Snapshot, prepared: PrepareResult) -> Split:
+    """What the memory plan chose; without one, what follows from the spec alone."""
+    return prepared.plan.split if prepared.plan is not None else snapshot.split
+
+
+def choose_split(planned: Split, workspace: S3Store, environ: Mapping[str, str] = os.environ) -> Split:
     """What the supervisor says, else what an earlier execution wrote down, else the plan's. A new one is written down, so that
     no later pod finds out again what does not fit."""
     try:
         stored = workspace.get_model(TRAIN_SPLIT, Split)
     except (NotFound, ValidationError):
-        stored = snapshot.split
+        stored = planned
     given = environ.get(ENV_SPLIT)
     if given is None:
         return stored

@@ -1,0 +1,171 @@
+"""The memory plan of a run: what it chooses, what it refuses, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.failures import Reason
+from finetune_api.planner import describe, parse_config
+from finetune_api.results import DataSummary, LengthPercentiles, RunPlan
+from finetune_api.snapshot import resolve_plan
+from finetune_api.spec import FineTuneJobSpec, MethodType
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.model import BaseModel
+from finetune_trainer.prepare.plan import plan_run
+from finetune_trainer.prepare.shapes import Parameters
+from tests.support.prepared import deep_merge, job_spec, prepare_job, snapshot_of
+from tests.trainer.test_supervisor_process import rewrite_prepared
+
+CONFIGS = Path(__file__).parents[1] / "planner" / "configs"
+GIB = 1 << 30
+
+
+def base_model(name: str, **changes: Any) -> BaseModel:
+    config = {**json.loads((CONFIGS / f"{name}.json").read_text())["config"], **changes}
+    shapes = describe(parse_config(json.loads((CONFIGS / f"{name}.json").read_text())["config"]))
+    return BaseModel(
+        uri=f"hf://org/{name}", commit=None, files=[], tokenizer=None, tokenizer_hash="", renderer=None, vocabulary=0,
+        parameters=Parameters(0, 0, []), config=config, shapes=shapes, warnings=[],
+    )  # fmt: skip
+
+
+def rows(longest: int = 2048, tokens: int = 1_000_000) -> DataSummary:
+    return DataSummary(
+        rows=1100, train_rows=1000, held_out_rows=100, bad_rows=0, truncated_rows=0, dropped_rows=0, duplicate_rows=0,
+        formats={"Messages": 1100}, train_tokens=tokens, train_target_tokens=1, held_out_tokens=1,
+        held_out_target_tokens=1, tokens=LengthPercentiles(p50=1, p95=1, p99=1, max=longest),
+    )  # fmt: skip
+
+
+def planned(name: str = "llama-3-8b", data: DataSummary | None = None, **spec: Any) -> RunPlan | None:
+    asked = deep_merge(job_spec(None, "bucket", training={"useCpu": False}), spec)
+    parsed = FineTuneJobSpec.model_validate(asked)
+    split = snapshot_of(asked, "u" * 32).split
+    return plan_run(parsed, split, base_model(name), data or rows())
+
+
+def gpu(product: str | None = None, memory: str | None = None, count: int = 1) -> dict[str, Any]:
+    asked = {k: v for k, v in (("product", product), ("memory", memory)) if v is not None}
+    return {"gpusPerNode": count, "gpu": asked}
+
+
+def test_auto_is_lora_where_it_fits_and_qlora_where_it_does_not() -> None:
+    large = planned(method={"type": "Auto"}, compute=gpu("NVIDIA-A100-SXM4-80GB"))
+    small = planned(method={"type": "Auto"}, compute=gpu("Tesla-T4"))
+    assert large is not None
+    assert small is not None
+    assert (large.method, small.method) == (MethodType.LORA, MethodType.QLORA)
+    assert "LoRA would need" in small.summary, "why not"
+    for plan in (large, small):
+        assert plan.usable_bytes is not None
+        assert plan.needed_bytes <= 0.95 * plan.usable_bytes
+        assert plan.estimated_seconds is not None
+        assert plan.verified
+
+
+def test_the_largest_efficient_micro_batch_that_fits_is_taken_and_the_global_batch_stays_exact() -> None:
+    large = planned(compute=gpu("NVIDIA-A100-SXM4-80GB"))
+    small = planned(method={"type": "QLoRA"}, compute=gpu(memory="8Gi"))
+    assert large is not None
+    assert small is not None
+    assert large.split.micro_batch_sequences > small.split.micro_batch_sequences
+    for plan in (large, small):
+        assert plan.split.micro_batch_sequences * plan.split.gradient_accumulation_steps == 8
+    asked = planned(compute=gpu("NVIDIA-A100-SXM4-80GB"), training={"microBatchSequences": 1})
+    assert asked is not None
+    assert asked.split.micro_batch_sequences == 1, "no more than the user allows"
+
+
+def test_every_rank_takes_its_share_and_nothing_is_sharded() -> None:
+    plan = planned(compute=gpu("NVIDIA-A100-SXM4-80GB", count=3), training={"globalBatchSequences": 8})
+    assert plan is not None
+    assert plan.split.micro_batch_sequences * plan.split.gradient_accumulation_steps == math.ceil(8 / 3)
+    with pytest.raises(StageError) as refused:
+        planned("llama-2-70b", compute=gpu("NVIDIA-A100-SXM4-80GB", count=8))
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+    assert "gpusPerNode" not in refused.value.message, "more GPUs with a whole copy each do not help"
+
+
+def test_what_cannot_fit_is_refused_with_how_much_is_missing_and_what_would_fit() -> None:
+    with pytest.raises(StageError, match="too little") as refused:
+        planned(compute=gpu("Tesla-T4"))
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+    assert "method.type: QLoRA" in refused.value.message
+    assert "hf://org/llama-3-8b" in refused.value.message
+    assert planned(compute=gpu("Tesla-T4", memory="80Gi")) is not None, "what is declared counts"
+
+
+def test_rows_are_as_long_as_the_longest_there_is() -> None:
+    spec = {"method": {"type": "QLoRA"}, "compute": gpu(memory="9Gi"), "training": {"maxSequenceTokens": 32768}}
+    with pytest.raises(StageError) as refused:
+        planned(data=rows(longest=100_000), **spec)
+    assert "32768 tokens" in refused.value.message
+    short = planned(data=rows(longest=300), **spec)
+    assert short is not None
+    assert short.split.max_sequence_tokens == 32768, "a limit for what may be trained on, not for what is"
+
+
+def test_without_a_known_gpu_nothing_is_refused_and_nothing_chosen() -> None:
+    for asked in (gpu(), gpu("Somebodys-GPU")):
+        plan = planned(compute=asked, method={"type": "QLoRA"})
+        assert plan is not None
+        assert plan.usable_bytes is None
+        assert 5 * GIB < plan.needed_bytes < 20 * GIB
+        assert plan.split.micro_batch_sequences == 4
+    with pytest.raises(StageError, match=r"compute\.gpu\.memory") as refused:
+        planned(compute=gpu("Somebodys-GPU"), method={"type": "Auto"})
+    assert refused.value.reason is Reason.INVALID_CONFIG
+
+
+def test_a_cpu_needs_no_plan_and_an_unknown_model_has_none(caplog: pytest.LogCaptureFixture) -> None:
+    assert planned(training={"useCpu": True}, method={"type": "Auto"}) is None
+    spec = FineTuneJobSpec.model_validate(
+        job_spec(None, "bucket", training={"useCpu": False}, compute=gpu("Tesla-T4"), method={"type": "LoRA"})
+    )
+    split = snapshot_of(job_spec(None, "bucket"), "u" * 32).split
+    strange = base_model("llama-3-8b", hidden_size=None)
+    assert plan_run(spec, split, strange, rows()) is None
+    assert "cannot be planned" in caplog.text
+    auto = spec.model_copy(update={"method": spec.method.model_copy(update={"type": MethodType.AUTO})})
+    with pytest.raises(StageError) as refused:
+        plan_run(auto, split, strange, rows())
+    assert refused.value.reason is Reason.INVALID_CONFIG
+
+
+def test_a_family_that_was_not_verified_is_told_and_not_refused() -> None:
+    plan = planned("mixtral-8x7b", compute=gpu("Tesla-T4"))
+    assert plan is not None
+    assert not plan.verified
+    assert "not verified" in plan.summary
+
+
+def test_auto_on_a_cpu_is_lora() -> None:
+    spec = FineTuneJobSpec.model_validate(job_spec(None, "bucket", method={"type": "Auto"}, training={"useCpu": True}))
+    assert resolve_plan(spec).method.type is MethodType.LORA
+
+
+def test_training_takes_method_and_split_from_the_plan(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
+    from finetune_trainer.train import run as train
+    from tests.trainer.test_train_resume import result
+
+    job = prepare_job(s3, tmp_path, tiny_model, training={"length": {"steps": 2}})
+    chosen = RunPlan(
+        method=MethodType.QLORA,
+        split=job.snapshot.split.model_copy(update={"micro_batch_sequences": 2, "gradient_accumulation_steps": 4}),
+        needed_bytes=1, peak_allocated_bytes=1, verified=True, summary="",
+    )  # fmt: skip
+    rewrite_prepared(job, job)
+    store = job.context().workspace_store()
+    stored = json.loads(store.get_bytes("prepare/result.json"))
+    store.put_bytes("prepare/result.json", json.dumps({**stored, "plan": chosen.to_json_dict()}).encode())
+    ctx = job.context()
+    train.run(ctx)
+    found = result(job)
+    assert found.quantized_modules, "QLoRA"
+    assert found.split == chosen.split
+    assert not any("split" in post for post in ctx.reporter.posts), "as planned: nothing to tell"  # type: ignore[attr-defined]
