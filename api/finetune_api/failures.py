@@ -206,12 +206,13 @@ FAILURES: dict[Reason, Failure] = {
             _F,
             "The training loss rose far above where it began, and stayed there.",
             "Lower training.optimizer.learningRate or lengthen training.warmup; recovery.stopOnDivergence: false trains on.",
+            proof="simulated: the loss is multiplied",
         ),
         _row(
             Reason.USER_CODE,
             25,
             _F,
-            "Code that came with the model or the image failed.",
+            "Code that came with the model failed.",
             "Mend the code that the message names, or set model.trustRemoteCode: false if transformers knows the model itself.",
         ),
         _row(
@@ -278,6 +279,7 @@ FAILURES: dict[Reason, Failure] = {
             _W,
             "The bucket takes no more data.",
             "Free space in the bucket or raise its quota.",
+            proof="simulated: a proxy before the store answers so",
         ),
         _row(
             Reason.HUB_UNAVAILABLE,
@@ -320,6 +322,7 @@ FAILURES: dict[Reason, Failure] = {
             _W,
             "A node does not confirm that a deleted pod has stopped.",
             "Bring the node back, or, once it is surely off, delete its Node object: then the pod is replaced.",
+            proof="as the API server reports it; `make chaos` stops a kubelet",
         ),
         _row(
             Reason.HOST_OUT_OF_MEMORY,
@@ -353,6 +356,7 @@ FAILURES: dict[Reason, Failure] = {
             _I,
             "The pod had to make room: for a pod of higher priority, for the queue, or because its node is drained.",
             "Nothing to do: it goes on from its last checkpoint when it gets a place.",
+            proof="produced with Kueue; other disruptions as the API server reports them",
         ),
         _row(
             Reason.DEADLINE_EXCEEDED,

@@ -79,6 +79,8 @@ class ProgressPost(ApiModel):
     """The newest step whose checkpoint is complete in the bucket."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] | None = None
     """How long it took from the copy to the completion marker: what a pod that is told to stop needs."""
+    checkpoint_problem: Annotated[str, Field(max_length=1024)] | None = None
+    """Why checkpoints cannot be stored while training goes on: ``<reason>: <message>``; empty once they are stored again."""
     peak_memory_bytes: Annotated[int, Field(ge=0)] | None = None
     """The most memory the container has held, as its cgroup counts it."""
     split: Split | None = None

@@ -34,6 +34,7 @@ _LIMITS = f"""## What follows, and how often
   its place. The job fails only when {MAX_FRUITLESS} executions in a row got no step farther.
 - **Waited for**: in the CPU stages for as long as `pendingTimeoutSeconds` allows. A training pod waits ten minutes, then gives its GPU
   back: the job starts at prepare again, which waits without a GPU, up to {MAX_RETURNS} times.
+- **In the pod**: the training process starts again at once, without a pause.
 - In every case training goes on from its newest checkpoint, on the same rows.
 """
 

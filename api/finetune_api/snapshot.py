@@ -121,6 +121,15 @@ class Snapshot(ApiModel):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
 
+RESERVED_STOP_SECONDS = 10.0
+"""Of a training pod's grace period, for the termination message and the final post."""
+
+
+def saving_seconds(grace: float) -> float:
+    """How much of a training pod's grace period there is to save a checkpoint."""
+    return max(grace / 2, grace - RESERVED_STOP_SECONDS)
+
+
 def largest_divisor(total: int, limit: int) -> int:
     """The largest divisor of ``total`` that is not above ``limit``."""
     return next(d for d in range(min(total, limit), 0, -1) if total % d == 0)

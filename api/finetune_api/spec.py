@@ -668,7 +668,8 @@ class FineTuneJobSpec(ApiModel):
         description="Longest uninterrupted wait for one thing that is missing (Secret, image, endpoint, GPU), then the job fails.",
     )
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = Field(
-        None, description="The FineTuneJob is deleted so long after it finished; its results stay in the bucket."
+        None,
+        description="The FineTuneJob is deleted so long after it finished; its results stay in the bucket unless output.deletionPolicy is Delete.",
     )
 
     model_config = ConfigDict(

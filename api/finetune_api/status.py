@@ -28,7 +28,7 @@ class Phase(StrEnum):
 
 class ConditionType(StrEnum):
     """Conditions. Finished is true exactly when Complete or Failed is; Waiting names what is missing while something is.
-    CheckpointAtRisk: a pod that is told to stop would not have the time to save."""
+    CheckpointAtRisk: a pod that is told to stop would not have the time to save, or checkpoints cannot be stored."""
 
     COMPLETE = "Complete"
     FAILED = "Failed"
@@ -86,6 +86,7 @@ class ProgressStatus(ApiModel):
     resumed_from_step: int | None = None
     checkpoint_step: int | None = Field(None, description="The newest step whose checkpoint is complete in the bucket.")
     checkpoint_seconds: float | None = Field(None, description="How long saving that checkpoint took.")
+    checkpoint_problem: str | None = Field(None, description="Why checkpoints cannot be stored just now.")
     peak_memory_bytes: int | None = Field(None, description="The most memory the training container has held.")
     split: Split | None = Field(None, description="How a step is cut now, where that differs from the plan.")
     restarts: Annotated[list[Restart], Field(max_length=16)] | None = Field(
@@ -172,6 +173,7 @@ class AttemptStatus(ApiModel):
     resumed_from_step: int | None = Field(None, description="Training went on from this step's checkpoint.")
     last_step: int | None = Field(None, description="The last step that it reported.")
     checkpoint_step: int | None = Field(None, description="Its newest step that is safe in the bucket.")
+    memory: str | None = Field(None, description="The memory that its container had, where the spec names one.")
 
 
 class RecoveryStatus(ApiModel):

@@ -16,6 +16,7 @@ from finetune_operator.observe import owner_uid, trim_job
 from finetune_operator.planning.model import DeleteJob, JobView, Refusal, SnapshotRecord
 from finetune_operator.settings import Settings
 from finetune_operator.snapshots import Conflict, Snapshots
+from finetune_operator.unknown import with_unknown
 
 logger = logging.getLogger(__name__)
 REFUSED = (400, 403, 422)
@@ -172,6 +173,9 @@ class Applier:
         """
         self._check_leading(job)
         body = {k: v for k, v in status.to_json_dict().items() if v not in ([], {}) and k != "progress"}
+        cached = self._cache.jobs.get(Key(job.namespace, job.name))
+        if cached is not None and cached.uid == job.uid:
+            body = with_unknown(body, cached.unknown)
         seen = str(resource_version) if resource_version else ""
         answer = await self._api.apply_status(job.namespace, job.name, job.uid, body, STATUS_MANAGER, seen)
         self._cache.put_finetunejob(answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +24,7 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.planning.clock import parse_time
 from finetune_operator.planning.conditions import in_order
 from finetune_operator.planning.model import JobView, Pod, StageJob
+from finetune_operator.unknown import unknown_fields
 
 Raw = dict[str, Any]
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -46,6 +47,8 @@ class CachedJob:
     status: FineTuneJobStatus
     deleted_at: datetime | None = None
     finalizers: tuple[str, ...] = ()
+    unknown: Raw = field(default_factory=dict)
+    """Status fields that only a newer version knows; empty but for a while after it was rolled back."""
 
     def view(self) -> JobView:
         """As the planner sees it."""
@@ -87,6 +90,8 @@ def trim_finetunejob(raw: Raw, known: CachedJob | None) -> CachedJob:
         spec, error = known.spec, known.spec_error
     else:
         spec, error = _parse_spec(raw.get("spec") or {})
+    told = raw.get("status") or {}
+    status = parse_status(told)
     return CachedJob(
         namespace=meta["namespace"],
         name=meta["name"],
@@ -97,15 +102,17 @@ def trim_finetunejob(raw: Raw, known: CachedJob | None) -> CachedJob:
         deleting=bool(meta.get("deletionTimestamp")),
         spec=spec,
         spec_error=error,
-        status=parse_status(raw.get("status") or {}),
+        status=status,
         deleted_at=parse_time(meta.get("deletionTimestamp")),
         finalizers=tuple(meta.get("finalizers") or ()),
+        unknown=unknown_fields(told, status),
     )
 
 
 def _parse_spec(raw: Raw) -> tuple[FineTuneJobSpec | None, str]:
+    """What the API server has admitted is not judged again: a field that only a newer schema knows fails no job that runs."""
     try:
-        return FineTuneJobSpec.model_validate(raw), ""
+        return FineTuneJobSpec.model_validate(raw, extra="ignore"), ""
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -194,6 +201,7 @@ def trim_pod(raw: Raw) -> Pod | None:
     message = str(ended.get("message") or "")
     report = parse_report(message)
     scheduled: Raw = next((c for c in conditions if c.get("type") == "PodScheduled"), {})
+    bound = parse_time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
     refused = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
     sandbox = next(
         (c for c in conditions if c.get("type") == "PodReadyToStartContainers" and c.get("status") == "False"), None
@@ -213,6 +221,7 @@ def trim_pod(raw: Raw) -> Pod | None:
         deleting=bool(meta.get("deletionTimestamp")),
         deletion_due=parse_time(meta.get("deletionTimestamp")),
         node=node,
+        bound_at=bound,
         unschedulable=str(scheduled.get("message") or "no node fits") if refused else "",
         unschedulable_since=_time(scheduled.get("lastTransitionTime")) if refused else None,
         waiting_reason=str(waiting.get("reason") or ""),

@@ -19,6 +19,7 @@ from finetune_operator.planning import Observation, Plan, PlannerConfig, plan
 from finetune_operator.planning.clock import parse_time
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import EventType, Urgency
+from finetune_operator.planning.nodetime import in_server_time
 from finetune_operator.planning.waiting import podless
 from finetune_operator.snapshots import Conflict, Snapshots
 from finetune_operator.workqueue import WorkQueue
@@ -123,6 +124,7 @@ class Reconciler:
     async def _look(self, cached: CachedJob) -> Observation:
         view = cached.view()
         family = self._cache.family(cached.uid)
+        now = self._applier.now().replace(microsecond=0)
         record = self._snapshots.known(cached.uid)
         answers = self._applier.answers(cached.uid)
         conflict = answers.conflict
@@ -134,9 +136,9 @@ class Reconciler:
                 conflict = str(problem)
         seen = Observation(
             job=view,
-            now=self._applier.now().replace(microsecond=0),
+            now=now,
             jobs=tuple(family.jobs.values()),
-            pods=tuple(family.pods.values()),
+            pods=in_server_time(tuple(family.pods.values()), now),
             snapshot=record,
             refusal=answers.refusal,
             conflict=conflict,

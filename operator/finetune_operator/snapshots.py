@@ -95,7 +95,8 @@ class Snapshots:
             raise Conflict(f"ConfigMap {raw['metadata']['name']} exists and is not controlled by this FineTuneJob.")
         text = str((raw.get("data") or {}).get(SNAPSHOT_KEY, ""))
         try:
-            snapshot = Snapshot.model_validate_json(text)
+            # A newer version may have frozen more than this one knows; pods read the text itself, and the digest is the text's.
+            snapshot = Snapshot.model_validate_json(text, extra="ignore")
         except ValidationError as problem:
             raise Conflict(
                 f"ConfigMap {raw['metadata']['name']} holds no readable run snapshot: {problem}"

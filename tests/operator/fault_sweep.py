@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from finetune_api.names import LABEL_STAGE, LABEL_UID, Stage
 from finetune_cluster.light import LightCluster
 from finetune_cluster.ports import free_ports
 from finetune_cluster.scripted_kubelet import scripted_kubelet
-from finetune_cluster.steps import Pod, Step, run_forever
+from finetune_cluster.steps import OOM_KILLED, After, Pod, Running, Step, run_forever
 from tests.operator.certificates import make_tls
 from tests.operator.harness import (
     ROOT,
@@ -49,9 +49,13 @@ from tests.operator.remains import bench_in, remains
 from tests.support.api_proxy import ApiProxy, EventFault, EventStrike, Fault, Plan, ProxyLoop
 from tests.support.apiserver import ApiServer
 
-SUCCEEDS, STOPPED = "succeeds", "stopped"
-STORIES = (SUCCEEDS, STOPPED)
-"""Names of jobs: one goes from apply to Succeeded; the other trains for ever, until it is given a deadline that is over."""
+SUCCEEDS, STOPPED, RESUMED = "succeeds", "stopped", "resumed"
+STORIES = (SUCCEEDS, STOPPED, RESUMED)
+"""Names of jobs: one goes from apply to Succeeded; one trains for ever, until it is given a deadline that is over; one is killed for its
+memory, trains with more, is suspended and resumed, and then succeeds."""
+LITTLE, MORE = "4Gi", "6Gi"
+MOMENT = 1.2
+"""Stages of that one last longer than Kubernetes' times are exact, so that its attempts always stand in one order."""
 AT_ONCE = 6
 RESYNC_SECONDS = "3"
 FINISH_SECONDS = 60
@@ -201,12 +205,41 @@ def broken_invariants(jobs: list[tuple[str, Raw]], pods: list[tuple[str, Raw]]) 
     return list(dict.fromkeys(problems))
 
 
-def script(pod: Pod) -> list[Step] | None:
-    """Every stage runs for a moment and ends well, but for a training that has no end."""
+def manifest(story: str) -> Raw:
+    """The FineTuneJob of a story."""
+    job = finetunejob(story)
+    if story == RESUMED:
+        recovery = {"maxFailures": 0, "outOfMemory": {"maxMemory": "8Gi"}}
+        job.set(compute={"memory": LITTLE}, recovery=recovery)
+    return job.build()
+
+
+def memory_of(pod: Pod) -> str:
+    """What a pod's container may use; empty without a limit."""
+    resources = pod["spec"]["containers"][0].get("resources") or {}
+    return str((resources.get("limits") or {}).get("memory", ""))
+
+
+def script(pod: Pod, resumed: threading.Event | None = None) -> list[Step] | None:
+    """Every stage runs for a moment and ends well, but for a training that has no end, or none yet."""
     if LABEL_UID not in (pod["metadata"].get("labels") or {}):
         return None
-    endless = stage_of(pod) is Stage.TRAIN and name_of(pod) == STOPPED
-    return run_forever() if endless else succeed_stage(pod, 0.2)
+    training = stage_of(pod) is Stage.TRAIN
+    if training and name_of(pod) == STOPPED:
+        return run_forever()
+    if name_of(pod) != RESUMED:
+        return succeed_stage(pod, 0.2)
+    if not training:
+        return succeed_stage(pod, MOMENT)
+    if memory_of(pod) == LITTLE:
+        return [Running(), After(MOMENT), OOM_KILLED]
+    return succeed_stage(pod, MOMENT) if resumed is not None and resumed.is_set() else run_forever()
+
+
+def trains_with(job: Raw, memory: str) -> bool:
+    """Whether status tells of a training that runs with so much memory."""
+    attempts = (job.get("status") or {}).get("attempts") or []
+    return any(a["outcome"] == "Running" and a.get("memory") == memory for a in attempts)
 
 
 class Sweep:
@@ -216,14 +249,20 @@ class Sweep:
         self.cluster, self._tls, self._folder, self._prefix = cluster, tls, folder, prefix
         self._stack = contextlib.ExitStack()
         self.undisturbed: dict[str, Outcome] = {}
+        self._resumed: dict[str, threading.Event] = defaultdict(threading.Event)
+
+    def _script(self, pod: Pod) -> list[Step] | None:
+        return script(pod, self._resumed[pod["metadata"]["namespace"]])
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
+            # Once, and not by several at a time: each writes the same two files.
+            self._certificate = self.cluster.certificate("api-proxy")
             self.loop = ProxyLoop()
             stack.callback(self.loop.close)
             self.nursery = Nursery()
             stack.callback(self.nursery.close)
-            kubelet = scripted_kubelet(self.cluster.kubeconfig, script, name=self._prefix, gpus_per_node=64)
+            kubelet = scripted_kubelet(self.cluster.kubeconfig, self._script, name=self._prefix, gpus_per_node=64)
             stack.enter_context(kubelet)
             self._jobs = Recorder(self.cluster, "/apis/batch/v1/jobs", 7200)
             self._pods = Recorder(self.cluster, "/api/v1/pods", 7200)
@@ -270,8 +309,7 @@ class Sweep:
             plan.fault, plan.at = point.fault, point.at
         with contextlib.ExitStack() as stack:
             bench = stack.enter_context(bench_in(self.cluster, self._tls, self._folder / namespace, namespace))
-            certificate = self.cluster.certificate("api-proxy")
-            proxy = ApiProxy(self.loop, self.cluster.kubeconfig, certificate, bench.folder, plan)
+            proxy = ApiProxy(self.loop, self.cluster.kubeconfig, self._certificate, bench.folder, plan)
             stack.enter_context(proxy)
             holder: list[Kept] = []
             plan.kill = lambda: holder[0].kill() if holder else None
@@ -279,10 +317,8 @@ class Sweep:
             stack.callback(kept.close)
             holder.append(kept)
             try:
-                bench.apply(finetunejob(point.story).build())
-                if point.story == STOPPED:
-                    bench.until_phase(point.story, "Training", FINISH_SECONDS)
-                    bench.merge(point.story, {"activeDeadlineSeconds": 1})
+                bench.apply(manifest(point.story))
+                self._tell(bench, point.story)
                 bench.until_finished(point.story, FINISH_SECONDS)
                 if point.story == STOPPED:
                     selector = {"labelSelector": f"{LABEL_STAGE}={Stage.TRAIN}"}
@@ -301,6 +337,18 @@ class Sweep:
         outcome.problems += broken_invariants(self._mine(self._jobs, namespace), self._mine(self._pods, namespace))
         outcome.seconds = time.monotonic() - began
         return outcome
+
+    def _tell(self, bench: Bench, story: str) -> None:
+        """What people do in a story."""
+        if story == STOPPED:
+            bench.until_phase(story, "Training", FINISH_SECONDS)
+            bench.merge(story, {"activeDeadlineSeconds": 1})
+        elif story == RESUMED:
+            bench.until(story, lambda job: trains_with(job, MORE), f"training with {MORE}", FINISH_SECONDS)
+            bench.merge(story, {"suspend": True})
+            bench.until_phase(story, "Suspended", FINISH_SECONDS)
+            self._resumed[bench.namespace].set()
+            bench.merge(story, {"suspend": False})
 
     def _differences(self, point: Point, left: dict[str, Any]) -> list[str]:
         right = self.undisturbed[point.story].left if point.fault else left
@@ -354,8 +402,13 @@ def report(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
     return "\n".join(lines)
 
 
+def good(outcomes: Sequence[Outcome]) -> bool:
+    """No point failed, and some faults came: a sweep that struck nothing has shown nothing."""
+    return not any(o.problems for o in outcomes) and any(o.hit for o in outcomes)
+
+
 def main() -> None:
-    """Entry point; exits 1 if a point failed."""
+    """Entry point; exits 1 if a point failed, or if no fault came."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every point")
@@ -389,7 +442,7 @@ def main() -> None:
     order = [*Fault, *EventFault]
     outcomes.sort(key=lambda o: (order.index(o.point.fault) if o.point.fault else -1, o.point.story, o.point.at))
     print(report(outcomes, given.seed, time.monotonic() - began))
-    sys.exit(any(o.problems for o in outcomes))
+    sys.exit(not good(outcomes))
 
 
 if __name__ == "__main__":

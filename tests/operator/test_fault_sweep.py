@@ -10,16 +10,23 @@ from pathlib import Path
 import pytest
 
 from finetune_cluster.light import LightCluster
-from tests.operator.fault_sweep import Sweep, report, sample
+from tests.operator.fault_sweep import Outcome, Point, Sweep, good, report, sample
 from tests.operator.harness import Tls
 from tests.support.api_proxy import EventFault, Fault
-
-pytestmark = pytest.mark.light
 
 SEED = 6
 POINTS = 2 * (len(Fault) + len(EventFault))
 
 
+def test_a_sweep_that_struck_nothing_is_no_success() -> None:
+    point = Point(Fault.DROP, 1)
+    assert good([Outcome(point, hit="GET /x"), Outcome(point)])
+    assert not good([Outcome(point)])
+    assert not good([Outcome(point, hit="GET /x"), Outcome(point, problems=["late"])])
+    assert not good([])
+
+
+@pytest.mark.light
 @pytest.mark.timeout(240)
 def test_a_sample_of_all_fault_points_passes(cluster: LightCluster, tls: Tls, tmp_path: Path) -> None:
     with Sweep(cluster, tls, tmp_path, "sample") as sweep:

@@ -252,6 +252,63 @@ def test_the_deadline_counts_running_time_only() -> None:
     assert w.status.active_seconds == 15
 
 
+@pytest.mark.parametrize("skew", [-600, 600])
+def test_running_time_is_not_what_a_nodes_wrong_clock_makes_of_it(skew: float) -> None:
+    w = world(activeDeadlineSeconds=300)
+    w.node_skew = skew
+    w.pass_stage()  # runs 10 s
+    w.settle()
+    w.tick(20)
+    w.start_pod()
+    w.run_pod()
+    assert w.settle().requeue_after == pytest.approx(290.05)
+    w.tick(100)
+    assert w.settle().requeue_after == pytest.approx(190.05)
+    w.end_pod(143)
+    w.settle()
+    assert w.status.active_seconds == 110
+    assert [a.started_at for a in w.status.attempts] == ["2026-03-01T12:00:00Z", "2026-03-01T12:00:30Z"]
+    w.tick(10)
+    w.start_pod()
+    w.run_pod()
+    w.settle()
+    w.tick(180)
+    w.settle()
+    assert phase(w) is Phase.TRAINING
+    w.tick(10)
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "DeadlineExceeded"
+
+
+def test_a_pod_that_waited_for_a_slow_nodes_place_did_not_run_before_it_was_bound() -> None:
+    w = world(activeDeadlineSeconds=300)
+    w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.tick(3600)
+    w.node_skew = -600
+    w.run_pod()
+    w.change_pod(bound_at=w.now)
+    assert w.settle().requeue_after == pytest.approx(290.05)
+
+
+def test_attempts_stand_in_the_order_in_which_their_pods_were_made_whatever_their_nodes_clocks_show() -> None:
+    w = in_training()
+    for skew, node in ((600, "fast"), (-600, "slow")):
+        w.end_pod(143)
+        w.tick(10)
+        w.start_pod()
+        w.node_skew = skew
+        w.run_pod()
+        w.change_pod(node=node)
+    w.settle()
+    assert [a.node for a in w.status.attempts if a.stage == "train"] == ["gpu-7", "fast", "slow"]
+    first, second = w.status.attempts[-2:]
+    assert first.finished_at is not None
+    assert second.started_at is not None
+    assert first.finished_at <= second.started_at
+
+
 def test_more_executions_than_status_holds_are_counted_once_each() -> None:
     w = in_training()
     for step in range(MAX_ATTEMPTS + 6):
@@ -704,6 +761,22 @@ def test_a_pod_whose_job_is_gone_holds_the_next_one_back() -> None:
     assert w.plan().create_job is None
     w.pods = {}
     assert w.plan().create_job is Stage.PREPARE
+
+
+def test_ended_pods_whose_job_was_deleted_without_them_hold_nothing_back() -> None:
+    w = in_training()
+    w.end_pod(143)
+    w.jobs = {}
+    w.pods = {n: replace(p, owner_uid="") for n, p in w.pods.items()}
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert job.stage is Stage.PREPARE, "a CPU pod looks for training's result"
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    w.collect()
+    w.settle()
+    assert phase(w) is Phase.SUSPENDED
 
 
 def test_times_of_conditions_move_only_when_they_flip() -> None:

@@ -127,6 +127,10 @@ class Histories(RuleBasedStateMachine):
     def the_operators_clock_is_set(self, seconds: int) -> None:
         self.world.skew = seconds
 
+    @rule(seconds=st.sampled_from([-600, 0, 600]))
+    def the_nodes_clocks_are_set(self, seconds: int) -> None:
+        self.world.node_skew = seconds
+
     @rule(seconds=st.sampled_from([1, 6, 31]))
     def time_passes(self, seconds: int) -> None:
         self.world.tick(seconds)
@@ -161,6 +165,11 @@ class Histories(RuleBasedStateMachine):
             self.world.end_pod(code, report)
             self._replace(look)
 
+    @precondition(lambda self: self.world.pod() is not None and not self._running())
+    @rule(reason=st.sampled_from(["UnexpectedAdmissionError", "OutOfcpu", "Evicted"]))
+    def a_node_refuses_a_pod(self, reason: str) -> None:
+        self.world.refuse_pod(reason)
+
     @precondition(lambda self: self._running())
     @rule(
         fields=st.sampled_from(
@@ -189,8 +198,13 @@ class Histories(RuleBasedStateMachine):
             self.world.pods[pod.name] = replace(pod, **lost)  # type: ignore[arg-type]
 
     @precondition(lambda self: self._running())
-    @rule(step=st.integers(0, 9), saved=st.booleans(), took=st.sampled_from([None, 5.0, 119.0]))
-    def training_posts(self, step: int, saved: bool, took: float | None) -> None:
+    @rule(
+        step=st.integers(0, 9),
+        saved=st.booleans(),
+        took=st.sampled_from([None, 5.0, 119.0]),
+        problem=st.sampled_from([None, None, "", "StorageFull: full"]),
+    )
+    def training_posts(self, step: int, saved: bool, took: float | None, problem: str | None) -> None:
         pod = self.world.pod()
         if pod is None or not pod.running or pod.stage is not Stage.TRAIN:
             return
@@ -202,6 +216,7 @@ class Histories(RuleBasedStateMachine):
             resumed_from_step=0,
             checkpoint_step=step if saved else None,
             checkpoint_seconds=took,
+            checkpoint_problem=problem,
         )
         self.world.post(merge(self.world.status.progress, post, self.world.now))
 
@@ -284,6 +299,14 @@ class Histories(RuleBasedStateMachine):
         if job is not None:
             del self.world.jobs[job.name]
 
+    @precondition(lambda self: bool(self.world.jobs))
+    @rule()
+    def a_job_is_deleted_and_its_pods_are_orphaned(self) -> None:
+        job = next(iter(self.world.jobs.values()))
+        del self.world.jobs[job.name]
+        for pod in [p for p in self.world.pods.values() if p.owner_uid == job.uid]:
+            self.world.pods[pod.name] = replace(pod, owner_uid="")
+
     @invariant()
     def an_end_is_final(self) -> None:
         if self.end is None:
@@ -337,6 +360,19 @@ class Histories(RuleBasedStateMachine):
             assert copy.plan().idle
 
     @invariant()
+    def a_job_never_stands_still(self) -> None:
+        """Whatever is neither over nor suspended goes on by itself: something lives or stops, or it is looked at again."""
+        if self.world.gone or self.world.deleting:
+            return
+        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
+        decided = copy.settle()
+        if copy.gone or is_true(copy.status, ConditionType.FINISHED) or copy.status.phase is Phase.SUSPENDED:
+            return
+        live = any(not j.finished or j.deleting for j in copy.jobs.values())
+        live = live or any(not p.ended for p in copy.pods.values())
+        assert live or decided.requeue_after is not None, (copy.status, copy.jobs, copy.pods)
+
+    @invariant()
     def suspended_holds_no_pods(self) -> None:
         if self.world.gone or self.world.deleting or not self.world.spec.suspend or self.end is not None:
             return
@@ -344,12 +380,12 @@ class Histories(RuleBasedStateMachine):
         copy.settle()
         copy.collect()
         copy.settle()
+        for pod in copy.pods.values():  # of a Job that somebody deleted, and not its pods: they end when they are done
+            copy.pods[pod.name] = replace(pod, phase="Failed", deleting=False)
+        copy.settle()
         if copy.status.phase in (Phase.SUCCEEDED, Phase.FAILED):
             return
-        if any(not p.deleting for p in copy.pods.values()):
-            return  # orphans of a Job that somebody deleted: the garbage collector's
         assert copy.status.phase is Phase.SUSPENDED
-        assert not copy.pods
         assert not copy.jobs
 
     @invariant()

@@ -146,6 +146,21 @@ async def test_a_report_that_another_replica_wrote_since_the_last_look_survives(
     assert server.status["progress"]["report"] == report
 
 
+async def test_what_only_a_newer_version_knows_of_a_running_execution_is_written_again() -> None:
+    server = Server()
+    server.write(sequence=1, flops=1.5)
+    progress = replica(server)
+    await progress.submit(CALLER, post(2, step=2))
+    await server.until(lambda p: p.get("sequence") == 2)
+    assert server.status["progress"]["flops"] == 1.5
+    await progress.submit(
+        Caller(KEY, "job", "pod-2", CREATED + timedelta(seconds=60), Stage.TRAIN),
+        post(1).model_copy(update={"execution_id": "pod-2"}),
+    )
+    await server.until(lambda p: p.get("executionId") == "pod-2")
+    assert "flops" not in server.status["progress"], "another execution's"
+
+
 async def test_a_pod_that_another_has_replaced_writes_no_more_through_any_replica() -> None:
     server = Server()
     began = rfc3339(CREATED + timedelta(seconds=60))
@@ -157,6 +172,42 @@ async def test_a_pod_that_another_has_replaced_writes_no_more_through_any_replic
         await replica(server).submit(CALLER, post(70, final=success(Stage.TRAIN).to_json_dict()))
     assert refused.value.status == 409
     assert server.status["progress"]["executionId"] == "pod-2"
+
+
+async def test_a_pod_posts_although_its_predecessor_is_said_to_have_begun_after_it() -> None:
+    """Its node's clock was fast."""
+    server = Server()
+    old = {"executionId": "pod-0", "stage": "train", "pod": "p0", "outcome": "Failed"}
+    server.status = {
+        "progress": {"executionId": "pod-0", "stage": "train", "sequence": 9, "step": 9},
+        "attempts": [{**old, "startedAt": rfc3339(CREATED + timedelta(seconds=600))}],
+    }
+    assert await replica(server).submit(CALLER, post(1, final=success(Stage.TRAIN).to_json_dict()))
+    assert server.status["progress"]["executionId"] == "pod-1"
+
+
+async def test_a_pod_that_has_ended_does_not_post_over_its_successor() -> None:
+    server = Server()
+    ended = {"executionId": "pod-1", "stage": "train", "pod": "p1", "outcome": "Failed"}
+    server.status = {
+        "progress": {"executionId": "pod-2", "stage": "train", "sequence": 1, "step": 1},
+        "attempts": [ended],
+    }
+    with pytest.raises(Refused):
+        await replica(server).submit(CALLER, post(70, final=success(Stage.TRAIN).to_json_dict()))
+
+
+async def test_checkpoints_that_cannot_be_stored_are_written_at_once_and_so_is_their_end() -> None:
+    server = Server()
+    api = cast(Api, server)
+    progress = ProgressWriter(api, Authenticator(api, Cache()), Pace(3600), lambda _: None)
+    await progress.submit(CALLER, post(1, step=1))
+    await server.until(lambda p: p.get("step") == 1)
+    await progress.submit(CALLER, post(2, step=2, checkpointProblem="StorageFull: full"))
+    await server.until(lambda p: p.get("checkpointProblem") == "StorageFull: full")
+    await progress.submit(CALLER, post(3, step=3))
+    await progress.submit(CALLER, post(4, step=4, checkpointProblem=""))
+    await server.until(lambda p: p.get("step") == 4 and "checkpointProblem" not in p)
 
 
 async def test_strangers_cannot_make_the_operator_flood_the_api_server_with_token_reviews() -> None:

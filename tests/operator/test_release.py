@@ -8,8 +8,10 @@ from datetime import timedelta
 import pytest
 
 from finetune_api.names import FINALIZER_DELETE_OUTPUT, Stage
+from finetune_api.status import ConditionType
 from finetune_cluster.steps import Pod, Running, Step, Terminated, run_forever
 from finetune_operator.manifests import Owner, cleanup_job
+from finetune_operator.planning.conditions import is_true
 from finetune_operator.planning.model import EventType, Refusal
 from finetune_operator.settings import Settings
 from tests.operator.harness import Bench, finetunejobs_of, jobs_of, stage_of, succeed_stage, until_set
@@ -38,6 +40,19 @@ def test_the_finalizer_comes_before_anything_else_and_only_where_it_is_asked_for
     assert world(**DELETE).plan().hold_output is True
     assert world(**DELETE).plan().create_job is None
     assert world().plan().hold_output is None
+
+
+def test_a_job_that_had_finished_before_an_upgrade_is_held_too() -> None:
+    w = World(in_training(**DELETE).spec)
+    for _ in Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH:
+        w.pass_stage()
+    w.settle()
+    assert is_true(w.status, ConditionType.FINISHED)
+    w.held = False
+    w.settle()
+    assert w.held
+    deleted(w).settle()
+    assert w.job(Stage.CLEANUP) is not None
 
 
 def test_pods_stop_before_the_artifacts_are_deleted() -> None:

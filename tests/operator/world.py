@@ -36,6 +36,8 @@ class World:
     deleting: bool = False
     skew: float = 0.0
     """How many seconds the operator's clock is ahead of the API server's."""
+    node_skew: float = 0.0
+    """How many seconds the nodes' clocks are ahead of it: containers' times are theirs."""
     held: bool = False
     deleted_at: datetime | None = None
     gone: bool = False
@@ -153,7 +155,7 @@ class World:
         self.change_pod(
             phase="Running",
             node="gpu-7",
-            started_at=self.now,
+            started_at=self.now + timedelta(seconds=self.node_skew),
             unschedulable="",
             unschedulable_since=None,
             waiting_reason="",
@@ -164,13 +166,28 @@ class World:
         pod = self.pod()
         if pod is None or not pod.running:
             return
-        self.change_pod(phase="Failed" if code else "Succeeded", finished_at=self.now, exit_code=code, report=report)
+        finished = self.now + timedelta(seconds=self.node_skew)
+        self.change_pod(phase="Failed" if code else "Succeeded", finished_at=finished, exit_code=code, report=report)
         job = next((j for j in self.jobs.values() if j.uid == pod.owner_uid), None)
         if job is None:
             return
         if code == 0:
             self.jobs[job.name] = replace(job, complete_at=self.now)
             return
+        self._count_failure(job, pod, code)
+
+    def refuse_pod(self, reason: str = "UnexpectedAdmissionError") -> None:
+        """Its node does not take it."""
+        pod = self.pod()
+        if pod is None or pod.running:
+            return
+        words = "Pod was rejected: Allocate failed due to no healthy devices present"
+        self.change_pod(phase="Failed", node="gpu-7", pod_reason=reason, pod_message=words)
+        job = next((j for j in self.jobs.values() if j.uid == pod.owner_uid), None)
+        if job is not None:
+            self._count_failure(job, pod, None)
+
+    def _count_failure(self, job: StageJob, pod: Pod, code: int | None) -> None:
         action = self._action(self.pods[pod.name])
         if action == "FailJob":
             words = f"Container {job.stage} for pod ns/{pod.name} failed with exit code {code} matching FailJob rule at index 1"
@@ -178,7 +195,7 @@ class World:
                 job, failed_at=self.now, failed_reason="PodFailurePolicy", failed_message=words
             )
         elif action == "Count":
-            mine = [p for p in self.pods.values() if p.owner_uid == job.uid and p.ended and p.exit_code]
+            mine = [p for p in self.pods.values() if p.owner_uid == job.uid and p.phase == "Failed"]
             counted = [p for p in mine if self._action(p) == "Count"]
             if len(counted) > self.spec.recovery.max_failures:
                 self.jobs[job.name] = replace(job, failed_at=self.now, failed_reason="BackoffLimitExceeded")

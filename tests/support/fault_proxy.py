@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import re
 import socket
 import struct
+import termios
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import urlsplit
+
+SLOW_PIECE_BYTES = 10_000
+RECEIVE_BUFFER_BYTES = 256 << 10
 
 
 @dataclass
@@ -25,9 +30,17 @@ class Fault:
     """The connection is reset once so many bytes of the request's body were read; the store sees nothing."""
     reset_answer_at: int | None = None
     """The store does what was asked; the connection is reset after so many bytes of its answer, the head included."""
+    end_answer_at: int | None = None
+    """The same with an orderly end of the connection, as from a proxy that closes it: to a client that is no error by itself."""
+    corrupt_answer: bool = False
+    """The last byte of the answer's body is another one."""
+    take_bytes_per_second: float | None = None
+    """The request's body is read so slowly."""
     status: int = 0
     """Answered so, with the S3 error ``code``; the store sees nothing."""
     code: str = ""
+    page: str = ""
+    """Answered with ``status`` instead of an S3 error."""
     headers: dict[str, str] = field(default_factory=dict)
     silent: bool = False
     """Read, and never answered."""
@@ -71,6 +84,12 @@ class S3Faults:
     over: threading.Event = field(default_factory=threading.Event)
     """Set when the proxy ends: silent and trickling answers end."""
     requests: list[tuple[str, str]] = field(default_factory=list)
+    away: bool = False
+    """Connections that are open still are reset at their next request."""
+    bytes_taken: int = 0
+    """Of requests' bodies."""
+    bytes_given: int = 0
+    """Of answers' bodies."""
 
 
 class FaultProxy:
@@ -85,10 +104,26 @@ class FaultProxy:
             faults = proxy.faults
             upstream = host
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._handler = Handler
+        self._port = 0
+        self.come_back()
+        self.endpoint = f"http://127.0.0.1:{self._port}"
+
+    def come_back(self) -> None:
+        """Listen, at the same port as before."""
+        self.faults.away = False
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler)
         self._server.daemon_threads = True
+        # Else the kernel takes megabytes of a request on behalf of a proxy that reads slowly.
+        self._server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def go_away(self) -> None:
+        """Connections are refused from now on; open ones end at their next request."""
+        self.faults.away = True
+        self._server.shutdown()
+        self._server.server_close()
 
     def __enter__(self) -> FaultProxy:
         return self
@@ -97,8 +132,7 @@ class FaultProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.faults.over.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.go_away()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -115,19 +149,21 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _forward(self) -> None:
+        if self.faults.away:
+            return self._reset()
         self.faults.requests.append((self.command, self.path))
         fault = self._next_fault()
         if fault.before is not None:
             fault.before()
         if fault.reset_request_at is not None:
-            self.rfile.read(fault.reset_request_at)
+            self.faults.bytes_taken += len(self.rfile.read(fault.reset_request_at))
             return self._reset()
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._take(int(self.headers.get("Content-Length") or 0), fault.take_bytes_per_second)
         if fault.silent:
             self.faults.over.wait()
             return self._reset()
         if fault.status:
-            text = f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>" if fault.code else ""
+            text = f"<Error><Code>{fault.code}</Code><Message>injected</Message></Error>" if fault.code else fault.page
             return self._answer(fault.status, fault.headers, b"" if self.command == "HEAD" else text.encode())
         if self._happens("unavailable"):
             return self._answer(503, {}, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
@@ -158,8 +194,14 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = self.faults.content_range
         length = answer.getheader("Content-Length")
         connection.close()
+        if fault.corrupt_answer:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         if fault.reset_answer_at is not None:
-            return self._cut(answer.status, headers, data, fault.reset_answer_at)
+            self._begin_answer(answer.status, headers, data, fault.reset_answer_at)
+            return self._reset()
+        if fault.end_answer_at is not None:
+            self._begin_answer(answer.status, headers, data, fault.end_answer_at)
+            return self._end()
         if fault.trickle_seconds is not None:
             return self._trickle(answer.status, headers, data, fault.trickle_seconds)
         if self.command == "HEAD":
@@ -192,7 +234,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.close()
         self.connection.close()
 
-    def _cut(self, status: int, headers: dict[str, str], data: bytes, at: int) -> None:
+    def _end(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def _take(self, length: int, bytes_per_second: float | None) -> bytes:
+        body = b""
+        while len(body) < length and not self.faults.over.is_set():
+            piece = self.rfile.read(length if bytes_per_second is None else min(length - len(body), SLOW_PIECE_BYTES))
+            if not piece:
+                break  # the client gave up
+            body += piece
+            self.faults.bytes_taken += len(piece)
+            if bytes_per_second is not None:
+                self.faults.over.wait(len(piece) / bytes_per_second)
+        return body
+
+    def _begin_answer(self, status: int, headers: dict[str, str], data: bytes, at: int) -> None:
+        """The first ``at`` bytes of an answer; returns once they have arrived, for a reset throws away what is under way."""
         lines = [
             f"HTTP/1.1 {status} X",
             *(f"{k}: {v}" for k, v in headers.items()),
@@ -200,9 +259,11 @@ class _Handler(BaseHTTPRequestHandler):
             "",
             "",
         ]
-        self.connection.sendall(("\r\n".join(lines).encode() + data)[:at])
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        head = "\r\n".join(lines).encode()
+        self.connection.sendall((head + data)[:at])
+        self.faults.bytes_given += min(len(data), max(0, at - len(head)))
+        while unsent_bytes(self.connection) and not self.faults.over.wait(0.002):
+            pass
 
     def _trickle(self, status: int, headers: dict[str, str], data: bytes, seconds: float) -> None:
         self._answer(status, headers, b"", len(data))
@@ -238,3 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
+        self.faults.bytes_given += len(body)
+
+
+def unsent_bytes(connection: socket.socket) -> int:
+    """Bytes that the peer's kernel has not acknowledged."""
+    return int(struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0" * 4))[0])

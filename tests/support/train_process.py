@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from finetune_api import names
 from finetune_api.names import Stage
@@ -42,8 +43,30 @@ def context(root: Path, stage: Stage) -> StageContext:
     )
 
 
+ENV_MOST_ROWS = "TEST_MOST_ROWS"
+"""A GPU that holds no more rows at once than this, from the fifth step on."""
+
+
+def pretend_small_gpu(most_rows: int) -> None:
+    """Raise what torch raises where a micro-batch does not fit."""
+    import torch
+
+    from finetune_trainer.train.trainer import LoraTrainer
+
+    original = LoraTrainer.compute_loss
+
+    def compute_loss(self: LoraTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step >= 4 and len(inputs["input_ids"]) > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, model, inputs, *args, **kwargs)
+
+    LoraTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+
+
 def run(root: Path, arguments: list[str]) -> int:
     """What the image's entry point does."""
+    if arguments == ["worker"] and ENV_MOST_ROWS in os.environ:
+        pretend_small_gpu(int(os.environ[ENV_MOST_ROWS]))
     command = [sys.executable, "-m", "tests.support.train_process", str(root), "worker"]
     pod = root / "pods" / os.environ[names.ENV_POD_UID]
     pod.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,13 @@ class S3:
             if path.is_file():
                 self.put(bucket, f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
+    def get_dir(self, bucket: str, prefix: str, folder: Path) -> None:
+        """Read all objects below a prefix into a folder."""
+        for key in self.keys(bucket, f"{prefix}/"):
+            path = folder / key.removeprefix(f"{prefix}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
+
     def keys(self, bucket: str, prefix: str = "") -> list[str]:
         """Keys below a prefix."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)

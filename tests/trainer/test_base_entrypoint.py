@@ -91,8 +91,8 @@ OutOfMemoryError.__module__ = "torch"
         (MemoryError(), 41, "MemoryError"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/work/x"),
-            1,
-            "no space left at /work/x: raise compute.ephemeralStorage",
+            42,
+            "no space left at /work/x",
         ),
         (KeyboardInterrupt(), 60, "told to stop"),
         (ValueError("Gr\udcf6\udcdfe \ud83d"), 1, r"ValueError: Gr\xf6\xdfe \ud83d"),

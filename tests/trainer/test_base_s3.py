@@ -22,6 +22,7 @@ from finetune_trainer.parallel import Stopped, in_parallel
 from finetune_trainer.s3 import S3Store, connect
 from finetune_trainer.s3_transfer import PART_BYTES
 from tests.support import seaweed
+from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.hub_server import HubServer
 from tests.trainer.conftest import S3
 
@@ -90,9 +91,7 @@ def test_folders_round_trip_with_relative_paths(store: S3Store, tmp_path: Path) 
         (local / name).write_text(name)
     up = store.upload_dir(local, "adapter")
     assert [r.path for r in up] == ["adapter/a", "adapter/b/c", "adapter/b/d/e"]
-    down = store.download_dir("adapter", tmp_path / "out")
-    assert [r.path for r in down] == ["a", "b/c", "b/d/e"]
-    assert [r.sha256 for r in down] == [r.sha256 for r in up]
+    assert [store.download_file(r.path, tmp_path / "out" / r.path) for r in up] == up
     assert [i.key for i in store.list("adapter")] == [r.path for r in up]
     assert store.delete_prefix("adapter/b") == 2
     assert [i.key for i in store.list()] == ["adapter/a"]
@@ -177,12 +176,48 @@ def test_a_web_server_that_is_no_store_is_not_taken_for_an_empty_one(s3: S3, hub
 
 def test_rotated_credentials_are_used_by_a_store_that_is_open(s3: S3, store: S3Store, tmp_path: Path) -> None:
     store.put_bytes("x", b"1")
+    again = connect(store.location, Credentials("output", "s", tmp_path / "secret"), tmp_path)
     s3.write_secret(tmp_path / "secret", key="nobody", secret="x")
-    with pytest.raises(StageError) as info:
-        store.get_bytes("x")
-    assert info.value.reason is Reason.ACCESS_DENIED
+    reads: list[Callable[[S3Store], object]] = [
+        lambda store: store.get_bytes("x"),
+        lambda store: store.head("x"),
+        lambda store: store.exists("x"),
+        lambda store: store.download_file("x", tmp_path / "y"),
+        lambda store: list(store.list()),
+    ]
+    for read in reads:
+        for opened in (store, again):  # one of which has never been accepted itself
+            with pytest.raises(StageError, match="taken for rotated") as info:
+                read(opened)
+            assert info.value.reason is Reason.ACCESS_DENIED
+            assert info.value.patience_seconds, "waited for, not failed"
     s3.write_secret(tmp_path / "secret")
     assert store.get_bytes("x") == b"1"
+
+
+def test_an_object_that_may_not_be_read_is_not_taken_for_rotated_credentials(
+    s3: S3, s3_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    s3.write_secret(tmp_path / "secret", endpoint=s3_proxy.endpoint)
+    store = connect(S3Location(s3.new_bucket(), "a"), Credentials("output", "s", tmp_path / "secret"), tmp_path)
+    store.put_bytes("x", b"1")
+    s3_proxy.faults.script = [Fault("HEAD|GET", times=-1, status=403, code="AccessDenied")]
+    with pytest.raises(StageError, match="needs s3:GetObject and s3:ListBucket") as info:
+        store.head("x")
+    assert info.value.reason is Reason.ACCESS_DENIED
+    assert info.value.patience_seconds is None
+
+
+@pytest.mark.parametrize("data", [b"", b"1"], ids=["empty", "not empty"])
+def test_a_refusal_that_ends_while_its_reason_is_asked_for_is_none(
+    s3: S3, s3_proxy: FaultProxy, tmp_path: Path, data: bytes
+) -> None:
+    """A Secret's new values reach the pod between two requests."""
+    s3.write_secret(tmp_path / "secret", endpoint=s3_proxy.endpoint)
+    store = connect(S3Location(s3.new_bucket(), "a"), Credentials("output", "s", tmp_path / "secret"), tmp_path)
+    store.put_bytes("x", data)
+    s3_proxy.faults.script = [Fault("HEAD", status=403)]
+    assert store.head("x").size == len(data)
 
 
 def test_a_missing_secret_is_waited_for(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import urllib3.exceptions as u
 from botocore import exceptions as b
+from botocore.parsers import ResponseParserError
 
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
@@ -29,6 +30,7 @@ AWAY = [
     b.IncompleteReadError(actual_bytes=1, expected_bytes=2),
     b.ResponseStreamingError(error="x"),
     TornAnswer(operation="GetObject"),
+    ResponseParserError("x"),
     u.ProtocolError("x"),
     u.IncompleteRead(1, 2),
     u.DecodeError("x"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import random
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import StageError
 from finetune_trainer.s3 import S3Store, connect
 from finetune_trainer.s3_checksum import Hashes, Version, etag_is_md5
+from finetune_trainer.s3_upload_record import UploadRecord
 from finetune_trainer.waiting import wait_until_available
-from tests.support.fault_proxy import FaultProxy
+from tests.support.fault_proxy import Fault, FaultProxy
 from tests.support.trainer_run import Pod
 from tests.trainer.conftest import S3
 
@@ -45,6 +48,23 @@ def test_a_download_goes_on_where_the_connection_broke(store: S3Store, s3_proxy:
     assert (tmp_path / "f").read_bytes() == DATA
     assert sum(moved) == len(DATA)
     assert s3_proxy.faults.drops == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [("reset_answer_at", ConnectionResetError), ("end_answer_at", http.client.IncompleteRead)]
+)
+def test_the_proxy_resets_connections_and_ends_them(
+    store: S3Store, s3_proxy: FaultProxy, kind: str, error: type[Exception]
+) -> None:
+    store.put_bytes("f", DATA)
+    url = store._client.generate_presigned_url(
+        "get_object", Params={"Bucket": store.location.bucket, "Key": f"{store.location.key}/f"}
+    )
+    s3_proxy.faults.script = [Fault(where="GET", **{kind: 1_000_000})]  # type: ignore[arg-type]
+    with urllib.request.urlopen(url) as answer:
+        assert len(answer.read(900_000)) == 900_000
+        with pytest.raises(error):
+            answer.read()
 
 
 def test_a_download_that_never_gets_on_is_given_up_and_continued_by_the_next(
@@ -263,7 +283,7 @@ def test_an_upload_goes_on_with_the_parts_that_the_store_has(
     assert [path.split("partNumber=")[1][0] for _, path in s3_proxy.faults.requests if "partNumber=" in path] == ["3"]
     assert store.get_bytes("big") == data
     assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=store.location.bucket)
-    assert list(store._uploads.iterdir()) == []
+    assert UploadRecord.upload_ids(store._uploads) == set()
 
 
 def test_one_bad_moment_is_not_noticed_and_a_long_one_has_a_name(store: S3Store, s3_proxy: FaultProxy) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,19 +14,27 @@ import pytest
 from finetune_api.failures import Reason
 from finetune_api.results import FileRecord
 from finetune_api.uris import S3Location
-from finetune_trainer import s3_transfer
+from finetune_trainer import s3_transfer, waiting
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import StageError
-from finetune_trainer.s3 import CLIENT_CONFIG, S3Store, connect
+from finetune_trainer.s3 import CLIENT_CONFIG, UPLOADS_DIR, S3Store, connect
 from finetune_trainer.s3_transfer import Pace, TooSlow
+from finetune_trainer.s3_upload_record import UploadRecord
+from finetune_trainer.waiting import wait_until_available
 from tests.support import seaweed
 from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.trainer_run import Pod
 from tests.trainer.conftest import S3
 
 MIB = 1 << 20
 DATA = random.Random(1).randbytes(11 * MIB)
 WHOLE = FileRecord(path="big", size=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
 FOREVER = -1
+SPEC = {
+    "model": {"uri": "hf://o/m"},
+    "data": {"train": [{"uri": "s3://bucket/x"}]},
+    "output": {"uri": "s3://bucket/out"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,14 +114,18 @@ def test_a_connection_that_breaks_within_a_part_leaves_nothing_half_written(
     assert store.get_bytes("big") == DATA
 
 
-@pytest.mark.parametrize("at", [0, 5, 60, 200])
+@pytest.mark.parametrize(
+    "broken",
+    [{"end_answer_at": at} for at in (0, 5, 60, 200)] + [{"reset_answer_at": at} for at in (0, 60)],
+    ids=lambda broken: "-".join(f"{kind} {at}" for kind, at in broken.items()),
+)
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("request_", ["POST .*uploads", "PUT .*partNumber=2", "POST .*uploadId", "PUT .*/small"])
 def test_a_lost_answer_costs_nothing(
-    store: S3Store, s3: S3, s3_proxy: FaultProxy, big: Path, at: int, times: int, request_: str
+    store: S3Store, s3: S3, s3_proxy: FaultProxy, big: Path, broken: dict[str, int], times: int, request_: str
 ) -> None:
     """Twice: botocore's own second try is lost too."""
-    s3_proxy.faults.script = [Fault(request_, times=times, reset_answer_at=at)]
+    s3_proxy.faults.script = [Fault(where=request_, times=times, **broken)]  # type: ignore[arg-type]
     reasons = []
     for _ in range(3):
         try:
@@ -128,11 +142,14 @@ def test_a_lost_answer_costs_nothing(
 
 
 @pytest.mark.parametrize("at", [17, 60, 200, 400])
-def test_an_answer_that_breaks_off_is_not_taken_for_an_empty_one(store: S3Store, s3_proxy: FaultProxy, at: int) -> None:
+@pytest.mark.parametrize("kind", ["end_answer_at", "reset_answer_at"])
+def test_an_answer_that_breaks_off_is_not_taken_for_an_empty_one(
+    store: S3Store, s3_proxy: FaultProxy, kind: str, at: int
+) -> None:
     store.put_bytes("x", b"abc")
     for read in (lambda: [i.key for i in store.list()], lambda: store.get_bytes("x"), lambda: store.exists("x")):
         whole = read()
-        s3_proxy.faults.script = [Fault("", times=FOREVER, reset_answer_at=at)]
+        s3_proxy.faults.script = [Fault(where="", times=FOREVER, **{kind: at})]  # type: ignore[arg-type]
         try:
             found = read()
         except StageError:
@@ -181,7 +198,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_uploaded(store: S3Store, s3
     assert uploads_in(s3, store) == []
 
 
-@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented"), (400, "InvalidArgument")])
 def test_a_store_that_lists_no_parts_is_continued_by_our_own_note(
     store: S3Store, s3_proxy: FaultProxy, big: Path, status: int, code: str
 ) -> None:
@@ -227,7 +244,7 @@ def test_uploads_of_a_killed_execution_are_removed_and_no_others(
         connect(S3Location(bucket, ""), Credentials("output", "s", tmp_path / "secret"), tmp_path).abort_orphans()
 
 
-@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented")])
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (501, "NotImplemented"), (400, "InvalidArgument")])
 def test_a_store_that_does_not_tell_of_uploads_costs_a_warning(
     store: S3Store, s3_proxy: FaultProxy, caplog: pytest.LogCaptureFixture, status: int, code: str
 ) -> None:
@@ -281,6 +298,126 @@ def test_a_store_that_trickles_is_given_up(
     s3_proxy.faults.script.clear()
     store.download_file("f", tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == DATA[:MIB]
+
+
+READS: dict[str, Callable[[S3Store], object]] = {
+    "get": lambda store: store.get_bytes("f"),
+    "range": lambda store: store.read_range("f", 100, 1000),
+    "list": lambda store: list(store.list()),
+    "bucket": lambda store: store.check_bucket(),
+    "uploads": lambda store: store.abort_orphans(),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_small_reads_of_a_store_that_trickles_are_given_up(
+    store: S3Store, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    store.put_bytes("f", DATA[:2000])
+    monkeypatch.setattr(s3_transfer, "STALL_SECONDS", 0.3)
+    s3_proxy.faults.script = [Fault("GET", times=FOREVER, trickle_seconds=0.05)]
+    started = time.monotonic()
+    with pytest.raises(StageError, match=r"all but stands still|no whole answer within") as info:
+        READS[read](store)
+    assert info.value.reason is Reason.STORAGE_UNAVAILABLE
+    assert time.monotonic() - started < 5, "single bytes would take 15 seconds and more"
+
+
+def test_an_upload_that_is_taken_too_slowly_is_given_up_and_gone_on_with(
+    s3: S3, s3_proxy: FaultProxy, big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CLIENT_CONFIG, "retries", {"total_max_attempts": 1})
+    monkeypatch.setattr(s3_transfer, "STALL_SECONDS", 1)
+    monkeypatch.setattr(s3_transfer, "SLOWEST_BYTES_PER_SECOND", 1_000_000)
+    s3.write_secret(tmp_path / "secret", endpoint=s3_proxy.endpoint)
+    store = connect(S3Location(s3.new_bucket(), "a"), Credentials("output", "s", tmp_path / "secret"), tmp_path)
+    s3_proxy.faults.script = [Fault("PUT .*partNumber=2", take_bytes_per_second=300_000)]
+    with pytest.raises(StageError, match=r"bytes in \d seconds, expected 1,000,000 a second at least") as info:
+        store.upload_file(big, "big")
+    assert info.value.reason is Reason.STORAGE_UNAVAILABLE
+    monkeypatch.undo()
+    monkeypatch.setattr(s3_transfer, "PART_BYTES", 5 * MIB)
+    s3_proxy.faults.requests.clear()
+    assert store.upload_file(big, "big") == WHOLE
+    assert parts_sent(s3_proxy) == [2, 3]
+    assert store.get_bytes("big") == DATA
+
+
+def test_an_upload_goes_on_where_it_was_when_the_endpoint_comes_back(
+    store: S3Store, s3_proxy: FaultProxy, big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[float] = []
+
+    def pause(seconds: float) -> None:
+        tries.append(seconds)
+        if len(tries) == 3:
+            s3_proxy.come_back()
+
+    monkeypatch.setattr(waiting, "pause", pause)
+    sent_in_vain = 100_000
+    s3_proxy.faults.script = [
+        Fault("PUT .*partNumber=2", reset_request_at=sent_in_vain, before=s3_proxy.go_away),
+    ]
+    ctx = Pod(tmp_path / "pod").context(SPEC)
+    assert wait_until_available(ctx, lambda: store.upload_file(big, "big")) == WHOLE
+    assert len(tries) == 3
+    assert parts_sent(s3_proxy) == [1, 2, 2, 3]
+    assert len(DATA) < s3_proxy.faults.bytes_taken < len(DATA) + sent_in_vain + 1000, "and the list of parts"
+    assert store.get_bytes("big") == DATA
+
+
+PAGE = "<!doctype html><p>Please log in<br>"
+
+
+@pytest.mark.parametrize(
+    "status", [200, 203]
+)  # botocore itself takes a page with 200, but with no other status, for an error
+@pytest.mark.parametrize("request_", ["get", "list", "head", "put", "upload", "uploads"])
+def test_a_page_is_not_taken_for_an_answer(
+    store: S3Store, s3_proxy: FaultProxy, big: Path, request_: str, status: int
+) -> None:
+    calls: dict[str, Callable[[S3Store], object]] = {
+        **READS,
+        "head": lambda store: store.exists("f"),
+        "put": lambda store: store.put_bytes("f", b"x"),
+        "upload": lambda store: store.upload_file(big, "big"),
+    }
+    store.put_bytes("f", b"x")
+    s3_proxy.faults.script = [Fault("", times=FOREVER, status=status, page=PAGE, headers={"Content-Type": "text/html"})]
+    with pytest.raises(StageError) as info:
+        calls[request_](store)
+    assert info.value.reason is Reason.STORAGE_UNAVAILABLE
+
+
+@pytest.mark.parametrize("size", [100, len(DATA)], ids=["small", "big"])
+def test_a_file_that_is_there_is_not_sent_again(
+    store: S3Store, s3: S3, s3_proxy: FaultProxy, tmp_path: Path, size: int
+) -> None:
+    path, faults = tmp_path / "f", s3_proxy.faults
+    path.write_bytes(DATA[:size])
+    sent = store.upload_file(path, "f")
+
+    def sends(data: bytes) -> bool:
+        faults.bytes_taken, moved = 0, []
+        record = store.upload_file(path, "f", moved.append)
+        assert (record.size, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert sum(moved) == len(data)
+        assert store.get_bytes("f") == data
+        return faults.bytes_taken >= len(data)
+
+    assert not sends(DATA[:size])
+    assert store.upload_file(path, "f") == sent
+    assert UploadRecord.upload_ids(tmp_path / UPLOADS_DIR) == set(), "no upload that could be gone on with"
+    path.write_bytes(DATA[-size:][::-1])
+    os.utime(path, ns=(1, 1))
+    assert sends(DATA[-size:][::-1]), "another file"
+    assert not sends(DATA[-size:][::-1])
+    s3.put(store.location.bucket, "a/f", b"x" * size)
+    assert sends(DATA[-size:][::-1]), "somebody replaced the object"
+    s3.client.delete_object(Bucket=store.location.bucket, Key="a/f")
+    assert sends(DATA[-size:][::-1]), "somebody deleted the object"
+    store.delete("f")
+    assert list((tmp_path / UPLOADS_DIR).iterdir()) == [], "a note of what is deleted is of no use"
 
 
 @pytest.mark.parametrize("request_", ["PUT .*partNumber=2", "POST .*uploadId", "PUT .*/small", "GET .*/small"])

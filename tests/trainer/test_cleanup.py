@@ -54,5 +54,15 @@ def test_everything_of_the_job_goes_and_nothing_else(s3: Any, tmp_path: Path) ->
     assert s3.keys(scratch) == ["w/other/workspace/x"]
 
 
+def test_uploads_that_were_never_completed_go_too(s3: Any, tmp_path: Path) -> None:
+    bucket = s3.new_bucket()
+    mine = ["out/story-3f9c2a11/merged/x", "out/story-3f9c2a11/workspace/checkpoints/1/x"]
+    for key in (*mine, "out/other-3f9c2a11/x"):
+        s3.client.create_multipart_upload(Bucket=bucket, Key=key)
+    run(context(s3, tmp_path, bucket))
+    left = s3.client.list_multipart_uploads(Bucket=bucket)["Uploads"]
+    assert [u["Key"] for u in left] == ["out/other-3f9c2a11/x"]
+
+
 def test_what_is_gone_already_is_no_failure(s3: Any, tmp_path: Path) -> None:
     assert run(context(s3, tmp_path, "no-such-bucket")).objects == 0

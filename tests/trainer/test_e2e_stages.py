@@ -64,8 +64,8 @@ def test_a_job_ends_in_an_adapter_and_a_merged_model_that_others_can_load(
     assert manifest.data_hash == prepared.data_hash
     assert list(context.workspace_store().list()) == []  # deleted: it held the rows
 
-    store.download_dir("", tmp_path / "got")
     got = tmp_path / "got"
+    s3.get_dir(bucket, store.location.key, got)
     tokenizer = AutoTokenizer.from_pretrained(got / "adapter")
     config = json.loads((got / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/tiny"

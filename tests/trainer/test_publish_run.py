@@ -93,9 +93,9 @@ def test_the_manifest_lists_every_file_with_its_hash(published: PreparedJob, s3:
     assert manifest.warnings == []
 
 
-def test_the_merged_model_answers_as_base_and_adapter_do(published: PreparedJob, tmp_path: Path) -> None:
+def test_the_merged_model_answers_as_base_and_adapter_do(published: PreparedJob, s3: Any, tmp_path: Path) -> None:
     store = published.context(Stage.PUBLISH).output_store()
-    store.download_dir("merged", tmp_path / "merged")
+    s3.get_dir(published.bucket, f"{store.location.key}/merged", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16
     assert not hasattr(merged.config, "quantization_config")
@@ -173,6 +173,30 @@ def test_a_published_job_is_not_published_again(published: PreparedJob, monkeypa
     assert manifest_of(published) == before
 
 
+def test_uploads_that_an_earlier_pod_began_are_removed_before_anything_else(copy: PreparedJob, s3: Any) -> None:
+    begin_uploads(copy, s3)
+    copy.context(Stage.PUBLISH).output_store().delete("adapter/adapter_model.safetensors")
+    fails(copy, "has disappeared since training")
+    assert uploads_in(copy, s3) == []
+
+
+def test_uploads_that_are_left_when_all_is_published_are_removed(published: PreparedJob, s3: Any) -> None:
+    begin_uploads(published, s3)
+    publish.run(published.context(Stage.PUBLISH))
+    assert uploads_in(published, s3) == []
+
+
+def begin_uploads(job: PreparedJob, s3: Any) -> None:
+    """As a pod does that is killed before it has sent all parts."""
+    for key in (f"{job.snapshot.output.key}/merged/x", f"{job.snapshot.workspace.key}/checkpoints/1/x"):
+        s3.client.create_multipart_upload(Bucket=job.bucket, Key=key)
+    assert len(uploads_in(job, s3)) == 2
+
+
+def uploads_in(job: PreparedJob, s3: Any) -> list[str]:
+    return [u["Key"] for u in s3.client.list_multipart_uploads(Bucket=job.bucket).get("Uploads", [])]
+
+
 def zero_lora_b(data: bytes) -> bytes:
     return save({n: torch.zeros_like(t) if "lora_B" in n else t for n, t in load(data).items()})
 
@@ -237,7 +261,9 @@ def fails(job: PreparedJob, said: str) -> None:
 
 def test_without_a_merge_neither_torch_nor_the_base_is_needed(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
     job = prepare_job(s3, tmp_path, tiny_model, training={"length": {"steps": 2}})
+    begin_uploads(job, s3)
     train.run(job.context())
+    assert uploads_in(job, s3) == [], "the train stage removes what earlier pods left"
     context = job.context(Stage.PUBLISH)
     script = tmp_path / "publish.py"
     script.write_text(
@@ -283,8 +309,7 @@ def test_a_manifest_that_is_not_whole_is_withdrawn_first(copy: PreparedJob, monk
     fails(copy, "has disappeared since training")
 
 
-def test_a_tuned_tokenizer_reads_as_the_base_does(published: PreparedJob, tmp_path: Path) -> None:
-    store = published.context(Stage.PUBLISH).output_store()
-    store.download_dir("adapter", tmp_path)
+def test_a_tuned_tokenizer_reads_as_the_base_does(published: PreparedJob, s3: Any, tmp_path: Path) -> None:
+    s3.get_dir(published.bucket, f"{published.snapshot.output.key}/adapter", tmp_path)
     tokenizer = model.load_tokenizer(tmp_path, published.snapshot)
     assert tokenizer("The pod runs.")["input_ids"]

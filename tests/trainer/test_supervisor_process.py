@@ -16,9 +16,10 @@ import pytest
 
 from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import ENV_GRACE_SECONDS
+from finetune_api.progress import Split
 from finetune_trainer.supervisor.process import Ended, Patience, Stop, run_workers
 from tests.support.prepared import PreparedJob, prepare_job
-from tests.support.train_process import TrainPod, kill_all, pod_of, steps
+from tests.support.train_process import ENV_MOST_ROWS, TrainPod, kill_all, pod_of, steps
 from tests.trainer.test_train_resume import adapter, forget_the_result, markers, result
 
 REPORT = '{"stage": "train", "succeeded": false, "reason": "OutOfMemory", "message": "m"}'
@@ -159,6 +160,25 @@ def test_a_hung_process_is_started_again(job: PreparedJob) -> None:
     assert pod.wait() == 0, pod.log
     assert [r.reason for r in result(hung).restarts] == ["Hung"]
     assert len(result(hung).resumed_from_steps) == 1
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_out_of_memory_heals_in_the_same_pod(s3: Any, tiny_model: Path, tmp_path: Path, ranks: int) -> None:
+    """Both ranks run out of memory at the same micro-batch: one saves, the other waits for it."""
+    lora = {"type": "LoRA", "lora": {"rank": 4, "dropout": 0.0}}
+    training = {"length": {"steps": 8}, "globalBatchSequences": 4, "microBatchSequences": 2}
+    job = prepare_job(s3, tmp_path, tiny_model, method=lora, training=training, compute={"gpusPerNode": ranks})
+    pod = pod_of(job, **{ENV_MOST_ROWS: "1"}).start()
+    assert pod.wait(500) == 0, pod.log
+    made = result(job)
+    assert [r.reason for r in made.restarts] == ["OutOfMemory"], pod.log
+    assert made.split is not None
+    assert (made.split.micro_batch_sequences, made.split.gradient_accumulation_steps) == (1, 4 // ranks)
+    assert set(made.resumed_from_steps) == {4}, "from the last step, not from the last interval"
+    assert steps(pod.lines) == [1, 2, 3, 4, 5, 6, 7, 8]
+    store = job.context().workspace_store()
+    assert store.get_model("train/split.json", Split) == made.split
 
 
 def rewrite_prepared(job: PreparedJob, changed: PreparedJob) -> None:

@@ -40,6 +40,8 @@ SUCCEEDED = "Succeeded"
 WORKER = "worker"
 RANK_ERRORS = ("AcceleratorError", "DistBackendError", "DistNetworkError", "DistStoreError")
 """torch's errors of a device or of the ranks' communication: another process may do better."""
+CUDA_OUT_OF_MEMORY = ("cuda error: out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+"""How CUDA, cuBLAS and cuDNN say it; torch raises their errors as RuntimeError and AcceleratorError."""
 PR_SET_PDEATHSIG = 1
 
 StageFunction = Callable[[StageContext], BaseModel]
@@ -80,8 +82,11 @@ def worker(environ: Mapping[str, str], context: Callable[[Stage], StageContext])
     report, ctx = attempt(Stage.TRAIN, context, lambda _: load("finetune_trainer.train.run"))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     path = Path(environ[ENV_OUTCOME])
-    path.with_suffix(".tmp").write_text(report.model_dump_json(by_alias=True))
-    path.with_suffix(".tmp").replace(path)
+    try:
+        path.with_suffix(".tmp").write_text(report.model_dump_json(by_alias=True))
+        path.with_suffix(".tmp").replace(path)
+    except OSError as error:  # the disk is full: the exit code says it
+        log.warning("the outcome cannot be written: %s", error)
     if ctx is not None:
         ctx.reporter.flush()
     return exit_code(report)
@@ -108,7 +113,7 @@ def attempt(
             succeeded=False,
             reason=reason,
             message=shorten(readable(message), MESSAGE_CHARACTERS),
-            result={"activity": heartbeat.activity()} if reason is Reason.OUT_OF_MEMORY else None,
+            result=details(error, reason),
         )
         return report, ctx
     report = StageReport(
@@ -119,6 +124,13 @@ def attempt(
         result=result.model_dump(mode="json", by_alias=True),
     )
     return report, ctx
+
+
+def details(error: BaseException, reason: Reason) -> dict[str, object] | None:
+    """What the supervisor or the operator needs to know beside the reason."""
+    if reason is Reason.OUT_OF_MEMORY:
+        return {"activity": heartbeat.activity()}
+    return error.result if isinstance(error, Interrupted) else None
 
 
 def exit_code(report: StageReport) -> int:
@@ -172,7 +184,7 @@ def explain(error: BaseException) -> tuple[Reason, str]:
         return error.reason, error.message
     if isinstance(error, Interrupted | KeyboardInterrupt):
         return Reason.INTERRUPTED, getattr(error, "message", "") or str(Interrupted())
-    if name == "OutOfMemoryError" and type(error).__module__.startswith("torch"):
+    if is_out_of_memory(error):
         return Reason.OUT_OF_MEMORY, str(error).strip() or name
     if isinstance(error, MemoryError):
         return Reason.HOST_OUT_OF_MEMORY, f"MemoryError: {error}"
@@ -191,6 +203,15 @@ def explain(error: BaseException) -> tuple[Reason, str]:
     if remote:
         return Reason.USER_CODE, f"{name} in {remote}: {error}"
     return Reason.UNKNOWN, f"{name}: {error}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU's memory did not suffice: torch's allocator says so, or CUDA and its libraries, which allocate by themselves."""
+    ours = type(error).__module__.startswith("torch")
+    if type(error).__name__ == "OutOfMemoryError" and ours:
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in CUDA_OUT_OF_MEMORY)
 
 
 def termination_message(report: StageReport) -> str:

@@ -36,6 +36,10 @@ class NotFound(Exception):
 class Interrupted(BaseException):
     """SIGTERM arrived. Not an Exception, so that no handler for errors swallows it."""
 
-    def __init__(self, message: str = "the container was told to stop (SIGTERM)") -> None:
+    def __init__(
+        self, message: str = "the container was told to stop (SIGTERM)", result: dict[str, object] | None = None
+    ) -> None:
+        """``result``: how far the stage came, for the operator (``step``, ``checkpointStep``)."""
         self.message = message
+        self.result = result
         super().__init__(message)

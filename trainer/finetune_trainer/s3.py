@@ -31,12 +31,15 @@ from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.parallel import WORKERS, in_parallel
 from finetune_trainer.s3_download import download
-from finetune_trainer.s3_errors import WORKED_BEFORE, TornAnswer, must_be_whole, translated
+from finetune_trainer.s3_errors import WORKED_BEFORE, must_be_whole, translated
+from finetune_trainer.s3_read import head_object, in_time, read_object
 from finetune_trainer.s3_transfer import OnBytes, PacedBody, md5_base64, told
 from finetune_trainer.s3_upload import abort_orphans, upload
+from finetune_trainer.s3_upload_record import UploadRecord
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
@@ -120,19 +123,24 @@ def make_client(credentials: Credentials, scratch: Path) -> S3Client:
     return client
 
 
+_ACCEPTED: set[Path] = set()
+"""Folders of Secrets whose values a store has accepted in this process: a store that is opened anew knows of it too."""
+
+
 class _Memory:
     """Notes whether credentials that are refused had been accepted: then they were rotated, and are not just wrong."""
 
     def __init__(self, credentials: Credentials) -> None:
-        self._credentials = credentials
-        self._accepted = False
+        self._folder = credentials.folder
 
     def note(self, http_response: AWSResponse, parsed: dict[str, Any], model: OperationModel, **_: object) -> None:
         """botocore's event after each answer. Raises TornAnswer."""
         must_be_whole(model.name, http_response.status_code, parsed)
+        if self._folder is None:
+            return
         if http_response.status_code < 300:
-            self._accepted = True
-        elif self._accepted and self._credentials.folder is not None and "Error" in parsed:
+            _ACCEPTED.add(self._folder)
+        elif self._folder in _ACCEPTED and "Error" in parsed:
             parsed["Error"][WORKED_BEFORE] = True
 
 
@@ -167,14 +175,7 @@ class S3Store:
 
     def get_bytes(self, key: str) -> bytes:
         """A small object."""
-        with translated(self.uri(key)):
-            answer = self._client.get_object(Bucket=self.location.bucket, Key=self._key(key))
-            data = answer["Body"].read()
-            if len(data) != answer.get(
-                "ContentLength"
-            ):  # without it the connection's end would be taken for the object's
-                raise TornAnswer(operation="GetObject")
-            return data
+        return read_object(self._client, self.location.bucket, self._key(key))
 
     def put_bytes(self, key: str, data: bytes) -> FileRecord:
         """Write a small object; the store checks the MD5."""
@@ -195,7 +196,7 @@ class S3Store:
     def head(self, key: str) -> ObjectInfo:
         """Size and ETag; NotFound."""
         with translated(self.uri(key)):
-            answer = self._client.head_object(Bucket=self.location.bucket, Key=self._key(key))
+            answer = head_object(self._client, self.location.bucket, self._key(key))
         return ObjectInfo(key, answer["ContentLength"], answer["ETag"])
 
     def exists(self, key: str) -> bool:
@@ -211,42 +212,43 @@ class S3Store:
     def check_bucket(self) -> None:
         """BucketNotFound or AccessDenied, if so."""
         with translated(self.uri()):
-            self._client.list_objects_v2(Bucket=self.location.bucket, Prefix=self._key(""), MaxKeys=1)
+            self._page(self._key(""), MaxKeys=1)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key starts with the folder ``prefix``, in key order; empty for none."""
         root = self._key(prefix)
         folder = f"{root}/" if root else ""
         base = f"{self.location.key}/" if self.location.key else ""
-        token: str | None = None
+        following: dict[str, Any] = {}
         while True:
             with translated(self.uri(prefix)):
-                page = (
-                    self._client.list_objects_v2(Bucket=self.location.bucket, Prefix=folder, ContinuationToken=token)
-                    if token
-                    else self._client.list_objects_v2(Bucket=self.location.bucket, Prefix=folder)
-                )
+                page = self._page(folder, **following)
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):
                     yield ObjectInfo(item["Key"].removeprefix(base), item["Size"], item["ETag"])
             token = page.get("NextContinuationToken")
             if not page.get("IsTruncated") or not token:
                 return
+            following = {"ContinuationToken": token}
+
+    def _page(self, prefix: str, **arguments: Any) -> ListObjectsV2OutputTypeDef:
+        return in_time(
+            self.uri(),
+            lambda: self._client.list_objects_v2(Bucket=self.location.bucket, Prefix=prefix, **arguments),
+        )
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """``length`` bytes from ``start`` (fewer at the end of the object)."""
-        with translated(self.uri(key)):
-            answer = self._client.get_object(
-                Bucket=self.location.bucket, Key=self._key(key), Range=f"bytes={start}-{start + length - 1}"
-            )
-            return answer["Body"].read()
+        wanted = f"bytes={start}-{start + length - 1}"
+        return read_object(self._client, self.location.bucket, self._key(key), Range=wanted)
 
     def download_file(self, key: str, path: Path, on_bytes: OnBytes | None = None) -> FileRecord:
         """Stream an object to ``path``; an interrupted download of the same version is continued. Returns its SHA-256."""
         return download(self._client, self.location.bucket, self._key(key), key, path, on_bytes)
 
     def upload_file(self, path: Path, key: str, on_bytes: OnBytes | None = None) -> FileRecord:
-        """Stream a file to an object; an upload that stopped is gone on with, if the file is the same. Returns its SHA-256."""
+        """Stream a file to an object. Of the same file, an upload that stopped is gone on with, and one that is complete is not sent
+        again while the object stands. Returns its SHA-256."""
         return upload(self._client, self.location.bucket, self._key(key), key, path, self._uploads, on_bytes)
 
     def abort_orphans(self, prefix: str = "") -> int:
@@ -256,12 +258,6 @@ class S3Store:
         refuses costs a warning.
         """
         return abort_orphans(self._client, self.location.bucket, f"{self._key(prefix)}/".lstrip("/"), self._uploads)
-
-    def download_dir(self, prefix: str, local: Path, on_bytes: OnBytes | None = None) -> Records:
-        """All objects below ``prefix``, into ``local``; paths in the records are relative to ``prefix``."""
-        folder = self.at(prefix)
-        keys = [info.key for info in folder.list() if ".." not in info.key.split("/")]
-        return in_parallel(lambda key, check: folder.download_file(key, local / key, _checked(check, on_bytes)), keys)
 
     def upload_dir(self, local: Path, prefix: str, on_bytes: OnBytes | None = None) -> Records:
         """All files below ``local``; paths in the records start with ``prefix``."""
@@ -277,6 +273,7 @@ class S3Store:
         """Delete an object, if it is there."""
         with translated(self.uri(key)):
             self._client.delete_object(Bucket=self.location.bucket, Key=self._key(key))
+        UploadRecord(self._uploads, self.location.bucket, self._key(key)).forget()
 
     def clear(self, prefix: str) -> None:
         """Delete what an earlier execution left below ``prefix``, as far as the credentials may.

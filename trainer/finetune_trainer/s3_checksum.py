@@ -23,6 +23,7 @@ from botocore.exceptions import ClientError
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
 from finetune_trainer.s3_errors import translate, translated
+from finetune_trainer.s3_read import head_object
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -99,7 +100,7 @@ def look_up(client: S3Client, bucket: str, key: str) -> Version:
         NotFound: no such object.
     """
     with translated(f"s3://{bucket}/{key}"):
-        head = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        head = head_object(client, bucket, key, ChecksumMode="ENABLED")
     etag, size = head["ETag"], head["ContentLength"]
     match = ETAG.fullmatch(etag) if etag_is_md5(head, bucket) else None
     part_bytes = None
@@ -128,14 +129,18 @@ def full_object(head: HeadObjectOutputTypeDef, value: str | None) -> bytes | Non
 
 def _part_bytes(client: S3Client, bucket: str, key: str, etag: str, size: int, parts: int) -> int | None:
     """The size of the parts, if all but the last have the same; None where the store does not tell."""
+    uri = f"s3://{bucket}/{key}"
     try:
-        first = client.head_object(Bucket=bucket, Key=key, PartNumber=1, IfMatch=etag)["ContentLength"]
-        if not first or math.ceil(size / first) != parts:
-            return None
-        last = client.head_object(Bucket=bucket, Key=key, PartNumber=parts, IfMatch=etag)["ContentLength"]
+        with translated(uri, but=ClientError):
+            first = head_object(client, bucket, key, PartNumber=1, IfMatch=etag)["ContentLength"]
+            if not first or math.ceil(size / first) != parts:
+                return None
+            last = head_object(client, bucket, key, PartNumber=parts, IfMatch=etag)["ContentLength"]
     except ClientError as error:
-        named = translate(error, f"s3://{bucket}/{key}")
-        if isinstance(named, StageError) and named.reason is Reason.STORAGE_UNAVAILABLE:
+        named = translate(error, uri)
+        if isinstance(named, StageError) and (
+            named.reason is Reason.STORAGE_UNAVAILABLE or named.patience_seconds is not None
+        ):
             raise named from error
         return None
     return first if last == size - first * (parts - 1) else None

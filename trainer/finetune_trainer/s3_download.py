@@ -10,15 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
-import urllib3.exceptions
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 from urllib3.response import HTTPResponse
 
 from finetune_api.failures import Reason
 from finetune_api.results import FileRecord
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3_checksum import Hashes, Version, look_up
-from finetune_trainer.s3_errors import translate
+from finetune_trainer.s3_errors import BOTOCORE_ERRORS, http_status, translate
+from finetune_trainer.s3_read import in_time
 from finetune_trainer.s3_transfer import CHUNK_BYTES, IDLE_ATTEMPTS, OnBytes, Pace, TooSlow, told
 
 if TYPE_CHECKING:
@@ -98,10 +98,8 @@ def _fill(
                 Reason.STORAGE_UNAVAILABLE,
                 f"reading {uri} all but stands still at {part.size:,} of {version.size:,} bytes: {slow}",
             ) from slow
-        except (ClientError, BotoCoreError, urllib3.exceptions.HTTPError) as error:
-            status = (
-                error.response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(error, ClientError) else None
-            )
+        except BOTOCORE_ERRORS as error:
+            status = http_status(error) if isinstance(error, ClientError) else None
             if status in (412, 416):
                 raise Changed(f"{status} ({error})") from error
             named = translate(error, uri)
@@ -130,13 +128,14 @@ def _read_on(
     pace: Pace,
 ) -> None:
     """One request, for everything from where the file ends."""
-    start = part.size
-    answer = client.get_object(Bucket=bucket, Key=key, IfMatch=version.etag, Range=f"bytes={start}-{version.size - 1}")
+    start, uri = part.size, f"s3://{bucket}/{key}"
+    wanted = f"bytes={start}-{version.size - 1}"
+    answer = in_time(uri, lambda: client.get_object(Bucket=bucket, Key=key, IfMatch=version.etag, Range=wanted))
     # Entered, botocore's body is urllib3's response. Its ``read`` waits for all bytes asked for: from a store that sends one in ten
     # seconds, four months for a megabyte, without any timeout; ``read1`` gives what has come.
     with cast(HTTPResponse, answer["Body"].__enter__()) as body:
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
-        if begins_at(status, answer.get("ContentRange"), start, version.size, f"s3://{bucket}/{key}") < start:
+        if begins_at(status, answer.get("ContentRange"), start, version.size, uri) < start:
             told(on_bytes, -start)
             part.restart()
         while chunk := body.read1(min(CHUNK_BYTES, version.size - part.size)):

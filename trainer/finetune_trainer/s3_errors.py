@@ -17,6 +17,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
     SSLError,
 )
+from botocore.parsers import ResponseParserError
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import NotFound, StageError
@@ -66,6 +67,8 @@ PASSING = {
     "429",
 }
 TRANSPORT_ERRORS = (ConnectionError, HTTPClientError, IncompleteReadError, urllib3.exceptions.HTTPError, OSError)
+BOTOCORE_ERRORS = (ClientError, BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError)
+"""Everything that a client's method raises."""
 
 
 NEEDED: dict[str, tuple[set[str], ...]] = {
@@ -108,7 +111,7 @@ def translated(uri: str, but: type[Exception] | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (ClientError, BotoCoreError, urllib3.exceptions.HTTPError) as error:
+    except BOTOCORE_ERRORS as error:
         if but is not None and isinstance(error, but):
             raise
         raise translate(error, uri) from error
@@ -119,12 +122,17 @@ def error_code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
+def http_status(error: ClientError) -> int:
+    """The status of a store's answer; 0 where botocore made the error up."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
 def translate(error: Exception, uri: str) -> Exception:
     """The exception to raise instead of ``error``."""
     if isinstance(error, ClientError):
         details = error.response.get("Error", {})
         code = str(details.get("Code", ""))
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        status = http_status(error)
         text = f"{code} ({details.get('Message') or 'no message'})"
         if code == "NoSuchBucket":
             bucket = uri.removeprefix("s3://").split("/", 1)[0]
@@ -174,6 +182,12 @@ def translate(error: Exception, uri: str) -> Exception:
         )
     if isinstance(error, SSLError):
         return StageError(Reason.STORAGE_UNAVAILABLE, f"TLS to the store of {uri} failed: {error}")
+    if isinstance(error, ResponseParserError):
+        # A plain Exception of botocore's. Where a proxy asks for a login, it answers 200 with a page.
+        return StageError(
+            Reason.STORAGE_UNAVAILABLE,
+            f"what answered for {uri} is no S3-compatible store; is a proxy in between? {error}",
+        )
     if isinstance(error, (TornAnswer, *TRANSPORT_ERRORS)):
         return StageError(Reason.STORAGE_UNAVAILABLE, f"cannot reach the store of {uri}: {error}")
     return StageError(Reason.INVALID_CONFIG, f"{uri}: {error}")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from botocore.exceptions import ClientError
 
@@ -16,11 +16,13 @@ from finetune_trainer import s3_transfer
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.parallel import Stopped
 from finetune_trainer.s3_errors import error_code, translate, translated
+from finetune_trainer.s3_read import head_object, in_time
 from finetune_trainer.s3_transfer import MAX_PARTS, OnBytes, PacedBody, md5_base64, told
-from finetune_trainer.s3_upload_record import FileIdentity, SentPart, UploadRecord
+from finetune_trainer.s3_upload_record import FileIdentity, Finished, SentPart, UploadRecord
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ListMultipartUploadsOutputTypeDef, ListPartsOutputTypeDef
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +37,18 @@ def upload(
     client: S3Client, bucket: str, key: str, name: str, path: Path, records: Path, on_bytes: OnBytes | None
 ) -> FileRecord:
     """Upload a file, hashing what is sent. What is waited for (see :mod:`finetune_trainer.waiting`) leaves the parts in the store
-    and a note of them in ``records``; the next call with the same file goes on there. Other errors remove them.
+    and a note of them in ``records``; the next call with the same file goes on there. Other errors remove them. What is complete
+    is noted too: of several files that are tried again together, only those that are missing are sent.
 
     Raises:
         StageError: StorageUnavailable, StorageFull, BucketNotFound, AccessDenied; Unknown for a file that changes meanwhile.
     """
     uri = f"s3://{bucket}/{key}"
     if path.stat().st_size <= s3_transfer.PART_BYTES:
-        data = path.read_bytes()
-        with translated(uri):
-            client.put_object(Bucket=bucket, Key=key, Body=PacedBody(data), ContentMD5=md5_base64(data))
-        told(on_bytes, len(data))
-        return FileRecord(path=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+        with path.open("rb") as file:
+            size, sha256 = _put(client, bucket, key, file, UploadRecord(records, bucket, key))
+        told(on_bytes, size)
+        return FileRecord(path=name, size=size, sha256=sha256)
     for _ in range(BEGINNINGS):
         with path.open("rb") as file:
             transfer = _Multipart(client, bucket, key, file, records)
@@ -58,6 +60,32 @@ def upload(
         Reason.STORAGE_UNAVAILABLE,
         f"{uri}: the store lost the parts of {BEGINNINGS} multipart uploads in a row; does something abort them?",
     )
+
+
+def _put(client: S3Client, bucket: str, key: str, file: BinaryIO, record: UploadRecord) -> tuple[int, str]:
+    """Size and SHA-256 of a small file, sent in one piece."""
+    data = file.read()
+    sha256, done = hashlib.sha256(data).hexdigest(), record.finished()
+    if done is None or done.sha256 != sha256 or not _stands(client, bucket, key, len(data), done):
+        with translated(f"s3://{bucket}/{key}"):
+            answer = client.put_object(Bucket=bucket, Key=key, Body=PacedBody(data), ContentMD5=md5_base64(data))
+        record.finish(FileIdentity.of(file), sha256, answer["ETag"])
+    return len(data), sha256
+
+
+def _stands(client: S3Client, bucket: str, key: str, size: int, done: Finished) -> bool:
+    """Whether the object is still the one that was sent."""
+    try:
+        with translated(f"s3://{bucket}/{key}"):
+            head = head_object(client, bucket, key)
+    except NotFound:
+        return False
+    return (head["ContentLength"], head["ETag"].strip('"')) == (size, done.etag.strip('"'))
+
+
+def waits(error: StageError) -> bool:
+    """Whether somebody can mend it, and the caller tries again."""
+    return error.consequence is Consequence.WAIT or error.patience_seconds is not None
 
 
 class _PartsLost(Exception):
@@ -78,15 +106,20 @@ class _Multipart:
         try:
             return self._run(on_bytes)
         except BaseException as error:
-            waits = isinstance(error, StageError) and (
-                error.consequence is Consequence.WAIT or error.patience_seconds is not None
-            )
-            if not waits and not isinstance(error, Stopped):
+            if not (isinstance(error, StageError) and waits(error)) and not isinstance(error, Stopped):
                 self._abandon()
             told(on_bytes, -self._counted)  # counted again by whoever goes on
             raise
 
     def _run(self, on_bytes: OnBytes | None) -> str:
+        done = self._record.finished()
+        if (
+            done is not None
+            and done.file == self.identity
+            and _stands(self._client, self._bucket, self._key, self.identity.size, done)
+        ):
+            told(on_bytes, self.identity.size)
+            return done.sha256
         known = self._go_on() or self._begin()
         sha256 = hashlib.sha256()
         parts: list[SentPart] = []
@@ -101,8 +134,8 @@ class _Multipart:
             told(on_bytes, len(data))
         if FileIdentity.of(self._file) != self.identity or sum(p.size for p in parts) != self.identity.size:
             raise StageError(Reason.UNKNOWN, f"{self._file.name} changed while it was uploaded to {self._uri}")
-        self._complete(parts)
-        self._record.remove()
+        etag = self._complete(parts)
+        self._record.finish(self.identity, sha256.hexdigest(), etag)
         return sha256.hexdigest()
 
     def _begin(self) -> dict[int, SentPart]:
@@ -138,9 +171,7 @@ class _Multipart:
         marker = 0
         while True:
             with translated(self._uri, but=ClientError):
-                page = self._client.list_parts(
-                    Bucket=self._bucket, Key=self._key, UploadId=self._record.upload_id, PartNumberMarker=marker
-                )
+                page = self._parts_after(marker)
             for part in page.get("Parts", []):
                 number, etag, size = part["PartNumber"], part["ETag"], part["Size"]
                 own = self._record.parts.get(number)
@@ -150,6 +181,14 @@ class _Multipart:
             if not page.get("IsTruncated") or following <= marker:
                 return found
             marker = following
+
+    def _parts_after(self, marker: int) -> ListPartsOutputTypeDef:
+        return in_time(
+            self._uri,
+            lambda: self._client.list_parts(
+                Bucket=self._bucket, Key=self._key, UploadId=self._record.upload_id, PartNumberMarker=marker
+            ),
+        )
 
     def _send(self, number: int, md5: str, data: bytes) -> SentPart:
         try:
@@ -168,10 +207,11 @@ class _Multipart:
         self._record.add(sent)
         return sent
 
-    def _complete(self, parts: list[SentPart]) -> None:
+    def _complete(self, parts: list[SentPart]) -> str:
+        """The object's ETag."""
         try:
             with translated(self._uri, but=ClientError):
-                self._client.complete_multipart_upload(
+                answer = self._client.complete_multipart_upload(
                     Bucket=self._bucket,
                     Key=self._key,
                     UploadId=self._record.upload_id,
@@ -179,20 +219,26 @@ class _Multipart:
                 )
         except (ClientError, StageError) as error:
             # The request may have been done and only its answer lost.
-            if self._is_there(parts):
+            etag = self._etag_of(parts)
+            if etag is not None:
                 log.info("%s is there, although completing it failed: %s", self._uri, error)
-                return
+                return etag
             raise (self._named(error) if isinstance(error, ClientError) else error) from error
+        return answer["ETag"]
 
-    def _is_there(self, parts: list[SentPart]) -> bool:
-        """Whether the object consists of these parts, by the MD5 over their MD5s. Where the store's ETags are none, nobody knows."""
+    def _etag_of(self, parts: list[SentPart]) -> str | None:
+        """The object's ETag if it consists of these parts: the MD5 over their MD5s. Where the store's ETags are none, nobody knows."""
         digest = hashlib.md5(b"".join(bytes.fromhex(p.md5) for p in parts), usedforsecurity=False).hexdigest()
         try:
             with translated(self._uri):
-                head = self._client.head_object(Bucket=self._bucket, Key=self._key)
+                head = head_object(self._client, self._bucket, self._key)
         except (StageError, NotFound):
-            return False
-        return head["ContentLength"] == self.identity.size and head["ETag"].strip('"') == f"{digest}-{len(parts)}"
+            return None
+        found, expected = (
+            (head["ContentLength"], head["ETag"].strip('"')),
+            (self.identity.size, f"{digest}-{len(parts)}"),
+        )
+        return head["ETag"] if found == expected else None
 
     def _named(self, error: ClientError) -> Exception:
         if error_code(error) in LOST:
@@ -217,7 +263,7 @@ def abort_orphans(client: S3Client, bucket: str, folder: str, records: Path) -> 
     or does not let us, costs a warning.
 
     Raises:
-        StageError: StorageUnavailable and others, but not AccessDenied.
+        StageError: StorageUnavailable and what else is waited for.
         ValueError: for a whole bucket, which belongs to others too.
     """
     uri = f"s3://{bucket}/{folder}"
@@ -239,19 +285,27 @@ def abort_orphans(client: S3Client, bucket: str, folder: str, records: Path) -> 
                     continue  # it ended meanwhile
                 count += 1
     except ClientError as error:
-        if error_code(error) not in UNLISTABLE:
-            raise translate(error, uri) from error
+        named = translate(error, uri)
+        if isinstance(named, StageError) and waits(named):
+            raise named from error
         log.warning("uploads that a killed execution left below %s may stay: %s", uri, error)
     return count
+
+
+def _uploads_after(
+    client: S3Client, bucket: str, folder: str, markers: dict[str, Any]
+) -> ListMultipartUploadsOutputTypeDef:
+    return in_time(
+        f"s3://{bucket}/{folder}", lambda: client.list_multipart_uploads(Bucket=bucket, Prefix=folder, **markers)
+    )
 
 
 def _uploads(client: S3Client, bucket: str, folder: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     key_marker, id_marker = "", ""
     while True:
-        page = client.list_multipart_uploads(
-            Bucket=bucket, Prefix=folder, KeyMarker=key_marker, UploadIdMarker=id_marker
-        )
+        markers = {"KeyMarker": key_marker, "UploadIdMarker": id_marker}
+        page = _uploads_after(client, bucket, folder, markers)
         found += [(u["Key"], u["UploadId"]) for u in page.get("Uploads", []) if u["Key"].startswith(folder)]
         # SeaweedFS 4.48 pages by UploadIdMarker alone, AWS by both.
         following = page.get("NextKeyMarker", ""), page.get("NextUploadIdMarker", "")

@@ -1,4 +1,5 @@
-"""What this pod knows of a multipart upload that it began: a line for the upload, then one for each part that the store took.
+"""What this pod knows of an upload: a line for a multipart upload that it began, then one for each part that the store took; and
+in their place, once the object is whole, one line with what it was made of.
 
 Lines, because the note of a 10,000 parts' upload is not written anew after each part; and because a process killed while it
 writes leaves at most a torn last line, which is left out.
@@ -42,6 +43,15 @@ class SentPart:
     etag: str
 
 
+@dataclass(frozen=True)
+class Finished:
+    """An object that was sent whole: from which file, with which bytes, and the ETag that the store gave it."""
+
+    file: FileIdentity
+    sha256: str
+    etag: str
+
+
 class UploadRecord:
     """The note for one object. Without a disk to write it to, an upload works and cannot be gone on with."""
 
@@ -53,9 +63,9 @@ class UploadRecord:
         self.parts: dict[int, SentPart] = {}
 
     def load(self) -> bool:
-        """Read the note, if there is one."""
+        """Read the note of an upload that is to be gone on with, if there is one."""
         lines = _lines(self._path)
-        if not lines:
+        if not lines or "finished" in lines[0]:
             return False
         try:
             self.upload_id = lines[0]["uploadId"]
@@ -77,6 +87,24 @@ class UploadRecord:
         self.parts[part.number] = part
         self._write("a", asdict(part))
 
+    def finish(self, identity: FileIdentity, sha256: str, etag: str) -> None:
+        """The object is there, whole."""
+        self.upload_id = ""
+        self._write("w", {"finished": asdict(Finished(identity, sha256, etag))})
+
+    def finished(self) -> Finished | None:
+        """What was sent whole, if nothing was begun since."""
+        lines = _lines(self._path)
+        if not lines or "finished" not in lines[0]:
+            return None
+        found = lines[0]["finished"]
+        return Finished(FileIdentity(**found["file"]), found["sha256"], found["etag"])
+
+    def forget(self) -> None:
+        """The object was deleted: a note that it was sent is of no use any more."""
+        if self.finished() is not None:
+            self.remove()
+
     def remove(self) -> None:
         """The upload exists no more."""
         self.upload_id = ""
@@ -86,7 +114,7 @@ class UploadRecord:
     def upload_ids(folder: Path) -> set[str]:
         """Of all uploads that this pod may go on with."""
         lines = [_lines(path) for path in folder.glob("*.jsonl")]
-        return {str(found[0].get("uploadId")) for found in lines if found}
+        return {str(found[0]["uploadId"]) for found in lines if found and "uploadId" in found[0]}
 
     def _write(self, mode: str, line: dict[str, Any]) -> None:
         try:

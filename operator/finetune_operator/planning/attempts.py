@@ -10,7 +10,7 @@ from finetune_api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.planning.clock import parse_time, rfc3339
 from finetune_operator.planning.conditions import attempt_rank
 from finetune_operator.planning.endings import in_context, pod_failure, vanished
-from finetune_operator.planning.highlights import highlights, with_highlights
+from finetune_operator.planning.highlights import highlights, last_words, with_highlights
 from finetune_operator.planning.model import Pod, StageFailure, StageState, StageView
 
 MAX_ATTEMPTS = 64
@@ -56,8 +56,8 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
             new = new.model_copy(update={"reason": REPORT_LOST})
         attempts[new.execution_id] = with_highlights(new, came.get(new.execution_id))
     for pod in sorted(pods.values(), key=lambda p: (p.started_at or p.created, p.name)):
-        if pod.started_at is None and pod.exit_code is None:
-            continue  # never ran: no execution
+        if pod.started_at is None and pod.exit_code is None and not pod.refused:
+            continue  # never ran: no execution, and the Job counts no failure
         new = _from_pod(pod, None, now, of_stage[pod.stage.value])
         if dropped_before is not None and attempt_rank(new) < dropped_before:
             continue
@@ -82,13 +82,21 @@ def attempts_of(ledger: Ledger, stage: Stage) -> list[AttemptStatus]:
     return [a for a in ledger.attempts if a.stage == stage]
 
 
+def executions(ledger: Ledger, stage: Stage) -> list[AttemptStatus]:
+    """Those that ran: a node may have refused the others."""
+    return [a for a in attempts_of(ledger, stage) if a.started_at is not None]
+
+
 def lost_reports(ledger: Ledger, stage: Stage) -> int:
     """How often a stage finished without leaving its report."""
     return sum(1 for a in ledger.attempts if a.stage == stage and a.reason == REPORT_LOST)
 
 
 def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageView) -> AttemptStatus:
-    started = rfc3339(pod.started_at) if pod.started_at else (old.started_at if old else None)
+    # What was written stays: the time that a fast clock's is taken for is that of the first look.
+    started = (old.started_at if old else None) or (rfc3339(pod.started_at) if pod.started_at else None)
+    mine = view.job is not None and view.job.uid == pod.owner_uid
+    memory = (view.job.memory if view.job is not None and mine else None) or (old.memory if old else None)
     if not pod.ended:
         return AttemptStatus(
             execution_id=pod.uid,
@@ -97,6 +105,7 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageVie
             node=pod.node or None,
             started_at=started,
             outcome="Running",
+            memory=memory,
         )
     succeeded = pod.exit_code == 0 or (pod.exit_code is None and pod.phase == "Succeeded")
     failure = None if succeeded else in_context(pod_failure(pod, pod.stage), view)
@@ -114,6 +123,8 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageVie
         outcome="Succeeded" if succeeded else "Failed",
         reason=(failure.reason if failure else report.reason if report else None) or None,
         message=(failure.message[:512] if failure else None),
+        memory=memory,
+        **last_words(report),
     )
 
 
@@ -133,6 +144,7 @@ def _vanished(old: AttemptStatus, now: datetime, view: StageView, before: FineTu
             "finished_at": rfc3339(now),
             "reason": failure.reason,
             "message": failure.message[:512],
+            **last_words(report),
         }
     )
 

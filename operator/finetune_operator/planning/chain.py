@@ -17,29 +17,33 @@ from finetune_api.quantity import parse_quantity
 from finetune_api.status import ConditionType, Phase
 from finetune_operator.planning import budget, conditions, phases
 from finetune_operator.planning.attempts import lost_reports
-from finetune_operator.planning.clock import exact_duration, parse_time
+from finetune_operator.planning.clock import exact_duration, parse_time, rfc3339
 from finetune_operator.planning.conditions import Wish
 from finetune_operator.planning.decision import Decision, finish
+from finetune_operator.planning.endings import pod_failure
 from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import NO_GPU_USED, sentence
 from finetune_operator.planning.model import DeleteJob, Observation, Plan, PlannerConfig, StageState
+from finetune_operator.planning.nodetime import in_server_time
 from finetune_operator.planning.outcome import advice_for
 from finetune_operator.planning.release import must_be_held, release
 from finetune_operator.planning.story import peak_memory
 from finetune_operator.planning.waiting import next_look
 
+BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+REFUSED_PAUSE_SECONDS, LONGEST_REFUSED_PAUSE_SECONDS = 5, 600
 _REASON = re.compile(r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
 
 
 def plan(obs: Observation, config: PlannerConfig | None = None) -> Plan:
     """What to do about a job, given everything that is known about it."""
-    look = Look(obs, config or PlannerConfig())
+    look = Look(replace(obs, pods=in_server_time(obs.pods, obs.now)), config or PlannerConfig())
     if obs.job.deleting:
         return release(look)
+    if must_be_held(look):  # one that had finished before the operator knew of finalizers, too
+        return Plan(hold_output=True)
     if conditions.is_true(obs.job.status, ConditionType.FINISHED):
         return _finished(look)
-    if must_be_held(look):
-        return Plan(hold_output=True)
     decision = next(d for d in (rule(look) for rule in RULES) if d is not None)
     return finish(look, decision)
 
@@ -156,14 +160,14 @@ def handed_back(look: Look) -> Decision | None:
         words = f"{sentence(failure.message)} Training gave its GPU back {count} times in a row and got no farther."
         return fail(look, failure.reason, words)
     text = f"Training gave its GPU back; prepare waits without one. {failure.reason}: {sentence(failure.message)}"
-    told = conditions.find(look.before, ConditionType.PREPARED)
-    recorded = look.attempts_recorded and told is not None and told.status == "False"
+    # (Where status never said that prepare was done, there is nothing to take back: an operator died before it told.)
+    recorded = look.attempts_recorded and not conditions.is_true(look.before, ConditionType.PREPARED)
     gone = [v.job for v in (look.views[Stage.TRAIN], look.views[Stage.PREPARE]) if v.job is not None]
     wish = Wish(ConditionType.PREPARED, False, failure.reason, text)
     decision = phases.current(
         look, deletes=tuple(DeleteJob(j.name, j.uid) for j in gone if recorded and not j.deleting)
     )
-    return replace(decision, message=text, wishes=(*decision.wishes, wish))
+    return replace(decision, message=text, wishes=(*decision.wishes, wish), pressing=not recorded)
 
 
 def more_memory(look: Look) -> Decision | None:
@@ -173,11 +177,32 @@ def more_memory(look: Look) -> Decision | None:
         return None
     if parse_quantity(job.memory) >= parse_quantity(wanted):
         return None
-    deletes = (DeleteJob(job.name, job.uid),) if look.attempts_recorded else ()
-    decision = phases.current(look, deletes=deletes)
-    return replace(
-        decision, message=f"The training Job is created anew with {wanted} instead of {job.memory} of memory."
-    )
+    recorded = look.attempts_recorded
+    decision = phases.current(look, deletes=(DeleteJob(job.name, job.uid),) if recorded else ())
+    text = f"The training Job is created anew with {wanted} instead of {job.memory} of memory."
+    return replace(decision, message=text, pressing=not recorded)
+
+
+def refused_by_nodes(look: Look) -> Decision | None:
+    """Make a Job anew that failed because nodes refused its pods: its controller counts them as failures, and they never ran.
+
+    After a pause, as the controller makes between two pods; got_nowhere bounds how often.
+    """
+    job = look.view.job
+    if look.view.state is not StageState.FAILED or job is None or job.failed_reason != BACKOFF_LIMIT_EXCEEDED:
+        return None
+    refused = [p for p in look.view.pods if p.refused]
+    if not refused:
+        return None
+    row = budget.fruitless(look.ledger.attempts, look.stage)
+    pause = min(REFUSED_PAUSE_SECONDS * 2**row, LONGEST_REFUSED_PAUSE_SECONDS)
+    due = (job.failed_at or look.now) + timedelta(seconds=pause)
+    go = look.attempts_recorded and look.now >= due
+    deletes = (DeleteJob(job.name, job.uid),) if go else ()
+    words = pod_failure(refused[-1], look.stage).message
+    text = f"{sentence(words[:1].upper() + words[1:])} Its Job is created anew at {rfc3339(due)}."
+    decision = phases.current(look, deletes=deletes, requeue_at=due if look.now < due else None)
+    return replace(decision, message=text)
 
 
 def prepare_again(look: Look) -> Decision | None:
@@ -191,10 +216,14 @@ def prepare_again(look: Look) -> Decision | None:
 
 
 def suspended(look: Look) -> Decision | None:
-    """Hold nothing while spec.suspend is true: every Job goes, finished ones too, so that resuming starts at prepare."""
+    """Hold nothing while spec.suspend is true: every Job goes, finished ones too, so that resuming starts at prepare.
+
+    Their executions are written down first: a pod takes with it why it ended, and that it was there at all.
+    """
     if not look.spec.suspend:
         return None
-    deletes = tuple(DeleteJob(j.name, j.uid) for j in look.obs.jobs if not j.deleting)
+    recorded = look.executions_recorded
+    deletes = tuple(DeleteJob(j.name, j.uid) for j in look.obs.jobs if recorded and not j.deleting)
     reset = tuple(
         Wish(kind, False, "Suspended", "Found again by prepare when the job resumes.")
         for kind in (ConditionType.PREPARED, ConditionType.TRAINED)
@@ -204,7 +233,8 @@ def suspended(look: Look) -> Decision | None:
         if look.view.state is StageState.STOPPING and look.wait is not None:
             text += f" {look.wait.reason}: {sentence(look.wait.message)} {advice_for(look.wait.reason, look.stage)}"
         again = next_look(look.obs, look.view, look.config)
-        return Decision(phase, text, (phases.not_waiting(look),), deletes=deletes, requeue_at=again)
+        wishes = (phases.not_waiting(look),)
+        return Decision(phase, text, wishes, deletes=deletes, requeue_at=again, pressing=not recorded)
     text = "spec.suspend is true: nothing runs and nothing is held."
     return Decision(
         Phase.SUSPENDED,
@@ -300,7 +330,7 @@ def _peak_memory(look: Look) -> str:
     """What the training pod had, and the most that it told to hold."""
     last = budget.ended(look.ledger.attempts, Stage.TRAIN)[-1:]
     peak = peak_memory(look.before.progress, last[0].execution_id) if last else ""
-    had = look.wanted_memory
+    had = (last[0].memory if last else None) or look.wanted_memory
     return f"It had {had or 'no limit of its own'}{peak}." if had or peak else ""
 
 
@@ -315,6 +345,7 @@ RULES: tuple[Rule, ...] = (
     got_nowhere,
     handed_back,
     more_memory,
+    refused_by_nodes,
     stage_failed,
     suspended,
     deadline_exceeded,

@@ -36,6 +36,8 @@ class Decision:
     create_snapshot: bool = False
     deletes: tuple[DeleteJob, ...] = ()
     requeue_at: datetime | None = None
+    pressing: bool = False
+    """Something waits for the status to be written."""
 
 
 def finish(look: Look, decision: Decision) -> Plan:
@@ -49,7 +51,7 @@ def finish(look: Look, decision: Decision) -> Plan:
         memory=look.wanted_memory if decision.create is Stage.TRAIN else None,
         deletes=decision.deletes,
         status=after if changed else None,
-        urgency=_urgency(before, after) if changed else Urgency.LATER,
+        urgency=Urgency.LATER if not changed else Urgency.NOW if decision.pressing else _urgency(before, after),
         events=notes(before, after) if changed else (),
         requeue_after=_requeue(look, decision),
     )

@@ -15,21 +15,28 @@ _KUBELET_MAKES_ROOM = ("Terminated", "NodeShutdown", "Preempting", "Shutdown")
 """status.reason of pods that a kubelet stops for no fault of theirs: its node shuts down, a critical pod needs the place."""
 
 
+_FORMER = {"PodGone": Reason.INTERRUPTED}
+"""What earlier versions wrote into attempts, and what it is called now."""
+
+
 def consequence_of(reason: str | None) -> Consequence:
     """What follows from a reason; one that is not in the table is as good as Unknown."""
     try:
-        return FAILURES[Reason(reason or "")].consequence
+        return FAILURES[_FORMER.get(reason or "") or Reason(reason or "")].consequence
     except ValueError:
         return FAILURES[Reason.UNKNOWN].consequence
 
 
 def replaced(reason: str | None) -> bool:
     """Whether an execution ended through no fault of its own."""
-    return reason == Reason.NODE_LOST or consequence_of(reason) is Consequence.REPLACE
+    return reason in (Reason.NODE_LOST, Reason.UNSCHEDULABLE) or consequence_of(reason) is Consequence.REPLACE
 
 
 def pod_failure(pod: Pod, stage: Stage) -> StageFailure:
     """Why one pod failed."""
+    if pod.refused:
+        words = (pod.pod_message or pod.pod_reason).strip()
+        return StageFailure(Reason.UNSCHEDULABLE, f"node {pod.node} refused the pod ({pod.pod_reason}: {words})")
     told = pod.report if pod.report is not None and not pod.report.succeeded else None
     if told is None and pod.terminated_reason == "OOMKilled":
         return StageFailure(

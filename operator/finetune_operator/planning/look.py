@@ -12,7 +12,7 @@ from finetune_api.results import PrepareReport, PublishReport, TrainReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator.planning import conditions
-from finetune_operator.planning.attempts import Ledger, attempts_of, keep_ledger
+from finetune_operator.planning.attempts import Ledger, executions, keep_ledger
 from finetune_operator.planning.budget import HANDED_BACK, wanted_memory
 from finetune_operator.planning.clock import parse_time
 from finetune_operator.planning.model import Observation, PlannerConfig, StageFailure, StageState, StageView
@@ -105,7 +105,7 @@ class Look:
     def prepared(self) -> bool:
         """Preparation is behind us."""
         train, prepare = self.views[Stage.TRAIN], self.views[Stage.PREPARE]
-        if self.trained or train.job is not None or train.pods:
+        if self.trained or train.job is not None or train.occupied:
             return True
         if self.training_vanished:
             return prepare.state is StageState.SUCCEEDED and not self.prepare_is_old
@@ -123,12 +123,12 @@ class Look:
 
         Not after an execution that exceeded its memory: that has no result, and its successor only needs more memory.
         """
-        executions = attempts_of(self.ledger, Stage.TRAIN)
+        ran = executions(self.ledger, Stage.TRAIN)
         return (
             self.views[Stage.TRAIN].job is None
             and self._train_created is not None
-            and bool(executions)
-            and executions[-1].reason != Reason.HOST_OUT_OF_MEMORY
+            and bool(ran)
+            and ran[-1].reason != Reason.HOST_OUT_OF_MEMORY
         )
 
     @cached_property
@@ -151,6 +151,12 @@ class Look:
         """Status holds every end that was seen: what is counted from it may now lose its pod."""
         known = {a.execution_id for a in self.before.attempts if a.outcome != "Running"}
         return all(a.execution_id in known for a in self.ledger.attempts if a.outcome != "Running")
+
+    @cached_property
+    def executions_recorded(self) -> bool:
+        """Status holds every end and every execution that was seen: none is forgotten if all pods go now."""
+        known = {a.execution_id for a in self.before.attempts}
+        return self.attempts_recorded and all(a.execution_id in known for a in self.ledger.attempts)
 
     @cached_property
     def stage(self) -> Stage:
@@ -187,7 +193,7 @@ class Look:
     @cached_property
     def training_began(self) -> bool:
         """Whether a training pod ever ran."""
-        return bool(attempts_of(self.ledger, Stage.TRAIN))
+        return bool(executions(self.ledger, Stage.TRAIN))
 
     @cached_property
     def gpu_held(self) -> bool:
@@ -199,5 +205,5 @@ class Look:
 
     @cached_property
     def idle(self) -> bool:
-        """No Job and no pod of this FineTuneJob is left."""
-        return not self.obs.jobs and not self.obs.pods
+        """No Job of this FineTuneJob is left, and no pod that has not ended."""
+        return not self.obs.jobs and all(p.ended for p in self.obs.pods)

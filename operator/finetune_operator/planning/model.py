@@ -92,6 +92,8 @@ class Pod:
     deletion_due: datetime | None = None
     """When a deleted pod's grace period ends (deletionTimestamp)."""
     node: str = ""
+    bound_at: datetime | None = None
+    """When the API server bound it to its node."""
     unschedulable: str = ""
     """The scheduler's words, while it finds no node."""
     unschedulable_since: datetime | None = None
@@ -119,6 +121,12 @@ class Pod:
     def ended(self) -> bool:
         """No container of it runs any more or ever will."""
         return self.phase in ("Succeeded", "Failed") or self.finished_at is not None
+
+    @property
+    def refused(self) -> bool:
+        """The kubelet of its node did not take it (UnexpectedAdmissionError, OutOfcpu, …): it never ran."""
+        never_ran = self.started_at is None and self.exit_code is None
+        return never_ran and self.phase == "Failed" and bool(self.node and self.pod_reason) and not self.disruption
 
     @property
     def running(self) -> bool:
@@ -256,3 +264,8 @@ class StageView:
     pods: tuple[Pod, ...] = field(default=())
     report: StageReport | None = None
     failure: StageFailure | None = None
+
+    @property
+    def occupied(self) -> bool:
+        """A pod of it has not ended: no other execution may begin."""
+        return any(not p.ended for p in self.pods)

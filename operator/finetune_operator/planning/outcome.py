@@ -7,6 +7,7 @@ looked for in the pods' termination messages first, then in the final progress p
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import timedelta
 
 from pydantic import ValidationError
@@ -36,8 +37,10 @@ def stage_view(obs: Observation, stage: Stage, config: PlannerConfig) -> StageVi
     job = next((j for j in obs.jobs if j.stage is stage), None)
     pods = tuple(sorted((p for p in obs.pods if p.stage is stage), key=lambda p: (p.created, p.name)))
     if job is None:
-        # A pod without its Job is about to be collected: the next Job waits, so that no two executions overlap.
-        return StageView(stage, StageState.STOPPING if pods else StageState.ABSENT, pods=pods)
+        # The next Job waits for a pod without one, so that no two executions overlap. One that has ended may stay for ever, where
+        # somebody deleted its Job and not its pods (--cascade=orphan).
+        view = StageView(stage, StageState.ABSENT, pods=pods)
+        return replace(view, state=StageState.STOPPING) if view.occupied else view
     pods = tuple(p for p in pods if p.owner_uid == job.uid)
     report = _report(job, pods, obs.job.status)
     if job.deleting:
@@ -97,7 +100,7 @@ def _belongs(status: FineTuneJobStatus, job: StageJob, pods: tuple[Pod, ...]) ->
 
 def _failure(job: StageJob, pods: tuple[Pod, ...], report: StageReport | None, stage: Stage) -> StageFailure | None:
     """What the pods tell about a failed Job; None while no ended pod is visible."""
-    ended = sorted((p for p in pods if p.ended), key=lambda p: (p.finished_at or p.created, p.created))
+    ended = sorted((p for p in pods if p.ended), key=lambda p: (p.created, p.finished_at or p.created))
     if not ended:
         if report is not None and not report.succeeded:
             return StageFailure(report.reason, report.message)

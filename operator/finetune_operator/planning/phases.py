@@ -65,7 +65,7 @@ def _proven(look: Look) -> bool:
     """A training Job proves that prepare was done, but not one that goes: prepare may have to run again after it."""
     job = look.views[Stage.TRAIN].job
     if look.trained or job is None:
-        return look.trained or not look.views[Stage.TRAIN].pods
+        return look.trained or not look.views[Stage.TRAIN].occupied
     return not job.deleting and look.handed_back is None
 
 

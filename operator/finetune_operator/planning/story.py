@@ -77,6 +77,8 @@ def _moment(text: str) -> float:
 def _interruption(attempt: AttemptStatus) -> str:
     """``node drained at step 402; checkpoint saved at step 402``."""
     words = (attempt.message or "").strip().rstrip(".")
+    if attempt.started_at is None:
+        return f"{words}; another pod is tried"
     if attempt.last_step is not None:
         words += f" at step {attempt.last_step}"
     saved = attempt.checkpoint_step

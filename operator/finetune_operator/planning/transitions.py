@@ -11,6 +11,8 @@ from finetune_operator.planning.model import EventNote, EventType
 
 EVENT_LIMIT = 1000
 RESUMED = "Resumed"
+CHECKPOINTS_FAIL = "CheckpointsFail"
+"""Reason of the condition CheckpointAtRisk while none can be stored."""
 
 
 def notes(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[EventNote, ...]:
@@ -54,7 +56,7 @@ def _started(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventN
     known = {a.execution_id for a in before.attempts}
     out = []
     for number, attempt in enumerate(_train_attempts(after), start=1):
-        if attempt.execution_id not in known:
+        if attempt.execution_id not in known and attempt.started_at:
             where = f" on node {attempt.node}" if attempt.node else ""
             out.append(EventNote(EventType.NORMAL, "Started", f"attempt {number}{where}"))
     return out
@@ -92,9 +94,13 @@ def _recovered(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[Even
 
 
 def _at_risk(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
-    """Once for a job, however often the measurements cross the line."""
-    condition = find(after, ConditionType.CHECKPOINT_AT_RISK)
-    if condition is None or condition.status != "True" or find(before, ConditionType.CHECKPOINT_AT_RISK) is not None:
+    """Each time that checkpoints cannot be stored; else once for a job, however often the measurements cross the line."""
+    condition, old = find(after, ConditionType.CHECKPOINT_AT_RISK), find(before, ConditionType.CHECKPOINT_AT_RISK)
+    if condition is None or condition.status != "True":
+        return []
+    if old is not None and (old.status, old.reason) == (condition.status, condition.reason):
+        return []
+    if old is not None and condition.reason != CHECKPOINTS_FAIL:
         return []
     return [EventNote(EventType.WARNING, condition.reason, condition.message)]
 

@@ -17,6 +17,7 @@ from finetune_operator.client import Api, ApiError, Raw, jobs_path, pods_path
 from finetune_operator.observe import owner_uid, parse_status
 from finetune_operator.planning.clock import parse_time
 from finetune_operator.planning.conditions import is_true
+from finetune_operator.unknown import unknown_fields
 
 TRUST_SECONDS = 120.0
 """How long a checked token is believed: a deleted pod's token is refused after this at the latest."""
@@ -177,11 +178,11 @@ class Authenticator:
         known = self._statuses.get(caller.job_uid)
         if known is not None and known[0] > time.monotonic():
             return _unfinished(caller, caller.job_uid, known[1])
-        status, _ = await self.read_status(caller)
+        status, _, _ = await self.read_status(caller)
         return status
 
-    async def read_status(self, caller: Caller) -> tuple[FineTuneJobStatus, str]:
-        """The job's status as it is now, and the resourceVersion it was read at.
+    async def read_status(self, caller: Caller) -> tuple[FineTuneJobStatus, Raw, str]:
+        """The job's status as it is now, what of it only a newer version knows, and the resourceVersion it was read at.
 
         Raises:
             Refused: as :meth:`status_of`.
@@ -192,9 +193,11 @@ class Authenticator:
             raise Refused(503, "Unavailable", "the API server could not be asked about the job") from problem
         if raw is None:
             raise Refused(404, "NotFound", f"there is no FineTuneJob {caller.key}")
-        meta, status = raw["metadata"], parse_status(raw.get("status") or {})
+        meta, told = raw["metadata"], raw.get("status") or {}
+        status = parse_status(told)
         _remember(self._statuses, str(meta["uid"]), (time.monotonic() + STATUS_SECONDS, status))
-        return _unfinished(caller, str(meta["uid"]), status), str(meta["resourceVersion"])
+        unknown = unknown_fields(told, status)
+        return _unfinished(caller, str(meta["uid"]), status), unknown, str(meta["resourceVersion"])
 
     async def _finetunejob(self, key: Key) -> Raw | None:
         try:

@@ -80,6 +80,8 @@ def merge(base: ProgressStatus | None, post: ProgressPost, now: datetime) -> Pro
             new[name] = round(value, LOSS_DIGITS)
     if post.checkpoint_seconds is not None:
         new["checkpoint_seconds"] = round(post.checkpoint_seconds, 1)
+    if post.checkpoint_problem is not None:
+        new["checkpoint_problem"] = post.checkpoint_problem or None
     if post.tokens_per_second is not None:
         new["tokens_per_second"] = round(post.tokens_per_second, 1)
     if post.eta_seconds is not None:

@@ -76,7 +76,7 @@ class ProgressServer:
     async def _progress(self, request: web.Request) -> web.Response:
         caller = await self._caller(request)
         try:
-            post = finite(ProgressPost.model_validate(await _json(request)))
+            post = finite(ProgressPost.model_validate(await _json(request), extra="ignore"))
         except ValidationError as problem:
             first = problem.errors(include_url=False)[0]
             place = ".".join(str(p) for p in first["loc"])

@@ -100,7 +100,8 @@ class ProgressWriter:
         return max(known)
 
     def _is_urgent(self, stream: _Stream, written: ProgressStatus | None, post: ProgressPost) -> bool:
-        """A final, a wait that begins, changes or ends, a restart, and the first sign of training or publishing.
+        """A final, a wait that begins, changes or ends, a restart, checkpoints that cannot be stored or can again, and the first
+        sign of training or publishing.
 
         Not the first sign of prepare: a short one costs no write at all before training.
         """
@@ -110,10 +111,12 @@ class ProgressWriter:
         reason = post.waiting.reason if post.waiting else None
         if last is not None:
             restarted = len(post.restarts or ()) > len(last.restarts or ())
-            return restarted or reason != (last.waiting.reason if last.waiting else None)
+            turned = _turned(last.checkpoint_problem, post.checkpoint_problem)
+            return restarted or turned or reason != (last.waiting.reason if last.waiting else None)
         if written is not None and written.execution_id == post.execution_id:
             restarted = len(post.restarts or ()) > len(written.restarts or ())
-            return restarted or reason != written.waiting_reason
+            turned = _turned(written.checkpoint_problem, post.checkpoint_problem)
+            return restarted or turned or reason != written.waiting_reason
         return reason is not None or post.stage is not Stage.PREPARE
 
     async def _schedule(self, stream: _Stream, wait: bool) -> bool:
@@ -188,11 +191,13 @@ class ProgressWriter:
     async def _write(self, caller: Caller, post: ProgressPost) -> None:
         """Merge into what stands there now, and only into that: another replica may have written since the last look."""
         for left in reversed(range(CONFLICTS)):
-            status, version = await self._auth.read_status(caller)
+            status, unknown, version = await self._auth.read_status(caller)
             progress = _merged(status, caller, post)
             if progress is None:
                 return
-            body = {"progress": progress.to_json_dict()}
+            same = status.progress is not None and status.progress.execution_id == progress.execution_id
+            kept = unknown.get("progress", {}) if same else {}
+            body = {"progress": {**kept, **progress.to_json_dict()}}
             key = caller.key
             try:
                 answer = await self._api.apply_status(
@@ -215,6 +220,11 @@ class ProgressWriter:
                 del self._streams[uid]
 
 
+def _turned(before: str | None, now: str | None) -> bool:
+    """Whether a problem has appeared or gone; a post that does not speak of it changes nothing."""
+    return now is not None and bool(before) != bool(now)
+
+
 def _may_pass(problem: Refused | ApiError) -> bool:
     """Whether a write that failed may succeed later. 409 of the API server: others wrote at the same time."""
     if isinstance(problem, Refused):
@@ -232,8 +242,7 @@ def _merged(status: FineTuneJobStatus, caller: Caller, post: ProgressPost) -> Pr
     if base is None or base.execution_id is None:
         return merge(base, post, datetime.now(UTC))
     if base.execution_id != post.execution_id:
-        began = next((parse_time(a.started_at) for a in status.attempts if a.execution_id == base.execution_id), None)
-        if began is not None and caller.pod_created is not None and caller.pod_created < began:
+        if _replaced(status, caller, base.execution_id):
             raise Refused(409, "Stale", "a newer pod of this job has posted")
         return merge(base, post, datetime.now(UTC))
     written = base.sequence if base.sequence is not None else -1
@@ -243,3 +252,14 @@ def _merged(status: FineTuneJobStatus, caller: Caller, post: ProgressPost) -> Pr
         # A final is news even where a later post came before it.
         post = post.model_copy(update={"sequence": written})
     return merge(base, post, datetime.now(UTC))
+
+
+def _replaced(status: FineTuneJobStatus, caller: Caller, other: str) -> bool:
+    """Whether another execution that has posted is newer than the caller's: of two that go on, the one that began later; else the
+    one that goes on."""
+    attempts = {a.execution_id: a for a in status.attempts}
+    mine, found = attempts.get(caller.pod_uid), attempts.get(other)
+    if mine is not None and mine.outcome != "Running":
+        return True
+    began = parse_time(found.started_at) if found is not None and found.outcome == "Running" else None
+    return began is not None and caller.pod_created is not None and caller.pod_created < began

@@ -1,4 +1,4 @@
-"""The cleanup stage: deletes everything that a job left in its bucket, after its FineTuneJob was deleted.
+"""The cleanup stage: deletes everything that a job left in its bucket, unfinished uploads too, after its FineTuneJob was deleted.
 
 The prefixes end in the job's own UID, so nothing of another job can be below them.
 """
@@ -31,9 +31,11 @@ def run(ctx: StageContext) -> CleanupReport:
 
 
 def delete_all(connect: Callable[[], S3Store]) -> int:
-    """How many objects were deleted; a bucket that is gone holds none."""
+    """How many objects were deleted; a bucket that is gone holds none. Uploads that were never completed go first: they are listed
+    nowhere, and one that is completed now would be an object that stays."""
     store = connect()
     try:
+        store.abort_orphans()
         count = store.delete_prefix("")
     except StageError as error:
         if error.reason is not Reason.BUCKET_NOT_FOUND:

@@ -108,12 +108,10 @@ def fetch_held_out(ctx: StageContext, workspace: S3Store, prepared: PrepareResul
 
 
 def upload_merged(ctx: StageContext, folder: Path, output: S3Store) -> list[FileRecord]:
-    """Replace what an earlier execution may have left below ``merged/``."""
+    """Replace what an earlier execution may have left below ``merged/``. That is cleared once: what this one has sent stays."""
     ctx.reporter.report(activity="Uploading")
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-    def upload() -> list[FileRecord]:
-        output.clear(MERGED_DIR)
-        return output.upload_dir(folder, MERGED_DIR, ctx.reporter.transfer("upload", total))
-
-    return wait_until_available(ctx, upload)
+    wait_until_available(ctx, lambda: output.clear(MERGED_DIR))
+    return wait_until_available(
+        ctx, lambda: output.upload_dir(folder, MERGED_DIR, ctx.reporter.transfer("upload", total))
+    )

@@ -45,9 +45,11 @@ def run(ctx: StageContext) -> PublishReport:
     output, workspace, done = wait_until_available(ctx, lambda: open_stores(ctx))
     if done is not None:
         log.info("this snapshot is published already: nothing to do")
-        clean_up(ctx, workspace)
+        clean_up(ctx, output, workspace)
         return report(done)
     note_begin(ctx, workspace)
+    for store in (output, workspace):
+        wait_until_available(ctx, store.abort_orphans)
 
     # Check. A manifest that is not whole proves nothing, so it goes first.
     ctx.reporter.report(activity="Checking")
@@ -78,7 +80,7 @@ def run(ctx: StageContext) -> PublishReport:
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
     manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(update={"merge_check": check})
     wait_until_available(ctx, lambda: output.put_model(MANIFEST, manifest))
-    clean_up(ctx, workspace)
+    clean_up(ctx, output, workspace)
     return report(manifest)
 
 
@@ -144,9 +146,9 @@ def make_manifest(
     )
 
 
-def clean_up(ctx: StageContext, workspace: S3Store) -> None:
-    """Delete the workspace, a copy of possibly private rows, and the checkpoints, each unless it is to be kept. The result stands
-    already, so this only warns."""
+def clean_up(ctx: StageContext, output: S3Store, workspace: S3Store) -> None:
+    """Delete the workspace, a copy of possibly private rows, and the checkpoints, each unless it is to be kept; and uploads that
+    were never completed, which no later execution will look for. The result stands already, so this only warns."""
     keep_rows = ctx.snapshot.spec.output.workspace.retention is Retention.KEEP
     keep_checkpoints = ctx.snapshot.spec.recovery.checkpoint.retention is Retention.KEEP
     gone = [f for f in WORKSPACE_FOLDERS if not (keep_checkpoints if f == CHECKPOINTS_DIR else keep_rows)]
@@ -155,6 +157,11 @@ def clean_up(ctx: StageContext, workspace: S3Store) -> None:
             workspace.delete_prefix(folder)
     except (StageError, NotFound) as error:
         log.warning("the workspace %s could not be deleted: %s", workspace.uri(), error)
+    for store in (output, workspace):
+        try:
+            store.abort_orphans()
+        except StageError as error:
+            log.warning("uploads that were never completed may stay below %s: %s", store.uri(), error)
 
 
 def report(manifest: Manifest) -> PublishReport:

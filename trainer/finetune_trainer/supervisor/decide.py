@@ -6,7 +6,7 @@ import math
 import signal
 from dataclasses import dataclass, field
 
-from finetune_api.failures import FAILURES, Reason
+from finetune_api.failures import FAILURES, Reason, by_exit_code
 from finetune_api.progress import Split, StageReport
 from finetune_api.snapshot import largest_divisor
 from finetune_api.spec import OutOfMemoryAction
@@ -69,6 +69,8 @@ class Failed:
 
     reason: Reason
     message: str
+    result: dict[str, object] | None = None
+    """How far it came, where it was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,10 @@ def decide(ended: Ended, split: Split, limits: Limits, tally: Tally) -> Succeede
             split,
             tally,
         )
-    return Failed(Reason.UNKNOWN, f"{ended.who} ended with exit code {ended.returncode} and said nothing")
+    failure = by_exit_code(ended.returncode)
+    if failure.reason is Reason.UNKNOWN:
+        return Failed(Reason.UNKNOWN, f"{ended.who} ended with exit code {ended.returncode} and said nothing")
+    return Failed(failure.reason, f"{failure.meaning} ({ended.who} could not write down more)")
 
 
 def next_split(split: Split, limits: Limits) -> tuple[Split, str] | None:
@@ -156,7 +161,7 @@ def _known(reason: str) -> Reason:
 
 def _stopped(ended: Ended) -> Failed:
     if ended.report is not None and ended.report.reason == Reason.INTERRUPTED:
-        return Failed(Reason.INTERRUPTED, ended.report.message)
+        return Failed(Reason.INTERRUPTED, ended.report.message, ended.report.result)
     if ended.stop_overdue:
         return Failed(
             Reason.INTERRUPTED,

@@ -16,7 +16,7 @@ from finetune_api.failures import Reason
 from finetune_api.names import ENV_ENDPOINT, ENV_GRACE_SECONDS
 from finetune_api.progress import Restart, Split
 from finetune_api.results import TrainReport
-from finetune_api.snapshot import rank_count
+from finetune_api.snapshot import rank_count, saving_seconds
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.supervisor.decide import Again, Failed, Limits, Succeeded, Tally, decide
@@ -34,8 +34,6 @@ ENV_SPLIT = "FINETUNE_SPLIT"
 ENV_RESTARTS = "FINETUNE_RESTARTS"
 MOST_RESTARTS_TOLD = 16
 SPLIT_FILE = "split.json"
-RESERVED_STOP_SECONDS = 10.0
-"""Of the grace period, for the termination message and the final post."""
 START_SECONDS = 600.0
 RESTARTS = TypeAdapter(list[Restart])
 
@@ -52,9 +50,7 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
     limits = Limits(tuple(recovery.out_of_memory.actions), ctx.snapshot.spec.training.global_batch_sequences, ranks)
     grace = float(environ.get(ENV_GRACE_SECONDS) or recovery.termination_grace_period_seconds)
     silence = float(recovery.hung_timeout_seconds)
-    patience = Patience(
-        silence=silence, start=max(silence, START_SECONDS), stop=max(grace / 2, grace - RESERVED_STOP_SECONDS)
-    )
+    patience = Patience(silence=silence, start=max(silence, START_SECONDS), stop=saving_seconds(grace))
     split: Split | None = None
     restarts: list[Restart] = []
     tally = Tally()
@@ -72,7 +68,7 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
                 return TrainReport.model_validate(decision.report.result)
             if isinstance(decision, Failed):
                 if decision.reason is Reason.INTERRUPTED:
-                    raise Interrupted(decision.message)
+                    raise Interrupted(decision.message, decision.result)
                 raise StageError(decision.reason, decision.message)
             if decision.split != (split or used_split(ctx)):
                 split = decision.split

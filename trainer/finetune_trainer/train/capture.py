@@ -21,9 +21,9 @@ PROGRESS_FILE = "progress.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Captured:
-    """The state after ``step`` optimizer steps."""
+    """The state after ``step`` optimizer steps. Each is equal to itself only: tensors have no truth value."""
 
     step: int
     adapter: dict[str, torch.Tensor]

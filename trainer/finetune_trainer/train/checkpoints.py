@@ -5,10 +5,12 @@ The newest one also stays on the pod's disk, where a restart in the same pod fin
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,12 +22,14 @@ from finetune_api.progress import Split
 from finetune_api.results import CHECKPOINT_MARKER, CHECKPOINT_VERSION, CHECKPOINTS_DIR, CheckpointMarker, FileRecord
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.s3_transfer import OnBytes
 from finetune_trainer.stored import refuse_newer, version_of
 from finetune_trainer.train.capture import Captured, write_files
-from finetune_trainer.train.inputs import hash_files, must_equal
+from finetune_trainer.train.inputs import hash_file, hash_files, must_equal
 from finetune_trainer.train.owner import Owner
 
 log = logging.getLogger(__name__)
+LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True)
@@ -64,36 +68,71 @@ class Checkpoints:
     world_size: int = 1
     known: dict[str, CheckpointMarker] = field(default_factory=dict)
     """By folder name."""
+    _found: set[str] = field(default_factory=set)
+    """Folders in the bucket when this execution began."""
+    _uploading: str = ""
 
-    def save(self, captured: Captured) -> Saved:
-        """Write, upload, complete; then delete what is not kept.
+    def save(self, captured: Captured, on_bytes: OnBytes | None = None) -> Saved:
+        """Write, upload, complete; then delete what is not kept. Tried again, it goes on where it was.
 
         Raises:
             StageError: what the store raises; Superseded.
         """
         began = time.monotonic()
-        local = self.save_locally(captured)
+        self._uploading = folder_name(captured.step, self.owner.execution_id)
+        self._complete(self.save_locally(captured), on_bytes)
+        marker = self.known[self._uploading]
+        saved = Saved(marker, time.monotonic() - began)
+        try:
+            self.prune()
+        except (StageError, NotFound) as error:
+            log.warning("old checkpoints stay for now: %s", error)
+        return saved
+
+    def measured(self, restored: Restored, held_out_loss: float) -> None:
+        """The held-out loss at a checkpoint that was saved without one.
+
+        Raises:
+            StageError: what the store raises; Superseded.
+        """
+        marker = restored.marker.model_copy(update={"held_out_loss": held_out_loss})
+        self._note(restored.folder.name, marker)
+        self._complete(Restored(marker, restored.folder), None)
+
+    def _complete(self, local: Restored, on_bytes: OnBytes | None) -> None:
         prefix = f"{CHECKPOINTS_DIR}/{local.folder.name}"
         self.owner.check()
-        uploaded = self.workspace.upload_dir(local.folder, prefix)
+        uploaded = self.workspace.upload_dir(local.folder, prefix, on_bytes)
         sent = {f.path.removeprefix(f"{prefix}/"): f for f in uploaded}
         for record in local.marker.files:
             must_equal(sent[record.path], record, self.workspace.uri(f"{prefix}/{record.path}"))
         self.owner.check()
         self.workspace.put_model(f"{prefix}/{CHECKPOINT_MARKER}", local.marker)
         self.known[local.folder.name] = local.marker
-        saved = Saved(local.marker, time.monotonic() - began)
-        self.prune()
-        return saved
 
     def save_locally(self, captured: Captured) -> Restored:
-        """On the pod's disk only, with its marker beside the folder; older ones go."""
+        """On the pod's disk only, with its marker beside the folder; older ones go. One process or thread of the pod at a time; what
+        is there already of this step is not written again."""
         name = folder_name(captured.step, self.owner.execution_id)
         folder = self.local / name
+        with locked(self.local / LOCK_FILE):
+            marker = self._local_markers().get(name)
+            if marker is None or not folder.is_dir() or not self._whole(folder, marker.files):
+                marker = self._write(captured, folder)
+            if captured.held_out_loss is not None:
+                marker = marker.model_copy(update={"held_out_loss": captured.held_out_loss})
+            self._note(name, marker)
+            for old in self.local.iterdir():
+                if old.is_dir() and old.name not in (name, self._uploading):
+                    self._local_marker(old.name).unlink(missing_ok=True)
+                    shutil.rmtree(old)
+        return Restored(marker, folder)
+
+    def _write(self, captured: Captured, folder: Path) -> CheckpointMarker:
         shutil.rmtree(folder, ignore_errors=True)
-        self._local_marker(name).unlink(missing_ok=True)
+        self._local_marker(folder.name).unlink(missing_ok=True)
         write_files(captured, folder)
-        marker = CheckpointMarker(
+        return CheckpointMarker(
             snapshot_digest=self.snapshot_digest,
             execution_id=self.owner.execution_id,
             execution_number=self.owner.number,
@@ -105,12 +144,6 @@ class Checkpoints:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             files=hash_files(folder, [p.name for p in folder.iterdir()]),
         )
-        self._local_marker(name).write_text(marker.model_dump_json(by_alias=True))
-        for old in self.local.iterdir():
-            if old.is_dir() and old != folder:
-                self._local_marker(old.name).unlink(missing_ok=True)
-                shutil.rmtree(old)
-        return Restored(marker, folder)
 
     def newest(self) -> Restored | None:
         """The newest checkpoint that is whole, here. What is torn or corrupt is named in the log and passed over."""
@@ -127,35 +160,55 @@ class Checkpoints:
         return best_of(self.known.values())
 
     def restore(self, name: str, marker: CheckpointMarker) -> Restored | None:
-        """A checkpoint's files, checked, on this disk; None if it is not whole."""
+        """A checkpoint's files, checked, on this disk; None if it is not whole: then it counts for nothing any more.
+
+        Raises:
+            StageError: what the store raises; called again, it goes on with what is here.
+        """
         folder = self.local / name
         if folder.is_dir() and self._whole(folder, marker.files):
             return Restored(marker, folder)
-        shutil.rmtree(folder, ignore_errors=True)
         self._local_marker(name).unlink(missing_ok=True)
+        wrong = self._fetch(name, marker, folder)
+        if wrong is not None:
+            log.warning("checkpoint %s is passed over: %s", name, wrong)
+            self.known.pop(name, None)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        self._note(name, marker)
+        return Restored(marker, folder)
+
+    def _fetch(self, name: str, marker: CheckpointMarker, folder: Path) -> str | None:
+        """Download what is not here yet; what is wrong with the checkpoint, or None."""
         try:
             for record in marker.files:
-                key = f"{CHECKPOINTS_DIR}/{name}/{record.path}"
-                must_equal(self.workspace.download_file(key, folder / record.path), record, self.workspace.uri(key))
+                path, key = folder / record.path, f"{CHECKPOINTS_DIR}/{name}/{record.path}"
+                if not path.is_file() or hash_file(path, record.path, lambda: None) != record:
+                    found = self.workspace.download_file(key, path)
+                    must_equal(found.model_copy(update={"path": record.path}), record, self.workspace.uri(key))
         except NotFound as error:
-            log.warning("checkpoint %s is passed over: %s", name, error)
-            return None
+            return str(error)
         except StageError as error:
             if error.reason is not Reason.VERIFICATION_FAILED:
                 raise
-            log.warning("checkpoint %s is passed over: %s", name, error.message)
-            return None
-        self._local_marker(name).write_text(marker.model_dump_json(by_alias=True))
-        return Restored(marker, folder)
+            return error.message
+        return None
 
     def prune(self) -> None:
         """Keep the newest ``keep`` and the best; what else lies there goes, torn ones of earlier executions too. Markers go first.
 
-        Credentials that may not delete cost only room.
+        A folder that was not there when this execution began and is not its own is a later one's. Credentials that may not delete
+        cost only room.
+
+        Raises:
+            StageError: what the store raises; Superseded.
         """
         keep = kept(self.known, self.keep)
         here = {info.key.split("/")[1] for info in self.workspace.list(CHECKPOINTS_DIR)}
-        for name in sorted(here - keep):
+        ours = {n for n in here if n in self._found or n.endswith(f"-{self.owner.execution_id}")}
+        if ours - keep:
+            self.owner.check()
+        for name in sorted(ours - keep):
             try:
                 self.workspace.delete(f"{CHECKPOINTS_DIR}/{name}/{CHECKPOINT_MARKER}")
                 self.workspace.delete_prefix(f"{CHECKPOINTS_DIR}/{name}")
@@ -166,9 +219,10 @@ class Checkpoints:
             self.known.pop(name, None)
 
     def _read_markers(self) -> None:
-        self.known = {}
+        self.known, self._found = {}, set()
         for info in list(self.workspace.list(CHECKPOINTS_DIR)):
             name, _, file = info.key.removeprefix(f"{CHECKPOINTS_DIR}/").partition("/")
+            self._found.add(name)
             if file != CHECKPOINT_MARKER:
                 continue
             try:
@@ -204,9 +258,21 @@ class Checkpoints:
         present = sorted(p.name for p in folder.iterdir())
         return present == sorted(wanted) and all(f == wanted[f.path] for f in hash_files(folder, present))
 
+    def _note(self, name: str, marker: CheckpointMarker) -> None:
+        self._local_marker(name).write_text(marker.model_dump_json(by_alias=True))
+
     def _local_marker(self, name: str) -> Path:
         self.local.mkdir(parents=True, exist_ok=True)
         return self.local / f"{name}.json"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process, or thread, of the pod at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def folder_name(step: int, execution_id: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from finetune_trainer import heartbeat
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import IGNORED, Rows, batches_by_length, collate
+from finetune_trainer.train.stop import TrainingStopped
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,25 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def never() -> bool:
+    """Go on."""
+    return False
+
+
 def held_out_loss(
-    causal_lm: Any, rows: Rows, pad_id: int, compute: Compute, tokens_per_batch: int | None = None, divisor: int = 1
+    causal_lm: Any,
+    rows: Rows,
+    pad_id: int,
+    compute: Compute,
+    tokens_per_batch: int | None = None,
+    divisor: int = 1,
+    stopped: Callable[[], bool] = never,
 ) -> HeldOutLoss:
-    """Evaluate every row once. It does not depend on how rows are batched, beyond rounding: ``divisor`` makes batches smaller."""
+    """Evaluate every row once. It does not depend on how rows are batched, beyond rounding: ``divisor`` makes batches smaller.
+
+    Raises:
+        TrainingStopped: ``stopped`` said so between two batches.
+    """
     loss = LearnedTokenLoss(causal_lm)
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
     with inference(causal_lm), compute.autocast():
@@ -62,6 +78,8 @@ def held_out_loss(
         budget = loss.batch_tokens(sample, tokens_per_batch or TOKENS_PER_BATCH[compute.device.type] // divisor)
         for indices in batches_by_length(rows, budget):
             heartbeat.beat()
+            if stopped():
+                raise TrainingStopped
             batch = {k: v.to(compute.device) for k, v in collate(rows, indices, pad_id).items()}
             counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
             for index, part in zip(indices, torch.split(loss.per_token(batch), counts), strict=True):

@@ -6,32 +6,38 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from finetune_api.failures import Reason
 from finetune_api.progress import Restart, Split
 from finetune_api.spec import CheckpointInterval
 from finetune_trainer import heartbeat, memory
 from finetune_trainer.context import StageContext
-from finetune_trainer.errors import Interrupted
+from finetune_trainer.errors import Interrupted, StageError
+from finetune_trainer.text import shorten
 from finetune_trainer.train import evaluate
 from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured, capture
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
 from finetune_trainer.train.step_log import StepLog
 from finetune_trainer.train.stop import DeferredStop, TrainingStopped
 from finetune_trainer.train.trainer import LoraTrainer, training_arguments
+from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 OUT_OF_MEMORY_UPLOAD_SECONDS = 60.0
 """A checkpoint after an out-of-memory error is on this pod's disk already: its upload is not waited for longer."""
 
@@ -69,25 +75,26 @@ class Fit:
 
         Raises:
             Interrupted: told to stop; the last completed step is saved.
-            StageError: NonFiniteLoss, Diverged, Superseded.
+            StageError: NonFiniteLoss, Diverged, Superseded; what kept the last checkpoint from being stored.
         """
-        restored = self.ranks.share(self.checkpoints.newest)
+        restored = self.ranks.share(lambda: self.patiently(self.checkpoints.newest))
         start = self._take_up(restored)
         self.ctx.reporter.report(resumed_from_step=start, step=start, total_steps=self.schedule.steps)
         if restored is not None and start == self.schedule.steps:
             log.info("all %d steps are made: the adapter is that of the last checkpoint", start)
             load_adapter(self.model, restored)
             return
-        writer = CheckpointWriter(self.checkpoints, self._told) if self.ranks.first else None
+        if restored is not None and self.ranks.first:
+            self._measure(restored)
+        writer = CheckpointWriter(self.checkpoints, self._told, self._not_stored) if self.ranks.first else None
         trainer = self._trainer(start, writer)
         try:
             with DeferredStop() as stop:
                 trainer.should_stop = lambda: stop.requested
                 self._train(trainer, writer, restored)
+                saved = writer.finish() if writer is not None else None
                 if stop.requested:
-                    raise Interrupted(_stopped(self.schedule.steps, writer.finish() if writer else None))
-            if writer is not None:
-                writer.finish()
+                    raise _stopped(self.schedule.steps, saved)
         finally:
             if writer is not None:
                 writer.close()
@@ -101,13 +108,13 @@ class Fit:
             step = trainer.state.global_step
             states = self.ranks.gather(trainer.step_random)
             if writer is None:
-                raise Interrupted(_stopped(step, None)) from None
-            if step > start and (writer.saved is None or writer.saved.marker.step < step):
+                raise _stopped(step, None) from None
+            if step > max(start, writer.submitted):
                 writer.submit(self.capture(trainer, states))
             saved = writer.finish()
             if saved is None and restored is not None:
                 saved = Saved(restored.marker)
-            raise Interrupted(_stopped(step, saved)) from None
+            raise _stopped(step, saved) from None
         except torch.OutOfMemoryError:
             # Weights and optimizer are as the last completed step left them, unless it was the optimizer that ran out.
             if trainer.state.global_step > start and not trainer.updating:
@@ -117,15 +124,17 @@ class Fit:
     def _save_after_out_of_memory(self, trainer: LoraTrainer, writer: CheckpointWriter | None) -> None:
         """Any rank may be the one, and the others cannot be asked for their random states: the smaller split draws others anyway."""
         captured = self.capture(trainer, [trainer.step_random])
-        try:
-            # The first of them that comes here; all have the same weights.
-            (self.ctx.work_dir / f"out-of-memory-{captured.step}").touch(exist_ok=False)
-        except FileExistsError:
-            return
         self.checkpoints.save_locally(captured)
-        if writer is not None:
+        if writer is None:
+            return
+        if captured.step > writer.submitted:
             writer.submit(captured)
+        try:
             writer.finish(OUT_OF_MEMORY_UPLOAD_SECONDS)
+        except StageError as error:
+            if error.reason is Reason.SUPERSEDED:
+                raise
+            log.warning("the next process starts from this pod's disk: %s", error)
 
     def capture(
         self, trainer: LoraTrainer, states: list[dict[str, Any]], held_out_loss: float | None = None
@@ -133,18 +142,44 @@ class Fit:
         """The state after the last completed step."""
         progress = {
             "log": self.steps.as_progress(),
-            "evaluations": self.history.evaluations,
-            "resumed_from": self.history.resumed_from,
+            "evaluations": list(self.history.evaluations),
+            "resumed_from": list(self.history.resumed_from),
             "restarts": [r.to_json_dict() for r in self.history.restarts],
-            "blocked_seconds": self.history.blocked_seconds,
+            "blocked_seconds": list(self.history.blocked_seconds),
         }
         return capture(trainer, states, progress, held_out_loss)
 
-    def evaluate(self) -> evaluate.HeldOutLoss:
-        """Held-out loss of the model as it is."""
-        return evaluate.held_out_loss(
-            self.model.get_base_model(), self.held_out, self.pad_id, self.compute, divisor=self.split.evaluation_divisor
-        )
+    def evaluate(self, stopped: Callable[[], bool] = evaluate.never) -> evaluate.HeldOutLoss:
+        """Held-out loss of the model as it is.
+
+        Raises:
+            TrainingStopped: ``stopped`` said so between two batches.
+        """
+        base, divisor = self.model.get_base_model(), self.split.evaluation_divisor
+        return evaluate.held_out_loss(base, self.held_out, self.pad_id, self.compute, divisor=divisor, stopped=stopped)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """A store that is away is waited for as long as a stage that holds a GPU may."""
+        return wait_until_available(self.ctx, call, limit_seconds=GPU_PATIENCE_SECONDS)
+
+    def _measure(self, restored: Restored) -> None:
+        """Make good for an evaluation that was due at the step gone on from and was cut short: which weights are the best must not
+        depend on when a run was interrupted."""
+        step, every = restored.marker.step, self.ctx.snapshot.spec.evaluation.interval_steps
+        if every is None or step % every or any(e["step"] == step for e in self.history.evaluations):
+            return
+        load_adapter(self.model, restored)
+        heartbeat.begin("Evaluating")
+        loss = self.evaluate().loss
+        heartbeat.begin("Training")
+        self.record(step, loss)
+        self.patiently(lambda: self.checkpoints.measured(restored, loss))
+
+    def record(self, step: int, loss: float) -> None:
+        """A held-out loss of a step."""
+        self.history.evaluations.append({"step": step, "held_out_loss": loss})
+        self.ctx.reporter.report(held_out_loss=loss)
+        log.info("held-out loss at step %d: %.4f", step, loss)
 
     def _take_up(self, restored: Restored | None) -> int:
         if restored is None:
@@ -153,6 +188,8 @@ class Fit:
         self.steps.restore(progress["log"])
         history, marker = self.history, restored.marker
         history.evaluations = progress["evaluations"]
+        if marker.held_out_loss is not None and all(e["step"] != marker.step for e in history.evaluations):
+            history.evaluations.append({"step": marker.step, "held_out_loss": marker.held_out_loss})
         history.blocked_seconds = progress["blocked_seconds"]
         known = [Restart.model_validate(r) for r in progress["restarts"]]
         history.restarts = [*known, *(r for r in history.restarts if r not in known)]
@@ -195,10 +232,15 @@ class Fit:
         """Called in the writer's thread."""
         log.info("checkpoint of step %d is in the bucket (%.1f s)", saved.marker.step, saved.seconds)
         self.ctx.reporter.report(
+            checkpoint_problem="",
             checkpoint_step=saved.marker.step,
             checkpoint_seconds=round(saved.seconds, 1),
             peak_memory_bytes=memory.peak_bytes(),
         )
+
+    def _not_stored(self, error: StageError) -> None:
+        """Called in the writer's thread."""
+        self.ctx.reporter.report(checkpoint_problem=shorten(f"{error.reason}: {error.message}", 1024))
 
 
 class Checkpointing(TrainerCallback):  # type: ignore[misc]
@@ -236,9 +278,8 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         held_out = self._evaluate(step) if measure and fit.ranks.first else None
         began = time.monotonic()
         # By the first one's clock.
-        if not fit.ranks.any(
-            fit.ranks.first and (measure or is_due(step, total, self._first, self._interval, began - self._last))
-        ):
+        due = held_out is not None or is_due(step, total, self._first, self._interval, began - self._last)
+        if not fit.ranks.any(fit.ranks.first and due):
             return
         self._last = began
         states = fit.ranks.gather(self.trainer.step_random)
@@ -246,13 +287,17 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
             self._writer.submit(fit.capture(self.trainer, states, held_out))
             fit.history.blocked_seconds.append(round(time.monotonic() - began, 4))
 
-    def _evaluate(self, step: int) -> float:
+    def _evaluate(self, step: int) -> float | None:
+        """None when training is to stop: an evaluation may take longer than the grace period. Whoever goes on measures again."""
+        assert self.trainer is not None
         heartbeat.begin("Evaluating")
-        loss = self._fit.evaluate().loss
-        heartbeat.begin("Training")
-        self._fit.history.evaluations.append({"step": step, "held_out_loss": loss})
-        self._fit.ctx.reporter.report(held_out_loss=loss)
-        log.info("held-out loss at step %d: %.4f", step, loss)
+        try:
+            loss = self._fit.evaluate(self.trainer.should_stop).loss
+        except TrainingStopped:
+            return None
+        finally:
+            heartbeat.begin("Training")
+        self._fit.record(step, loss)
         return loss
 
 
@@ -278,7 +323,10 @@ def load_adapter(model: PeftModel, restored: Restored) -> None:
     assert not found.unexpected_keys, f"the checkpoint has tensors that the model lacks: {found.unexpected_keys[:3]}"
 
 
-def _stopped(step: int, saved: Saved | None) -> str:
+def _stopped(step: int, saved: Saved | None) -> Interrupted:
+    told = f"told to stop (SIGTERM) after step {step}"
     if saved is None:
-        return f"told to stop (SIGTERM) after step {step}; nothing to save yet"
-    return f"told to stop (SIGTERM) after step {step}; checkpoint saved at step {saved.marker.step} in {saved.seconds:.0f} s"
+        return Interrupted(f"{told}; nothing to save yet", {"step": step})
+    kept = saved.marker.step
+    text = f"{told}; checkpoint saved at step {kept} in {saved.seconds:.0f} s"
+    return Interrupted(text, {"step": step, "checkpointStep": kept})

@@ -71,6 +71,8 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
     paths = {}
     for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS):
         paths[name] = ctx.work_dir / name
+        if paths[name].is_file() and hash_file(paths[name], name, lambda: None) == records[name]:
+            continue  # an earlier try, or process of this pod, has fetched it
         try:
             found = workspace.download_file(name, paths[name], moved)
         except NotFound as error:

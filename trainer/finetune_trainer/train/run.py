@@ -24,7 +24,7 @@ from finetune_api.results import (
     TrainResult,
 )
 from finetune_api.snapshot import Snapshot
-from finetune_trainer import heartbeat
+from finetune_trainer import heartbeat, memory
 from finetune_trainer.attempts import note_begin
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound
@@ -234,9 +234,10 @@ def begin_execution(ctx: StageContext) -> Begun | TrainResult:
     output, workspace, done = patiently(ctx, lambda: open_stores(ctx))
     if done is not None:
         return done
-    if not given_restarts():
+    again = bool(given_restarts())
+    if not again:
         note_begin(ctx, workspace)
-    owner = patiently(ctx, lambda: claim(workspace, ctx.execution_id))
+    owner = patiently(ctx, lambda: claim(workspace, ctx.execution_id, again))
     for store in (output, workspace):
         patiently(ctx, store.abort_orphans)
     compute = pick_compute(ctx.snapshot.spec.training.use_cpu)
@@ -282,7 +283,8 @@ def evaluate_base(
 def begin(ctx: StageContext, activity: str, **fields: object) -> None:
     """What is done from now on, for the operator and the supervisor."""
     heartbeat.begin(activity)
-    ctx.reporter.report(activity=activity, **{k: v for k, v in fields.items() if v is not None})
+    told = {**fields, "peak_memory_bytes": memory.peak_bytes()}
+    ctx.reporter.report(activity=activity, **{k: v for k, v in told.items() if v is not None})
 
 
 def patiently(ctx: StageContext, call: Callable[[], T]) -> T:

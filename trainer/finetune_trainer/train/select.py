@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
+from finetune_api.results import CheckpointMarker
 from finetune_api.spec import Selection
 from finetune_trainer.train.checkpoints import folder_name
 from finetune_trainer.train.evaluate import HeldOutLoss
@@ -17,15 +19,20 @@ def evaluate_and_select(fit: Fit) -> tuple[HeldOutLoss, int | None]:
     them again. The second value is that step."""
     last, total = fit.evaluate(), fit.schedule.steps
     fit.history.evaluations.append({"step": total, "held_out_loss": last.loss})
-    best = fit.checkpoints.best()
-    if fit.ctx.snapshot.spec.output.select is Selection.LAST or best is None or best.held_out_loss is None:
+    if fit.ctx.snapshot.spec.output.select is Selection.LAST:
         return last, None
-    if best.step == total or best.held_out_loss >= last.loss:
-        return last, None
-    restored = fit.checkpoints.restore(folder_name(best.step, best.execution_id), best)
-    if restored is None:
-        log.warning("the best weights, of step %d, are lost with their checkpoint: the last ones are taken", best.step)
-        return last, None
-    log.info("step %d was better (held-out loss %.4f) than the last (%.4f)", best.step, best.held_out_loss, last.loss)
-    load_adapter(fit.model, restored)
-    return fit.evaluate(), best.step
+    while (best := fit.checkpoints.best()) is not None and better(best, last.loss, total):
+        restored = fit.patiently(partial(fit.checkpoints.restore, folder_name(best.step, best.execution_id), best))
+        if restored is not None:
+            log.info(
+                "step %d was better (held-out loss %.4f) than the last (%.4f)", best.step, best.held_out_loss, last.loss
+            )
+            load_adapter(fit.model, restored)
+            return fit.evaluate(), best.step
+        log.warning("the best weights, of step %d, are lost with their checkpoint: the next best are taken", best.step)
+    return last, None
+
+
+def better(marker: CheckpointMarker, last_loss: float, last_step: int) -> bool:
+    """Whether a checkpoint's weights are better than the last ones."""
+    return marker.step != last_step and marker.held_out_loss is not None and marker.held_out_loss < last_loss

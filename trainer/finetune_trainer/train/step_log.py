@@ -48,8 +48,8 @@ class StepLog(TrainerCallback):  # type: ignore[misc]
         return self._seconds_before + running
 
     def as_progress(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+        """For a checkpoint, which is written while further steps are made."""
+        return {"steps": list(self.steps), "tokens": self.tokens, "seconds": self.seconds}
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Go on from a checkpoint's."""
