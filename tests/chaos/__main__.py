@@ -26,7 +26,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from demo.target import ROOT
 from tests.chaos.api_faults import ClusterFaults
@@ -191,7 +190,9 @@ def main() -> None:
     parser.add_argument(
         "--fault-points", type=positive_or_all, default="all", help="how many, spread over all kinds; or all"
     )
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts instead of all")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="these parts instead of all; the others' figures stay in the file"
+    )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     runs: dict[str, Callable[[Figures], bool]] = {
@@ -206,19 +207,21 @@ def main() -> None:
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(runs)}")
 
-    def write(found: dict[str, Any]) -> None:
-        name, figures = list(found.items())[-1]
-        say(
-            f"{name}: {'as it should be' if figures['good'] else 'NOT as it should be ' + figures.get('failure', '')}\n"
-        )
+    say(f"seed {given.seed}")
+    results: Figures = {}
+    if given.only and given.json and given.json.exists():
+        results = json.loads(given.json.read_text())  # the other parts' stay
+    results |= {"cpus": os.cpu_count(), "machine": platform.machine()}
+
+    def write(key: str) -> None:
+        figures = results[key]
+        say(f"{key}: {'as it should be' if figures['good'] else 'NOT as it should be ' + figures.get('failure', '')}\n")
         if given.json:
             given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(found, indent=1) + "\n")
+            given.json.write_text(json.dumps(results, indent=1) + "\n")
 
-    say(f"seed {given.seed}")
-    results: Figures = {"seed": given.seed, "cpus": os.cpu_count(), "machine": platform.machine()}
     parts = [Part(name, run) for name, run in runs.items() if name in (given.only or runs)]
-    sys.exit(0 if run_parts(parts, results, write) else 1)
+    sys.exit(0 if run_parts(parts, given.seed, results, write) else 1)
 
 
 if __name__ == "__main__":

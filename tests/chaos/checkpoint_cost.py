@@ -21,16 +21,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the trainer sets it
 
 import boto3
 
-from demo.install import MODEL, model_folder
 from finetune_api.names import Stage
 from finetune_api.results import TRAIN_RESULT, TrainResult
 from tests.chaos.parts import Figures
+from tests.chaos.run import BATCH, METHOD
 from tests.support import seaweed
 from tests.support.prepared import RecordingReporter, prepare_job
+from tests.support.tiny_model import build_tiny_model
 from tests.trainer.conftest import S3
 
-STEPS, EVERY = 36, 4
-METHOD = {"type": "LoRA", "lora": {"rank": 16, "dropout": 0.1}}
+STEPS, EVERY = 100, 5
+NEVER = 2 * STEPS
 
 
 class Clock(RecordingReporter):
@@ -85,8 +86,8 @@ def train(s3: S3, model: Path, interval: int) -> Run:
             Path(folder),
             model,
             method=METHOD,
-            training={"length": {"steps": STEPS}, "globalBatchSequences": 4, "microBatchSequences": 4},
-            evaluation={"generation": {"prompts": 0}},
+            train_rows=200,
+            training={"length": {"steps": STEPS}, **BATCH},
             recovery={"checkpoint": {"interval": {"steps": interval}}},
         )
         clock = Clock()
@@ -99,15 +100,15 @@ def train(s3: S3, model: Path, interval: int) -> Run:
 
 def measure(figures: Figures, pairs: int, say: Callable[[str], None]) -> bool:
     """So many pairs, each in the other order than the one before; one run before them warms caches and is not counted."""
-    figures |= {"model": MODEL, "method": METHOD, "steps": STEPS, "every_steps": EVERY, "pairs": []}
-    model = model_folder()
+    figures |= {"steps": STEPS, "every_steps": EVERY, "pairs": []}
     with tempfile.TemporaryDirectory() as folder, store(Path(folder) / "store") as s3:
+        model = build_tiny_model(Path(folder) / "tiny")
         expected = train(s3, model, EVERY).adapter
         for number in range(pairs):
-            order = (EVERY, 2 * STEPS) if number % 2 == 0 else (2 * STEPS, EVERY)
+            order = (EVERY, NEVER) if number % 2 == 0 else (NEVER, EVERY)
             runs = {interval: train(s3, model, interval) for interval in order}
             assert all(r.adapter == expected for r in runs.values()), "the adapter depends on its checkpoints"
-            figures["pairs"].append(pair(runs[EVERY], runs[2 * STEPS]))
+            figures["pairs"].append(pair(runs[EVERY], runs[NEVER]))
             say(json.dumps(figures["pairs"][-1]))
     figures |= summary(figures["pairs"])
     ratio, lost = figures["ratio"], figures["seconds_lost_per_checkpoint"]

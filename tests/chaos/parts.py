@@ -23,20 +23,25 @@ class Part:
     run: Callable[[Figures], bool]
     """Fills its figures in as it goes, and says whether all of them are as they should be."""
 
+    @property
+    def key(self) -> str:
+        """Where its figures stand in the results."""
+        return self.name.replace("-", "_")
 
-def run_parts(parts: Iterable[Part], results: Figures, write: Callable[[Figures], None]) -> bool:
-    """Run all of them, each into ``results`` under its name; whether every one ended well."""
+
+def run_parts(parts: Iterable[Part], seed: int, results: Figures, write: Callable[[str], None]) -> bool:
+    """Run all of them, each into ``results`` under its key, which ``write`` is told when it ended; whether every one ended well."""
     good = True
     for part in parts:
-        figures: Figures = {}
-        results[part.name.replace("-", "_")] = figures
+        figures: Figures = {"seed": seed}
+        results[part.key] = figures
         try:
             figures["good"] = part.run(figures)
         except Exception as error:  # noqa: BLE001 - what went wrong is a result too, and must not lose the ones before it
             figures["good"] = False
             figures["failure"] = "".join(traceback.format_exception(error))[-8000:]
         good &= figures["good"]
-        write(results)
+        write(part.key)
     return good
 
 

@@ -24,21 +24,25 @@ def breaks(figures: Figures) -> bool:
 
 
 def test_what_was_found_before_a_part_fails_is_written_and_the_parts_after_it_run() -> None:
-    written: list[Figures] = []
-    results: Figures = {"seed": 7}
+    results: Figures = {"cpus": 2, "node_lost": {"seed": 6, "good": True}}
+    written: list[tuple[str, Figures]] = []
     parts = [Part("killed-job", kills), Part("fault-points", breaks), Part("histories", kills)]
-    assert not run_parts(parts, results, lambda found: written.append(copy.deepcopy(found)))
-    assert written[0] == {"seed": 7, "killed_job": {"kills": 10, "good": True}}
-    failed = written[1]["fault_points"]
+    assert not run_parts(parts, 7, results, lambda key: written.append((key, copy.deepcopy(results))))
+    assert [key for key, _ in written] == ["killed_job", "fault_points", "histories"]
+    first, second, third = (found for _, found in written)
+    before = {"cpus": 2, "node_lost": {"seed": 6, "good": True}}
+    assert first == {**before, "killed_job": {"seed": 7, "kills": 10, "good": True}}
+    failed = second["fault_points"]
     assert (failed["begun"], failed["good"]) == (True, False)
     assert "the adapter differs" in failed["failure"]
-    assert written[2]["killed_job"] == written[0]["killed_job"]
-    assert written[2]["histories"]["good"]
+    assert third["killed_job"] == first["killed_job"]
+    assert third["histories"]["good"]
 
 
 def test_a_part_that_ends_with_bad_figures_makes_the_whole_bad() -> None:
-    assert run_parts([Part("killed-job", kills)], {}, lambda _: None)
-    assert not run_parts([Part("node-lost", lambda _: False), Part("killed-job", kills)], {}, lambda _: None)
+    bad = Part("node-lost", lambda _: False)
+    assert run_parts([Part("killed-job", kills)], 7, {}, lambda _: None)
+    assert not run_parts([bad, Part("killed-job", kills)], 7, {}, lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap
 from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
-from finetune_trainer.train.device import Compute
+from finetune_trainer.train.device import pick_compute
 from tests.support.fault_proxy import FaultProxy
 from tests.support.prepared import PreparedJob, prepare_job
 from tests.support.tiny_model import build_tiny_model
@@ -101,8 +101,8 @@ def test_the_merged_model_answers_as_base_and_adapter_do(published: PreparedJob,
     assert not hasattr(merged.config, "quantization_config")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prompts = inputs.PROMPTS.validate_json(published.context().workspace_store().get_bytes("prepare/prompts.json"))
-    compute = Compute(torch.device("cpu"), torch.bfloat16, "cpu")
-    answers = evaluate.greedy_answers(merged, [p.input_ids for p in prompts], tokenizer, compute, 8)
+    compute = pick_compute(use_cpu=True)  # as in training
+    answers = evaluate.greedy_answers(merged.to(compute.dtype), [p.input_ids for p in prompts], tokenizer, compute, 8)
     assert answers == [a["tuned"] for a in json.loads(store.get_bytes("reports/answers.json"))]
     assert tokenizer.chat_template
 

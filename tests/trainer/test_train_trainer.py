@@ -166,7 +166,15 @@ def test_a_missing_gpu_is_an_error_that_says_what_was_found(monkeypatch: pytest.
 def test_the_cpu_is_used_when_asked_for_even_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     compute = device.pick_compute(use_cpu=True)
-    assert (compute.device.type, compute.dtype) == ("cpu", torch.bfloat16)
+    assert (compute.device.type, compute.dtype) == ("cpu", device.cpu_dtype())
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_computes_in_bfloat16_only_where_it_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    assert device.cpu_dtype() is dtype
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from finetune_trainer.publish.adapter import Adapter
 from finetune_trainer.publish.merge import BaseWeights
 from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.publish.streamed import StreamedModel
+from finetune_trainer.train.device import cpu_dtype
 from finetune_trainer.train.rows import Rows
 
 TRAINED_TOLERANCE = 5e-3
@@ -51,8 +52,8 @@ def merge_check(
 
     checkpoint = Checkpoint(merged)
     dtype = widest_dtype(checkpoint)
-    # bfloat16, as in training, unless that would round the merged weights once more.
-    compute = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+    # bfloat16, as in training, unless that would round the merged weights once more, or take too long on this CPU.
+    compute = cpu_dtype() if dtype is torch.bfloat16 else torch.float32
     tolerance = MERGED_TOLERANCE.get(dtype, min(MERGED_TOLERANCE.values()))
     with_adapter = StreamedModel(
         base_folder,
