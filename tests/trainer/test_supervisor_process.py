@@ -163,9 +163,9 @@ def test_a_hung_process_is_started_again(job: PreparedJob) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1])
 def test_out_of_memory_heals_in_the_same_pod(s3: Any, tiny_model: Path, tmp_path: Path, ranks: int) -> None:
-    """Both ranks run out of memory at the same micro-batch: one saves, the other waits for it."""
+    """The last whole step is kept, and training goes on from it with a smaller split."""
     lora = {"type": "LoRA", "lora": {"rank": 4, "dropout": 0.0}}
     training = {"length": {"steps": 8}, "globalBatchSequences": 4, "microBatchSequences": 2}
     job = prepare_job(s3, tmp_path, tiny_model, method=lora, training=training, compute={"gpusPerNode": ranks})
