@@ -5,6 +5,8 @@ UV_VERSION := 0.13.9
 PYTHON := .venv/bin/python
 export PYTHONPATH := cluster
 export CLUSTER_NAME ?= finetune
+# Without bytecode every process that a test starts compiles torch, or the Kubernetes client, anew: 28 s instead of 11.
+unexport PYTHONDONTWRITEBYTECODE
 NODES ?= 1
 GPUS_PER_NODE ?= 2
 CRD := crds/finetunejobs.finetune.dev.yaml
@@ -16,7 +18,7 @@ help: ## Show this list
 	@command -v uv >/dev/null || python3 -m pip --version >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq python3-pip; }
 	@command -v uv >/dev/null || python3 -m pip install --quiet --root-user-action=ignore uv==$(UV_VERSION) 2>/dev/null \
 	  || python3 -m pip install --quiet --break-system-packages --root-user-action=ignore uv==$(UV_VERSION)
-	uv sync --frozen --all-extras --quiet
+	uv sync --frozen --all-extras --quiet --compile-bytecode
 	@touch $@
 
 setup: .venv/.ready ## Install everything development needs, from lock files
