@@ -30,6 +30,8 @@ SPEC: dict[str, Any] = {
     "output": {"uri": "s3://bucket/out"},
 }
 
+GIB = 1024**3
+
 
 class Done(ApiModel):
     some_rows: int = 3
@@ -220,12 +222,12 @@ def test_bytes_moved_again_are_no_progress(tmp_path: Path) -> None:
     reporter = Pod(tmp_path).context(SPEC).reporter
     reporter.measure_anew()
     first = reporter.transfer("download")
-    first(100)
+    first(GIB)
     reached = reporter.advanced
     again = reporter.transfer("download")  # the next try
-    again(100)
+    again(GIB)
     assert reporter.advanced == reached
-    again(1)
+    again(GIB)
     assert reporter.advanced > reached
 
 

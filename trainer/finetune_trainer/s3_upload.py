@@ -30,7 +30,6 @@ BEGINNINGS = 3
 """How often one call begins an upload whose parts the store has lost."""
 LOST = {"NoSuchUpload", "InvalidPart", "InvalidPartOrder", "EntityTooSmall"}
 """What stores answer when the parts that they took are not there any more, wholly or in part."""
-UNLISTABLE = {"AccessDenied", "NotImplemented", "MethodNotAllowed", "501", "405", "403"}
 
 
 def upload(
@@ -154,14 +153,12 @@ class _Multipart:
         try:
             listed = self._list_parts()
         except ClientError as error:
-            code = error_code(error)
-            if code == "NoSuchUpload":
-                # Aborted by somebody, or completed and the answer was lost: then all parts are known, and _complete finds out.
-                listed = self._record.parts
-            elif code in UNLISTABLE:
-                listed = self._record.parts
-            else:
-                raise translate(error, self._uri) from error
+            named = translate(error, self._uri)
+            if error_code(error) != "NoSuchUpload" and isinstance(named, StageError) and waits(named):
+                raise named from error
+            # NoSuchUpload: aborted by somebody, or completed and the answer was lost. Anything else: the store does not list, or does
+            # not let us. In any case our own note holds the parts, and _complete finds out whether the store has them.
+            listed = self._record.parts
         log.info("going on with the upload of %s after %d parts", self._uri, len(listed))
         return listed
 
