@@ -17,7 +17,7 @@ from finetune_api.status import ConditionType, FineTuneJobStatus, Phase, Progres
 from finetune_operator.planning import budget
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.endings import replaced
-from finetune_operator.planning.model import Refusal
+from finetune_operator.planning.model import Plan, Refusal
 from finetune_operator.progress.protocol import merge
 from tests.operator.manifests import failure, success
 from tests.operator.world import World, world
@@ -324,19 +324,48 @@ class Histories(RuleBasedStateMachine):
         assert max(rows) >= MAX_FRUITLESS, self.world.status.attempts
 
     @invariant()
-    def the_budget_is_kept(self) -> None:
+    def where_the_operator_takes_it_from_here_is_right(self) -> None:
+        """One look ahead, as it costs most, for all that is asked of it. A plan applied leaves nothing to plan: ``settle`` says."""
+        if self.world.gone:
+            return
+        ahead = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
+        decided = ahead.settle()
+        if self.world.deleting:
+            return
+        self._keeps_its_budget(ahead)
+        self._never_stands_still(ahead, decided)
+        self._holds_no_pods_suspended(ahead)
+
+    def _keeps_its_budget(self, ahead: World) -> None:
         """A job that goes on has not failed more often than it may, nor given its GPU back."""
-        if self.world.gone or self.world.deleting or self.world.spec.suspend:
+        if self.world.spec.suspend or ahead.gone or is_true(ahead.status, ConditionType.FINISHED):
             return
-        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
-        copy.settle()
-        if copy.gone or is_true(copy.status, ConditionType.FINISHED):
-            return
-        stage = max((PIPELINE.index(j.stage) for j in copy.jobs.values() if not j.deleting), default=0)
-        attempts = copy.status.attempts
-        assert len(budget.failures(attempts, PIPELINE[stage], copy.spec)) <= copy.spec.recovery.max_failures
+        stage = max((PIPELINE.index(j.stage) for j in ahead.jobs.values() if not j.deleting), default=0)
+        attempts = ahead.status.attempts
+        assert len(budget.failures(attempts, PIPELINE[stage], ahead.spec)) <= ahead.spec.recovery.max_failures
         assert budget.returns(attempts) <= MAX_RETURNS
         assert budget.fruitless(attempts, PIPELINE[stage]) < MAX_FRUITLESS
+
+    def _never_stands_still(self, ahead: World, decided: Plan) -> None:
+        """Whatever is neither over nor suspended goes on by itself: something lives or stops, or it is looked at again."""
+        if ahead.gone or is_true(ahead.status, ConditionType.FINISHED) or ahead.status.phase is Phase.SUSPENDED:
+            return
+        live = any(not j.finished or j.deleting for j in ahead.jobs.values())
+        live = live or any(not p.ended for p in ahead.pods.values())
+        assert live or decided.requeue_after is not None, (ahead.status, ahead.jobs, ahead.pods)
+
+    def _holds_no_pods_suspended(self, ahead: World) -> None:
+        if not self.world.spec.suspend or self.end is not None:
+            return
+        ahead.collect()
+        ahead.settle()
+        for pod in ahead.pods.values():  # of a Job that somebody deleted, and not its pods: they end when they are done
+            ahead.pods[pod.name] = replace(pod, phase="Failed", deleting=False)
+        ahead.settle()
+        if ahead.status.phase in (Phase.SUCCEEDED, Phase.FAILED):
+            return
+        assert ahead.status.phase is Phase.SUSPENDED
+        assert not ahead.jobs
 
     @invariant()
     def memory_stays_within_its_limit(self) -> None:
@@ -349,44 +378,6 @@ class Histories(RuleBasedStateMachine):
             return
         assert self.world.deleting
         assert not [p for p in self.world.pods.values() if p.stage is not Stage.CLEANUP and not p.ended]
-
-    @invariant()
-    def a_plan_applied_leaves_nothing_to_plan(self) -> None:
-        if self.world.gone:
-            return
-        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
-        copy.settle()
-        if not copy.gone:
-            assert copy.plan().idle
-
-    @invariant()
-    def a_job_never_stands_still(self) -> None:
-        """Whatever is neither over nor suspended goes on by itself: something lives or stops, or it is looked at again."""
-        if self.world.gone or self.world.deleting:
-            return
-        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
-        decided = copy.settle()
-        if copy.gone or is_true(copy.status, ConditionType.FINISHED) or copy.status.phase is Phase.SUSPENDED:
-            return
-        live = any(not j.finished or j.deleting for j in copy.jobs.values())
-        live = live or any(not p.ended for p in copy.pods.values())
-        assert live or decided.requeue_after is not None, (copy.status, copy.jobs, copy.pods)
-
-    @invariant()
-    def suspended_holds_no_pods(self) -> None:
-        if self.world.gone or self.world.deleting or not self.world.spec.suspend or self.end is not None:
-            return
-        copy = replace(self.world, jobs=dict(self.world.jobs), pods=dict(self.world.pods), events=[])
-        copy.settle()
-        copy.collect()
-        copy.settle()
-        for pod in copy.pods.values():  # of a Job that somebody deleted, and not its pods: they end when they are done
-            copy.pods[pod.name] = replace(pod, phase="Failed", deleting=False)
-        copy.settle()
-        if copy.status.phase in (Phase.SUCCEEDED, Phase.FAILED):
-            return
-        assert copy.status.phase is Phase.SUSPENDED
-        assert not copy.jobs
 
     @invariant()
     def finished_means_complete_or_failed_and_not_both(self) -> None:
