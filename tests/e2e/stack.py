@@ -135,6 +135,20 @@ class Space:
             f"not {what} within {seconds:.0f} s:\n{json.dumps(job.get('status', {}), indent=1)}\n{pods}"
         )
 
+    def until_told(self, name: str, *reasons: str, seconds: int = 60) -> set[str]:
+        """The reasons of a job's Events, once all of these are among them: they are posted after the status that they tell of."""
+        query = f"watch=true&timeoutSeconds={seconds}&fieldSelector=involvedObject.name={name}"
+        command = self.target.kubectl_command("get", "--raw", f"/api/v1/namespaces/{self.name}/events?{query}")
+        told: set[str] = set()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
+            assert watch.stdout is not None
+            for line in watch.stdout:
+                told.add(json.loads(line)["object"]["reason"])
+                if told >= set(reasons):
+                    watch.terminate()
+                    return told
+        raise AssertionError(f"no Events {set(reasons) - told} of {name} within {seconds} s, only {told}")
+
     def pods(self) -> list[dict[str, Any]]:
         """The namespace's pods now."""
         items = self.target.get("pods", "-n", self.name)["items"]

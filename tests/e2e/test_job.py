@@ -53,14 +53,7 @@ def test_a_job_leaves_a_whole_verified_result_and_a_true_status(space: Space, me
     assert {"merged/model.safetensors", "merged/config.json", "reports/metrics.jsonl"} <= set(named)
     assert manifest["verification"]["relativeDifference"] <= 1e-3
     assert len(space.gpu_pods.so_far()) == 1, "one pod asked for a GPU: the training pod"
-
-
-def test_events_tell_the_story(space: Space) -> None:
-    space.apply("story", spec_for(space.put(rows(40))))
-    space.until("story", finished, 600, "finished")
-    events = space.target.get("events", "-n", space.name, "--field-selector=involvedObject.name=story")["items"]
-    reasons = {e["reason"] for e in events}
-    assert {"Prepared", "Started", "Trained", "Succeeded"} <= reasons, reasons
+    space.until_told("whole", "Prepared", "Started", "Trained", "Succeeded")
 
 
 def test_a_missing_gpu_is_an_error_unless_the_job_says_cpu(space: Space) -> None:

@@ -125,8 +125,7 @@ def test_suspended_before_and_after_training_and_without_its_training_job_a_job_
     assert stored(space, job) == {}
     cleanup = space.target.get("job", stage_job_name("once", job["metadata"]["uid"], Stage.CLEANUP), "-n", space.name)
     assert cleanup["status"]["succeeded"] == 1
-    told = space.target.get("events", "-n", space.name, "--field-selector=involvedObject.name=once")["items"]
-    assert "OutputDeleted" in {e["reason"] for e in told}
+    space.until_told("once", "OutputDeleted")
 
 
 def test_a_namespace_that_is_being_deleted_is_not_held_up_and_what_stays_is_told(space: Space) -> None:

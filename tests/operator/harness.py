@@ -240,13 +240,17 @@ class Bench:
     def pods(self) -> list[Raw]:
         return list(self.api.get(pods_of(self.namespace))["items"])
 
-    def events(self, name: str) -> list[tuple[str, str]]:
-        """(reason, message) of the Events of a FineTuneJob."""
-        items = self.api.get(f"/api/v1/namespaces/{self.namespace}/events")["items"]
-        mine = [
-            e for e in items if e["involvedObject"]["name"] == name and e["involvedObject"]["kind"] == "FineTuneJob"
-        ]
-        return [(e["reason"], e["message"]) for e in mine]
+    def told(self, name: str, *reasons: str) -> list[tuple[str, str]]:
+        """(reason, message) of the Events of a FineTuneJob, once one of each reason is there: they are posted after the status."""
+        mine: list[tuple[str, str]] = []
+        about = f"involvedObject.name={name},involvedObject.kind=FineTuneJob"
+        for _, event in self.api.watch(
+            f"/api/v1/namespaces/{self.namespace}/events", SECONDS, {"fieldSelector": about}
+        ):
+            mine.append((event["reason"], event["message"]))
+            if set(reasons) <= {reason for reason, _ in mine}:
+                return mine
+        raise AssertionError(f"no Events {set(reasons) - {reason for reason, _ in mine}} of {name}: {mine}")
 
     def script(self, steps: Callable[[Pod], Iterable[Step] | None] = succeed_stage, **options: Any) -> Any:
         """A scripted kubelet for this namespace's pods."""

@@ -195,7 +195,7 @@ def test_deleting_a_job_deletes_its_artifacts_first(bench: Bench, policy: str) -
         bench.until_gone(finetunejobs_of(bench.namespace))
     [left] = [j for j in bench.stage_jobs() if j["metadata"]["name"].endswith("-cleanup")]
     assert left["spec"]["ttlSecondsAfterFinished"] == 600
-    assert "OutputDeleted" in dict(bench.events("gone"))
+    bench.told("gone", "OutputDeleted")
 
 
 @pytest.mark.light
@@ -221,4 +221,4 @@ def test_an_operator_that_was_away_cleans_up_when_it_is_back(bench: Bench) -> No
         bench.api.http.request("DELETE", path, json={"propagationPolicy": "Foreground"}).raise_for_status()
         bench.start_operator()
         bench.until_gone(finetunejobs_of(bench.namespace))
-    assert "OutputDeleted" in dict(bench.events("later"))
+    bench.told("later", "OutputDeleted")

@@ -126,5 +126,5 @@ def test_with_the_charts_rights_everything_works(bench: Bench, narrow: bool) -> 
     assert 'serviceaccount "nobody" not found' in condition(waiting, "Waiting")["message"], "its Job's Events are read"
     bench.merge("podless", {"suspend": True})
     bench.until_phase("podless", "Suspended")
-    assert ("Suspended", condition(bench.job("podless"), "Suspended")["message"]) in bench.events("podless")
+    assert ("Suspended", condition(bench.job("podless"), "Suspended")["message"]) in bench.told("podless", "Suspended")
     assert "forbidden" not in operator.log.read_text().lower().replace("is forbidden: error looking up", "")

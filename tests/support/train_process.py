@@ -1,7 +1,4 @@
-"""The training container as processes: ``python -m tests.support.train_process ROOT`` is its first process.
-
-ROOT holds what the operator mounts (snapshot/, secrets/, pvc/) and ``pods/<execution>/``, each pod's own disk.
-"""
+"""Pods that train, as processes (see train_container): started, listened to, killed."""
 
 from __future__ import annotations
 
@@ -14,68 +11,15 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from finetune_api import names
-from finetune_api.names import Stage
 from finetune_api.progress import StageReport
-from finetune_trainer.context import StageContext, load_context
-from finetune_trainer.entrypoint import main
-from finetune_trainer.supervisor import run as supervisor
 from tests.support.prepared import PreparedJob
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTED: list[TrainPod] = []
 STEP = re.compile(r"step (\d+)/(\d+)  loss")
-
-
-def context(root: Path, stage: Stage) -> StageContext:
-    """A pod's surroundings, from folders."""
-    return load_context(
-        stage,
-        snapshot_dir=root / "snapshot",
-        secrets_dir=root / "secrets",
-        pvc_dir=root / "pvc",
-        work_dir=root / "pods" / os.environ[names.ENV_POD_UID],
-        token_dir=root / "token",
-    )
-
-
-ENV_MOST_ROWS = "TEST_MOST_ROWS"
-"""A GPU that holds no more rows at once than this, from the fifth step on."""
-
-
-def pretend_small_gpu(most_rows: int) -> None:
-    """Raise what torch raises where a micro-batch does not fit."""
-    import torch
-
-    from finetune_trainer.train.trainer import LoraTrainer
-
-    original = LoraTrainer.compute_loss
-
-    def compute_loss(self: LoraTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step >= 4 and len(inputs["input_ids"]) > most_rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return original(self, model, inputs, *args, **kwargs)
-
-    LoraTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
-
-
-def run(root: Path, arguments: list[str]) -> int:
-    """What the image's entry point does."""
-    if arguments == ["worker"] and ENV_MOST_ROWS in os.environ:
-        pretend_small_gpu(int(os.environ[ENV_MOST_ROWS]))
-    command = [sys.executable, "-m", "tests.support.train_process", str(root), "worker"]
-    pod = root / "pods" / os.environ[names.ENV_POD_UID]
-    pod.mkdir(parents=True, exist_ok=True)
-    return main(
-        arguments or ["train"],
-        termination_log=pod / "termination-log",
-        context=partial(context, root),
-        stage_function=lambda _: partial(supervisor.run, command=command),
-    )
 
 
 @dataclass
@@ -99,7 +43,7 @@ class TrainPod:
             **self.environ,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.train_process", str(self.root)],
+            [sys.executable, "-m", "tests.support.train_container", str(self.root)],
             env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         STARTED.append(self)
@@ -175,7 +119,3 @@ def pod_of(job: PreparedJob, **environ: str) -> TrainPod:
     mount.mkdir(exist_ok=True)
     (mount / names.SNAPSHOT_KEY).write_text(job.snapshot.canonical_json())
     return TrainPod(job.folder, environ=environ)
-
-
-if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1]), sys.argv[2:]))

@@ -19,7 +19,8 @@ from finetune_api.names import ENV_GRACE_SECONDS
 from finetune_api.progress import Split
 from finetune_trainer.supervisor.process import Ended, Patience, Stop, run_workers
 from tests.support.prepared import PreparedJob, prepare_job
-from tests.support.train_process import ENV_MOST_ROWS, TrainPod, kill_all, pod_of, steps
+from tests.support.train_container import ENV_MOST_ROWS
+from tests.support.train_process import TrainPod, kill_all, pod_of, steps
 from tests.trainer.test_train_resume import adapter, forget_the_result, markers, result
 
 REPORT = '{"stage": "train", "succeeded": false, "reason": "OutOfMemory", "message": "m"}'
@@ -163,7 +164,7 @@ def test_a_hung_process_is_started_again(job: PreparedJob) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [1])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_out_of_memory_heals_in_the_same_pod(s3: Any, tiny_model: Path, tmp_path: Path, ranks: int) -> None:
     """The last whole step is kept, and training goes on from it with a smaller split."""
     lora = {"type": "LoRA", "lora": {"rank": 4, "dropout": 0.0}}
