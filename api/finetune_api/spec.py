@@ -651,6 +651,7 @@ IMMUTABLE_FIELDS = (
     "recovery",
     "runtime",
     "output",
+    "planOnly",
 )
 
 
@@ -659,6 +660,10 @@ class FineTuneJobSpec(ApiModel):
 
     suspend: bool = Field(
         False, description="Save a checkpoint, stop and release everything; false again goes on from there."
+    )
+    plan_only: bool = Field(
+        False,
+        description="Check model, data and output and plan the memory, and end there: no GPU is asked for and nothing is stored.",
     )
     model: Model
     data: Data

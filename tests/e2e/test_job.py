@@ -56,6 +56,19 @@ def test_a_job_leaves_a_whole_verified_result_and_a_true_status(space: Space, me
     space.until_told("whole", "Prepared", "Started", "Trained", "Succeeded")
 
 
+def test_a_plan_alone_asks_for_no_gpu_and_stores_nothing(space: Space) -> None:
+    """``examples/plan-only.yaml`` on a model that is here."""
+    gpu = {"training": {"useCpu": False}, "compute": {"gpu": {"memory": "16Gi"}}, "method": {"type": "Auto"}}
+    space.apply("planned", spec_for(space.put(rows(40)), planOnly=True, **gpu))
+    job = space.until("planned", finished, 300, "finished")
+    assert condition(job, "Complete")["reason"] == "Planned"
+    assert job["status"]["plan"]["method"] == "LoRA"
+    assert "GiB" in condition(job, "Complete")["message"]
+    assert not space.gpu_pods.so_far()
+    prefix = f"results/planned-{job['metadata']['uid'][:8]}"
+    assert not space.bucket.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents")
+
+
 def test_a_missing_gpu_is_an_error_unless_the_job_says_cpu(space: Space) -> None:
     """The node pretends to have GPUs: the pod is scheduled, and its container finds none."""
     space.apply("no-gpu", spec_for(space.put(rows(40)), training={"useCpu": False}))

@@ -41,3 +41,17 @@ def test_a_job_goes_from_apply_to_succeeded_and_tells_its_story(bench: Bench) ->
     gpus = {n.rsplit("-", 1)[1]: j["spec"]["template"]["spec"]["containers"][0]["resources"] for n, j in jobs.items()}
     assert gpus["train"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in str(gpus["prepare"]) + str(gpus["publish"])
+
+
+def test_where_a_plan_is_enough_it_ends_with_it_and_asks_for_no_gpu(bench: Bench) -> None:
+    bench.start_operator()
+    with bench.script() as kubelet:
+        bench.apply(finetunejob("plan").set(planOnly=True).build())
+        done = bench.until_finished("plan")
+        assert kubelet.errors == []
+    assert (done["status"]["phase"], condition(done, "Complete")["reason"]) == ("Succeeded", "Planned")
+    assert is_true(done, "Complete")
+    assert not is_true(done, "Trained")
+    assert done["status"]["plan"]["totalSteps"] == 640
+    assert [j["metadata"]["labels"]["finetune.dev/stage"] for j in bench.stage_jobs()] == ["prepare"]
+    assert dict(bench.told("plan", "Prepared", "Planned"))["Planned"].startswith("Nothing was trained")

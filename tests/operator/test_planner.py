@@ -789,3 +789,43 @@ def test_times_of_conditions_move_only_when_they_flip() -> None:
     w.settle()
     assert find(w.status, ConditionType.PREPARED) == before
     assert w.now > START
+
+
+@pytest.mark.parametrize("suspend", [False, True])
+def test_a_plan_alone_ends_with_prepare(suspend: bool) -> None:
+    w = world(planOnly=True)
+    w.pass_stage()
+    w.spec = w.spec.model_copy(update={"suspend": suspend})
+    w.settle()
+    assert (phase(w), reason(w, ConditionType.COMPLETE)) == (Phase.SUCCEEDED, "Planned")
+    assert is_true(w.status, ConditionType.PREPARED)
+    assert not is_true(w.status, ConditionType.TRAINED)
+    assert {j.stage for j in w.jobs.values()} == {Stage.PREPARE}
+    assert [e.reason for e in w.events] == ["Prepared", "Planned"]
+
+
+def test_a_plan_alone_whose_report_is_lost_is_made_again() -> None:
+    w = world(planOnly=True)
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.end_pod(0, None)
+    w.settle()
+    w.tick(60)
+    w.settle()
+    w.collect()
+    assert phase(w) is Phase.PREPARING
+    w.pass_stage()
+    w.settle()
+    assert reason(w, ConditionType.COMPLETE) == "Planned"
+
+
+def test_a_plan_that_does_not_fit_fails() -> None:
+    w = world(planOnly=True)
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    w.end_pod(26, failure(Stage.PREPARE, "DoesNotFit", "it needs 30 GiB"))
+    w.settle()
+    assert reason(w, ConditionType.FAILED) == "DoesNotFit"
+    assert message(w, ConditionType.FAILED).endswith(NO_GPU_USED)

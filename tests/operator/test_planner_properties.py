@@ -42,9 +42,18 @@ class Histories(RuleBasedStateMachine):
         grows=st.booleans(),
         policy=st.sampled_from(["Retain", "Delete"]),
         stages=st.sampled_from([0, 1, 1, 2]),
+        plan_only=st.sampled_from([False, False, True]),
     )
     def create(
-        self, deadline: int | None, pending: int, ttl: int | None, failures: int, grows: bool, policy: str, stages: int
+        self,
+        deadline: int | None,
+        pending: int,
+        ttl: int | None,
+        failures: int,
+        grows: bool,
+        policy: str,
+        stages: int,
+        plan_only: bool,
     ) -> None:
         """Some histories begin late: most of what can happen happens while training runs."""
         memory = {"outOfMemory": {"maxMemory": "8Gi"}} if grows else {}
@@ -55,6 +64,7 @@ class Histories(RuleBasedStateMachine):
             recovery={"maxFailures": failures, **memory},
             compute={"memory": "4Gi"},
             output={"uri": "s3://results/here", "deletionPolicy": policy},
+            planOnly=plan_only and not stages,
         )
         for _ in range(stages):
             self.world.pass_stage()
@@ -384,6 +394,11 @@ class Histories(RuleBasedStateMachine):
         kinds = (ConditionType.COMPLETE, ConditionType.FAILED)
         true = [k for k in kinds if is_true(self.world.status, k)]
         assert len(true) == (1 if is_true(self.world.status, ConditionType.FINISHED) else 0)
+
+    @invariant()
+    def where_a_plan_is_enough_nothing_trains(self) -> None:
+        stages = {j.stage for j in self.world.jobs.values()}
+        assert not self.world.spec.plan_only or stages <= {Stage.PREPARE, Stage.CLEANUP}
 
     @invariant()
     def no_gpu_is_asked_for_before_prepare_is_done(self) -> None:

@@ -101,6 +101,15 @@ def test_the_write_test_leaves_nothing_behind(bench: Bench) -> None:
     ]  # fmt: skip
 
 
+def test_where_a_plan_is_enough_everything_is_checked_and_nothing_stored(bench: Bench) -> None:
+    bench.put(ROWS)
+    whole, alone = bench.run(), bench.run(planOnly=True, output={"uri": f"s3://{bench.bucket}/elsewhere"})
+    assert alone == whole
+    assert not bench.s3.client.list_objects_v2(Bucket=bench.bucket, Prefix="elsewhere").get("Contents")
+    bench.put([{"neither": "prompt", "nor": "answer"}])
+    assert bench.fails(planOnly=True).reason is Reason.INVALID_DATA
+
+
 def test_truncated_and_dropped_rows_are_counted_and_warned_of(bench: Bench) -> None:
     bench.put([*ROWS, row("short?", "long " * 80), row("word " * 200, "answer")])
     report = bench.run(training={"maxSequenceTokens": 64})

@@ -113,6 +113,24 @@ def succeeded(look: Look) -> Decision | None:
     )
 
 
+def planned(look: Look) -> Decision | None:
+    """Succeed without training if a plan was all that was asked for, and prepare has made it."""
+    if not look.spec.plan_only or not look.prepared:
+        return None
+    text = phases.planned_message(look)
+    return Decision(
+        phase=Phase.SUCCEEDED,
+        message=text,
+        wishes=(
+            Wish(ConditionType.COMPLETE, True, phases.PLANNED, text),
+            Wish(ConditionType.FINISHED, True, phases.PLANNED, text),
+            *phases.milestones(look),
+            phases.not_waiting(look),
+            *phases.not_suspended(look),
+        ),
+    )
+
+
 def stage_failed(look: Look) -> Decision | None:
     """Fail if the current stage has failed for good."""
     failure = look.view.failure
@@ -341,6 +359,7 @@ RULES: tuple[Rule, ...] = (
     name_conflict,
     invalid_object,
     succeeded,
+    planned,
     too_many_failures,
     got_nowhere,
     handed_back,

@@ -17,6 +17,9 @@ from finetune_operator.planning.outcome import advice_for
 from finetune_operator.planning.risk import checkpoint_at_risk
 from finetune_operator.planning.story import last_restart, saved_step
 
+PLANNED = "Planned"
+"""Reason of Complete where a plan was all that was asked for."""
+
 
 def current(
     look: Look,
@@ -102,6 +105,17 @@ def success_message(report: PublishReport) -> str:
     if report.merge_check is not None:
         text += f" Merged model agrees with base + adapter within {report.merge_check.relative_difference:.1%}."
     return text
+
+
+def planned_message(look: Look) -> str:
+    """What a job with ``planOnly`` found out."""
+    report = look.prepare_report
+    if report is not None:
+        memory = report.plan.summary if report.plan is not None else ""
+    else:
+        memory = (look.before.plan.memory if look.before.plan is not None else "") or ""
+    told = sentence(memory) or "The memory of a GPU was not planned: see the plan in status for the rest."
+    return f"Nothing was trained, as spec.planOnly asks for a plan alone. {told}"
 
 
 def _phase(look: Look) -> tuple[Phase, str]:

@@ -27,7 +27,7 @@ def notes(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[EventNot
         *_became(before, after, ConditionType.TRAINED, "Trained"),
         *_waiting(before, after),
         *_became(before, after, ConditionType.SUSPENDED, "Suspended"),
-        *_became(before, after, ConditionType.COMPLETE, "Succeeded"),
+        *_completed(before, after),
         *_failed(before, after),
     ]
     return tuple(EventNote(n.type, n.reason, n.message[:EVENT_LIMIT]) for n in found)
@@ -39,6 +39,11 @@ def _became(before: FineTuneJobStatus, after: FineTuneJobStatus, kind: Condition
     condition = find(after, kind)
     assert condition is not None
     return [EventNote(EventType.NORMAL, reason, condition.message)]
+
+
+def _completed(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
+    condition = find(after, ConditionType.COMPLETE)
+    return _became(before, after, ConditionType.COMPLETE, condition.reason) if condition is not None else []
 
 
 def _resumed(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:

@@ -1,7 +1,7 @@
 """The prepare stage: everything that can fail without a GPU fails here, and what training needs is made ready.
 
 Reads from top to bottom: done before? → may the output be written? → the model's shapes and tokenizer → every row → split →
-upload, the result last.
+upload, the result last. Where a plan is all that is asked for, nothing is stored.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def run(ctx: StageContext) -> PrepareReport:
     Raises:
         StageError: with the reason; what somebody can mend (a Secret, an endpoint) is waited for instead.
     """
+    plan_only = ctx.snapshot.spec.plan_only
     earlier = wait_until_available(ctx, lambda: find_earlier(ctx))
     if earlier.prepared is not None:
         log.info("prepared before: %s", plural(earlier.prepared.data.train_rows, "training row"))
         return report(earlier.prepared, earlier.trained)
     wait_until_available(ctx, lambda: check_output(ctx))
-    wait_until_available(ctx, lambda: note_begin(ctx, ctx.workspace_store()))
+    if not plan_only:
+        wait_until_available(ctx, lambda: note_begin(ctx, ctx.workspace_store()))
 
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
@@ -68,8 +70,7 @@ def run(ctx: StageContext) -> PrepareReport:
     for warning in (warnings := model.warnings + prepared.warnings):
         log.warning("%s", warning)
 
-    ctx.reporter.report(activity="Uploading")
-    files = upload(ctx, prepared)
+    files = [] if plan_only else upload(ctx, prepared)
     result = PrepareResult(
         snapshot_digest=ctx.snapshot.digest(),
         execution_id=ctx.execution_id,
@@ -85,7 +86,8 @@ def run(ctx: StageContext) -> PrepareReport:
         files=files,
         warnings=warnings,
     )
-    wait_until_available(ctx, lambda: ctx.workspace_store().put_model(PREPARE_RESULT, result))
+    if not plan_only:
+        wait_until_available(ctx, lambda: ctx.workspace_store().put_model(PREPARE_RESULT, result))
     checked.spool.unlink(missing_ok=True)
     log.info(
         "%s checked: %s train, %s held out",
@@ -135,6 +137,7 @@ def check_output(ctx: StageContext) -> None:
 
 def upload(ctx: StageContext, prepared: Prepared) -> list[FileRecord]:
     """The prepared files, to the workspace."""
+    ctx.reporter.report(activity="Uploading")
     total = sum((prepared.folder / name).stat().st_size for name in PREPARED_FILES)
     moved = ctx.reporter.transfer("upload", total)
 
