@@ -16,6 +16,8 @@ import yaml
 from finetune_cluster.console import ClusterError
 
 FIELD_MANAGER = "finetune-cluster"
+BUSY_SECONDS = 60.0
+"""How long a server that answers 429 is asked again: one that has just started does so for custom resources."""
 Object = dict[str, Any]
 
 
@@ -67,31 +69,31 @@ class Api:
 
     def get(self, path: str) -> Object:
         """GET."""
-        return self._checked(self.http.get(path))
+        return self._checked(self._send("GET", path))
 
     def find(self, path: str) -> Object | None:
         """GET, or None if it is not there."""
-        response = self.http.get(path)
+        response = self._send("GET", path)
         return None if response.status_code == httpx.codes.NOT_FOUND else self._checked(response)
 
     def create(self, path: str, body: Object) -> Object:
         """POST."""
-        return self._checked(self.http.post(path, json=body))
+        return self._checked(self._send("POST", path, json=body))
 
     def apply(self, path: str, body: Object) -> Object:
         """Server-side apply."""
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
         headers = {"Content-Type": "application/apply-patch+yaml"}
-        return self._checked(self.http.patch(path, params=query, content=json.dumps(body), headers=headers))
+        return self._checked(self._send("PATCH", path, params=query, content=json.dumps(body), headers=headers))
 
     def merge(self, path: str, body: Object) -> Object:
         """JSON merge patch."""
         headers = {"Content-Type": "application/merge-patch+json"}
-        return self._checked(self.http.patch(path, content=json.dumps(body), headers=headers))
+        return self._checked(self._send("PATCH", path, content=json.dumps(body), headers=headers))
 
     def delete(self, path: str, **query: str) -> None:
         """DELETE; fine if it is gone already."""
-        response = self.http.delete(path, params=query)
+        response = self._send("DELETE", path, params=query)
         if response.status_code != httpx.codes.NOT_FOUND:
             self._checked(response)
 
@@ -107,8 +109,10 @@ class Api:
                         event = json.loads(line)
                         yield event["type"], event["object"]
             except (httpx.TransportError, httpx.HTTPStatusError) as error:
-                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
-                    raise
+                if isinstance(error, httpx.HTTPStatusError):
+                    code = error.response.status_code
+                    if code < 500 and code != httpx.codes.TOO_MANY_REQUESTS:
+                        raise
                 time.sleep(0.1)  # the server is starting or restarting
 
     def wait(
@@ -129,6 +133,15 @@ class Api:
                 return item
         status = json.dumps((last or {}).get("status"), indent=1)
         raise ClusterError(f"Not within {seconds:.0f} s: {what}. Last seen status of {name or path}: {status}")
+
+    def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """The answer; one of 429 says that nothing was done, and when to ask again."""
+        end = time.monotonic() + BUSY_SECONDS
+        while True:
+            response = self.http.request(method, path, **arguments)
+            if response.status_code != httpx.codes.TOO_MANY_REQUESTS or time.monotonic() > end:
+                return response
+            time.sleep(float(response.headers.get("Retry-After", 1)))
 
     @staticmethod
     def _checked(response: httpx.Response) -> Object:
