@@ -8,12 +8,14 @@ For each point one namespace, one proxy and one operator process of its own, som
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
 import random
 import select
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -26,11 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from finetune_api.names import LABEL_STAGE, LABEL_UID, Stage
+import httpx
+
+from finetune_api.names import LABEL_STAGE, LABEL_UID, PIPELINE, Stage
 from finetune_cluster.light import LightCluster
 from finetune_cluster.ports import free_ports
 from finetune_cluster.scripted_kubelet import scripted_kubelet
-from finetune_cluster.steps import OOM_KILLED, After, Pod, Running, Step, run_forever
+from finetune_cluster.steps import OOM_KILLED, After, Call, Pod, Running, Step, Terminated, run_forever
 from tests.operator.certificates import make_tls
 from tests.operator.harness import (
     ROOT,
@@ -40,19 +44,21 @@ from tests.operator.harness import (
     finetunejobs_of,
     jobs_of,
     name_of,
+    pod_token,
     pods_of,
     stage_of,
     succeed_stage,
 )
-from tests.operator.manifests import Raw, finetunejob
+from tests.operator.manifests import DELETE, Raw, finetunejob, success
 from tests.operator.remains import bench_in, remains
 from tests.support.api_proxy import ApiProxy, EventFault, EventStrike, Fault, Plan, ProxyLoop
 from tests.support.apiserver import ApiServer
 
-SUCCEEDS, STOPPED, RESUMED = "succeeds", "stopped", "resumed"
-STORIES = (SUCCEEDS, STOPPED, RESUMED)
+SUCCEEDS, STOPPED, RESUMED, REPORTED = "succeeds", "stopped", "resumed", "reported"
+STORIES = (SUCCEEDS, STOPPED, RESUMED, REPORTED)
 """Names of jobs: one goes from apply to Succeeded; one trains for ever, until it is given a deadline that is over; one is killed for its
-memory, trains with more, is suspended and resumed, and then succeeds."""
+memory, trains with more, is suspended and resumed, and then succeeds; of one the operator hears by its pods' posts alone, and what it
+stored is deleted with it."""
 LITTLE, MORE = "4Gi", "6Gi"
 MOMENT = 1.2
 """Stages of that one last longer than Kubernetes' times are exact, so that its attempts always stand in one order."""
@@ -138,13 +144,16 @@ class Kept:
         self._stop_read, self._stop_write = os.pipe()
         self._lock = threading.Lock()
         self._closed = False
+        self.progress_port = 0
         self._fd = self._start()
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
 
     def _start(self) -> int:
         self.starts += 1
-        return self._nursery.start(self._bench.environment(free_ports(3), **self._env), self.log)
+        ports = free_ports(3)
+        self.progress_port = ports[0]
+        return self._nursery.start(self._bench.environment(ports, **self._env), self.log)
 
     def _keep(self) -> None:
         while True:
@@ -211,6 +220,8 @@ def manifest(story: str) -> Raw:
     if story == RESUMED:
         recovery = {"maxFailures": 0, "outOfMemory": {"maxMemory": "8Gi"}}
         job.set(compute={"memory": LITTLE}, recovery=recovery)
+    if story == REPORTED:
+        job.set(**DELETE)
     return job.build()
 
 
@@ -227,6 +238,8 @@ def script(pod: Pod, resumed: threading.Event | None = None) -> list[Step] | Non
     training = stage_of(pod) is Stage.TRAIN
     if training and name_of(pod) == STOPPED:
         return run_forever()
+    if stage_of(pod) is Stage.CLEANUP:
+        return [Running(), Terminated(0)]
     if name_of(pod) != RESUMED:
         return succeed_stage(pod, 0.2)
     if not training:
@@ -250,9 +263,39 @@ class Sweep:
         self._stack = contextlib.ExitStack()
         self.undisturbed: dict[str, Outcome] = {}
         self._resumed: dict[str, threading.Event] = defaultdict(threading.Event)
+        self._kept: dict[str, Kept] = {}
 
     def _script(self, pod: Pod) -> list[Step] | None:
+        if name_of(pod) == REPORTED and stage_of(pod) in PIPELINE:
+            return [Running(), Call(lambda told: asyncio.to_thread(self._post, told)), Terminated(0)]
         return script(pod, self._resumed[pod["metadata"]["namespace"]])
+
+    def _post(self, pod: Pod) -> None:
+        """What a trainer does: it posts to whichever operator there is until that has written its outcome down."""
+        namespace, uid = pod["metadata"]["namespace"], pod["metadata"]["uid"]
+        stage, name = stage_of(pod), name_of(pod)
+        kept, end = self._kept[namespace], time.monotonic() + FINISH_SECONDS
+        with self.cluster.admin() as api:
+            token = pod_token(api, pod)
+        context = ssl.create_default_context(cafile=str(self._tls.ca))
+        with httpx.Client(verify=context, timeout=10, trust_env=False) as http:
+            for sequence, told in enumerate(({"activity": "Working"}, {"final": success(stage).to_json_dict()}), 1):
+                body = {"executionId": uid, "stage": stage, "sequence": sequence, **told}
+                while not self._acknowledged(
+                    http, kept, f"/v1/namespaces/{namespace}/finetunejobs/{name}", token, body
+                ):
+                    if time.monotonic() > end:
+                        return  # the job's end tells that nobody took it
+                    time.sleep(0.2)
+
+    @staticmethod
+    def _acknowledged(http: httpx.Client, kept: Kept, path: str, token: str, body: Raw) -> bool:
+        url = f"https://localhost:{kept.progress_port}{path}/progress"
+        try:
+            answer = http.post(url, json=body, headers={"Authorization": f"Bearer {token}"})
+        except httpx.TransportError:
+            return False
+        return answer.status_code == httpx.codes.OK and (answer.json()["recorded"] or "final" not in body)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -316,6 +359,7 @@ class Sweep:
             kept = Kept(self.nursery, bench, proxy.kubeconfig)
             stack.callback(kept.close)
             holder.append(kept)
+            self._kept[namespace] = kept
             try:
                 bench.apply(manifest(point.story))
                 self._tell(bench, point.story)
@@ -327,6 +371,8 @@ class Sweep:
                 outcome.requests, outcome.events = len(plan.requests), strike.count
                 outcome.problems += self._differences(point, outcome.left)
                 self._delete(bench, point.story)
+                if point.story == REPORTED:  # of the others nothing is asked for any more, only listed
+                    outcome.requests, outcome.events = len(plan.requests), strike.count
             except Exception as problem:  # noqa: BLE001 - one point must not end the sweep
                 outcome.problems.append(f"{type(problem).__name__}: {str(problem)[:3000]}")
             outcome.hit = (plan.hit or strike.hit).replace(namespace, "NS")
@@ -357,6 +403,11 @@ class Sweep:
     @staticmethod
     def _delete(bench: Bench, name: str) -> None:
         bench.api.delete(f"{finetunejobs_of(bench.namespace)}/{name}")
+        if name == REPORTED:
+            bench.until_gone(finetunejobs_of(bench.namespace))
+            [cleanup] = [j for j in bench.stage_jobs() if j["metadata"]["labels"][LABEL_STAGE] == Stage.CLEANUP]
+            assert cleanup["status"].get("succeeded") == 1, "what it stored is deleted before it goes"
+            return
         bench.until_gone(jobs_of(bench.namespace))
         bench.until_gone(pods_of(bench.namespace))
         others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}

@@ -19,6 +19,8 @@ from finetune_api.results import (
 )
 
 Raw = dict[str, Any]
+DELETE: Raw = {"output": {"uri": "s3://results/here", "deletionPolicy": "Delete"}}
+"""Fields of the spec of a job whose stored output is deleted with it."""
 
 
 class FineTuneJobBuilder:

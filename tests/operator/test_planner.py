@@ -669,7 +669,10 @@ def test_a_report_that_only_the_final_post_brought_counts() -> None:
     assert pod is not None
     w.post(ProgressStatus(execution_id=pod.uid, report=success(Stage.PREPARE)))
     w.end_pod(0, None)
-    assert w.plan().create_job is Stage.TRAIN
+    w.settle()
+    job = w.live_job()
+    assert job is not None
+    assert job.stage is Stage.TRAIN
 
 
 def test_the_training_job_alone_proves_that_prepare_is_done() -> None:
@@ -829,3 +832,35 @@ def test_a_plan_that_does_not_fit_fails() -> None:
     w.settle()
     assert reason(w, ConditionType.FAILED) == "DoesNotFit"
     assert message(w, ConditionType.FAILED).endswith(NO_GPU_USED)
+
+
+def test_a_result_that_only_a_post_tells_is_written_down_before_the_next_stage_can_replace_it() -> None:
+    w = world()
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    pod = w.pod()
+    assert pod is not None
+    report = success(Stage.PREPARE)
+    w.post(ProgressStatus(execution_id=pod.uid, stage="prepare", report=report))
+    w.end_pod(0, None)
+    told = w.plan()
+    assert (told.create_job, told.urgency) == (None, Urgency.NOW)
+    w.apply(told)
+    assert w.plan().create_job is Stage.TRAIN
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    pod = w.pod()
+    assert pod is not None
+    w.post(ProgressStatus(execution_id=pod.uid, stage="train", step=1))
+    w.settle()
+    assert w.status.data is not None
+    assert w.status.plan is not None
+    assert w.status.plan.total_steps == 640
+
+
+def test_a_result_that_its_pod_tells_costs_no_write_of_its_own() -> None:
+    w = world()
+    w.pass_stage()
+    assert w.plan().create_job is Stage.TRAIN

@@ -15,11 +15,10 @@ from finetune_operator.planning.conditions import is_true
 from finetune_operator.planning.model import EventType, Refusal
 from finetune_operator.settings import Settings
 from tests.operator.harness import Bench, finetunejobs_of, jobs_of, stage_of, succeed_stage, until_set
-from tests.operator.manifests import Raw, failure, finetunejob
+from tests.operator.manifests import DELETE, Raw, failure, finetunejob
 from tests.operator.test_planner import in_training
 from tests.operator.world import UID, World, world
 
-DELETE = {"output": {"uri": "s3://results/here", "deletionPolicy": "Delete"}}
 PLACE = "s3://results/here/story-3f9c2a11"
 
 

@@ -311,6 +311,8 @@ def advance(look: Look) -> Decision:
         refusal = look.obs.refusal
         if refusal is not None and refusal.retry_at > look.now:
             return phases.current(look, requeue_at=refusal.retry_at)
+        if look.prepare_told_in_passing:
+            return replace(phases.current(look), pressing=True)
         return phases.current(look, create=look.stage, create_snapshot=look.obs.snapshot is None)
     if state is StageState.REPORT_PENDING and look.view.job is not None:
         ended = look.view.job.complete_at or look.view.job.failed_at or look.now

@@ -64,6 +64,12 @@ class Look:
         )
 
     @cached_property
+    def prepare_told_in_passing(self) -> bool:
+        """Only a post tells prepare's result, the next stage's posts replace it, and status does not hold what follows from it yet."""
+        told = any(p.report is not None and p.report.succeeded for p in self.views[Stage.PREPARE].pods)
+        return self.prepare_report is not None and not told and self.before.data is None
+
+    @cached_property
     def train_report(self) -> TrainReport | None:
         """train's result, while its Job tells it."""
         view = self.views[Stage.TRAIN]
