@@ -722,3 +722,21 @@ def test_a_suspension_in_any_phase_stops_the_pod_by_deletion_and_holds_nothing(s
     job = w.live_job()
     assert job is not None
     assert job.stage is Stage.PREPARE, "a CPU pod looks for what is there"
+
+
+def test_a_job_that_waits_out_a_refusal_is_suspended_at_once() -> None:
+    w = world(recovery={"maxFailures": 0})
+    w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.refuse_pod()
+    w.settle()
+    job = w.job(Stage.TRAIN)
+    assert job is not None
+    assert job.failed_at is not None, "made anew when the pause is over"
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    w.collect()
+    w.settle()
+    assert w.status.phase is Phase.SUSPENDED
+    assert w.jobs == {}

@@ -204,7 +204,7 @@ def more_memory(look: Look) -> Decision | None:
 def refused_by_nodes(look: Look) -> Decision | None:
     """Make a Job anew that failed because nodes refused its pods: its controller counts them as failures, and they never ran.
 
-    After a pause, as the controller makes between two pods; got_nowhere bounds how often.
+    After a pause, as the controller makes between two pods; got_nowhere bounds how often. Who suspends the job does not wait for that.
     """
     job = look.view.job
     if look.view.state is not StageState.FAILED or job is None or job.failed_reason != BACKOFF_LIMIT_EXCEEDED:
@@ -215,7 +215,7 @@ def refused_by_nodes(look: Look) -> Decision | None:
     row = budget.fruitless(look.ledger.attempts, look.stage)
     pause = min(REFUSED_PAUSE_SECONDS * 2**row, LONGEST_REFUSED_PAUSE_SECONDS)
     due = (job.failed_at or look.now) + timedelta(seconds=pause)
-    go = look.attempts_recorded and look.now >= due
+    go = look.attempts_recorded and (look.now >= due or look.spec.suspend)
     deletes = (DeleteJob(job.name, job.uid),) if go else ()
     words = pod_failure(refused[-1], look.stage).message
     text = f"{sentence(words[:1].upper() + words[1:])} Its Job is created anew at {rfc3339(due)}."
