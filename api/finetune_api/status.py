@@ -148,6 +148,20 @@ class MetricsStatus(ApiModel):
     summary: str
 
 
+class GpuTimeStatus(ApiModel):
+    """What the GPUs were held for. GPU-seconds: of a pod with two GPUs, each second counts twice."""
+
+    held_seconds: int = Field(
+        description="From when a training pod was bound to its node until it ended, over all that ran."
+    )
+    training_seconds: int | None = Field(
+        None,
+        description="In which optimizer steps were made that count, and evaluations that were asked for between them.",
+    )
+    utilization: float | None = Field(None, description="trainingSeconds / heldSeconds.")
+    summary: str
+
+
 class ArtifactsStatus(ApiModel):
     """Where the results are."""
 
@@ -167,6 +181,9 @@ class AttemptStatus(ApiModel):
     stage: str
     pod: str
     node: str | None = None
+    scheduled_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = Field(
+        None, description="Its pod was bound to a node, and held that node's GPUs from then on."
+    )
     started_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
     finished_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
     exit_code: int | None = None
@@ -250,6 +267,7 @@ class FineTuneJobStatus(ApiModel):
     plan: PlanStatus | None = None
     data: DataStatus | None = None
     metrics: MetricsStatus | None = None
+    gpu_time: GpuTimeStatus | None = None
     artifacts: ArtifactsStatus | None = None
     snapshot: SnapshotStatus | None = None
     progress: ProgressStatus | None = None

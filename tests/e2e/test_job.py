@@ -37,6 +37,7 @@ def test_a_job_leaves_a_whole_verified_result_and_a_true_status(space: Space, me
     assert status["plan"]["method"] == method
     assert status["progress"]["summary"] == "2/2"
     assert status["metrics"]["heldOutLoss"] > 0
+    assert 0 <= status["gpuTime"]["trainingSeconds"] <= status["gpuTime"]["heldSeconds"]
     assert [a["stage"] for a in status["attempts"]] == ["prepare", "train", "publish"]
 
     prefix, manifest = artifacts(space, job)

@@ -17,7 +17,7 @@ from finetune_operator.planning.attempts import MAX_ATTEMPTS
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.messages import NO_GPU_USED
 from finetune_operator.planning.model import Refusal, Urgency
-from tests.operator.manifests import failure, success
+from tests.operator.manifests import failure, success, train_report
 from tests.operator.world import START, World, world
 
 
@@ -864,3 +864,48 @@ def test_a_result_that_its_pod_tells_costs_no_write_of_its_own() -> None:
     w = world()
     w.pass_stage()
     assert w.plan().create_job is Stage.TRAIN
+
+
+def test_gpu_time_is_counted_from_binding_to_end_for_every_pod_and_compared_with_training() -> None:
+    w = world(compute={"gpusPerNode": 2})
+    w.pass_stage()
+    w.settle()
+    assert w.status.gpu_time is None, "prepare holds none"
+    for code, seconds in ((143, 60), (0, 300)):
+        w.start_pod()
+        w.change_pod(bound_at=w.now)
+        w.tick(5)  # its image is pulled
+        w.run_pod()
+        w.settle()
+        w.tick(seconds)
+        w.end_pod(code, success(Stage.TRAIN) if code == 0 else None)
+        w.settle()
+    told = w.status.gpu_time
+    assert told is not None
+    assert told.held_seconds == 2 * (65 + 305)
+    seconds = train_report().metrics.train_seconds
+    assert told.training_seconds == round(2 * seconds)
+    assert told.utilization == round(min(1.0, told.training_seconds / told.held_seconds), 3)
+    w.pass_stage()
+    w.settle()
+    assert phase(w) is Phase.SUCCEEDED
+    assert w.status.gpu_time == told, "publish holds none"
+
+
+def test_a_failed_job_counts_what_its_last_pod_held() -> None:
+    w = in_training(activeDeadlineSeconds=100)
+    w.tick(100)
+    w.settle()
+    assert phase(w) is Phase.FAILED
+    told = w.status.gpu_time
+    assert told is not None
+    assert (told.held_seconds, told.training_seconds) == (100, None)
+    assert told.summary == "GPUs held for 100 GPU-seconds."
+
+
+def test_a_job_without_gpus_holds_none() -> None:
+    w = in_publishing(compute={"gpusPerNode": 0}, training={"useCpu": True})
+    w.pass_stage()
+    w.settle()
+    assert phase(w) is Phase.SUCCEEDED
+    assert w.status.gpu_time is None

@@ -26,6 +26,8 @@ class Ledger:
     attempts: tuple[AttemptStatus, ...]
     active_seconds: int
     running_since: datetime | None
+    held_seconds: int
+    """For which training pods that ended since the last look had held their GPUs."""
 
 
 def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: datetime) -> Ledger:
@@ -41,7 +43,7 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
     oldest = min((attempt_rank(a) for a in before.attempts), default=None)
     dropped_before = oldest if len(before.attempts) >= MAX_ATTEMPTS else None
     attempts: dict[str, AttemptStatus] = {}
-    active = before.active_seconds or 0
+    active, held = before.active_seconds or 0, 0
     for old in before.attempts:
         new = old
         if old.outcome == "Running":
@@ -50,6 +52,7 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
             new = _from_pod(pod, old, now, view) if pod is not None else _vanished(old, now, view, before)
             if new.outcome != "Running":
                 active += _seconds(new)
+                held += held_seconds(new, new.finished_at)
         else:
             pods.pop(old.execution_id, None)
         if new.execution_id in lost and new.reason != REPORT_LOST:
@@ -63,6 +66,7 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
             continue
         if new.outcome != "Running":
             active += _seconds(new)
+            held += held_seconds(new, new.finished_at)
         if pod.uid in lost:
             new = new.model_copy(update={"reason": REPORT_LOST})
         attempts[pod.uid] = with_highlights(new, came.get(pod.uid))
@@ -74,7 +78,7 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
     kept = sorted(attempts.values(), key=attempt_rank)[-MAX_ATTEMPTS:]
     running = [parse_time(a.started_at) for a in kept if a.outcome == "Running"]
     since = min((t for t in running if t is not None), default=None)
-    return Ledger(tuple(kept), active, since)
+    return Ledger(tuple(kept), active, since, held)
 
 
 def attempts_of(ledger: Ledger, stage: Stage) -> list[AttemptStatus]:
@@ -95,6 +99,7 @@ def lost_reports(ledger: Ledger, stage: Stage) -> int:
 def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageView) -> AttemptStatus:
     # What was written stays: the time that a fast clock's is taken for is that of the first look.
     started = (old.started_at if old else None) or (rfc3339(pod.started_at) if pod.started_at else None)
+    scheduled = (old.scheduled_at if old else None) or (rfc3339(pod.bound_at) if pod.bound_at else None)
     mine = view.job is not None and view.job.uid == pod.owner_uid
     memory = (view.job.memory if view.job is not None and mine else None) or (old.memory if old else None)
     if not pod.ended:
@@ -103,6 +108,7 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageVie
             stage=pod.stage,
             pod=pod.name,
             node=pod.node or None,
+            scheduled_at=scheduled,
             started_at=started,
             outcome="Running",
             memory=memory,
@@ -117,6 +123,7 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageVie
         stage=pod.stage,
         pod=pod.name,
         node=pod.node or None,
+        scheduled_at=scheduled,
         started_at=started,
         finished_at=rfc3339(finished),
         exit_code=pod.exit_code,
@@ -163,6 +170,16 @@ def _lost_job(view: StageView) -> AttemptStatus:
     )
 
 
+def held_seconds(attempt: AttemptStatus, until: str | None) -> int:
+    """For how long a training pod that ran held its GPUs; 0 for another stage's."""
+    ran = attempt.stage == Stage.TRAIN and attempt.started_at is not None
+    return _between(attempt.scheduled_at or attempt.started_at, until) if ran else 0
+
+
 def _seconds(attempt: AttemptStatus) -> int:
-    started, finished = parse_time(attempt.started_at), parse_time(attempt.finished_at)
-    return max(0, int((finished - started).total_seconds())) if started and finished else 0
+    return _between(attempt.started_at, attempt.finished_at)
+
+
+def _between(since: str | None, until: str | None) -> int:
+    first, last = parse_time(since), parse_time(until)
+    return max(0, int((last - first).total_seconds())) if first and last else 0

@@ -16,10 +16,11 @@ from finetune_api.status import (
     StageTimes,
 )
 from finetune_api.uris import display_name
+from finetune_operator.planning.attempts import held_seconds
 from finetune_operator.planning.clock import rfc3339
 from finetune_operator.planning.conditions import Wish, apply_wishes, find
 from finetune_operator.planning.look import Look
-from finetune_operator.planning.messages import data_status, metrics_status, plan_status, with_split
+from finetune_operator.planning.messages import data_status, gpu_time_status, metrics_status, plan_status, with_split
 from finetune_operator.planning.model import DeleteJob, Plan, Urgency
 from finetune_operator.planning.story import recoveries
 from finetune_operator.planning.transitions import notes
@@ -83,9 +84,26 @@ def _status(look: Look, decision: Decision) -> FineTuneJobStatus:
             "attempts": _attempts(look, decision),
             "recoveries": recoveries(look),
             **_facts(look),
+            **_gpu_time(look, finished),
             "progress": None,
         }
     )
+
+
+def _gpu_time(look: Look, finished: bool) -> dict[str, object]:
+    """Counted as pods end, and once, as an ended attempt never changes; a finished job's last may still run for a moment."""
+    spec, before = look.obs.job.spec, look.before.gpu_time
+    gpus = spec.compute.gpus_per_node if spec is not None else 0
+    seconds = look.ledger.held_seconds
+    if finished:
+        now = rfc3339(look.now)
+        seconds += sum(held_seconds(a, now) for a in look.ledger.attempts if a.outcome == "Running")
+    held = (before.held_seconds if before else 0) + gpus * seconds
+    if not held:
+        return {}
+    metrics = look.publish_report or look.train_report
+    trained = round(gpus * metrics.metrics.train_seconds) if metrics else before.training_seconds if before else None
+    return {"gpu_time": gpu_time_status(held, trained)}
 
 
 def _attempts(look: Look, decision: Decision) -> list[AttemptStatus]:

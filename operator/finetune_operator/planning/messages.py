@@ -7,7 +7,7 @@ from finetune_api.progress import Split
 from finetune_api.results import PrepareReport, TrainMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import DataStatus, MetricsStatus, PlanStatus
+from finetune_api.status import DataStatus, GpuTimeStatus, MetricsStatus, PlanStatus
 
 NO_GPU_USED = "No GPU was used."
 
@@ -127,6 +127,20 @@ def metrics_status(metrics: TrainMetrics) -> MetricsStatus:
             f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f}); "
             f"{metrics.tokens_per_second:,.0f} tokens/s"
         ),
+    )
+
+
+def gpu_time_status(held_seconds: int, training_seconds: int | None) -> GpuTimeStatus:
+    """GPU-seconds, and the share of them that made optimizer steps that count."""
+    held = f"GPUs held for {held_seconds:,} GPU-seconds"
+    if training_seconds is None:
+        return GpuTimeStatus(held_seconds=held_seconds, summary=f"{held}.")
+    share = min(1.0, training_seconds / held_seconds)
+    return GpuTimeStatus(
+        held_seconds=held_seconds,
+        training_seconds=training_seconds,
+        utilization=round(share, 3),
+        summary=f"{held}, {share:.0%} of them training.",
     )
 
 
