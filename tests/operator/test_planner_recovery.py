@@ -70,6 +70,13 @@ def test_an_execution_that_was_killed_tells_by_whom(fields: dict[str, object], e
     assert not is_true(w.status, ConditionType.FAILED)
 
 
+def test_a_pod_of_whose_end_a_tainted_node_never_told_was_lost_with_it() -> None:
+    w = in_training()
+    w.change_pod(phase="Failed", disruption="DeletionByTaintManager", disrupted="deleting due to NoExecute taint")
+    w.settle()
+    assert last(w).reason == "NodeLost"
+
+
 def test_a_rank_that_dies_while_its_node_is_drained_does_not_count() -> None:
     w = in_training(recovery={"maxFailures": 0})
     w.change_pod(disruption="EvictionByEvictionAPI", disrupted="Eviction API: evicting")

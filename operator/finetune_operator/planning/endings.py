@@ -67,7 +67,9 @@ def _from_outside(pod: Pod) -> StageFailure | None:
     if by_kubelet or (not pod.disruption and pod.pod_reason == "Evicted"):
         words = (pod.pod_message or pod.disrupted).strip()
         return StageFailure(Reason.EVICTED, f"pod {pod.name} was evicted: {words}")
-    if pod.pod_reason == "NodeLost" or pod.disruption == "DeletionByPodGC":
+    # A tainted node that still answers tells how its pod ended; one that is unreachable, which is a taint too, never does.
+    silent = pod.disruption == "DeletionByTaintManager" and pod.started_at is not None and pod.exit_code is None
+    if pod.pod_reason == "NodeLost" or pod.disruption == "DeletionByPodGC" or silent:
         return StageFailure(Reason.NODE_LOST, _words("node lost", pod))
     if pod.disruption or pod.disrupted or pod.pod_reason in _KUBELET_MAKES_ROOM:
         return StageFailure(Reason.PREEMPTED, _words(_ROOM.get(pod.disruption, "disrupted"), pod))
