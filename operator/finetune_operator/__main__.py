@@ -126,6 +126,12 @@ class Operator:
                     namespaces=namespaces,
                     stop_flag=stop,
                 )
+            except asyncio.CancelledError:
+                # kopf takes SIGTERM for itself. Told so before it is up, it ends as if it had been cancelled.
+                current = asyncio.current_task()
+                if current is None or current.cancelling():
+                    raise
+                return
             except Exception as problem:  # noqa: BLE001 - of a library; liveness looks after what does not mend
                 logger.warning("The watches failed and begin anew: %r", problem)
                 await asyncio.sleep(WATCH_RETRY_SECONDS)
@@ -151,7 +157,10 @@ async def serve(settings: Settings) -> bool:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    return await Operator(settings, api).run(stop)
+    try:
+        return await Operator(settings, api).run(stop)
+    except asyncio.CancelledError:  # nobody cancels this task but kopf, which cancels what it finds when it ends
+        return stop.is_set()
 
 
 def main() -> None:
