@@ -18,7 +18,7 @@ def ctr(init: int, *arguments: str) -> str:
     return run(_command(init, *arguments))
 
 
-def wait_containerd(init: int, seconds: float = 120) -> None:
+def wait_containerd(init: int, seconds: float = 240) -> None:
     """Wait until the node's containerd answers: at its start it syncs its databases, which takes a busy disk a while."""
     end = time.monotonic() + seconds
     while True:
