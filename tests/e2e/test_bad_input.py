@@ -110,11 +110,6 @@ def waits_for(reason: str) -> Callable[[dict[str, Any]], bool]:
     return lambda job: is_true(job, "Waiting") and condition(job, "Waiting")["reason"] == reason
 
 
-def prepared(job: dict[str, Any]) -> bool:
-    """What it waited for is over, and it went on."""
-    return is_true(job, "Prepared")
-
-
 def test_a_missing_secret_is_waited_for_and_heals(space: Space) -> None:
     spec = spec_for(space.put(rows(20)), output={"secretRef": {"name": "later"}})
     space.apply("waits", spec)
@@ -123,7 +118,8 @@ def test_a_missing_secret_is_waited_for_and_heals(space: Space) -> None:
     assert not space.gpu_pods.so_far()
     key, secret = store.credentials(space.target)
     space.secret("later", AWS_ACCESS_KEY_ID=key, AWS_SECRET_ACCESS_KEY=secret, AWS_ENDPOINT_URL=store.IN_CLUSTER)
-    job = space.until("waits", prepared, 400, "prepared")
+    job = space.until("waits", finished, 400, "finished")
+    assert is_true(job, "Complete"), json.dumps(job["status"], indent=1)
     assert condition(job, "Waiting")["status"] == "False"
 
 
@@ -154,7 +150,8 @@ def test_an_unreachable_endpoint_heals_when_it_answers(space: Space) -> None:
     assert not space.gpu_pods.so_far()
     service["spec"] = {"type": "ExternalName", "externalName": f"{store.SERVICE}.{store.NAMESPACE}.svc.cluster.local"}
     space.target.apply(service)
-    space.until("waits", prepared, 400, "prepared")
+    job = space.until("waits", finished, 400, "finished")
+    assert is_true(job, "Complete"), json.dumps(job["status"], indent=1)
 
 
 def test_a_missing_image_is_waited_for_before_a_gpu_is_asked_for(space: Space) -> None:
