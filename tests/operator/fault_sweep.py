@@ -15,7 +15,6 @@ import os
 import random
 import select
 import signal
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -44,12 +43,12 @@ from tests.operator.harness import (
     finetunejobs_of,
     jobs_of,
     name_of,
-    pod_token,
     pods_of,
     stage_of,
     succeed_stage,
 )
 from tests.operator.manifests import DELETE, Raw, finetunejob, success
+from tests.operator.poster import Poster
 from tests.operator.remains import bench_in, remains
 from tests.support.api_proxy import ApiProxy, EventFault, EventStrike, Fault, Plan, ProxyLoop
 from tests.support.apiserver import ApiServer
@@ -137,7 +136,7 @@ class Kept:
     """An operator that is started anew whenever it ends, as a kubelet does."""
 
     def __init__(self, nursery: Nursery, bench: Bench, kubeconfig: Path, **env: str) -> None:
-        self._nursery, self._bench = nursery, bench
+        self._nursery, self.bench = nursery, bench
         self._env = {"KUBECONFIG": str(kubeconfig), **SETTINGS, **env}
         self.log = bench.folder / "operator.log"
         self.starts = 0
@@ -153,7 +152,7 @@ class Kept:
         self.starts += 1
         ports = free_ports(3)
         self.progress_port = ports[0]
-        return self._nursery.start(self._bench.environment(ports, **self._env), self.log)
+        return self._nursery.start(self.bench.environment(ports, **self._env), self.log)
 
     def _keep(self) -> None:
         while True:
@@ -255,6 +254,15 @@ def trains_with(job: Raw, memory: str) -> bool:
     return any(a["outcome"] == "Running" and a.get("memory") == memory for a in attempts)
 
 
+def acknowledged(poster: Poster, told: Raw) -> bool:
+    """Whether an operator took a post, and wrote it down if it was the last."""
+    try:
+        answer = poster.post(**told)
+    except httpx.TransportError:
+        return False
+    return answer.status_code == httpx.codes.OK and (answer.json()["recorded"] or "final" not in told)
+
+
 class Sweep:
     """What all points share."""
 
@@ -272,30 +280,14 @@ class Sweep:
 
     def _post(self, pod: Pod) -> None:
         """What a trainer does: it posts to whichever operator there is until that has written its outcome down."""
-        namespace, uid = pod["metadata"]["namespace"], pod["metadata"]["uid"]
-        stage, name = stage_of(pod), name_of(pod)
-        kept, end = self._kept[namespace], time.monotonic() + FINISH_SECONDS
-        with self.cluster.admin() as api:
-            token = pod_token(api, pod)
-        context = ssl.create_default_context(cafile=str(self._tls.ca))
-        with httpx.Client(verify=context, timeout=10, trust_env=False) as http:
-            for sequence, told in enumerate(({"activity": "Working"}, {"final": success(stage).to_json_dict()}), 1):
-                body = {"executionId": uid, "stage": stage, "sequence": sequence, **told}
-                while not self._acknowledged(
-                    http, kept, f"/v1/namespaces/{namespace}/finetunejobs/{name}", token, body
-                ):
+        kept, end = self._kept[pod["metadata"]["namespace"]], time.monotonic() + FINISH_SECONDS
+        poster = Poster(kept.bench, kept, pod, name_of(pod), timeout=10)
+        with poster.http:
+            for told in ({"activity": "Working"}, {"final": success(stage_of(pod)).to_json_dict()}):
+                while not acknowledged(poster, told):
                     if time.monotonic() > end:
                         return  # the job's end tells that nobody took it
                     time.sleep(0.2)
-
-    @staticmethod
-    def _acknowledged(http: httpx.Client, kept: Kept, path: str, token: str, body: Raw) -> bool:
-        url = f"https://localhost:{kept.progress_port}{path}/progress"
-        try:
-            answer = http.post(url, json=body, headers={"Authorization": f"Bearer {token}"})
-        except httpx.TransportError:
-            return False
-        return answer.status_code == httpx.codes.OK and (answer.json()["recorded"] or "final" not in body)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:

@@ -258,23 +258,18 @@ class Bench:
 
     def token(self, pod: Raw, audience: str = "progress.finetune.dev") -> str:
         """A token as the kubelet projects it."""
-        return pod_token(self.api, pod, audience)
-
-
-def pod_token(api: Api, pod: Raw, audience: str = "progress.finetune.dev") -> str:
-    """A token as the kubelet projects it into a pod."""
-    meta = pod["metadata"]
-    body = {
-        "apiVersion": "authentication.k8s.io/v1",
-        "kind": "TokenRequest",
-        "spec": {
-            "audiences": [audience],
-            "expirationSeconds": 3600,
-            "boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]},
-        },
-    }
-    path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/default/token"
-    return str(api.create(path, body)["status"]["token"])
+        meta = pod["metadata"]
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenRequest",
+            "spec": {
+                "audiences": [audience],
+                "expirationSeconds": 3600,
+                "boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]},
+            },
+        }
+        path = f"/api/v1/namespaces/{self.namespace}/serviceaccounts/default/token"
+        return str(self.api.create(path, body)["status"]["token"])
 
 
 @contextmanager

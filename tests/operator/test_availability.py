@@ -13,7 +13,8 @@ from finetune_api.names import Stage
 from finetune_cluster.steps import Pod, Running, Step
 from tests.operator.harness import Bench, OperatorProcess, is_true, stage_of, succeed_stage, until_set
 from tests.operator.manifests import finetunejob
-from tests.operator.test_progress import Poster, train_forever, training_pod
+from tests.operator.poster import Poster
+from tests.operator.test_progress import train_forever, training_pod
 
 pytestmark = pytest.mark.light
 

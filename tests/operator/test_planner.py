@@ -16,7 +16,7 @@ from finetune_operator.planning import plan
 from finetune_operator.planning.attempts import MAX_ATTEMPTS
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.messages import NO_GPU_USED
-from finetune_operator.planning.model import Refusal, Urgency
+from finetune_operator.planning.model import Pod, Refusal, Urgency
 from tests.operator.manifests import failure, success, train_report
 from tests.operator.world import START, World, world
 
@@ -35,6 +35,16 @@ def reason(w: World, kind: ConditionType) -> str:
 
 def phase(w: World) -> Phase | None:
     return w.status.phase
+
+
+def running_pod(w: World) -> Pod:
+    """Let the current stage's pod run."""
+    w.settle()
+    w.start_pod()
+    w.run_pod()
+    pod = w.pod()
+    assert pod is not None
+    return pod
 
 
 def in_training(**spec: object) -> World:
@@ -400,11 +410,7 @@ def test_another_thing_that_is_missing_has_a_clock_of_its_own() -> None:
 
 def test_a_wait_that_a_pod_tells_comes_and_goes_with_its_posts() -> None:
     w = world()
-    w.settle()
-    w.start_pod()
-    w.run_pod()
-    pod = w.pod()
-    assert pod is not None
+    pod = running_pod(w)
     w.post(ProgressStatus(execution_id=pod.uid, waiting_reason="SecretMissing", waiting_message="Secret hf-token"))
     w.settle()
     assert reason(w, ConditionType.WAITING) == "SecretMissing"
@@ -836,11 +842,7 @@ def test_a_plan_that_does_not_fit_fails() -> None:
 
 def test_a_result_that_only_a_post_tells_is_written_down_before_the_next_stage_can_replace_it() -> None:
     w = world()
-    w.settle()
-    w.start_pod()
-    w.run_pod()
-    pod = w.pod()
-    assert pod is not None
+    pod = running_pod(w)
     report = success(Stage.PREPARE)
     w.post(ProgressStatus(execution_id=pod.uid, stage="prepare", report=report))
     w.end_pod(0, None)
@@ -848,11 +850,7 @@ def test_a_result_that_only_a_post_tells_is_written_down_before_the_next_stage_c
     assert (told.create_job, told.urgency) == (None, Urgency.NOW)
     w.apply(told)
     assert w.plan().create_job is Stage.TRAIN
-    w.settle()
-    w.start_pod()
-    w.run_pod()
-    pod = w.pod()
-    assert pod is not None
+    pod = running_pod(w)
     w.post(ProgressStatus(execution_id=pod.uid, stage="train", step=1))
     w.settle()
     assert w.status.data is not None

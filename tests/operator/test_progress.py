@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import subprocess
 import sys
 import threading
@@ -11,7 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 
 from finetune_api.failures import FAILURES, Reason
@@ -25,7 +23,6 @@ from tests.operator.harness import (
     ROOT,
     SECONDS,
     Bench,
-    OperatorProcess,
     Recorder,
     condition,
     finetunejobs_of,
@@ -38,6 +35,7 @@ from tests.operator.harness import (
     until_set,
 )
 from tests.operator.manifests import finetunejob, success
+from tests.operator.poster import Poster
 from tests.operator.world import START
 
 Raw = dict[str, Any]
@@ -45,32 +43,6 @@ Raw = dict[str, Any]
 
 def train_forever(pod: Pod) -> list[Step]:
     return run_forever() if stage_of(pod) is Stage.TRAIN else succeed_stage(pod)
-
-
-class Poster:
-    """Posts as a pod does."""
-
-    def __init__(self, bench: Bench, operator: OperatorProcess, pod: Raw, job: str) -> None:
-        self._context = ssl.create_default_context(cafile=str(bench.tls.ca))
-        self.url = f"https://localhost:{operator.progress_port}/v1/namespaces/{bench.namespace}/finetunejobs/{job}"
-        self.pod = pod
-        self.token = bench.token(pod)
-        self.sequence = 0
-        self.http = httpx.Client(verify=self._context, timeout=20, trust_env=False)
-
-    def post(self, token: str | None = None, **fields: object) -> httpx.Response:
-        self.sequence += 1
-        body = {
-            "executionId": self.pod["metadata"]["uid"],
-            "stage": stage_of(self.pod),
-            "sequence": self.sequence,
-            **fields,
-        }
-        return self.raw(body, token)
-
-    def raw(self, body: object, token: str | None = None) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {token or self.token}"}
-        return self.http.post(f"{self.url}/progress", json=body, headers=headers)
 
 
 def training_pod(bench: Bench, name: str) -> Raw:

@@ -13,7 +13,7 @@ from finetune_cluster.binaries import ensure_helm
 from finetune_cluster.steps import Call, Pod, Step
 from tests.operator.harness import ROOT, Bench, condition, is_true, stage_of, succeed_stage
 from tests.operator.manifests import Raw, finetunejob, success
-from tests.operator.test_progress import Poster
+from tests.operator.poster import Poster
 
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 

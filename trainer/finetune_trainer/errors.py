@@ -25,6 +25,13 @@ class StageError(Exception):
         return FAILURES[self.reason].consequence
 
 
+def waits(error: BaseException) -> bool:
+    """Whether somebody can mend it, and the caller tries again."""
+    return isinstance(error, StageError) and (
+        error.consequence is Consequence.WAIT or error.patience_seconds is not None
+    )
+
+
 class NotFound(Exception):
     """An object does not exist. Only the caller knows whether that is a missing dataset, model or result."""
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from botocore.exceptions import ClientError
 
-from finetune_api.failures import Consequence, Reason
+from finetune_api.failures import Reason
 from finetune_api.results import FileRecord
 from finetune_trainer import s3_transfer
-from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.errors import NotFound, StageError, waits
 from finetune_trainer.parallel import Stopped
 from finetune_trainer.s3_errors import error_code, translate, translated
 from finetune_trainer.s3_read import head_object, in_time
@@ -82,11 +82,6 @@ def _stands(client: S3Client, bucket: str, key: str, size: int, done: Finished) 
     return (head["ContentLength"], head["ETag"].strip('"')) == (size, done.etag.strip('"'))
 
 
-def waits(error: StageError) -> bool:
-    """Whether somebody can mend it, and the caller tries again."""
-    return error.consequence is Consequence.WAIT or error.patience_seconds is not None
-
-
 class _PartsLost(Exception):
     """The store does not know the upload, or a part of it, any more."""
 
@@ -105,7 +100,7 @@ class _Multipart:
         try:
             return self._run(on_bytes)
         except BaseException as error:
-            if not (isinstance(error, StageError) and waits(error)) and not isinstance(error, Stopped):
+            if not waits(error) and not isinstance(error, Stopped):
                 self._abandon()
             told(on_bytes, -self._counted)  # counted again by whoever goes on
             raise
@@ -154,7 +149,7 @@ class _Multipart:
             listed = self._list_parts()
         except ClientError as error:
             named = translate(error, self._uri)
-            if error_code(error) != "NoSuchUpload" and isinstance(named, StageError) and waits(named):
+            if error_code(error) != "NoSuchUpload" and waits(named):
                 raise named from error
             # NoSuchUpload: aborted by somebody, or completed and the answer was lost. Anything else: the store does not list, or does
             # not let us. In any case our own note holds the parts, and _complete finds out whether the store has them.
@@ -283,7 +278,7 @@ def abort_orphans(client: S3Client, bucket: str, folder: str, records: Path) -> 
                 count += 1
     except ClientError as error:
         named = translate(error, uri)
-        if isinstance(named, StageError) and waits(named):
+        if waits(named):
             raise named from error
         log.warning("uploads that a killed execution left below %s may stay: %s", uri, error)
     return count

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential_jitter
 
-from finetune_api.failures import FAILURES, Consequence
+from finetune_api.failures import FAILURES
 from finetune_trainer.context import StageContext
-from finetune_trainer.errors import StageError
+from finetune_trainer.errors import StageError, waits
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def wait_until_available(
         ctx.reporter.set_waiting(error.reason, error.message)
 
     retrying = Retrying(
-        retry=retry_if_exception(_waits),
+        retry=retry_if_exception(waits),
         wait=wait_exponential_jitter(initial=1, max=10, jitter=1),
         stop=spent,
         before_sleep=report,
@@ -84,9 +84,3 @@ def _failure(state: RetryCallState) -> StageError:
     error = state.outcome.exception() if state.outcome else None
     assert isinstance(error, StageError)
     return error
-
-
-def _waits(error: BaseException) -> bool:
-    return isinstance(error, StageError) and (
-        error.consequence is Consequence.WAIT or error.patience_seconds is not None
-    )

@@ -43,7 +43,7 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
     oldest = min((attempt_rank(a) for a in before.attempts), default=None)
     dropped_before = oldest if len(before.attempts) >= MAX_ATTEMPTS else None
     attempts: dict[str, AttemptStatus] = {}
-    active, held = before.active_seconds or 0, 0
+    ended: list[AttemptStatus] = []
     for old in before.attempts:
         new = old
         if old.outcome == "Running":
@@ -51,8 +51,7 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
             view = of_stage.get(old.stage, _NO_VIEW)
             new = _from_pod(pod, old, now, view) if pod is not None else _vanished(old, now, view, before)
             if new.outcome != "Running":
-                active += _seconds(new)
-                held += held_seconds(new, new.finished_at)
+                ended.append(new)
         else:
             pods.pop(old.execution_id, None)
         if new.execution_id in lost and new.reason != REPORT_LOST:
@@ -65,8 +64,7 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
         if dropped_before is not None and attempt_rank(new) < dropped_before:
             continue
         if new.outcome != "Running":
-            active += _seconds(new)
-            held += held_seconds(new, new.finished_at)
+            ended.append(new)
         if pod.uid in lost:
             new = new.model_copy(update={"reason": REPORT_LOST})
         attempts[pod.uid] = with_highlights(new, came.get(pod.uid))
@@ -78,7 +76,8 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
     kept = sorted(attempts.values(), key=attempt_rank)[-MAX_ATTEMPTS:]
     running = [parse_time(a.started_at) for a in kept if a.outcome == "Running"]
     since = min((t for t in running if t is not None), default=None)
-    return Ledger(tuple(kept), active, since, held)
+    active = (before.active_seconds or 0) + sum(_seconds(a) for a in ended)
+    return Ledger(tuple(kept), active, since, sum(held_seconds(a, now) for a in ended))
 
 
 def attempts_of(ledger: Ledger, stage: Stage) -> list[AttemptStatus]:
@@ -170,10 +169,10 @@ def _lost_job(view: StageView) -> AttemptStatus:
     )
 
 
-def held_seconds(attempt: AttemptStatus, until: str | None) -> int:
-    """For how long a training pod that ran held its GPUs; 0 for another stage's."""
+def held_seconds(attempt: AttemptStatus, now: datetime) -> int:
+    """For how long a training pod that ran has held its GPUs; 0 for another stage's."""
     ran = attempt.stage == Stage.TRAIN and attempt.started_at is not None
-    return _between(attempt.scheduled_at or attempt.started_at, until) if ran else 0
+    return _between(attempt.scheduled_at or attempt.started_at, attempt.finished_at or rfc3339(now)) if ran else 0
 
 
 def _seconds(attempt: AttemptStatus) -> int:

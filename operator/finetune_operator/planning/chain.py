@@ -99,36 +99,14 @@ def succeeded(look: Look) -> Decision | None:
     report = look.publish_report
     if report is None:
         return None
-    text = phases.success_message(report)
-    return Decision(
-        phase=Phase.SUCCEEDED,
-        message=text,
-        wishes=(
-            Wish(ConditionType.COMPLETE, True, "Succeeded", text),
-            Wish(ConditionType.FINISHED, True, "Succeeded", text),
-            *phases.milestones(look),
-            phases.not_waiting(look),
-            *phases.not_suspended(look),
-        ),
-    )
+    return _end(look, ConditionType.COMPLETE, "Succeeded", phases.success_message(report))
 
 
 def planned(look: Look) -> Decision | None:
     """Succeed without training if a plan was all that was asked for, and prepare has made it."""
     if not look.spec.plan_only or not look.prepared:
         return None
-    text = phases.planned_message(look)
-    return Decision(
-        phase=Phase.SUCCEEDED,
-        message=text,
-        wishes=(
-            Wish(ConditionType.COMPLETE, True, phases.PLANNED, text),
-            Wish(ConditionType.FINISHED, True, phases.PLANNED, text),
-            *phases.milestones(look),
-            phases.not_waiting(look),
-            *phases.not_suspended(look),
-        ),
-    )
+    return _end(look, ConditionType.COMPLETE, "Planned", phases.planned_message(look))
 
 
 def stage_failed(look: Look) -> Decision | None:
@@ -332,12 +310,16 @@ def fail(look: Look, reason: str, message: str) -> Decision:
         parts.append(advice)
     if not look.gpu_held and not look.trained:
         parts.append(NO_GPU_USED)
-    text = " ".join(parts)
+    return _end(look, ConditionType.FAILED, reason, " ".join(parts))
+
+
+def _end(look: Look, kind: ConditionType, reason: str, text: str) -> Decision:
+    """The last decision about a job: Complete or Failed."""
     return Decision(
-        phase=Phase.FAILED,
+        phase=Phase.SUCCEEDED if kind is ConditionType.COMPLETE else Phase.FAILED,
         message=text,
         wishes=(
-            Wish(ConditionType.FAILED, True, reason, text),
+            Wish(kind, True, reason, text),
             Wish(ConditionType.FINISHED, True, reason, text),
             *phases.milestones(look),
             phases.not_waiting(look),

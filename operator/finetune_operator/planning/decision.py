@@ -96,13 +96,12 @@ def _gpu_time(look: Look, finished: bool) -> dict[str, object]:
     gpus = spec.compute.gpus_per_node if spec is not None else 0
     seconds = look.ledger.held_seconds
     if finished:
-        now = rfc3339(look.now)
-        seconds += sum(held_seconds(a, now) for a in look.ledger.attempts if a.outcome == "Running")
+        seconds += sum(held_seconds(a, look.now) for a in look.ledger.attempts if a.outcome == "Running")
     held = (before.held_seconds if before else 0) + gpus * seconds
     if not held:
         return {}
-    metrics = look.publish_report or look.train_report
-    trained = round(gpus * metrics.metrics.train_seconds) if metrics else before.training_seconds if before else None
+    known = before.training_seconds if before else None
+    trained = round(gpus * look.metrics.train_seconds) if look.metrics is not None else known
     return {"gpu_time": gpu_time_status(held, trained)}
 
 
@@ -149,10 +148,9 @@ def _facts(look: Look) -> dict[str, object]:
         model_commit=report.model_commit if report else (old.model_commit if old else None),
         data_hash=report.data_hash if report else (old.data_hash if old else None),
     )
-    published, trained = look.publish_report, look.train_report
-    metrics = published.metrics if published else trained.metrics if trained else None
-    if metrics is not None:
-        facts["metrics"] = metrics_status(metrics)
+    published = look.publish_report
+    if look.metrics is not None:
+        facts["metrics"] = metrics_status(look.metrics)
     uri = str(snapshot.output)
     if published is not None:
         merged = published.merged_bytes

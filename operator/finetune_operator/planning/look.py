@@ -8,7 +8,7 @@ from functools import cached_property
 
 from finetune_api.failures import Reason
 from finetune_api.names import PIPELINE, Stage
-from finetune_api.results import PrepareReport, PublishReport, TrainReport
+from finetune_api.results import PrepareReport, PublishReport, TrainMetrics, TrainReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator.planning import conditions
@@ -88,6 +88,12 @@ class Look:
             if view.state is StageState.SUCCEEDED and view.report
             else None
         )
+
+    @cached_property
+    def metrics(self) -> TrainMetrics | None:
+        """What training measured, as far as a stage tells it: publish repeats it."""
+        told = self.publish_report or self.train_report
+        return told.metrics if told is not None else None
 
     @cached_property
     def train_unneeded(self) -> bool:

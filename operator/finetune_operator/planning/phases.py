@@ -17,9 +17,6 @@ from finetune_operator.planning.outcome import advice_for
 from finetune_operator.planning.risk import checkpoint_at_risk
 from finetune_operator.planning.story import last_restart, saved_step
 
-PLANNED = "Planned"
-"""Reason of Complete where a plan was all that was asked for."""
-
 
 def current(
     look: Look,

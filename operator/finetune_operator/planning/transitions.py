@@ -27,23 +27,21 @@ def notes(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[EventNot
         *_became(before, after, ConditionType.TRAINED, "Trained"),
         *_waiting(before, after),
         *_became(before, after, ConditionType.SUSPENDED, "Suspended"),
-        *_completed(before, after),
+        *_became(before, after, ConditionType.COMPLETE),
         *_failed(before, after),
     ]
     return tuple(EventNote(n.type, n.reason, n.message[:EVENT_LIMIT]) for n in found)
 
 
-def _became(before: FineTuneJobStatus, after: FineTuneJobStatus, kind: ConditionType, reason: str) -> list[EventNote]:
+def _became(
+    before: FineTuneJobStatus, after: FineTuneJobStatus, kind: ConditionType, reason: str = ""
+) -> list[EventNote]:
+    """A condition became true. The Event's reason is the condition's, unless there is one for all of them."""
     if is_true(before, kind) or not is_true(after, kind):
         return []
     condition = find(after, kind)
     assert condition is not None
-    return [EventNote(EventType.NORMAL, reason, condition.message)]
-
-
-def _completed(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
-    condition = find(after, ConditionType.COMPLETE)
-    return _became(before, after, ConditionType.COMPLETE, condition.reason) if condition is not None else []
+    return [EventNote(EventType.NORMAL, reason or condition.reason, condition.message)]
 
 
 def _resumed(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
