@@ -53,11 +53,11 @@ from tests.operator.remains import bench_in, remains
 from tests.support.api_proxy import ApiProxy, EventFault, EventStrike, Fault, Plan, ProxyLoop
 from tests.support.apiserver import ApiServer
 
-SUCCEEDS, STOPPED, RESUMED, REPORTED = "succeeds", "stopped", "resumed", "reported"
-STORIES = (SUCCEEDS, STOPPED, RESUMED, REPORTED)
+SUCCEEDS, STOPPED, RESUMED, REPORTED, ELECTED = "succeeds", "stopped", "resumed", "reported", "elected"
+STORIES = (SUCCEEDS, STOPPED, RESUMED, REPORTED, ELECTED)
 """Names of jobs: one goes from apply to Succeeded; one trains for ever, until it is given a deadline that is over; one is killed for its
 memory, trains with more, is suspended and resumed, and then succeeds; of one the operator hears by its pods' posts alone, and what it
-stored is deleted with it."""
+stored is deleted with it; one has an operator that leads by a Lease, and of its requests those for the Lease alone are struck."""
 LITTLE, MORE = "4Gi", "6Gi"
 MOMENT = 1.2
 """Stages of that one last longer than Kubernetes' times are exact, so that its attempts always stand in one order."""
@@ -66,6 +66,12 @@ RESYNC_SECONDS = "3"
 FINISH_SECONDS = 60
 KILLS = (Fault.KILL_BEFORE, Fault.KILL_AFTER)
 SETTINGS = {"FINETUNE_RESYNC_SECONDS": RESYNC_SECONDS, "FINETUNE_PROGRESS_URL": "https://operator.test:8443"}
+ELECTION = {
+    "FINETUNE_LEADER_ELECTION": "true",
+    "FINETUNE_LEASE_DURATION_SECONDS": "5",
+    "FINETUNE_LEASE_RENEW_DEADLINE_SECONDS": "3",
+    "FINETUNE_LEASE_RETRY_SECONDS": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,11 @@ def manifest(story: str) -> Raw:
     return job.build()
 
 
+def of_leases(path: str) -> bool:
+    """Whether a request is one of the election."""
+    return path.startswith("/apis/coordination.k8s.io/")
+
+
 def memory_of(pod: Pod) -> str:
     """What a pod's container may use; empty without a limit."""
     resources = pod["spec"]["containers"][0].get("resources") or {}
@@ -321,7 +332,7 @@ class Sweep:
         return [
             Point(fault, n, story)
             for story, life in self.undisturbed.items()
-            for faults, count in ((Fault, life.requests), (EventFault, life.events))
+            for faults, count in ((Fault, life.requests), (EventFault, 0 if story == ELECTED else life.events))
             for fault in faults
             for n in range(1, count + 1)
         ]
@@ -337,7 +348,7 @@ class Sweep:
         namespace = f"{self._prefix}-{point.story}-{words}-{point.at}"
         outcome = Outcome(point)
         began = time.monotonic()
-        plan = Plan()
+        plan = Plan(counts=of_leases) if point.story == ELECTED else Plan()
         strike = EventStrike(point.fault if isinstance(point.fault, EventFault) else EventFault.DOUBLE, point.at)
         plan.watch = strike
         if isinstance(point.fault, Fault):
@@ -348,7 +359,7 @@ class Sweep:
             stack.enter_context(proxy)
             holder: list[Kept] = []
             plan.kill = lambda: holder[0].kill() if holder else None
-            kept = Kept(self.nursery, bench, proxy.kubeconfig)
+            kept = Kept(self.nursery, bench, proxy.kubeconfig, **(ELECTION if point.story == ELECTED else {}))
             stack.callback(kept.close)
             holder.append(kept)
             self._kept[namespace] = kept

@@ -135,8 +135,10 @@ class Plan:
     watch: WatchPolicy | None = None
     refuse_watches: Callable[[str], bool] | None = None
     """Watches of these paths are answered 410 before they begin."""
+    counts: Callable[[str], bool] = lambda _path: True
+    """Whether requests of this path are counted, and may be struck."""
     requests: list[str] = field(default_factory=list)
-    """Method and path of each request, in order."""
+    """Method and path of each request that counts, in order."""
     hit: str = ""
     """The request that the fault struck."""
 
@@ -229,10 +231,13 @@ class ApiProxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         watch = request.query.get("watch") in ("true", "1")
-        name = f"{'WATCH' if watch else request.method} {urlsplit(request.path).path}"
+        path = urlsplit(request.path).path
+        name = f"{'WATCH' if watch else request.method} {path}"
         plan = self.plan
-        plan.requests.append(name)
-        fault = plan.fault if len(plan.requests) == plan.at else None
+        counted = plan.counts(path)
+        if counted:
+            plan.requests.append(name)
+        fault = plan.fault if counted and len(plan.requests) == plan.at else None
         if fault is not None:
             plan.hit = name
         if fault in _STATUSES:
