@@ -18,6 +18,8 @@ PIPELINE = (Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH)
 """What a FineTuneJob runs through. Cleanup is no part of it: it runs once the FineTuneJob is being deleted."""
 
 
+GPU_PRODUCT_LABEL, GPU_MEMORY_LABEL = "nvidia.com/gpu.product", "nvidia.com/gpu.memory"
+"""Labels that NVIDIA's GPU feature discovery puts on nodes; the memory is that of one GPU, in MiB."""
 LABEL_UID = "finetune.dev/job-uid"
 LABEL_NAME = "finetune.dev/job-name"
 LABEL_STAGE = "finetune.dev/stage"

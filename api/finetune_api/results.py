@@ -146,6 +146,8 @@ class RunPlan(ApiModel):
     """With the largest efficient micro-batch that fits."""
     gpu: str | None = None
     """The kind of GPU it was planned for; absent where that is not known."""
+    unsuitable_gpu_products: list[str] | None = None
+    """Products on nodes that the job may use and this plan does not fit: the training pod must not land there."""
     needed_bytes: int
     """The most at any time: loading, training or evaluation, with allowances."""
     usable_bytes: int | None = None

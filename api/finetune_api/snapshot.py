@@ -78,6 +78,17 @@ def workspace_location(spec: FineTuneJobSpec, name: str, uid: str) -> S3Location
     return location.join(job_key(name, uid), "workspace")
 
 
+class NodeGpu(ApiModel):
+    """A kind of GPU that nodes have, by their labels."""
+
+    product: str
+    """Label nvidia.com/gpu.product."""
+    memory_mib: int | None = None
+    """Label nvidia.com/gpu.memory: the least that a node with this product tells."""
+    nodes: int
+    """How many nodes have it that the training pod may land on."""
+
+
 class Snapshot(ApiModel):
     """Input of every stage."""
 
@@ -87,6 +98,8 @@ class Snapshot(ApiModel):
     spec: FineTuneJobSpec
     plan: Plan
     images: Images
+    node_gpus: list[NodeGpu] | None = None
+    """What the training pod may land on, as far as nodes tell; absent where the spec says what its GPUs can hold."""
 
     @property
     def output(self) -> S3Location:
@@ -183,7 +196,13 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
     )
 
 
-def make_snapshot(spec: FineTuneJobSpec, job: JobIdentity, default_images: Images, operator_version: str) -> Snapshot:
+def make_snapshot(
+    spec: FineTuneJobSpec,
+    job: JobIdentity,
+    default_images: Images,
+    operator_version: str,
+    node_gpus: list[NodeGpu] | None = None,
+) -> Snapshot:
     """Freeze a job: pure, so that the same inputs give the same digest.
 
     Fields that may change during a run (suspend, deadlines, TTL) are set to their defaults in the snapshot.
@@ -198,4 +217,11 @@ def make_snapshot(spec: FineTuneJobSpec, job: JobIdentity, default_images: Image
     )
     own = spec.runtime.image
     images = Images(prepare=own, train=own) if own else default_images
-    return Snapshot(operator_version=operator_version, job=job, spec=frozen, plan=resolve_plan(spec), images=images)
+    return Snapshot(
+        operator_version=operator_version,
+        job=job,
+        spec=frozen,
+        plan=resolve_plan(spec),
+        images=images,
+        node_gpus=node_gpus,
+    )

@@ -394,8 +394,8 @@ class Gpu(ApiModel):
     memory: Quantity | None = Field(
         None,
         description=(
-            "Memory that a process can allocate on one GPU, for the memory plan; known for common products (see the planner's "
-            "documentation). With neither, nothing is refused for its memory."
+            "Memory that a process can allocate on one GPU, for the memory plan. Without it and without a product, the plan holds for "
+            "those GPUs of the cluster's nodes (labels nvidia.com/gpu.product and .memory) that are large enough."
         ),
     )
 
@@ -697,11 +697,6 @@ class FineTuneJobSpec(ApiModel):
             (
                 "self.compute.gpusPerNode > 0 || self.training.useCpu",
                 "compute.gpusPerNode: 0 needs training.useCpu: true",
-            ),
-            (
-                "self.method.type != 'Auto' || self.training.useCpu || has(self.compute.gpu.product) || "
-                "has(self.compute.gpu.memory)",
-                "method.type: Auto needs to know the GPU: set compute.gpu.product or compute.gpu.memory",
             ),
             (
                 "!has(self.recovery.outOfMemory.maxMemory) || has(self.compute.memory)",

@@ -119,6 +119,10 @@ class PlanStatus(ApiModel):
     total_parameters: int | None = None
     needed_memory_bytes: int | None = Field(None, description="The most that one GPU will hold, as planned.")
     usable_memory_bytes: int | None = Field(None, description="What a process can allocate on the GPU planned for.")
+    unsuitable_gpu_products: list[str] | None = Field(
+        None,
+        description="GPUs of the cluster (label nvidia.com/gpu.product) that cannot hold it: the training pod avoids them.",
+    )
     memory: str | None = Field(None, description="The memory plan in words, and why method and micro-batch are so.")
     summary: str = Field("", description="The plan in one sentence.")
 

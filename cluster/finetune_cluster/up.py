@@ -22,6 +22,8 @@ from finetune_cluster.processes import node_inits
 
 KUBERNETES_NAME = f"kubernetes.default.svc.{DOMAIN}"
 NODES = "/api/v1/nodes"
+PRETENDED_MIB = 16 * 1024
+"""What nodes tell of the memory of a pretended GPU."""
 ACCOUNTS = "/api/v1/namespaces/default/serviceaccounts"
 
 
@@ -134,6 +136,7 @@ def _wait_node(api: Api, instance: Instance, node: Node, gpu_product: str | None
     labels = {f"{GPU_RESOURCE}.count": str(node.gpus) if node.gpus else None}
     if gpu_product:
         labels[f"{GPU_RESOURCE}.product"] = gpu_product if node.gpus else None
+        labels[f"{GPU_RESOURCE}.memory"] = str(PRETENDED_MIB) if node.gpus else None
     if node.ordinal == 1:
         labels["node-role.kubernetes.io/control-plane"] = ""
     api.merge(f"{NODES}/{node.name}", {"metadata": {"labels": labels}})

@@ -99,7 +99,14 @@ class Applier:
                 return
             self._refused(job, problem)
 
-    async def create(self, job: JobView, snapshot: bool, stage: Stage | None, memory: str | None = None) -> bool:
+    async def create(
+        self,
+        job: JobView,
+        snapshot: bool,
+        stage: Stage | None,
+        memory: str | None = None,
+        avoid_gpus: tuple[str, ...] = (),
+    ) -> bool:
         """Create the snapshot, then the stage's Job. False if the API server refused; the reason is remembered."""
         self._check_leading(job)
         try:
@@ -107,7 +114,7 @@ class Applier:
             if snapshot or record is None:
                 record = await self._snapshots.create(job)
             if stage is not None:
-                await self._create_job(job, record, stage, memory)
+                await self._create_job(job, record, stage, memory, avoid_gpus)
         except Conflict as conflict:
             self._answers.setdefault(job.uid, Answers()).conflict = str(conflict)
             return False
@@ -133,10 +140,12 @@ class Applier:
         answers.refusal = refusal(problem, self.now() + timedelta(seconds=delay))
         logger.info("%s/%s: refused: %s", job.namespace, job.name, answers.refusal.message)
 
-    async def _create_job(self, job: JobView, record: SnapshotRecord, stage: Stage, memory: str | None) -> None:
+    async def _create_job(
+        self, job: JobView, record: SnapshotRecord, stage: Stage, memory: str | None, avoid_gpus: tuple[str, ...]
+    ) -> None:
         """POST once; on 409 the Job that is there must be ours, and is taken as it is."""
         self._check_leading(job)
-        body = stage_job(Owner.of(job), record, stage, self._settings, memory)
+        body = stage_job(Owner.of(job), record, stage, self._settings, memory, avoid_gpus)
         path = jobs_path(job.namespace)
         try:
             self._cache.put_job(await self._api.create(path, body))

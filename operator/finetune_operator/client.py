@@ -25,6 +25,7 @@ Raw = dict[str, Any]
 _FINETUNEJOBS = f"/apis/{GROUP}/{VERSION}"
 STATUS_MANAGER = "finetune-operator"
 PROGRESS_MANAGER = "finetune-operator-progress"
+NODES_PATH = "/api/v1/nodes"
 
 
 class ApiError(Exception):

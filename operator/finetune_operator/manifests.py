@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetune_api.names import (
     ENV_POD_UID,
     ENV_SNAPSHOT,
     ENV_STAGE,
+    GPU_PRODUCT_LABEL,
     LABEL_NAME,
     LABEL_STAGE,
     LABEL_UID,
@@ -91,11 +93,18 @@ def snapshot_config_map(owner: Owner, snapshot_json: str, digest: str, ca_bundle
 
 
 def stage_job(
-    owner: Owner, record: SnapshotRecord, stage: Stage, settings: Settings, memory: str | None = None
+    owner: Owner,
+    record: SnapshotRecord,
+    stage: Stage,
+    settings: Settings,
+    memory: str | None = None,
+    avoid_gpus: Sequence[str] = (),
 ) -> Manifest:
     """The Job of a stage. Everything that shapes the run comes from the snapshot, never from the live spec.
 
-    ``memory``: what the training pod gets instead of compute.memory, after it was killed for exceeding that.
+    Args:
+        memory: what the training pod gets instead of compute.memory, after it was killed for exceeding that.
+        avoid_gpus: GPU products that the training pod must not land on, as its plan does not fit them.
     """
     snapshot = record.snapshot
     if stage is Stage.TRAIN and memory is not None:
@@ -126,10 +135,21 @@ def stage_job(
                     "labels": {**(runtime.labels or {}), **labels},
                     "annotations": {**(runtime.annotations or {}), **annotations},
                 },
-                "spec": _pod_spec(owner, snapshot, stage, settings),
+                "spec": {
+                    **_pod_spec(owner, snapshot, stage, settings),
+                    **(_avoiding(avoid_gpus) if stage is Stage.TRAIN else {}),
+                },
             },
         },
     }
+
+
+def _avoiding(products: Sequence[str]) -> Manifest:
+    if not products:
+        return {}
+    others = {"key": GPU_PRODUCT_LABEL, "operator": "NotIn", "values": list(products)}
+    terms = {"nodeSelectorTerms": [{"matchExpressions": [others]}]}
+    return {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}}
 
 
 CLEANUP_RETRIES, CLEANUP_TTL_SECONDS = 3, 600
@@ -265,7 +285,7 @@ def _pod_spec(owner: Owner, snapshot: Snapshot, stage: Stage, settings: Settings
             pod["runtimeClassName"] = runtime.runtime_class_name
         selector = dict(runtime.node_selector or {})
         if spec.compute.gpu.product:
-            selector["nvidia.com/gpu.product"] = spec.compute.gpu.product
+            selector[GPU_PRODUCT_LABEL] = spec.compute.gpu.product
         if selector:
             pod["nodeSelector"] = selector
         if runtime.tolerations:

@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pydantic import ValidationError
 
 from finetune_api.names import SNAPSHOT_KEY, snapshot_name
-from finetune_api.snapshot import JobIdentity, Snapshot, make_snapshot
+from finetune_api.snapshot import JobIdentity, NodeGpu, Snapshot, make_snapshot
 from finetune_operator.client import Api, ApiError, Raw, configmaps_path
+from finetune_operator.gpus import NodeGpus
 from finetune_operator.manifests import Owner, snapshot_config_map
 from finetune_operator.observe import owner_uid
 from finetune_operator.planning.model import JobView, SnapshotRecord
@@ -34,6 +35,7 @@ class Snapshots:
     def __init__(self, api: Api, settings: Settings) -> None:
         self._api = api
         self._settings = settings
+        self._gpus = NodeGpus(api)
         self._known: dict[str, SnapshotRecord] = {}
         self._version = operator_version()
         self._bundle: tuple[int, str] | None = None
@@ -70,7 +72,8 @@ class Snapshots:
             Conflict: the ConfigMap belongs to something else.
             ApiError: the API server refused, or could not be reached.
         """
-        snapshot = self.make(job)
+        assert job.spec is not None
+        snapshot = self.make(job, await self._gpus.for_job(job.spec))
         text = snapshot.canonical_json()
         digest = hashlib.sha256(text.encode()).hexdigest()
         body = snapshot_config_map(Owner.of(job), text, digest, self._authority())
@@ -84,11 +87,11 @@ class Snapshots:
         self._known[job.uid] = record
         return record
 
-    def make(self, job: JobView) -> Snapshot:
+    def make(self, job: JobView, node_gpus: list[NodeGpu] | None = None) -> Snapshot:
         """What a job would be frozen to now."""
         assert job.spec is not None
         identity = JobIdentity(name=job.name, namespace=job.namespace, uid=job.uid, generation=job.generation)
-        return make_snapshot(job.spec, identity, self._settings.images, self._version)
+        return make_snapshot(job.spec, identity, self._settings.images, self._version, node_gpus)
 
     def _remember(self, job: JobView, raw: Raw) -> SnapshotRecord:
         if owner_uid(raw["metadata"]) != job.uid:

@@ -104,7 +104,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a runtime class that is no name", {"runtime": {"runtimeClassName": "Not a name"}}, "spec.runtime.runtimeClassName"),
     ("biases with QLoRA", {"method": {"type": "QLoRA", "lora": {"bias": "All"}}}, "QLoRA cannot train biases, and Auto may choose it: bitsandbytes holds those of quantized layers in 16 bit"),
     ("biases with Auto", {"method": {"type": "Auto", "lora": {"bias": "All"}}, "compute": {"gpu": {"memory": "80Gi"}}}, "QLoRA cannot train biases"),
-    ("Auto for a GPU of which nothing is known", {"method": {"type": "Auto"}}, "method.type: Auto needs to know the GPU"),
     ("an optimizer whose package the image has not", {"training": {"optimizer": {"name": "galore_adamw"}}}, 'Unsupported value: "galore_adamw": supported values: "adamw_torch"'),
     ("a revision of data in a bucket", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "revision": "v1"}]}}, "revision applies to hf:// data only"),
     ("memory that may grow from nothing", {"recovery": {"outOfMemory": {"maxMemory": "8Gi"}}}, "maxMemory needs compute.memory"),

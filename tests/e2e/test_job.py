@@ -58,13 +58,13 @@ def test_a_job_leaves_a_whole_verified_result_and_a_true_status(space: Space, me
 
 
 def test_a_plan_alone_asks_for_no_gpu_and_stores_nothing(space: Space) -> None:
-    """``examples/plan-only.yaml`` on a model that is here."""
-    gpu = {"training": {"useCpu": False}, "compute": {"gpu": {"memory": "16Gi"}}, "method": {"type": "Auto"}}
+    """``examples/plan-only.yaml`` on a model that is here, for the GPU that nodes tell of by their labels."""
+    gpu = {"training": {"useCpu": False}, "method": {"type": "Auto"}}
     space.apply("planned", spec_for(space.put(rows(40)), planOnly=True, **gpu))
     job = space.until("planned", finished, 300, "finished")
     assert condition(job, "Complete")["reason"] == "Planned"
     assert job["status"]["plan"]["method"] == "LoRA"
-    assert "GiB" in condition(job, "Complete")["message"]
+    assert "on 1 × Pretend: peak" in condition(job, "Complete")["message"]
     assert not space.gpu_pods.so_far()
     prefix = f"results/planned-{job['metadata']['uid'][:8]}"
     assert not space.bucket.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents")

@@ -27,7 +27,7 @@ ON_JOBS = {
     ("", "configmaps"): {"get", "create"},
     ("", "events"): {"create", "list"},
 }
-EVERYWHERE = {("authentication.k8s.io", "tokenreviews"): {"create"}}
+EVERYWHERE = {("authentication.k8s.io", "tokenreviews"): {"create"}, ("", "nodes"): {"list"}}
 LEASES = {("coordination.k8s.io", "leases"): {"get", "create", "update"}}
 
 Rights = dict[tuple[str, str], set[str]]

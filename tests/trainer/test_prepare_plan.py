@@ -12,7 +12,7 @@ import pytest
 from finetune_api.failures import Reason
 from finetune_api.planner import describe, parse_config
 from finetune_api.results import DataSummary, LengthPercentiles, RunPlan
-from finetune_api.snapshot import resolve_plan
+from finetune_api.snapshot import NodeGpu, resolve_plan
 from finetune_api.spec import FineTuneJobSpec, MethodType
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.model import BaseModel
@@ -42,11 +42,16 @@ def rows(longest: int = 2048, tokens: int = 1_000_000) -> DataSummary:
     )  # fmt: skip
 
 
-def planned(name: str = "llama-3-8b", data: DataSummary | None = None, **spec: Any) -> RunPlan | None:
+def planned(
+    name: str = "llama-3-8b",
+    data: DataSummary | None = None,
+    nodes: list[NodeGpu] | None = None,
+    **spec: Any,
+) -> RunPlan | None:
     asked = deep_merge(job_spec(None, "bucket", training={"useCpu": False}), spec)
     parsed = FineTuneJobSpec.model_validate(asked)
     split = snapshot_of(asked, "u" * 32).split
-    return plan_run(parsed, split, base_model(name), data or rows())
+    return plan_run(parsed, split, base_model(name), data or rows(), nodes)
 
 
 def gpu(product: str | None = None, memory: str | None = None, count: int = 1) -> dict[str, Any]:
@@ -98,6 +103,57 @@ def test_what_cannot_fit_is_refused_with_how_much_is_missing_and_what_would_fit(
     assert "method.type: QLoRA" in refused.value.message
     assert "hf://org/llama-3-8b" in refused.value.message
     assert planned(compute=gpu("Tesla-T4", memory="80Gi")) is not None, "what is declared counts"
+
+
+def on_nodes(*products: str, memory_mib: int | None = None) -> list[NodeGpu]:
+    return [NodeGpu(product=product, memory_mib=memory_mib, nodes=1) for product in products]
+
+
+def test_a_job_that_names_no_gpu_is_planned_for_the_smallest_on_nodes_that_it_fits() -> None:
+    nodes = on_nodes("NVIDIA-H100-80GB-HBM3", "NVIDIA-A100-SXM4-40GB", "Tesla-T4")
+    lora, qlora = (planned(nodes=nodes, method={"type": method}) for method in ("LoRA", "QLoRA"))
+    assert lora is not None
+    assert qlora is not None
+    assert (lora.gpu, lora.unsuitable_gpu_products) == ("NVIDIA A100 SXM4 40GB", ["Tesla-T4"])
+    assert "Not on Tesla T4, which nodes have too" in lora.summary
+    assert (qlora.gpu, qlora.unsuitable_gpu_products) == ("Tesla T4", None), (
+        "it fits the smallest, so it may run anywhere"
+    )
+
+
+def test_auto_takes_lora_if_one_kind_of_gpu_on_nodes_holds_it() -> None:
+    mixed = planned(nodes=on_nodes("NVIDIA-A100-SXM4-80GB", "Tesla-T4"), method={"type": "Auto"})
+    small = planned(nodes=on_nodes("Tesla-T4"), method={"type": "Auto"})
+    assert mixed is not None
+    assert small is not None
+    assert (mixed.method, mixed.unsuitable_gpu_products) == (MethodType.LORA, ["Tesla-T4"])
+    assert (small.method, small.unsuitable_gpu_products) == (MethodType.QLORA, None)
+
+
+def test_what_no_gpu_on_nodes_holds_is_refused_by_the_largest_of_them() -> None:
+    with pytest.raises(StageError, match="too little") as refused:
+        planned(nodes=on_nodes("Tesla-T4", "Tesla-V100-SXM2-16GB"), method={"type": "LoRA"})
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+    assert "Tesla V100 SXM2 16GB has" in refused.value.message
+    assert "(Tesla T4, Tesla V100 SXM2 16GB); to wait for another, name it in compute.gpu.product" in refused.value.message
+
+
+def test_a_product_that_is_not_in_the_table_has_what_its_label_tells() -> None:
+    for asked in (gpu("Somebodys-GPU"), gpu()):
+        plan = planned(nodes=on_nodes("Somebodys-GPU", memory_mib=40_000), compute=asked, method={"type": "Auto"})
+        assert plan is not None
+        assert plan.gpu == "Somebodys GPU"
+        assert plan.usable_bytes == int(40_000 * 0.97) << 20
+    with pytest.raises(StageError, match=r"Somebodys-GPU is not in the table of GPUs\. .* compute\.gpu\.memory"):
+        planned(nodes=on_nodes("Somebodys-GPU"), method={"type": "Auto"})
+    with pytest.raises(StageError, match="no node with a GPU that this job may use tells its product"):
+        planned(nodes=[], method={"type": "Auto"})
+
+
+def test_what_the_job_declares_counts_more_than_what_nodes_tell() -> None:
+    plan = planned(nodes=on_nodes("Tesla-T4"), compute=gpu(memory="80Gi"), method={"type": "LoRA"})
+    assert plan is not None
+    assert plan.usable_bytes == 80 * GIB
 
 
 def test_rows_are_as_long_as_the_longest_there_is() -> None:

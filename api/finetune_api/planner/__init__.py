@@ -5,11 +5,11 @@
 """
 
 from finetune_api.planner.architecture import Architecture, UnknownArchitecture, parse_config
-from finetune_api.planner.choose import Choice, choose
+from finetune_api.planner.choose import Choice, choose, choose_among
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import Alternative, Fit, fit
 from finetune_api.planner.from_spec import request_of
-from finetune_api.planner.gpus import Gpu, UnknownGpu, find_gpu, known_gpus
+from finetune_api.planner.gpus import Gpu, UnknownGpu, find_gpu, known_gpus, labelled_gpu
 from finetune_api.planner.linears import UnknownTarget
 from finetune_api.planner.plan import MemoryPlan, Request, plan
 from finetune_api.planner.sentences import misfit_sentence, plan_sentence
@@ -33,10 +33,12 @@ __all__ = [
     "UnknownGpu",
     "UnknownTarget",
     "choose",
+    "choose_among",
     "describe",
     "find_gpu",
     "fit",
     "known_gpus",
+    "labelled_gpu",
     "misfit_sentence",
     "parameter_shapes",
     "parse_config",

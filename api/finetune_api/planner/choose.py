@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import Fit, fit, four_bit, limit, with_batch
+from finetune_api.planner.gpus import Gpu
 from finetune_api.planner.plan import MemoryPlan, Request, plan
 from finetune_api.planner.sentences import gib
 from finetune_api.spec import MethodType
@@ -69,6 +70,43 @@ def choose(
         )
     assert last is not None
     return _choice(*last, usable_bytes, " ".join(rejected))
+
+
+def choose_among(
+    request: Request,
+    gpus: Sequence[Gpu],
+    global_batch_sequences: int,
+    method: MethodType | None = None,
+    micro_batch_sequences: int | None = None,
+    *,
+    evaluation_follows: bool = False,
+    sharding: bool = True,
+) -> tuple[Choice, list[Gpu]]:
+    """One plan for whichever of several kinds of GPU the run will get: LoRA if it fits any of them, QLoRA if not, cut for the smallest
+    that the method fits.
+
+    Args:
+        gpus: at least one.
+
+    Returns:
+        The choice, and the kinds of GPU that it holds for, the smallest memory first. Where nothing fits, that is the largest.
+    """
+    ordered = sorted(gpus, key=lambda gpu: gpu.usable_bytes)
+    choices = [
+        choose(
+            request,
+            gpu.usable_bytes,
+            global_batch_sequences,
+            method,
+            micro_batch_sequences,
+            evaluation_follows=evaluation_follows,
+            sharding=sharding,
+        )
+        for gpu in ordered
+    ]
+    fitting = [n for n, choice in enumerate(choices) if choice.fit.fits]
+    first = min(fitting, key=lambda n: (choices[n].method is not MethodType.LORA, n), default=len(ordered) - 1)
+    return choices[first], ordered[first:]
 
 
 def layouts(request: Request, sharding: bool = True) -> list[Layout]:

@@ -9,6 +9,8 @@ from importlib import resources
 from finetune_api.base import ApiModel
 
 MIB = 1 << 20
+USABLE_SHARE = 0.97
+"""Of the memory that a label tells, what a process can allocate: the least of the products in the table."""
 
 
 class UnknownGpu(ValueError):
@@ -45,6 +47,15 @@ def known_gpus() -> tuple[Gpu, ...]:
         for row in rows
     ]
     return tuple(sorted(gpus, key=lambda gpu: gpu.usable_bytes))
+
+
+def labelled_gpu(product: str, memory_mib: int | None) -> Gpu | None:
+    """What nodes have, under the name that their label gives it: from the table, or by the label nvidia.com/gpu.memory; None where
+    neither tells."""
+    try:
+        return find_gpu(product).model_copy(update={"product": product})
+    except UnknownGpu:
+        return None if memory_mib is None else Gpu(product=product, usable_bytes=int(memory_mib * MIB * USABLE_SHARE))
 
 
 def find_gpu(product: str) -> Gpu:

@@ -50,12 +50,17 @@ def finish(look: Look, decision: Decision) -> Plan:
         create_snapshot=decision.create_snapshot,
         create_job=decision.create,
         memory=look.wanted_memory if decision.create is Stage.TRAIN else None,
+        avoid_gpus=_avoided(after) if decision.create is Stage.TRAIN else (),
         deletes=decision.deletes,
         status=after if changed else None,
         urgency=Urgency.LATER if not changed else Urgency.NOW if decision.pressing else _urgency(before, after),
         events=notes(before, after) if changed else (),
         requeue_after=_requeue(look, decision),
     )
+
+
+def _avoided(status: FineTuneJobStatus) -> tuple[str, ...]:
+    return tuple((status.plan.unsuitable_gpu_products if status.plan is not None else None) or ())
 
 
 def _status(look: Look, decision: Decision) -> FineTuneJobStatus:

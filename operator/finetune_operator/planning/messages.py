@@ -57,6 +57,7 @@ def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
         gradient_accumulation_steps=split.gradient_accumulation_steps,
         needed_memory_bytes=memory.needed_bytes if memory else None,
         usable_memory_bytes=memory.usable_bytes if memory else None,
+        unsuitable_gpu_products=memory.unsuitable_gpu_products if memory else None,
         memory=memory.summary if memory else None,
         total_steps=report.total_steps if report else None,
         trainable_parameters=report.trainable_parameters if report else None,

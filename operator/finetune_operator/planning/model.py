@@ -214,6 +214,8 @@ class Plan:
     create_job: Stage | None = None
     memory: str | None = None
     """With the training Job: what its pod gets instead of compute.memory."""
+    avoid_gpus: tuple[str, ...] = ()
+    """With the training Job: GPU products that its plan does not fit."""
     hold_output: bool | None = None
     """Put the finalizer on, or let the FineTuneJob go."""
     create_cleanup: bool = False

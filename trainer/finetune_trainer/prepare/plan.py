@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from finetune_api.failures import Reason
 from finetune_api.planner import (
@@ -11,10 +12,9 @@ from finetune_api.planner import (
     Gpu,
     Shapes,
     UnknownArchitecture,
-    UnknownGpu,
     UnknownTarget,
-    choose,
-    find_gpu,
+    choose_among,
+    labelled_gpu,
     misfit_sentence,
     parameter_shapes,
     parse_config,
@@ -27,7 +27,7 @@ from finetune_api.planner.sentences import gib
 from finetune_api.progress import Split
 from finetune_api.quantity import parse_quantity
 from finetune_api.results import DataSummary, RunPlan
-from finetune_api.snapshot import largest_divisor, rank_count
+from finetune_api.snapshot import NodeGpu, largest_divisor, rank_count
 from finetune_api.spec import FineTuneJobSpec, MethodType
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.model import BaseModel
@@ -35,23 +35,30 @@ from finetune_trainer.prepare.model import BaseModel
 log = logging.getLogger(__name__)
 
 
-def plan_run(spec: FineTuneJobSpec, split: Split, model: BaseModel, data: DataSummary) -> RunPlan | None:
+def plan_run(
+    spec: FineTuneJobSpec,
+    split: Split,
+    model: BaseModel,
+    data: DataSummary,
+    node_gpus: Sequence[NodeGpu] | None = None,
+) -> RunPlan | None:
     """The plan of a run on GPUs, for the longest row that there is; None on a CPU, and for a model whose sizes are not known.
 
     Args:
         split: what is done without a plan: the user's micro-batch, or a default.
+        node_gpus: what the nodes tell that the training pod may land on.
 
     Raises:
         StageError: DoesNotFit; InvalidConfig, for Auto with a GPU or a model that nothing is known of.
     """
     if spec.training.use_cpu:
         return None
-    gpu = gpu_of(spec)
+    gpus = gpus_of(spec, node_gpus)
     try:
         arch = parse_config(model.config)
         shapes = parameter_shapes(model.shapes, arch)
         request = request_for(spec, arch, shapes, data)
-        return from_request(spec, split, request, gpu, model.uri)
+        return from_request(spec, split, request, gpus, model.uri)
     except (UnknownArchitecture, UnknownTarget) as error:
         if spec.method.type is MethodType.AUTO:
             raise StageError(
@@ -61,28 +68,34 @@ def plan_run(spec: FineTuneJobSpec, split: Split, model: BaseModel, data: DataSu
         return None
 
 
-def gpu_of(spec: FineTuneJobSpec) -> Gpu | None:
-    """The kind of GPU that is asked for: its declared memory, or that of its product.
+def gpus_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) -> list[Gpu]:
+    """The kinds of GPU that the run may get, as far as anything is known of them: what is declared counts, then the product that is
+    asked for, then what nodes tell.
 
     Raises:
-        StageError: InvalidConfig, where Auto needs to know it.
+        StageError: InvalidConfig, where Auto needs to know and nothing is known.
     """
     asked = spec.compute.gpu
-    try:
-        known = find_gpu(asked.product) if asked.product else None
-    except UnknownGpu as error:
-        if asked.memory is None and spec.method.type is MethodType.AUTO:
-            raise StageError(
-                Reason.INVALID_CONFIG,
-                f"method.type: Auto: {asked.product} is not in the table of GPUs. Declare its memory in compute.gpu.memory.",
-            ) from error
-        known = None
-    if asked.memory is None:
-        return known
-    usable = int(parse_quantity(asked.memory))
-    if known is not None:
-        return known.model_copy(update={"usable_bytes": usable})
-    return Gpu(product=asked.product or f"GPU with {asked.memory}", usable_bytes=usable)
+    labels = [(g.product, g.memory_mib) for g in node_gpus or [] if asked.product in (None, g.product)]
+    if asked.product is not None and not labels:
+        labels = [(asked.product, None)]
+    gpus = [gpu for product, memory in labels if (gpu := labelled_gpu(product, memory)) is not None]
+    if asked.memory is not None:
+        usable = int(parse_quantity(asked.memory))
+        declared = Gpu(product=asked.product or f"GPU with {asked.memory}", usable_bytes=usable)
+        return [gpu.model_copy(update={"usable_bytes": usable}) for gpu in gpus] or [declared]
+    if not gpus and spec.method.type is MethodType.AUTO:
+        found = asked.product or ", ".join(product for product, _ in labels)
+        of = (
+            f"{found} is not in the table of GPUs"
+            if found
+            else "no node with a GPU that this job may use tells its product"
+        )
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"method.type: Auto: {of}. Set compute.gpu.product, or declare its memory in compute.gpu.memory.",
+        )
+    return gpus
 
 
 def request_for(spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data: DataSummary) -> Request:
@@ -98,13 +111,13 @@ def request_for(spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data:
     return request.model_copy(update={"batch": request.batch.model_copy(update={"sequence_tokens": longest})})
 
 
-def from_request(spec: FineTuneJobSpec, split: Split, request: Request, gpu: Gpu | None, uri: str) -> RunPlan:
+def from_request(spec: FineTuneJobSpec, split: Split, request: Request, gpus: list[Gpu], uri: str) -> RunPlan:
     """Choose, where the GPU is known; otherwise only tell what will be needed.
 
     Raises:
         StageError: DoesNotFit.
     """
-    if gpu is None:
+    if not gpus:
         four_bit = request.tuning.model_copy(update={"four_bit": spec.method.type is MethodType.QLORA})
         batch = request.batch.model_copy(update={"micro_batch_sequences": split.micro_batch_sequences})
         planned = plan(request.model_copy(update={"tuning": four_bit, "batch": batch}))
@@ -116,9 +129,9 @@ def from_request(spec: FineTuneJobSpec, split: Split, request: Request, gpu: Gpu
             verified=planned.verified,
             summary=f"needs {gib(planned.needed_bytes)} of GPU memory by plan; whether the GPU has it is not known",
         )
-    choice = choose(
+    choice, suitable = choose_among(
         request,
-        gpu.usable_bytes,
+        gpus,
         spec.training.global_batch_sequences,
         None if spec.method.type is MethodType.AUTO else spec.method.type,
         spec.training.micro_batch_sequences,
@@ -130,14 +143,23 @@ def from_request(spec: FineTuneJobSpec, split: Split, request: Request, gpu: Gpu
     ):
         # Sharding over more GPUs is not offered: training does not do it yet.
         here = choice.fit.model_copy(update={"alternatives": [a for a in choice.fit.alternatives if a.gpus is None]})
-        raise StageError(Reason.DOES_NOT_FIT, misfit_sentence(uri, choice.request, here, gpu))
-    return _chosen(spec, split, choice, gpu)
+        words = misfit_sentence(uri, choice.request, here, suitable[0])
+        if len(gpus) > 1:
+            words += f" It is the largest of those that nodes have ({names(gpus)}); to wait for another, name it in compute.gpu.product."
+        raise StageError(Reason.DOES_NOT_FIT, words)
+    return _chosen(spec, split, choice, suitable[0], [gpu for gpu in gpus if gpu not in suitable])
 
 
-def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu) -> RunPlan:
+def names(gpus: Sequence[Gpu]) -> str:
+    """``Tesla T4, NVIDIA A10G``."""
+    return ", ".join(gpu.name for gpu in gpus)
+
+
+def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsuitable: list[Gpu]) -> RunPlan:
     planned = plan(choice.request, gpu.peak_tflops)
     share = -(-spec.training.global_batch_sequences // choice.request.gpus)
     micro = largest_divisor(share, choice.micro_batch_sequences)
+    avoided = f" Not on {names(unsuitable)}, which nodes have too: too little memory for it." if unsuitable else ""
     misfit = "" if choice.fit.fits else " By an estimate that was not verified for this family it does not fit."
     return RunPlan(
         method=choice.method,
@@ -149,10 +171,11 @@ def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu) -> Ru
             }
         ),
         gpu=gpu.name,
+        unsuitable_gpu_products=[each.product for each in unsuitable] or None,
         needed_bytes=planned.needed_bytes,
         usable_bytes=gpu.usable_bytes,
         peak_allocated_bytes=planned.peak_allocated_bytes,
         estimated_seconds=planned.work.seconds,
         verified=planned.verified,
-        summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{misfit}",
+        summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{misfit}{avoided}",
     )

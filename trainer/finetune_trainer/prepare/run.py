@@ -64,7 +64,7 @@ def run(ctx: StageContext) -> PrepareReport:
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
     checked = check_data(ctx, model)
     prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared")
-    planned = plan_run(ctx.snapshot.spec, ctx.snapshot.split, model, prepared.data)
+    planned = plan_run(ctx.snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
     if planned is not None:
         log.info("%s", planned.summary)
     for warning in (warnings := model.warnings + prepared.warnings):

@@ -1,0 +1,121 @@
+"""Which kinds of GPU the nodes have that a training pod may land on: by their labels, read when a job is frozen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from finetune_api.names import GPU_MEMORY_LABEL, GPU_PRODUCT_LABEL
+from finetune_api.planner.gpus import UnknownGpu, find_gpu
+from finetune_api.quantity import parse_quantity
+from finetune_api.snapshot import NodeGpu
+from finetune_api.spec import FineTuneJobSpec, Toleration
+from finetune_operator.client import NODES_PATH, Api, ApiError, Raw
+
+logger = logging.getLogger(__name__)
+FRESH_SECONDS = 60.0
+"""Nodes come and go slowly, and a list of them is large."""
+FORBIDDEN = 403
+CONDITIONS = "node.kubernetes.io/"
+"""Taints of a node's state (cordoned, not ready): they pass, and its GPU stays what it is."""
+
+
+class NodeGpus:
+    """The nodes with GPUs, read at most once a minute, whoever asks."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._nodes: list[Raw] = []
+        self._read_at: float | None = None
+        self._lock = asyncio.Lock()
+
+    async def for_job(self, spec: FineTuneJobSpec) -> list[NodeGpu] | None:
+        """What the plan of a job has to hold for; None where that is declared, or nothing is planned.
+
+        Raises:
+            ApiError: the API server refused otherwise than for want of rights, or could not be reached.
+        """
+        return kinds(await self._fresh(), spec) if needed(spec) else None
+
+    async def _fresh(self) -> list[Raw]:
+        async with self._lock:
+            if self._read_at is None or time.monotonic() - self._read_at > FRESH_SECONDS:
+                try:
+                    listed, _ = await self._api.list_all(NODES_PATH, GPU_PRODUCT_LABEL)
+                except ApiError as problem:
+                    if problem.status != FORBIDDEN:
+                        raise
+                    logger.warning("kinds of GPU are not known, unless a job names them: %s", problem)
+                    listed = []
+                self._nodes = [_trimmed(node) for node in listed]
+                self._read_at = time.monotonic()
+            return self._nodes
+
+
+def needed(spec: FineTuneJobSpec) -> bool:
+    """Whether a job leaves it to the cluster what its GPUs can hold."""
+    if spec.training.use_cpu or spec.compute.gpu.memory is not None:
+        return False
+    if spec.compute.gpu.product is None:
+        return True
+    try:
+        find_gpu(spec.compute.gpu.product)
+    except UnknownGpu:
+        return True  # its nodes may tell its memory
+    return False
+
+
+def kinds(nodes: Iterable[Raw], spec: FineTuneJobSpec) -> list[NodeGpu]:
+    """The kinds on nodes that a job's training pod may land on, in the order of their names."""
+    found: dict[str, NodeGpu] = {}
+    for node in nodes:
+        labels = node["metadata"]["labels"]
+        if not _may_land(node, spec):
+            continue
+        product, memory = labels[GPU_PRODUCT_LABEL], labels.get(GPU_MEMORY_LABEL, "")
+        mib = int(memory) if memory.isdigit() else None
+        known = found.get(product)
+        if known is not None and known.memory_mib is not None:
+            mib = min(mib or known.memory_mib, known.memory_mib)
+        found[product] = NodeGpu(product=product, memory_mib=mib, nodes=1 + (known.nodes if known else 0))
+    return [found[product] for product in sorted(found)]
+
+
+def _may_land(node: Raw, spec: FineTuneJobSpec) -> bool:
+    labels, gpu = node["metadata"]["labels"], spec.compute.gpu
+    wanted = dict(spec.runtime.node_selector or {})
+    if gpu.product is not None:
+        wanted[GPU_PRODUCT_LABEL] = gpu.product
+    has = parse_quantity(str(node["status"]["allocatable"].get(gpu.resource_name, "0")))
+    return (
+        wanted.items() <= labels.items()
+        and has >= spec.compute.gpus_per_node
+        and all(
+            _tolerated(taint, gpu.resource_name, spec.runtime.tolerations or []) for taint in node["spec"]["taints"]
+        )
+    )
+
+
+def _tolerated(taint: dict[str, Any], resource: str, tolerations: Iterable[Toleration]) -> bool:
+    """As the scheduler has it. Pods that ask for a resource often get its toleration at admission (ExtendedResourceToleration)."""
+    key = str(taint.get("key", ""))
+    if taint.get("effect") == "PreferNoSchedule" or key == resource or key.startswith(CONDITIONS):
+        return True
+    return any(
+        (t.key in (None, key))
+        and (t.effect in (None, taint.get("effect")))
+        and (t.operator == "Exists" or (t.key is not None and (t.value or "") == (taint.get("value") or "")))
+        for t in tolerations
+    )
+
+
+def _trimmed(node: Raw) -> Raw:
+    """What is looked at; a whole node with its images and its state is a hundred times as much."""
+    return {
+        "metadata": {"labels": node["metadata"].get("labels") or {}},
+        "spec": {"taints": (node.get("spec") or {}).get("taints") or []},
+        "status": {"allocatable": (node.get("status") or {}).get("allocatable") or {}},
+    }
