@@ -157,10 +157,14 @@ def fault_points(figures: Figures, seed: int, points: str) -> bool:
     which = ["--all"] if points == "all" else ["--count", points]
     began = time.monotonic()
     command = [sys.executable, "-m", "tests.operator.fault_sweep", *which, "--seed", str(seed)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    say(done.stdout)
-    figures |= {"which": points, **counts(done.stdout), "seconds": round(time.monotonic() - began)}
-    return done.returncode == 0 and struck_well(figures["points"], figures["passed"], figures["failed"])
+    told = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for text in running.stdout:  # it takes more than an hour, and tells how far it is
+            told.append(text)
+            say(text.rstrip())
+    figures |= {"which": points, **counts("".join(told)), "seconds": round(time.monotonic() - began)}
+    return running.returncode == 0 and struck_well(figures["points"], figures["passed"], figures["failed"])
 
 
 def positive(text: str) -> int:

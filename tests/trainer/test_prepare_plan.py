@@ -135,7 +135,9 @@ def test_what_no_gpu_on_nodes_holds_is_refused_by_the_largest_of_them() -> None:
         planned(nodes=on_nodes("Tesla-T4", "Tesla-V100-SXM2-16GB"), method={"type": "LoRA"})
     assert refused.value.reason is Reason.DOES_NOT_FIT
     assert "Tesla V100 SXM2 16GB has" in refused.value.message
-    assert "(Tesla T4, Tesla V100 SXM2 16GB); to wait for another, name it in compute.gpu.product" in refused.value.message
+    assert (
+        "(Tesla T4, Tesla V100 SXM2 16GB); to wait for another, name it in compute.gpu.product" in refused.value.message
+    )
 
 
 def test_a_product_that_is_not_in_the_table_has_what_its_label_tells() -> None:
