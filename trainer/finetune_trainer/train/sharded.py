@@ -1,0 +1,211 @@
+"""The frozen base shared out over the ranks with FSDP2 (Zhao et al. 2023; torch.distributed.fsdp.fully_shard), read, quantized and
+sharded a layer at a time.
+
+What is trained is not sharded: every rank holds the whole adapter, and its gradients are added up as without sharding (ranks.py). So
+checkpoints, resumption and the saved adapter are those of any other run, for 4 to 16 bytes a trainable weight on every GPU.
+
+Why not transformers' own loader: it makes the whole model on every rank and shards it then. Stock accelerate needs 39.5 GB a GPU for a
+70B in 4 bit, whatever the number of GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors import safe_open
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.integrations import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from finetune_api.failures import Reason
+from finetune_api.results import QuantizedModule
+from finetune_api.snapshot import Snapshot
+from finetune_api.spec import Quantization
+from finetune_trainer.errors import StageError
+from finetune_trainer.train.device import Compute
+from finetune_trainer.train.quantized import describe
+from finetune_trainer.train.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+STORAGE = torch.bfloat16
+"""The type that packed weights pretend to have. Sharding needs a floating type, and nothing here is ever cast."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load_sharded(
+    folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks, quantization_config: Any | None
+) -> tuple[Any, list[QuantizedModule]]:
+    """The base as a causal language model of which this rank holds its part, and the records of its 4-bit weights.
+
+    No rank ever holds more than its part, one whole unit (a decoder layer, the embeddings or the head) and one tensor as it is
+    stored. Matrices are sharded; vectors (norms, biases) and tied embeddings are whole on every rank.
+
+    Raises:
+        StageError: UnsupportedModel, if the files' tensors are not the model's, one by one.
+    """
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=snapshot.spec.model.trust_remote_code, local_files_only=True
+    )
+    with init_empty_weights():  # parameters on the meta device, buffers (rotary frequencies) real
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=compute.dtype, trust_remote_code=snapshot.spec.model.trust_remote_code
+        )
+    model.eval()
+    if quantization_config is not None:
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization_config)
+        model.is_loaded_in_4bit = True
+    model.requires_grad_(False)
+    move_buffers(model, compute.device)
+    mesh = DeviceMesh.from_group(ranks.data or distributed.group.WORLD, compute.device.type)
+    records: list[QuantizedModule] = []
+    with ExitStack() as opened:
+        stored = Stored(folder, opened)
+        stored.must_hold(model)
+        for name, unit in units(model):
+            for own, module, key in parameters(unit):
+                records += fill(module, key, stored.read(f"{name}.{own}"), compute, snapshot.plan.method.quantization, f"{name}.{own}")
+            shard(unit, mesh)
+        for own, module, key in parameters(model):
+            if module._parameters[key].is_meta:
+                fill(module, key, stored.read(own), compute, None, own)
+    model.tie_weights()
+    root = model.base_model
+    fully_shard(root, mesh=mesh, ignored_params=set(root.parameters()))
+    must_be_sharded(model, ranks)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model, records
+
+
+def units(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """What is gathered for its turn and let go after it, by name: decoder layers, and embeddings and head if they are not one.
+
+    Raises:
+        StageError: UnsupportedModel, for a model that does not say what its layers are.
+    """
+    classes = set(model._no_split_modules or ())
+    layers = [(n, m) for n, m in model.base_model.named_modules() if type(m).__name__ in classes]
+    if not layers:
+        raise StageError(Reason.UNSUPPORTED_MODEL, f"{type(model).__name__} does not say what its layers are: it cannot be sharded.")
+    prefix = model.base_model_prefix
+    yield from ((f"{prefix}.{name}", layer) for name, layer in layers)
+    if not model.config.get_text_config().tie_word_embeddings:
+        names = {id(module): name for name, module in model.named_modules()}
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            yield names[id(module)], module
+
+
+def parameters(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Name, owner and attribute of each parameter; of tied ones the first."""
+    seen: set[int] = set()
+    found = []
+    for prefix, owner in module.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found.append((f"{prefix}.{key}" if prefix else key, owner, key))
+    return found
+
+
+def fill(
+    module: nn.Module, key: str, value: torch.Tensor, compute: Compute, quantization: Quantization | None, name: str
+) -> list[QuantizedModule]:
+    """Put a stored tensor in a parameter's place; what that quantizes is recorded."""
+    value = value.to(compute.dtype)
+    if not (isinstance(module, Linear4bit) and key == "weight"):
+        module._parameters[key] = nn.Parameter(value.to(compute.device), requires_grad=False)
+        return []
+    assert quantization is not None
+    if getattr(module, "source_cls", nn.Linear) is not nn.Linear:
+        value = value.T.contiguous()  # GPT-2's Conv1D
+    module.quant_storage = STORAGE
+    packed = Params4bit(
+        value,
+        requires_grad=False,
+        compress_statistics=quantization.double_quantization,
+        quant_type=quantization.type.value.lower(),
+        quant_storage=STORAGE,
+        module=module,
+    ).to(compute.device)
+    module._parameters[key] = packed
+    module.support_avx512bf16_for_cpu = False  # see keep_training_layout
+    return [describe(name.removesuffix(".weight"), packed.data, packed.quant_state)]
+
+
+def shard(unit: nn.Module, mesh: DeviceMesh) -> None:
+    """Keep this rank's part of the unit's matrices, and let go of the rest.
+
+    peft reads how a 4-bit weight was made from the weight itself, and a sharded one is another object.
+    """
+    quantized = [m for m in unit.modules() if isinstance(m, Linear4bit)]
+    made = [{a: getattr(m.weight, a) for a in ("compress_statistics", "quant_type")} for m in quantized]
+    fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in unit.parameters() if p.dim() < 2})
+    for module, attributes in zip(quantized, made, strict=True):
+        for name, value in attributes.items():
+            setattr(module.weight, name, value)
+
+
+def must_be_sharded(model: Any, ranks: Ranks) -> None:
+    """bitsandbytes and FSDP have failed at this with a warning at most.
+
+    Raises:
+        AssertionError: a matrix of a unit is whole on this rank.
+    """
+    for name, unit in units(model):
+        for own, parameter in unit.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            local = parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
+            rows = -(-parameter.shape[0] // ranks.size)
+            assert local <= rows * parameter[0:1].numel() // 1 if parameter.shape[0] else True, f"{name}.{own} is not sharded"
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers are small, and whole everywhere."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+class Stored:
+    """A model's tensors in its safetensors files, by name; one at a time."""
+
+    def __init__(self, folder: Path, opened: ExitStack) -> None:
+        index = folder / INDEX
+        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE}
+        self._where: dict[str, Any] = {}
+        for file in sorted(files):
+            tensors = opened.enter_context(safe_open(folder / file, framework="pt"))
+            self._where.update(dict.fromkeys(tensors.keys(), tensors))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, as it is stored."""
+        found: torch.Tensor = self._where[name].get_tensor(name)
+        return found
+
+    def must_hold(self, model: Any) -> None:
+        """Raises UnsupportedModel where a tensor of the model is stored under another name, or transformers would change it."""
+        wanted = [name for name, _, _ in parameters(model)]
+        if model.config.get_text_config().tie_word_embeddings:
+            head = {id(model.get_output_embeddings())}
+            wanted = [n for n, owner, _ in parameters(model) if id(owner) not in head]
+        missing = [name for name in wanted if name not in self._where]
+        if missing or getattr(model, "_keep_in_fp32_modules", None):
+            what = f"its files have no {', '.join(missing[:3])}" if missing else "it keeps some modules in float32"
+            raise StageError(
+                Reason.UNSUPPORTED_MODEL,
+                f"{type(model).__name__} cannot be sharded layer by layer: {what}. Set training.parallelism: DDP.",
+            )
