@@ -31,6 +31,13 @@ MAX_RETURNS = 3
 """How often training may hand its GPU back and start at prepare again because something that it waited for did not appear."""
 
 
+MAX_RESTARTS = 2
+"""How often training is started again in its pod after it hung or a process died. The next failure ends the pod, and another node may
+do better."""
+GPU_PATIENCE_SECONDS = 600
+"""How long a stage that holds a GPU waits for a store or the Hub before it fails and gives the GPU back."""
+
+
 class Reason(StrEnum):
     """Stable names of failures. CamelCase, as condition reasons are."""
 
@@ -249,7 +256,7 @@ FAILURES: dict[Reason, Failure] = {
             _R,
             "Training showed no sign of life for recovery.hungTimeoutSeconds.",
             "Read the pod's log: it holds the stack of every thread. If single steps take so long, raise recovery.hungTimeoutSeconds.",
-            healed_in_pod="the processes are started again from the last checkpoint, up to twice",
+            healed_in_pod=f"the processes are started again from the last checkpoint, up to {MAX_RESTARTS} times",
         ),
         _row(
             Reason.RANK_FAILURE,
@@ -257,7 +264,7 @@ FAILURES: dict[Reason, Failure] = {
             _R,
             "A training process died, or the ranks lost each other.",
             "Read the pod's log for what the rank said last. Repeated failures on one node point to its GPU or network.",
-            healed_in_pod="the processes are started again from the last checkpoint, up to twice",
+            healed_in_pod=f"the processes are started again from the last checkpoint, up to {MAX_RESTARTS} times",
             proof="produced; NCCL's and CUDA's errors simulated",
         ),
         _row(
@@ -331,7 +338,7 @@ FAILURES: dict[Reason, Failure] = {
             _W,
             "A node does not confirm that a deleted pod has stopped.",
             "Bring the node back, or, once it is surely off, delete its Node object: then the pod is replaced.",
-            proof="as the API server reports it; `make chaos` stops a kubelet",
+            proof="produced in `make chaos`: a node loses its power",
         ),
         _row(
             Reason.HOST_OUT_OF_MEMORY,
@@ -365,7 +372,7 @@ FAILURES: dict[Reason, Failure] = {
             _I,
             "The pod had to make room: for a pod of higher priority, for the queue, or because its node is drained.",
             "Nothing to do: it goes on from its last checkpoint when it gets a place.",
-            proof="produced with Kueue; other disruptions as the API server reports them",
+            proof="produced with Kueue and by the Eviction API; other disruptions as the API server reports them",
         ),
         _row(
             Reason.DEADLINE_EXCEEDED,

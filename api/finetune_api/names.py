@@ -18,8 +18,10 @@ PIPELINE = (Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH)
 """What a FineTuneJob runs through. Cleanup is no part of it: it runs once the FineTuneJob is being deleted."""
 
 
-GPU_PRODUCT_LABEL, GPU_MEMORY_LABEL = "nvidia.com/gpu.product", "nvidia.com/gpu.memory"
-"""Labels that NVIDIA's GPU feature discovery puts on nodes; the memory is that of one GPU, in MiB."""
+GPU_RESOURCE = "nvidia.com/gpu"
+GPU_PRODUCT_LABEL, GPU_MEMORY_LABEL = f"{GPU_RESOURCE}.product", f"{GPU_RESOURCE}.memory"
+GPU_COUNT_LABEL, GPU_REPLICAS_LABEL = f"{GPU_RESOURCE}.count", f"{GPU_RESOURCE}.replicas"
+"""Labels that NVIDIA's GPU feature discovery puts on nodes: the memory of one GPU in MiB; how many there are; how many pods share each."""
 LABEL_UID = "finetune.dev/job-uid"
 LABEL_NAME = "finetune.dev/job-name"
 LABEL_STAGE = "finetune.dev/stage"

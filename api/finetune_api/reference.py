@@ -15,7 +15,7 @@ from typing import Any
 
 from finetune_api import API_VERSION, KIND
 from finetune_api.crd import custom_resource_definition
-from finetune_api.failures import FAILURES, MAX_FRUITLESS, MAX_RETURNS, Consequence, Failure
+from finetune_api.failures import FAILURES, GPU_PATIENCE_SECONDS, MAX_FRUITLESS, MAX_RETURNS, Consequence, Failure
 from finetune_api.names import Stage
 from finetune_api.results import Manifest
 
@@ -32,7 +32,7 @@ _LIMITS = f"""## What follows, and how often
   `recovery.maxFailures` executions of the stage have failed so. What came from outside does not count.
 - **Replaced, not counted**: by the Job controller too, with the same pauses; under Kueue the Job keeps its Workload, and with it
   its place. The job fails only when {MAX_FRUITLESS} executions in a row got no step farther.
-- **Waited for**: in the CPU stages for as long as `pendingTimeoutSeconds` allows. A training pod waits ten minutes, then gives its GPU
+- **Waited for**: in the CPU stages for as long as `pendingTimeoutSeconds` allows. A training pod waits {GPU_PATIENCE_SECONDS // 60} minutes, then gives its GPU
   back: the job starts at prepare again, which waits without a GPU, up to {MAX_RETURNS} times.
 - **In the pod**: the training process starts again at once, without a pause.
 - In every case training goes on from its newest checkpoint, on the same rows.

@@ -85,6 +85,8 @@ class NodeGpu(ApiModel):
     """Label nvidia.com/gpu.product."""
     memory_mib: int | None = None
     """Label nvidia.com/gpu.memory: the least that a node with this product tells."""
+    shared: bool = False
+    """Several pods use one at a time: its memory is nobody's alone."""
     nodes: int
     """How many nodes have it that the training pod may land on."""
 
@@ -138,8 +140,9 @@ class Snapshot(ApiModel):
         return json.dumps(self.to_json_dict(), sort_keys=True, separators=(",", ":"))
 
     def digest(self) -> str:
-        """SHA-256 of :meth:`canonical_json`, hex."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+        """SHA-256 of :meth:`canonical_json`, hex, but for the nodes: a job that is frozen anew, because its ConfigMap was deleted, is
+        the same although other nodes are there."""
+        return hashlib.sha256(self.model_copy(update={"node_gpus": None}).canonical_json().encode()).hexdigest()
 
 
 RESERVED_STOP_SECONDS = 10.0

@@ -112,7 +112,9 @@ class Applier:
         try:
             record = self._snapshots.known(job.uid)
             if snapshot or record is None:
-                record = await self._snapshots.create(job)
+                node_gpus = await self._snapshots.node_gpus(job)
+                self._check_leading(job)
+                record = await self._snapshots.create(job, node_gpus)
             if stage is not None:
                 await self._create_job(job, record, stage, memory, avoid_gpus)
         except Conflict as conflict:

@@ -165,15 +165,17 @@ class Api:
         options = {"propagationPolicy": "Foreground", "preconditions": {"uid": delete.uid}}
         return await self.request("DELETE", f"{jobs_path(namespace)}/{quote(delete.name)}", options)
 
-    async def list_all(self, path: str, label_selector: str = "", page: int = 500) -> tuple[list[Raw], int]:
-        """Every object of a collection and the list's resourceVersion."""
+    async def list_all(
+        self, path: str, label_selector: str = "", page: int = 500, trim: Callable[[Raw], Raw] = lambda item: item
+    ) -> tuple[list[Raw], int]:
+        """Every object of a collection, of each what ``trim`` leaves of it, and the list's resourceVersion."""
         query = {"limit": str(page)}
         if label_selector:
             query["labelSelector"] = label_selector
         items: list[Raw] = []
         while True:
             answer = await self.request("GET", path, query=query)
-            items.extend(answer.get("items") or [])
+            items.extend(trim(item) for item in answer.get("items") or [])
             meta = answer["metadata"]
             if not meta.get("continue"):
                 return items, int(meta.get("resourceVersion") or 0)

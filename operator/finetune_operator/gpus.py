@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from finetune_api.names import GPU_MEMORY_LABEL, GPU_PRODUCT_LABEL
+from finetune_api.names import GPU_COUNT_LABEL, GPU_MEMORY_LABEL, GPU_PRODUCT_LABEL, GPU_REPLICAS_LABEL, GPU_RESOURCE
 from finetune_api.planner.gpus import UnknownGpu, find_gpu
 from finetune_api.quantity import parse_quantity
 from finetune_api.snapshot import NodeGpu
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 FRESH_SECONDS = 60.0
 """Nodes come and go slowly, and a list of them is large."""
 FORBIDDEN = 403
+SHARED = "-SHARED"
 CONDITIONS = "node.kubernetes.io/"
 """Taints of a node's state (cordoned, not ready): they pass, and its GPU stays what it is."""
 
@@ -28,36 +29,46 @@ class NodeGpus:
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._nodes: list[Raw] = []
+        self._nodes: list[Raw] | None = None
         self._read_at: float | None = None
         self._lock = asyncio.Lock()
 
     async def for_job(self, spec: FineTuneJobSpec) -> list[NodeGpu] | None:
-        """What the plan of a job has to hold for; None where that is declared, or nothing is planned.
+        """What the plan of a job has to hold for; None where nodes may not be read, or need not be.
 
         Raises:
-            ApiError: the API server refused otherwise than for want of rights, or could not be reached.
+            ApiError: nodes were never read, and the API server refuses otherwise than for want of rights, or cannot be reached.
         """
-        return kinds(await self._fresh(), spec) if needed(spec) else None
+        if not needed(spec):
+            return None
+        nodes = await self._fresh()
+        return kinds(nodes, spec) if nodes is not None else None
 
-    async def _fresh(self) -> list[Raw]:
+    async def _fresh(self) -> list[Raw] | None:
         async with self._lock:
-            if self._read_at is None or time.monotonic() - self._read_at > FRESH_SECONDS:
+            if self._nodes is None or self._read_at is None or time.monotonic() - self._read_at > FRESH_SECONDS:
                 try:
-                    listed, _ = await self._api.list_all(NODES_PATH, GPU_PRODUCT_LABEL)
+                    self._nodes, _ = await self._api.list_all(NODES_PATH, GPU_PRODUCT_LABEL, trim=_trimmed)
+                    self._read_at = time.monotonic()
                 except ApiError as problem:
-                    if problem.status != FORBIDDEN:
+                    if problem.status != FORBIDDEN and self._nodes is None:
+                        problem.message = f"nodes cannot be listed: {problem.message or problem.reason}"
                         raise
-                    logger.warning("kinds of GPU are not known, unless a job names them: %s", problem)
-                    listed = []
-                self._nodes = [_trimmed(node) for node in listed]
-                self._read_at = time.monotonic()
+                    logger.warning("nodes cannot be listed: %s", problem)
+                    if problem.status == FORBIDDEN:
+                        return None
             return self._nodes
 
 
 def needed(spec: FineTuneJobSpec) -> bool:
-    """Whether a job leaves it to the cluster what its GPUs can hold."""
-    if spec.training.use_cpu or spec.compute.gpu.memory is not None:
+    """Whether a job leaves it to the cluster what its GPUs can hold, and nodes tell.
+
+    Under Kueue it is the flavors of the queue that say where a pod may land. The labels are those of whole GPUs or, where a node's
+    slices are all alike, of these; a resource of another name says what it is by its name.
+    """
+    if spec.training.use_cpu or spec.compute.gpu.memory is not None or spec.queue.name is not None:
+        return False
+    if spec.compute.gpu.resource_name != GPU_RESOURCE:
         return False
     if spec.compute.gpu.product is None:
         return True
@@ -75,12 +86,15 @@ def kinds(nodes: Iterable[Raw], spec: FineTuneJobSpec) -> list[NodeGpu]:
         labels = node["metadata"]["labels"]
         if not _may_land(node, spec):
             continue
-        product, memory = labels[GPU_PRODUCT_LABEL], labels.get(GPU_MEMORY_LABEL, "")
-        mib = int(memory) if memory.isdigit() else None
-        known = found.get(product)
-        if known is not None and known.memory_mib is not None:
-            mib = min(mib or known.memory_mib, known.memory_mib)
-        found[product] = NodeGpu(product=product, memory_mib=mib, nodes=1 + (known.nodes if known else 0))
+        product, memory = labels[GPU_PRODUCT_LABEL], _number(labels.get(GPU_MEMORY_LABEL))
+        shared = product.endswith(SHARED) or (_number(labels.get(GPU_REPLICAS_LABEL)) or 0) > 1
+        known = found.get(product) or NodeGpu(product=product, memory_mib=memory, nodes=0)
+        found[product] = NodeGpu(
+            product=product,
+            memory_mib=min(filter(None, (memory, known.memory_mib)), default=None),
+            shared=shared or known.shared,
+            nodes=known.nodes + 1,
+        )
     return [found[product] for product in sorted(found)]
 
 
@@ -89,7 +103,9 @@ def _may_land(node: Raw, spec: FineTuneJobSpec) -> bool:
     wanted = dict(spec.runtime.node_selector or {})
     if gpu.product is not None:
         wanted[GPU_PRODUCT_LABEL] = gpu.product
-    has = parse_quantity(str(node["status"]["allocatable"].get(gpu.resource_name, "0")))
+    # What is allocatable is 0 for a moment whenever the device plugin starts anew.
+    allocatable = parse_quantity(str(node["status"]["allocatable"].get(gpu.resource_name, "0")))
+    has = max(int(allocatable), _number(labels.get(GPU_COUNT_LABEL)) or 0)
     return (
         wanted.items() <= labels.items()
         and has >= spec.compute.gpus_per_node
@@ -110,6 +126,10 @@ def _tolerated(taint: dict[str, Any], resource: str, tolerations: Iterable[Toler
         and (t.operator == "Exists" or (t.key is not None and (t.value or "") == (taint.get("value") or "")))
         for t in tolerations
     )
+
+
+def _number(label: str | None) -> int | None:
+    return int(label) if label is not None and label.isdecimal() else None
 
 
 def _trimmed(node: Raw) -> Raw:

@@ -65,15 +65,23 @@ class Snapshots:
                 return None
             raise
 
-    async def create(self, job: JobView) -> SnapshotRecord:
+    async def node_gpus(self, job: JobView) -> list[NodeGpu] | None:
+        """What a job's training pod may land on; None where that is not known, or need not be.
+
+        Raises:
+            ApiError: the API server refused, or could not be reached.
+        """
+        assert job.spec is not None
+        return await self._gpus.for_job(job.spec)
+
+    async def create(self, job: JobView, node_gpus: list[NodeGpu] | None) -> SnapshotRecord:
         """Freeze a job, once: what is there already stays as it is.
 
         Raises:
             Conflict: the ConfigMap belongs to something else.
             ApiError: the API server refused, or could not be reached.
         """
-        assert job.spec is not None
-        snapshot = self.make(job, await self._gpus.for_job(job.spec))
+        snapshot = self.make(job, node_gpus)
         text = snapshot.canonical_json()
         digest = hashlib.sha256(text.encode()).hexdigest()
         body = snapshot_config_map(Owner.of(job), text, digest, self._authority())

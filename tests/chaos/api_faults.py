@@ -19,8 +19,8 @@ from finetune_cluster.node import plane_of
 from tests.chaos.run import ended, training_spec
 from tests.e2e.stack import Space, Stack, finished, new_space, resting_operator, rows
 from tests.operator.certificates import make_tls
-from tests.operator.fault_sweep import KILLS, Kept, Nursery, Outcome, Point, sample
-from tests.operator.harness import Bench
+from tests.operator.fault_sweep import KILLS, Kept, Nursery, Outcome, Point, broken_invariants, sample
+from tests.operator.harness import Bench, Recorder, jobs_of, pods_of
 from tests.support.api_proxy import ApiProxy, EventFault, EventStrike, Fault, Plan, ProxyLoop
 
 FINISH_SECONDS = 300.0
@@ -109,6 +109,12 @@ class ClusterFaults:
             kept = Kept(nursery, bench, proxy.kubeconfig, **chosen)
             opened.callback(kept.close)
             holder.append(kept)
+            executions = [
+                Recorder(
+                    cast(LightCluster, self._cluster), f"{path}/namespaces/{space.name}/{kind}", 2 * FINISH_SECONDS
+                )
+                for path, kind in (("/apis/batch/v1", "jobs"), ("/api/v1", "pods"))
+            ]
             try:
                 outcome.left = self._life(space)
                 outcome.problems += [
@@ -117,10 +123,11 @@ class ClusterFaults:
                     if outcome.left[k] != v
                 ]
                 space.target.kubectl("delete", "ftj", NAME, "-n", space.name)
-                for kind in ("jobs", "pods"):
-                    bench.until_gone(
-                        f"/{'apis/batch/v1' if kind == 'jobs' else 'api/v1'}/namespaces/{space.name}/{kind}"
-                    )
+                bench.until_gone(jobs_of(space.name))
+                bench.until_gone(pods_of(space.name))
+                others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}
+                bench.until_gone(f"/api/v1/namespaces/{space.name}/configmaps", query=others)
+                outcome.problems += broken_invariants(*(each.stop() for each in executions))
             except Exception:
                 outcome.problems.append(f"the operator's log ends with {kept.log.read_text()[-2000:]}")
                 raise

@@ -40,6 +40,8 @@ class Killer:
         match kind:
             case Kind.DELETE:
                 self._delete(self.stage_pod(stage))
+            case Kind.EVICT:
+                self._evict(self.stage_pod(stage))
             case Kind.FORCE:
                 self._delete(self.stage_pod(stage), gracePeriodSeconds="0")
             case Kind.CONTAINER:
@@ -76,6 +78,11 @@ class Killer:
 
     def _delete(self, pod: Raw, **query: str) -> None:
         self.api.delete(f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}", **query)
+
+    def _evict(self, pod: Raw) -> None:
+        meta = {"name": pod["metadata"]["name"], "namespace": pod["metadata"]["namespace"]}
+        path = f"/api/v1/namespaces/{meta['namespace']}/pods/{meta['name']}/eviction"
+        self.api.create(path, {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta})
 
     def _force(self, pod: Raw) -> None:
         self._delete(pod, gracePeriodSeconds="0")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Figures = dict[str, Any]
-REACHED = 0.8
+REACHED = 0.9
 """Of the fault points of a run; the last requests of a job's life are Events and lists, which a quicker or slower run may not make."""
 COUNTS = re.compile(r"(\d+) passed, (\d+) failed, (\d+) not reached")
 """Of one kind of faults, as the sweep's report has it."""

@@ -12,6 +12,8 @@ class Kind(StrEnum):
 
     DELETE = "pod deleted"
     """With its grace period: SIGTERM."""
+    EVICT = "pod evicted"
+    """By the Eviction API, as a node is drained."""
     FORCE = "pod force-deleted"
     """``--grace-period=0 --force``: the object is gone before its processes are."""
     CONTAINER = "container killed"
@@ -23,7 +25,7 @@ class Kind(StrEnum):
     API_SERVER = "apiserver"
 
 
-POD_LOSSES = (Kind.DELETE, Kind.FORCE, Kind.CONTAINER)
+POD_LOSSES = (Kind.DELETE, Kind.EVICT, Kind.FORCE, Kind.CONTAINER)
 """After each the Job controller waits 10, 20, 40 … seconds before it replaces a Job's next pod."""
 INTERRUPTING = (*POD_LOSSES, Kind.WORKER)
 TRAINING_IS_SPARED = (Kind.OPERATOR, Kind.STORE, Kind.API_SERVER)
@@ -51,13 +53,14 @@ FIRST, LAST = 0.08, 0.88
 
 
 def schedule(seed: int, steps: int, kills: int = 10) -> list[Kill]:
-    """So many kills in the order of a job's life: each kind once while it trains, what is left over at random.
+    """So many kills in the order of a job's life: each kind once while it trains (an eviction is a deletion to the pod), what is left
+    over at random.
 
     Two of ten fall outside of training. Pod losses of the training Job are three, or four with one as its pod starts.
     """
     rng = random.Random(seed)
     outside = min(kills // 5, len(Moment))
-    kinds = list(Kind)
+    kinds = [kind for kind in Kind if kind is not Kind.EVICT]
     rng.shuffle(kinds)
     while len(kinds) < kills - outside:
         kinds.append(rng.choice((Kind.WORKER, *TRAINING_IS_SPARED)))

@@ -14,7 +14,7 @@ def test_every_schedule_can_be_lived_through(seed: int) -> None:
     kills = schedule(seed, STEPS)
     assert len(kills) == 10
     in_training = [k for k in kills if isinstance(k.at, int)]
-    assert {k.kind for k in in_training} == set(Kind), "every kind once while it trains"
+    assert {k.kind for k in in_training} == set(Kind) - {Kind.EVICT}, "every kind once while it trains"
     assert len(in_training) >= 6
     at = [k.at for k in in_training if isinstance(k.at, int)]
     assert at == sorted(at)

@@ -30,24 +30,27 @@ def attempts(job: Job, stage: str) -> list[Job]:
     return [a for a in job["status"]["attempts"] if a["stage"] == stage]
 
 
-def test_after_a_lost_pod_and_a_killed_process_the_adapter_is_the_same_bytes(
-    space: Space, undisturbed: Reference
-) -> None:
-    kills = [Kill(Kind.FORCE, 35), Kill(Kind.WORKER, 70)]
+def test_after_a_drain_and_a_killed_process_the_adapter_is_the_same_bytes(space: Space, undisturbed: Reference) -> None:
+    kills = [Kill(Kind.EVICT, 35), Kill(Kind.WORKER, 70)]
     killed = live(space, "killed", undisturbed.spec, kills)
     assert killed.files == undisturbed.ended.files
     assert killed.job["status"]["phase"] == "Succeeded"
-    assert all(s.while_training and 0 <= s.steps_recomputed <= 20 for s in killed.struck), killed.struck
+    drained, process = killed.struck
+    assert drained.while_training
+    assert drained.steps_recomputed == 0, "it saved the step it had made"
+    assert process.while_training
+    assert 0 <= process.steps_recomputed <= 20
     first, second = attempts(killed.job, "train")
-    assert first["outcome"] == "Failed"
+    assert (first["outcome"], first["reason"]) == ("Failed", "Preempted")
+    assert "node drained" in first["message"]
     assert second["outcome"] == "Succeeded"
-    assert second["resumedFromStep"] >= 20
+    assert killed.result["resumedFromSteps"][0] == first["lastStep"] == first["checkpointStep"] >= 35
     assert [s for s, t in pairwise(killed.result["resumedFromSteps"]) if s > t] == [], (
         "never back to an older checkpoint"
     )
     assert len(killed.result["resumedFromSteps"]) == 2
     reasons = [r["reason"] for r in killed.job["status"]["recoveries"]]
-    assert {"Resumed", "RankFailure"} <= set(reasons), reasons
+    assert {"Preempted", "Resumed", "RankFailure"} <= set(reasons), reasons
 
 
 def test_a_suspended_job_goes_on_from_where_it_was(space: Space, undisturbed: Reference, lives: Lives) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +15,8 @@ from finetune_api.results import RunPlan
 from finetune_api.snapshot import NodeGpu, Snapshot
 from finetune_api.spec import FineTuneJobSpec, MethodType
 from finetune_cluster.steps import Pod, Running, Step, Terminated
-from finetune_operator.client import NODES_PATH
-from finetune_operator.gpus import kinds, needed
+from finetune_operator.client import NODES_PATH, ApiError
+from finetune_operator.gpus import NodeGpus, kinds, needed
 from tests.operator.harness import Bench, stage_of, succeed_stage
 from tests.operator.manifests import Raw, finetunejob, prepare_report, success, termination_message
 
@@ -55,7 +57,17 @@ def test_only_nodes_count_that_the_training_pod_may_land_on() -> None:
     assert products(nodes, runtime={"nodeSelector": {"pool": "small"}}) == [T4]
     assert products(nodes, compute={"gpusPerNode": 2}) == [A10]
     assert products(nodes, compute={"gpu": {"product": T4}}) == [T4]
-    assert products(nodes, compute={"gpu": {"resourceName": "amd.com/gpu"}}) == []
+    away = node(A10, gpus=0, **{"nvidia.com/gpu.count": "2"})
+    assert products([away]) == [A10], "its device plugin starts anew"
+
+
+def test_gpus_that_several_pods_share_are_told_apart() -> None:
+    by_name, by_label = node(f"{A10}-SHARED"), node(T4, **{"nvidia.com/gpu.replicas": "4"})
+    assert [(gpu.product, gpu.shared) for gpu in kinds([by_name, by_label, node("B")], spec())] == [
+        ("B", False),
+        (f"{A10}-SHARED", True),
+        (T4, True),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +98,56 @@ def test_nodes_are_asked_where_the_job_leaves_it_to_them() -> None:
     assert not needed(spec(compute={"gpu": {"product": A10}}))
     assert not needed(spec(compute={"gpu": {"memory": "24Gi"}}))
     assert not needed(spec(training={"useCpu": True}))
+    assert not needed(spec(queue={"name": "team"})), "Kueue's flavors say where its pod may land"
+    assert not needed(spec(compute={"gpu": {"resourceName": "nvidia.com/mig-1g.5gb"}})), (
+        "the labels are of the whole GPU"
+    )
+
+
+class Nodes:
+    """An API server that lists nodes, or refuses to."""
+
+    def __init__(self, *answers: list[Raw] | ApiError) -> None:
+        self._answers = list(answers)
+        self.asked = 0
+
+    async def list_all(self, path: str, label_selector: str, trim: Callable[[Raw], Raw]) -> tuple[list[Raw], int]:
+        assert (path, label_selector) == (NODES_PATH, GPU_PRODUCT_LABEL)
+        self.asked += 1
+        answer = self._answers.pop(0)
+        if isinstance(answer, ApiError):
+            raise answer
+        return [trim(item) for item in answer], 1
+
+
+def refused(status: int) -> ApiError:
+    return ApiError(status, "Reason", "no", "GET", NODES_PATH)
+
+
+async def test_nodes_are_read_once_a_minute_and_what_was_read_outlives_an_outage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    api = Nodes([node(A10)], refused(500), [node(T4)])
+    nodes = NodeGpus(api)  # type: ignore[arg-type]
+    a10, t4 = ([NodeGpu(product=product, nodes=1)] for product in (A10, T4))
+    assert await asyncio.gather(nodes.for_job(spec()), nodes.for_job(spec())) == [a10, a10]
+    assert api.asked == 1
+    monkeypatch.setattr("finetune_operator.gpus.FRESH_SECONDS", -1)
+    assert await nodes.for_job(spec()) == a10
+    assert await nodes.for_job(spec()) == t4
+    assert api.asked == 3
+
+
+async def test_without_the_right_to_list_nodes_nothing_is_known_and_that_is_not_remembered() -> None:
+    nodes = NodeGpus(Nodes(refused(403), [node(A10)]))  # type: ignore[arg-type]
+    assert await nodes.for_job(spec()) is None
+    assert await nodes.for_job(spec()) == [NodeGpu(product=A10, nodes=1)]
+
+
+async def test_an_outage_before_nodes_were_ever_read_says_what_it_is_about() -> None:
+    with pytest.raises(ApiError) as told:
+        await NodeGpus(Nodes(refused(500))).for_job(spec())  # type: ignore[arg-type]
+    assert told.value.message == "nodes cannot be listed: no"
 
 
 def planned_for(avoid: list[str]) -> str:

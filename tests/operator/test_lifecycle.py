@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import Stage
 from finetune_cluster.steps import Pod, Running, Step, Terminated, run_forever
 from tests.operator.harness import (
@@ -19,7 +20,7 @@ from tests.operator.harness import (
     succeed_stage,
     until_set,
 )
-from tests.operator.manifests import finetunejob, success, termination_message
+from tests.operator.manifests import failure, finetunejob, success, termination_message
 
 pytestmark = pytest.mark.light
 
@@ -53,6 +54,32 @@ def test_a_suspended_job_holds_no_pods_and_resumes_from_prepare(bench: Bench) ->
     assert stages == ["prepare", "train", "prepare", "train", "publish"]
     told = dict(bench.told("pause", "Prepared", "Started", "Suspended", "Resumed", "Trained"))
     assert "training begins anew" in told["Resumed"]
+
+
+def test_training_that_gives_its_gpu_back_goes_on_after_prepare_has_waited_without_one(bench: Bench) -> None:
+    """The store was away for longer than a GPU may be held for it."""
+    bench.start_operator()
+    away = failure(Stage.TRAIN, Reason.STORAGE_UNAVAILABLE, "the store is away")
+    gave_back = threading.Event()
+
+    def script(pod: Pod) -> list[Step]:
+        if stage_of(pod) is not Stage.TRAIN or gave_back.is_set():
+            return succeed_stage(pod)
+        gave_back.set()
+        return [Running(), Terminated(FAILURES[Reason.STORAGE_UNAVAILABLE].exit_code or 0, termination_message(away))]
+
+    with bench.script(script):
+        bench.apply(finetunejob("back").max_failures(0).build())
+        done = bench.until_finished("back")
+    assert is_true(done, "Complete"), "it counts against nothing"
+    attempts = [(a["stage"], a["outcome"], a.get("reason")) for a in done["status"]["attempts"]]
+    assert attempts == [
+        ("prepare", "Succeeded", "Succeeded"),
+        ("train", "Failed", "StorageUnavailable"),
+        ("prepare", "Succeeded", "Succeeded"),
+        ("train", "Succeeded", "Succeeded"),
+        ("publish", "Succeeded", "Succeeded"),
+    ]
 
 
 def test_a_job_created_suspended_creates_nothing(bench: Bench) -> None:

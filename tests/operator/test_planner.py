@@ -8,13 +8,13 @@ from datetime import timedelta
 import pytest
 
 from finetune_api.names import PIPELINE, Stage
-from finetune_api.status import ConditionType, Phase, ProgressStatus
+from finetune_api.status import AttemptStatus, ConditionType, Phase, ProgressStatus
 from finetune_operator.apply import refusal
 from finetune_operator.client import ApiError
 from finetune_operator.events import plain_refusal
 from finetune_operator.planning import plan
 from finetune_operator.planning.attempts import MAX_ATTEMPTS
-from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.conditions import attempt_rank, find, is_true
 from finetune_operator.planning.messages import NO_GPU_USED
 from finetune_operator.planning.model import Pod, Refusal, Urgency
 from tests.operator.manifests import failure, success, train_report
@@ -354,6 +354,15 @@ def test_attempts_that_start_in_one_second_stand_in_the_order_of_their_stages() 
     assert [a.stage for a in w.status.attempts] == ["prepare", "train"]
     assert len({a.started_at for a in w.status.attempts}) == 1
     assert w.settle().idle
+
+
+def test_of_attempts_that_start_in_one_second_the_one_that_ended_first_was_first() -> None:
+    """Training that was suspended as soon as it began, and the prepare stage of the resumption."""
+    now, later = "2026-03-01T12:00:00Z", "2026-03-01T12:00:01Z"
+    stopped = AttemptStatus(stage="train", execution_id="b", pod="y", outcome="Failed", started_at=now, finished_at=now)
+    again = AttemptStatus(stage="prepare", execution_id="a", pod="x", outcome="Running", started_at=now)
+    for prepare in (again, again.model_copy(update={"outcome": "Succeeded", "finished_at": later})):
+        assert sorted([prepare, stopped], key=attempt_rank) == [stopped, prepare]
 
 
 def test_the_time_of_a_pod_that_was_lost_with_its_node_counts() -> None:

@@ -115,7 +115,7 @@ def test_a_job_that_names_no_gpu_is_planned_for_the_smallest_on_nodes_that_it_fi
     assert lora is not None
     assert qlora is not None
     assert (lora.gpu, lora.unsuitable_gpu_products) == ("NVIDIA A100 SXM4 40GB", ["Tesla-T4"])
-    assert "Not on Tesla T4, which nodes have too" in lora.summary
+    assert "Not on Tesla T4, which nodes have:" in lora.summary
     assert (qlora.gpu, qlora.unsuitable_gpu_products) == ("Tesla T4", None), (
         "it fits the smallest, so it may run anywhere"
     )
@@ -135,9 +135,32 @@ def test_what_no_gpu_on_nodes_holds_is_refused_by_the_largest_of_them() -> None:
         planned(nodes=on_nodes("Tesla-T4", "Tesla-V100-SXM2-16GB"), method={"type": "LoRA"})
     assert refused.value.reason is Reason.DOES_NOT_FIT
     assert "Tesla V100 SXM2 16GB has" in refused.value.message
-    assert (
-        "(Tesla T4, Tesla V100 SXM2 16GB); to wait for another, name it in compute.gpu.product" in refused.value.message
-    )
+    said = "nodes have Tesla T4, Tesla V100 SXM2 16GB: to wait for another, name it in compute.gpu.product"
+    assert said in refused.value.message
+    with pytest.raises(StageError, match="to wait for another"):
+        planned(nodes=on_nodes("Tesla-T4"), method={"type": "LoRA"})
+
+
+@pytest.mark.parametrize(("method", "planned_as"), [("LoRA", MethodType.LORA), ("Auto", MethodType.QLORA)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_where_nodes_have_a_gpu_of_which_nothing_is_known_it_may_fit(
+    shared: bool, method: str, planned_as: MethodType
+) -> None:
+    """And the others, which are known not to, are avoided."""
+    product, memory = ("NVIDIA-A100-SXM4-80GB-SHARED", 81920) if shared else ("Somebodys-GPU", None)
+    other = NodeGpu(product=product, memory_mib=memory, shared=shared, nodes=1)
+    spec = {"method": {"type": method}, "training": {"maxSequenceTokens": 32768}}
+    plan = planned(nodes=[*on_nodes("Tesla-T4"), other], data=rows(32768), **spec)
+    assert plan is not None
+    assert (plan.method, plan.usable_bytes, plan.unsuitable_gpu_products) == (planned_as, None, ["Tesla-T4"])
+
+
+def test_an_estimate_that_was_not_verified_forbids_no_gpu() -> None:
+    nodes = on_nodes("NVIDIA-A100-SXM4-80GB", "NVIDIA-H100-80GB-HBM3")
+    plan = planned("mixtral-8x7b", nodes=nodes, method={"type": "LoRA"})
+    assert plan is not None
+    assert "does not fit" in plan.summary
+    assert plan.unsuitable_gpu_products is None
 
 
 def test_a_product_that_is_not_in_the_table_has_what_its_label_tells() -> None:
@@ -146,10 +169,14 @@ def test_a_product_that_is_not_in_the_table_has_what_its_label_tells() -> None:
         assert plan is not None
         assert plan.gpu == "Somebodys GPU"
         assert plan.usable_bytes == int(40_000 * 0.97) << 20
-    with pytest.raises(StageError, match=r"Somebodys-GPU is not in the table of GPUs\. .* compute\.gpu\.memory"):
-        planned(nodes=on_nodes("Somebodys-GPU"), method={"type": "Auto"})
-    with pytest.raises(StageError, match="no node with a GPU that this job may use tells its product"):
-        planned(nodes=[], method={"type": "Auto"})
+    for nodes, why in (
+        (on_nodes("Somebodys-GPU"), r"of those that nodes have \(Somebodys-GPU\) the memory is not known"),
+        ([], "no node tells of one that it may use"),
+        (None, r"names no GPU\. Set compute"),
+    ):
+        with pytest.raises(StageError, match=why) as refused:
+            planned(nodes=nodes, method={"type": "Auto"})
+        assert refused.value.reason is Reason.INVALID_CONFIG
 
 
 def test_what_the_job_declares_counts_more_than_what_nodes_tell() -> None:

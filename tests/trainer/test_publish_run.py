@@ -186,6 +186,26 @@ def test_uploads_that_are_left_when_all_is_published_are_removed(published: Prep
     assert uploads_in(published, s3) == []
 
 
+@pytest.mark.parametrize(
+    ("spec", "left"),
+    [
+        ({}, set()),
+        ({"recovery": {"checkpoint": {"retention": "Keep"}}}, {"checkpoints"}),
+        ({"output": {"workspace": {"retention": "Keep"}}}, {"prepare", "train", "attempts"}),
+    ],
+    ids=["nothing", "checkpoints", "rows"],
+)
+def test_of_the_workspace_only_what_was_asked_for_is_kept(
+    s3: Any, tiny_model: Path, tmp_path: Path, spec: dict[str, Any], left: set[str]
+) -> None:
+    ctx = prepare_job(s3, tmp_path, tiny_model, **spec).context(Stage.PUBLISH)
+    workspace = ctx.workspace_store()
+    for folder in ("train", "attempts", "checkpoints"):
+        workspace.put_bytes(f"{folder}/x", b"x")
+    publish.clean_up(ctx, ctx.output_store(), workspace)
+    assert {info.key.split("/")[0] for info in workspace.list("")} == left
+
+
 def begin_uploads(job: PreparedJob, s3: Any) -> None:
     """As a pod does that is killed before it has sent all parts."""
     for key in (f"{job.snapshot.output.key}/merged/x", f"{job.snapshot.workspace.key}/checkpoints/1/x"):

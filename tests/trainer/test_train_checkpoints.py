@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,26 @@ def test_saving_that_is_tried_again_goes_on_with_the_same_files(
     for _ in range(2):
         with pytest.raises(StageError):
             ours.save(state)
+        assert markers(job) == {}, "the marker comes last"
     ours.save(state)
     assert written == [3]
+
+
+def test_an_execution_that_loses_the_job_while_it_uploads_completes_nothing(
+    job: PreparedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, upload = checkpoints(job, "execution-1"), S3Store.upload_dir
+
+    def upload_dir(self: S3Store, *args: Any) -> Any:
+        sent = upload(self, *args)
+        claim(self, "execution-2")
+        return sent
+
+    monkeypatch.setattr(S3Store, "upload_dir", upload_dir)
+    with pytest.raises(StageError) as caught:
+        ours.save(captured(3))
+    assert caught.value.reason is Reason.SUPERSEDED
+    assert markers(job) == {}
 
 
 def test_old_checkpoints_that_cannot_be_deleted_do_not_undo_a_new_one(
@@ -170,12 +189,15 @@ def test_a_checkpoint_that_is_written_late_holds_its_own_steps_only(
         s3, tmp_path, tiny_model, **{**SPEC, "recovery": {"checkpoint": {"interval": {"steps": 3}, "keep": 9}}}
     )
     late: dict[int, Any] = {}
+    weights: dict[int, list[dict[str, torch.Tensor]]] = defaultdict(list)
 
     def write_late(state: Captured, folder: Path) -> None:
-        if state.step == 3:
+        if state.step == 3 and not reached_six.is_set():
+            weights[3].append({name: tensor.clone() for name, tensor in state.adapter.items()})
             assert reached_six.wait(60)
         write_files(state, folder)
         late[state.step] = json.loads((folder / "progress.json").read_text())
+        weights[state.step].append({name: tensor.clone() for name, tensor in state.adapter.items()})
 
     reached_six = threading.Event()
     monkeypatch.setattr(module, "write_files", write_late)
@@ -184,6 +206,9 @@ def test_a_checkpoint_that_is_written_late_holds_its_own_steps_only(
     for step, progress in late.items():
         assert [entry["step"] for entry in progress["log"]["steps"]] == list(range(1, step + 1))
         assert len(progress["blocked_seconds"]) <= step
+    before, after = weights[3]
+    assert all(torch.equal(before[name], after[name]) for name in before), "copies, which the steps since do not reach"
+    assert not all(torch.equal(before[name], weights[6][0][name]) for name in before)
 
 
 def test_a_process_that_was_started_again_does_not_take_the_job_back(

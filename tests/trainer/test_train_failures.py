@@ -17,9 +17,12 @@ from finetune_api.failures import FAILURES, Reason
 from finetune_trainer.context import StageContext
 from finetune_trainer.entrypoint import explain
 from finetune_trainer.errors import StageError
-from finetune_trainer.train import device, model
+from finetune_trainer.train import device, evaluate, fit, inputs, model, save, verify
 from finetune_trainer.train import run as train
+from finetune_trainer.train.capture import Captured, write_files
+from finetune_trainer.train.checkpoint_writer import as_stage_error
 from finetune_trainer.train.trainer import LoraTrainer
+from tests.support.fault_proxy import FaultProxy
 from tests.support.prepared import job_spec, prepare_job, snapshot_of
 from tests.trainer.test_base_entrypoint import ended
 from tests.trainer.test_supervisor_process import rewrite_prepared
@@ -76,6 +79,54 @@ def test_a_full_disk_is_told_apart_and_retried(tmp_path: Path, small_disk: Path)
 
     code, message = ended(tmp_path, fill)
     assert (code, message["reason"]) == (FAILURES[Reason.DISK_FULL].exit_code, "DiskFull")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("moment", ["opening", "evaluating", "saving", "fetching back", "reporting"])
+def test_a_gpu_is_not_held_for_a_store_that_stays_away(
+    s3: Any, s3_proxy: FaultProxy, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    job = prepare_job(s3, tmp_path, tiny_model, training={"length": {"steps": 2}})
+    for slot in ("model", "output"):
+        s3.write_secret(tmp_path / "secrets" / slot, endpoint=s3_proxy.endpoint)
+    for module in (train, fit, inputs, save, verify):
+        monkeypatch.setattr(module, "GPU_PATIENCE_SECONDS", 1)
+    module, name = {
+        "opening": (train, "open_stores"),
+        "evaluating": (evaluate, "held_out_loss"),
+        "saving": (save, "upload_adapter"),
+        "fetching back": (verify, "fetch_back"),
+        "reporting": (train, "upload_reports"),
+    }[moment]
+    original = getattr(module, name)
+
+    def gone(*args: Any, **kwargs: Any) -> Any:
+        if not s3_proxy.faults.away:
+            s3_proxy.go_away()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, gone)
+    with pytest.raises(StageError) as caught:
+        train.run(job.context())
+    assert caught.value.reason is Reason.STORAGE_UNAVAILABLE
+
+
+LARGE, SMALL = torch.zeros(100_000), torch.zeros(10)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "optimizer"), [(LARGE, SMALL), (SMALL, LARGE)], ids=["in safetensors", "in torch's zip file"]
+)
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_a_full_disk(
+    small_disk: Path, adapter: torch.Tensor, optimizer: torch.Tensor
+) -> None:
+    state = Captured(3, {"a": adapter}, {}, {"o": optimizer}, {}, None, [], "{}", {})
+    with pytest.raises(Exception) as caught:
+        write_files(state, small_disk / "checkpoint")
+    reason, message = explain(caught.value)
+    assert (reason, message[:13]) == (Reason.DISK_FULL, "no space left")
+    told = as_stage_error(caught.value)
+    assert (told.reason, told.message[:13]) == (Reason.DISK_FULL, "no space left")
 
 
 @pytest.mark.parametrize(

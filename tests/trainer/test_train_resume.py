@@ -15,13 +15,15 @@ import torch
 from finetune_api.failures import Reason
 from finetune_api.progress import Split
 from finetune_api.results import CHECKPOINTS_DIR, TRAIN_RESULT, CheckpointMarker, TrainResult
+from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.supervisor.run import ENV_RESTARTS, ENV_SPLIT
-from finetune_trainer.train import evaluate
+from finetune_trainer.train import checkpoint_writer, evaluate, fit
 from finetune_trainer.train import run as train
+from finetune_trainer.train.checkpoints import Checkpoints
 from finetune_trainer.train.owner import claim
 from finetune_trainer.train.trainer import LoraTrainer
-from tests.support.prepared import PreparedJob, prepare_job
+from tests.support.prepared import PreparedJob, RecordingReporter, prepare_job
 
 STEPS = 12
 # 24 rows, 8 to a step in micro-batches of 2: a step is four micro-batches, and an epoch three steps. Dropout draws random numbers.
@@ -242,6 +244,28 @@ def test_an_execution_that_another_has_replaced_writes_nothing_more(
     assert not job.context().workspace_store().exists(TRAIN_RESULT)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "published"),
+    [(train.select, "evaluate_and_select", False), (train.verify, "load_freshly", True)],
+    ids=["before the adapter", "before the result"],
+)
+def test_an_execution_that_is_replaced_after_its_last_step_writes_nothing_more(
+    job: PreparedJob, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, published: bool
+) -> None:
+    original = getattr(module, name)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        claim(job.context().workspace_store(), "execution-2")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, replaced)
+    with pytest.raises(StageError, match="execution-2") as caught:
+        train.run(job.context(execution="execution-1"))
+    assert caught.value.reason is Reason.SUPERSEDED
+    assert job.context().output_store().exists("adapter/adapter_model.safetensors") == published
+    assert not job.context().workspace_store().exists(TRAIN_RESULT)
+
+
 def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -267,6 +291,7 @@ def test_out_of_memory_goes_on_from_the_last_step_with_a_smaller_split(
     assert found.resumed_from_steps == [7]
     assert found.split == smaller
     assert [r.reason for r in found.restarts] == ["OutOfMemory"]
+    assert {"split": smaller} in posts(ctx), "status tells what was changed"
     # Without dropout the curves would be equal; with it, the masks of a smaller micro-batch are other draws.
     assert curve(job)[:7] == losses[:7]
     monkeypatch.delenv(ENV_SPLIT)
@@ -274,6 +299,119 @@ def test_out_of_memory_goes_on_from_the_last_step_with_a_smaller_split(
     assert train.choose_split(job.snapshot.split, job.context().workspace_store(), {}) == smaller, (
         "a later pod knows it too"
     )
+
+
+def test_running_out_of_memory_inside_the_optimizer_saves_no_half_changed_weights(
+    job: PreparedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.run(job.context())
+    undisturbed = adapter(job)
+    forget_the_result(job)
+    original, made = torch.optim.AdamW.step, []
+
+    def step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        done = original(self, *args, **kwargs)
+        made.append(1)
+        if len(made) == 8:
+            out_of_memory()
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    ctx = job.context()
+    with pytest.raises(torch.OutOfMemoryError):
+        train.run(ctx)
+    train.run(ctx)  # the same pod, and its disk
+    assert result(job).resumed_from_steps == [6], "the newest whole one: step 8's weights had begun to change"
+    assert adapter(job) == undisturbed
+
+
+def test_with_shorter_sequences_less_of_a_row_is_trained_on(job: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorter = job.snapshot.split.model_copy(update={"max_sequence_tokens": 16})
+    monkeypatch.setenv(ENV_SPLIT, json.dumps(shorter.to_json_dict()))
+    longest = []
+    original = LoraTrainer.compute_loss
+
+    def compute_loss(self: LoraTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        longest.append(inputs["input_ids"].shape[1])
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LoraTrainer, "compute_loss", compute_loss)
+    train.run(job.context())
+    assert max(longest) == 16
+    assert result(job).split == shorter
+
+
+def test_what_a_checkpoint_took_and_why_one_could_not_be_stored_is_told(
+    job: PreparedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status warns of a grace period that is too short by it."""
+    monkeypatch.setattr(checkpoint_writer, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("finetune_trainer.memory.peak_bytes", lambda: 123)
+    save, failures = Checkpoints.save, [StageError(Reason.STORAGE_FULL, "no more")]
+
+    def saving(self: Checkpoints, *args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return save(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    ctx = job.context()
+    train.run(ctx)
+    told = [p for p in posts(ctx) if "checkpoint_problem" in p]
+    assert told[0] == {"checkpoint_problem": "StorageFull: no more"}
+    assert told[1]["checkpoint_problem"] == ""
+    assert told[-1]["checkpoint_step"] == STEPS
+    assert all(p["checkpoint_seconds"] >= 0 and p["peak_memory_bytes"] == 123 for p in told[1:])
+
+
+def test_uploads_that_an_earlier_execution_left_are_removed_when_training_begins(
+    job: PreparedJob, monkeypatch: pytest.MonkeyPatch, s3: Any
+) -> None:
+    for key in (f"{job.snapshot.output.key}/adapter/x", f"{job.snapshot.workspace.key}/checkpoints/1/x"):
+        s3.client.create_multipart_upload(Bucket=job.bucket, Key=key)
+    interrupt(monkeypatch, 1, 1, sigterm)
+    with pytest.raises(Interrupted):
+        train.run(job.context())
+    assert not s3.client.list_multipart_uploads(Bucket=job.bucket).get("Uploads")
+
+
+def test_checkpoints_by_time_are_made_when_it_is_over(
+    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovery = {"checkpoint": {"interval": {"seconds": 50}, "keep": 9}}
+    job = prepare_job(s3, tmp_path, tiny_model, **{**SPEC, "recovery": recovery})
+    clock = Clock()
+    monkeypatch.setattr(fit, "time", clock)
+    original = LoraTrainer.compute_loss
+
+    def compute_loss(self: LoraTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        clock.now = 20.0 * (self.state.global_step + 1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraTrainer, "compute_loss", compute_loss)
+    captured: list[int] = []
+    capture = fit.Fit.capture
+    monkeypatch.setattr(
+        fit.Fit,
+        "capture",
+        lambda self, trainer, *args: captured.append(trainer.state.global_step) or capture(self, trainer, *args),
+    )
+    train.run(job.context())
+    assert captured == [1, 4, 7, 10, 12], "the first, the last, and one whenever 50 seconds of 20 a step are over"
+
+
+class Clock:
+    """Stands for the module ``time``."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def posts(ctx: StageContext) -> list[dict[str, Any]]:
+    assert isinstance(ctx.reporter, RecordingReporter)
+    return list(ctx.reporter.posts)
 
 
 def test_the_curve_after_a_smaller_split_is_the_undisturbed_one(

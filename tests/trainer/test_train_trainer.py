@@ -14,6 +14,7 @@ from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import StageError
 from finetune_trainer.train import device, evaluate, model
+from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import make_schedule
 from finetune_trainer.train.step_log import StepLog
@@ -119,13 +120,17 @@ def test_the_held_out_loss_does_not_depend_on_batches_or_padding(tiny_model: Pat
     assert [one.loss for one in losses] == pytest.approx([losses[0].loss] * 3, rel=1e-5 if method == "LoRA" else 2e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "sgd"])
+@pytest.mark.parametrize(
+    ("optimizer", "value"),
+    [("adamw_torch_fused", "nan"), ("adamw_torch", "nan"), ("sgd", "nan"), ("adamw_torch_fused", "inf")],
+)
 def test_a_loss_that_is_not_finite_fails_before_it_reaches_the_weights(
-    tiny_model: Path, tmp_path: Path, optimizer: str
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, value: str
 ) -> None:
     run = snapshot(training={"length": {"steps": 2}, "optimizer": {"name": optimizer}})
     base = model.load_base(tiny_model, run, CPU32)
-    base.get_parameter("model.norm.weight").data[0] = float("nan")
+    original = LearnedTokenLoss.__call__
+    monkeypatch.setattr(LearnedTokenLoss, "__call__", lambda self, batch: original(self, batch) * float(value))
     rows = rows_of(tiny_model, 8)
     peft_model = model.attach_adapter(base, run)
     before = {n: w.clone() for n, w in weights_of(peft_model).items()}
@@ -134,7 +139,7 @@ def test_a_loss_that_is_not_finite_fails_before_it_reaches_the_weights(
         model=peft_model, args=training_arguments(run, CPU32, schedule.steps, tmp_path), rows=rows, schedule=schedule,
         micro_batch=4, pad_id=0, compute=CPU32, callbacks=[],
     )  # fmt: skip
-    with pytest.raises(StageError, match=r"nan at step 1 of 2") as caught:
+    with pytest.raises(StageError, match=rf"{value} at step 1 of 2") as caught:
         trainer.train()
     assert caught.value.reason is Reason.NON_FINITE_LOSS
     assert all(torch.equal(w, before[n]) for n, w in weights_of(peft_model).items())

@@ -6,7 +6,6 @@ Exit code, termination message and final post all carry the same reason; any one
 from __future__ import annotations
 
 import ctypes
-import errno
 import faulthandler
 import importlib
 import json
@@ -25,7 +24,7 @@ from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_trainer import heartbeat
 from finetune_trainer.context import StageContext, load_context
-from finetune_trainer.errors import Interrupted, NotFound, StageError
+from finetune_trainer.errors import Interrupted, NotFound, StageError, full_disk
 from finetune_trainer.remote_code import remote_code
 from finetune_trainer.supervisor.process import ENV_OUTCOME
 from finetune_trainer.supervisor.run import ENV_LOG_LEVEL
@@ -190,9 +189,9 @@ def explain(error: BaseException) -> tuple[Reason, str]:
         return Reason.HOST_OUT_OF_MEMORY, f"MemoryError: {error}"
     if name in RANK_ERRORS and type(error).__module__.startswith("torch"):
         return Reason.RANK_FAILURE, f"{name}: {str(error).strip()}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" at {error.filename}" if error.filename else ""
-        return Reason.DISK_FULL, f"no space left{where}"
+    no_room = full_disk(error)
+    if no_room is not None:
+        return Reason.DISK_FULL, no_room
     if isinstance(error, NotFound):
         return Reason.UNKNOWN, str(error)
     if isinstance(error, SystemExit):

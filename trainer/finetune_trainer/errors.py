@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from finetune_api.failures import FAILURES, Consequence, Reason
 from finetune_trainer.text import readable
 
@@ -30,6 +32,24 @@ def waits(error: BaseException) -> bool:
     return isinstance(error, StageError) and (
         error.consequence is Consequence.WAIT or error.patience_seconds is not None
     )
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """``no space left at PATH``, if that is what lies behind an error.
+
+    torch's zip writer raises an error of its own while it handles the file's; safetensors and tokenizers, in Rust, only quote the number.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno in NO_ROOM:
+            return f"no space left at {behind.filename}" if behind.filename else "no space left"
+        if any(f"(os error {number})" in str(behind) for number in NO_ROOM):
+            return f"no space left: {behind}"
+        behind = behind.__cause__ or behind.__context__
+    return None
 
 
 class NotFound(Exception):

@@ -71,13 +71,19 @@ def _rank(condition: Condition) -> tuple[int, str]:
     return _ORDER.get(condition.type, len(_ORDER)), condition.type
 
 
-def attempt_rank(attempt: AttemptStatus) -> tuple[str, int, str]:
+_NOT_YET = "~"
+"""Behind every time."""
+
+
+def attempt_rank(attempt: AttemptStatus) -> tuple[str, str, int, str]:
     """Attempts stand in the order in which they started.
 
-    Kubernetes' times are whole seconds; within one the stages' order decides.
+    Kubernetes' times are whole seconds. Of two that started in one, the earlier one ended before the other began: the one that ended
+    first comes first, and where even that does not tell, the stages' order decides.
     """
     return (
         attempt.started_at or attempt.finished_at or "",
+        attempt.finished_at or _NOT_YET,
         _STAGES.get(attempt.stage, len(_STAGES)),
         attempt.execution_id,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from finetune_api.failures import Reason
 from finetune_api.planner import (
@@ -53,12 +54,12 @@ def plan_run(
     """
     if spec.training.use_cpu:
         return None
-    gpus = gpus_of(spec, node_gpus)
+    found = candidates_of(spec, node_gpus)
     try:
         arch = parse_config(model.config)
         shapes = parameter_shapes(model.shapes, arch)
         request = request_for(spec, arch, shapes, data)
-        return from_request(spec, split, request, gpus, model.uri)
+        return from_request(spec, split, request, found, model.uri)
     except (UnknownArchitecture, UnknownTarget) as error:
         if spec.method.type is MethodType.AUTO:
             raise StageError(
@@ -68,34 +69,54 @@ def plan_run(
         return None
 
 
-def gpus_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) -> list[Gpu]:
-    """The kinds of GPU that the run may get, as far as anything is known of them: what is declared counts, then the product that is
-    asked for, then what nodes tell.
+@dataclass(frozen=True)
+class Candidates:
+    """The kinds of GPU that a run may get, as far as anything is known of them."""
+
+    gpus: list[Gpu]
+    """Those whose memory is known."""
+    named: bool
+    """By the job; otherwise nodes tell of them."""
+    others: bool = False
+    """Nodes have more kinds, and their memory is not known."""
+
+
+def candidates_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) -> Candidates:
+    """What is declared counts, then the product that is asked for, then what nodes tell.
 
     Raises:
         StageError: InvalidConfig, where Auto needs to know and nothing is known.
     """
     asked = spec.compute.gpu
-    labels = [(g.product, g.memory_mib) for g in node_gpus or [] if asked.product in (None, g.product)]
-    if asked.product is not None and not labels:
-        labels = [(asked.product, None)]
-    gpus = [gpu for product, memory in labels if (gpu := labelled_gpu(product, memory)) is not None]
-    if asked.memory is not None:
-        usable = int(parse_quantity(asked.memory))
-        declared = Gpu(product=asked.product or f"GPU with {asked.memory}", usable_bytes=usable)
-        return [gpu.model_copy(update={"usable_bytes": usable}) for gpu in gpus] or [declared]
-    if not gpus and spec.method.type is MethodType.AUTO:
-        found = asked.product or ", ".join(product for product, _ in labels)
-        of = (
-            f"{found} is not in the table of GPUs"
-            if found
-            else "no node with a GPU that this job may use tells its product"
-        )
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            f"method.type: Auto: {of}. Set compute.gpu.product, or declare its memory in compute.gpu.memory.",
-        )
-    return gpus
+    nodes = {gpu.product: None if gpu.shared else gpu.memory_mib for gpu in node_gpus or []}
+    shared = {gpu.product for gpu in node_gpus or [] if gpu.shared}
+    if asked.product is not None or asked.memory is not None:
+        name = asked.product or f"GPU with {asked.memory}"
+        known = labelled_gpu(name, nodes.get(name))
+        if asked.memory is not None:
+            usable = int(parse_quantity(asked.memory))
+            known = (known or Gpu(product=name, usable_bytes=usable)).model_copy(update={"usable_bytes": usable})
+        found = Candidates([known] if known is not None else [], named=True)
+    else:
+        kinds = [labelled_gpu(product, memory) for product, memory in nodes.items() if product not in shared]
+        gpus = [gpu for gpu in kinds if gpu is not None]
+        found = Candidates(gpus, named=False, others=len(gpus) < len(nodes))
+    if not found.gpus and spec.method.type is MethodType.AUTO:
+        raise StageError(Reason.INVALID_CONFIG, f"method.type: Auto: {_nothing_known(asked.product, node_gpus)}")
+    return found
+
+
+def _nothing_known(product: str | None, node_gpus: Sequence[NodeGpu] | None) -> str:
+    if product is not None:
+        return f"{product} is not in the table of GPUs. Declare its memory in compute.gpu.memory."
+    told = ", ".join(gpu.product for gpu in node_gpus or [])
+    if told:
+        why = f"the job names no GPU, and of those that nodes have ({told}) the memory is not known"
+    elif node_gpus is not None:
+        why = "the job names no GPU, and no node tells of one that it may use"
+    else:
+        why = "the job names no GPU"
+    return f"{why}. Set compute.gpu.product, or declare its memory in compute.gpu.memory."
 
 
 def request_for(spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data: DataSummary) -> Request:
@@ -111,43 +132,54 @@ def request_for(spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data:
     return request.model_copy(update={"batch": request.batch.model_copy(update={"sequence_tokens": longest})})
 
 
-def from_request(spec: FineTuneJobSpec, split: Split, request: Request, gpus: list[Gpu], uri: str) -> RunPlan:
+def from_request(spec: FineTuneJobSpec, split: Split, request: Request, found: Candidates, uri: str) -> RunPlan:
     """Choose, where the GPU is known; otherwise only tell what will be needed.
 
     Raises:
         StageError: DoesNotFit.
     """
-    if not gpus:
-        four_bit = request.tuning.model_copy(update={"four_bit": spec.method.type is MethodType.QLORA})
-        batch = request.batch.model_copy(update={"micro_batch_sequences": split.micro_batch_sequences})
-        planned = plan(request.model_copy(update={"tuning": four_bit, "batch": batch}))
-        return RunPlan(
-            method=spec.method.type,
-            split=split,
-            needed_bytes=planned.needed_bytes,
-            peak_allocated_bytes=planned.peak_allocated_bytes,
-            verified=planned.verified,
-            summary=f"needs {gib(planned.needed_bytes)} of GPU memory by plan; whether the GPU has it is not known",
-        )
+    if not found.gpus:
+        return _of_unknown(spec.method.type, split, request, [])
     choice, suitable = choose_among(
         request,
-        gpus,
+        found.gpus,
         spec.training.global_batch_sequences,
         None if spec.method.type is MethodType.AUTO else spec.method.type,
         spec.training.micro_batch_sequences,
         evaluation_follows=True,
         sharding=False,
     )
-    if not choice.fit.fits and (
-        choice.planned.verified or (request.architecture.known and not request.architecture.experts)
-    ):
-        # Sharding over more GPUs is not offered: training does not do it yet.
-        here = choice.fit.model_copy(update={"alternatives": [a for a in choice.fit.alternatives if a.gpus is None]})
-        words = misfit_sentence(uri, choice.request, here, suitable[0])
-        if len(gpus) > 1:
-            words += f" It is the largest of those that nodes have ({names(gpus)}); to wait for another, name it in compute.gpu.product."
-        raise StageError(Reason.DOES_NOT_FIT, words)
-    return _chosen(spec, split, choice, suitable[0], [gpu for gpu in gpus if gpu not in suitable])
+    if choice.fit.fits:
+        return _chosen(spec, split, choice, suitable[0], [gpu for gpu in found.gpus if gpu not in suitable])
+    if not (choice.planned.verified or (request.architecture.known and not request.architecture.experts)):
+        return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
+    if found.others:
+        return _of_unknown(choice.method, split, request, found.gpus)
+    # Sharding over more GPUs is not offered: training does not do it yet.
+    here = choice.fit.model_copy(update={"alternatives": [a for a in choice.fit.alternatives if a.gpus is None]})
+    words = misfit_sentence(uri, choice.request, here, suitable[0])
+    if not found.named:
+        words += f" The job names no GPU, and nodes have {names(found.gpus)}: to wait for another, name it in compute.gpu.product."
+    raise StageError(Reason.DOES_NOT_FIT, words)
+
+
+def _of_unknown(method: MethodType, split: Split, request: Request, unsuitable: list[Gpu]) -> RunPlan:
+    four_bit = request.tuning.model_copy(update={"four_bit": method is MethodType.QLORA})
+    batch = request.batch.model_copy(update={"micro_batch_sequences": split.micro_batch_sequences})
+    planned = plan(request.model_copy(update={"tuning": four_bit, "batch": batch}))
+    return RunPlan(
+        method=method,
+        split=split,
+        unsuitable_gpu_products=[gpu.product for gpu in unsuitable] or None,
+        needed_bytes=planned.needed_bytes,
+        peak_allocated_bytes=planned.peak_allocated_bytes,
+        verified=planned.verified,
+        summary=f"needs {gib(planned.needed_bytes)} of GPU memory by plan; whether the GPU has it is not known.{_avoided(unsuitable)}",
+    )
+
+
+def _avoided(unsuitable: list[Gpu]) -> str:
+    return f" Not on {names(unsuitable)}, which nodes have: too little memory for it." if unsuitable else ""
 
 
 def names(gpus: Sequence[Gpu]) -> str:
@@ -159,7 +191,6 @@ def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsui
     planned = plan(choice.request, gpu.peak_tflops)
     share = -(-spec.training.global_batch_sequences // choice.request.gpus)
     micro = largest_divisor(share, choice.micro_batch_sequences)
-    avoided = f" Not on {names(unsuitable)}, which nodes have too: too little memory for it." if unsuitable else ""
     misfit = "" if choice.fit.fits else " By an estimate that was not verified for this family it does not fit."
     return RunPlan(
         method=choice.method,
@@ -177,5 +208,5 @@ def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsui
         peak_allocated_bytes=planned.peak_allocated_bytes,
         estimated_seconds=planned.work.seconds,
         verified=planned.verified,
-        summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{misfit}{avoided}",
+        summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{misfit}{_avoided(unsuitable)}",
     )

@@ -6,14 +6,12 @@ import math
 import signal
 from dataclasses import dataclass, field
 
-from finetune_api.failures import FAILURES, Reason, by_exit_code
+from finetune_api.failures import FAILURES, MAX_RESTARTS, Reason, by_exit_code
 from finetune_api.progress import Split, StageReport
 from finetune_api.snapshot import largest_divisor
 from finetune_api.spec import OutOfMemoryAction
 from finetune_trainer.memory import gibibytes
 
-MAX_RESTARTS = 2
-"""Restarts in one pod after the processes hung or died. The next failure ends the pod, and another node may do better."""
 SHORTEST_TOKENS = 256
 MOST_EVALUATION_DIVISOR = 16
 EVALUATING = ("Evaluating", "Verifying")

@@ -109,14 +109,20 @@ def write_files(captured: Captured, folder: Path) -> None:
     folder.mkdir(parents=True)
     save_file(captured.adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(captured.adapter_config, indent=1, default=str))
-    torch.save(captured.optimizer, folder / "optimizer.pt")
-    torch.save(captured.scheduler, folder / "scheduler.pt")
+    _save(captured.optimizer, folder / "optimizer.pt")
+    _save(captured.scheduler, folder / "scheduler.pt")
     if captured.scaler is not None:
-        torch.save(captured.scaler, folder / "scaler.pt")
+        _save(captured.scaler, folder / "scaler.pt")
     for rank, states in enumerate(captured.random):
-        torch.save(states, folder / random_file(rank))
+        _save(states, folder / random_file(rank))
     (folder / "trainer_state.json").write_text(captured.trainer_state)
     (folder / PROGRESS_FILE).write_text(json.dumps(captured.progress))
+
+
+def _save(state: object, path: Path) -> None:
+    """Through a file of Python's: torch's own says "iostream error" where the disk is full, and nothing more."""
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def _trainer_state(state: Any) -> str:

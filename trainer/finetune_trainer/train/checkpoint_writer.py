@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import time
 from collections.abc import Callable
 
-from finetune_api.failures import Consequence, Reason
+from finetune_api.failures import GPU_PATIENCE_SECONDS, Consequence, Reason
 from finetune_trainer import heartbeat
-from finetune_trainer.errors import StageError
+from finetune_trainer.errors import StageError, full_disk
 from finetune_trainer.parallel import Stopped
 from finetune_trainer.train.capture import Captured
 from finetune_trainer.train.checkpoints import Checkpoints, Saved
-from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS
 
 log = logging.getLogger(__name__)
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 2.0, 30.0
 """Between tries, while the store cannot be reached: training goes on meanwhile."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointWriter:
@@ -162,6 +159,7 @@ def as_stage_error(error: Exception) -> StageError:
     """Anything that saving may raise, with a reason."""
     if isinstance(error, StageError):
         return error
-    if isinstance(error, OSError):
-        return StageError(Reason.DISK_FULL if error.errno in DISK_FULL else Reason.UNKNOWN, str(error))
+    no_room = full_disk(error)
+    if no_room is not None:
+        return StageError(Reason.DISK_FULL, no_room)
     return StageError(Reason.UNKNOWN, f"{type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from finetune_api.failures import Reason
+from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
 from finetune_api.progress import Restart, Split
 from finetune_api.spec import CheckpointInterval
 from finetune_trainer import heartbeat, memory
@@ -27,7 +27,6 @@ from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
-from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from finetune_api.failures import Reason
+from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
 from finetune_api.results import (
     PREPARE_RESULT,
     PREPARED_HELD_OUT,
@@ -28,8 +28,6 @@ from finetune_trainer.sources.model import resolve_model
 from finetune_trainer.stored import read_stored
 from finetune_trainer.waiting import wait_until_available
 
-GPU_PATIENCE_SECONDS = 600
-"""How long a stage that holds a GPU waits for a store or the Hub before it fails and gives the GPU back."""
 READ_BYTES = 4 << 20
 PROMPTS = TypeAdapter(list[PreparedPrompt])
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from finetune_api.base import ApiModel
+from finetune_api.failures import GPU_PATIENCE_SECONDS
 from finetune_api.progress import Split
 from finetune_api.results import (
     ANSWERS_FILE,
@@ -257,7 +258,7 @@ def begin_execution(ctx: StageContext) -> Begun | TrainResult:
         ctx,
         prepared.result.model_commit,
         prepared.result.model_files,
-        limit_seconds=inputs.GPU_PATIENCE_SECONDS,
+        limit_seconds=GPU_PATIENCE_SECONDS,
     )
     return Begun(owner.number, split, prepared, base_files)
 
@@ -296,7 +297,7 @@ def begin(ctx: StageContext, activity: str, **fields: object) -> None:
 
 def patiently(ctx: StageContext, call: Callable[[], T]) -> T:
     """A store that is away is waited for as long as a stage that holds a GPU may."""
-    return wait_until_available(ctx, call, limit_seconds=inputs.GPU_PATIENCE_SECONDS)
+    return wait_until_available(ctx, call, limit_seconds=GPU_PATIENCE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -351,9 +352,7 @@ def upload_reports(
 ) -> list[FileRecord]:
     """``reports/metrics.jsonl`` and ``reports/answers.json``."""
     data = json.dumps([a.to_json_dict() for a in answers], ensure_ascii=False, indent=1).encode()
-    record = wait_until_available(
-        ctx, lambda: output.put_bytes(ANSWERS_FILE, data), limit_seconds=inputs.GPU_PATIENCE_SECONDS
-    )
+    record = wait_until_available(ctx, lambda: output.put_bytes(ANSWERS_FILE, data), limit_seconds=GPU_PATIENCE_SECONDS)
     return [save.upload_metrics(ctx, metrics, output), record]
 
 

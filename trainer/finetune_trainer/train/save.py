@@ -8,10 +8,10 @@ from typing import Any
 
 from peft import PeftModel
 
+from finetune_api.failures import GPU_PATIENCE_SECONDS
 from finetune_api.results import ADAPTER_DIR, METRICS_FILE, FileRecord
 from finetune_trainer.context import StageContext
 from finetune_trainer.s3 import S3Store
-from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS
 from finetune_trainer.waiting import wait_until_available
 
 

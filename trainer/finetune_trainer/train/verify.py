@@ -12,14 +12,14 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from finetune_api.failures import Reason
+from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
 from finetune_api.results import ADAPTER_DIR, FileRecord, PreparedPrompt, PrepareResult, Verification
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
 from finetune_trainer.s3 import S3Store
-from finetune_trainer.train.inputs import GPU_PATIENCE_SECONDS, must_equal
+from finetune_trainer.train.inputs import must_equal
 from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
