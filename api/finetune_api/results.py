@@ -27,9 +27,10 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import ApiModel
+from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import MethodType
+from finetune_api.spec import MethodType, Parallelism
 
 PREPARED_VERSION = 1
 RESULT_VERSION = 1
@@ -144,6 +145,8 @@ class RunPlan(ApiModel):
     """LoRA or QLoRA: what Auto became."""
     split: Split
     """With the largest efficient micro-batch that fits."""
+    layout: Layout = Layout.SINGLE
+    """How several GPUs hold the base: each all of it (DDP), or a part (FSDP)."""
     gpu: str | None = None
     """The kind of GPU it was planned for; absent where that is not known."""
     unsuitable_gpu_products: list[str] | None = None
@@ -189,6 +192,13 @@ class PrepareResult(ApiModel):
 def chosen(snapshot: Snapshot, prepared: PrepareResult) -> Snapshot:
     """The snapshot with the method that the memory plan has chosen: what is loaded, merged and told of."""
     return snapshot.resolved(prepared.plan.method if prepared.plan is not None else None)
+
+
+def is_sharded(snapshot: Snapshot, prepared: PrepareResult) -> bool:
+    """Whether the ranks share the base out: by plan, or where nothing was planned because the spec says so."""
+    if prepared.plan is not None:
+        return prepared.plan.layout is Layout.FSDP
+    return snapshot.spec.training.parallelism is Parallelism.FSDP
 
 
 class Verification(ApiModel):

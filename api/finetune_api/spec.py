@@ -331,6 +331,14 @@ class Scheduler(StrEnum):
     CONSTANT = "Constant"
 
 
+class Parallelism(StrEnum):
+    """How several GPUs share the work."""
+
+    AUTO = "Auto"
+    DDP = "DDP"
+    FSDP = "FSDP"
+
+
 class Training(ApiModel):
     """The optimization. Batch sizes are global, in sequences, whatever the number of GPUs."""
 
@@ -350,6 +358,13 @@ class Training(ApiModel):
     warmup: Warmup = Field(default=Warmup(fraction=0.03))
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, about 30 % slower."
+    )
+    parallelism: Parallelism = Field(
+        Parallelism.AUTO,
+        description=(
+            "With several GPUs: DDP keeps the whole base model on each, FSDP a part of it, layer by layer; the adapter is whole on each. "
+            "Auto takes DDP if that fits (or nothing is known of the GPU), otherwise FSDP."
+        ),
     )
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
     use_cpu: bool = Field(
@@ -406,7 +421,7 @@ class Compute(ApiModel):
     gpus_per_node: Annotated[int, Field(ge=0, le=8)] = Field(
         1,
         description=(
-            "GPUs of the training pod, each with the whole model and its share of every step's rows; 0 only with training.useCpu."
+            "GPUs of the training pod, each with its share of every step's rows; 0 only with training.useCpu."
         ),
     )
     gpu: Gpu = Field(default_factory=Gpu)
@@ -697,6 +712,10 @@ class FineTuneJobSpec(ApiModel):
             (
                 "self.compute.gpusPerNode > 0 || self.training.useCpu",
                 "compute.gpusPerNode: 0 needs training.useCpu: true",
+            ),
+            (
+                "self.training.parallelism != 'FSDP' || self.compute.gpusPerNode > 1",
+                "training.parallelism: FSDP needs compute.gpusPerNode of at least 2",
             ),
             (
                 "!has(self.recovery.outOfMemory.maxMemory) || has(self.compute.memory)",

@@ -82,7 +82,7 @@ def test_shards_hold_their_part_and_constants_are_whole() -> None:
     four = plan(asked.model_copy(update={"layout": Layout.FSDP, "gpus": 4}))
     assert four.weight_bytes * 4 == pytest.approx(one.weight_bytes, rel=1e-6)
     assert four.quantization_constant_bytes == one.quantization_constant_bytes
-    assert four.optimizer_bytes * 4 == pytest.approx(one.optimizer_bytes, rel=1e-6)
+    assert four.optimizer_bytes == one.optimizer_bytes, "what is trained is whole on every GPU"
     assert four.gathered_bytes > 0
     assert not four.verified
 

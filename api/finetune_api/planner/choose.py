@@ -12,6 +12,8 @@ from finetune_api.planner.plan import MemoryPlan, Request, plan
 from finetune_api.planner.sentences import gib
 from finetune_api.spec import MethodType
 
+SEVERAL = (Layout.DDP, Layout.FSDP)
+"""Whole copies first: they are faster."""
 EFFICIENT_TOKENS = 8192
 """Tokens of a micro-batch beyond which a GPU gets no faster: its matrix products are large enough to fill it."""
 
@@ -35,7 +37,7 @@ def choose(
     micro_batch_sequences: int | None = None,
     *,
     evaluation_follows: bool = False,
-    sharding: bool = True,
+    several: Sequence[Layout] = SEVERAL,
 ) -> Choice:
     """LoRA if it fits, QLoRA if not, each with the largest efficient micro-batch that fits. Where nothing fits, the choice is
     QLoRA (or the method asked for) with the smallest micro-batch, and its ``fit`` says what would.
@@ -45,7 +47,7 @@ def choose(
         method: chosen when absent.
         micro_batch_sequences: the most the user allows; chosen when absent.
         evaluation_follows: the trainer takes the evaluation batch from the plan, so it is made as small as training allows.
-        sharding: whether several GPUs may share one copy of the model.
+        several: what several GPUs may do, the first that fits is taken.
     """
     per_gpu = max(1, global_batch_sequences // request.gpus)
     methods = [method] if method else [MethodType.LORA, MethodType.QLORA]
@@ -53,7 +55,7 @@ def choose(
     last: tuple[MethodType, Request, MemoryPlan] | None = None
     for candidate in methods:
         base = four_bit(request) if candidate is MethodType.QLORA else request
-        for layout in layouts(request, sharding):
+        for layout in layouts(request, several):
             for rows in micro_batches(per_gpu, request.batch.sequence_tokens, micro_batch_sequences):
                 tried = with_batch(base.model_copy(update={"layout": layout}), micro_batch_sequences=rows)
                 planned = plan(tried)
@@ -80,7 +82,7 @@ def choose_among(
     micro_batch_sequences: int | None = None,
     *,
     evaluation_follows: bool = False,
-    sharding: bool = True,
+    several: Sequence[Layout] = SEVERAL,
 ) -> tuple[Choice, list[Gpu]]:
     """One plan for whichever of several kinds of GPU the run will get: LoRA if it fits any of them, QLoRA if not, cut for the smallest
     that the method fits.
@@ -100,7 +102,7 @@ def choose_among(
             method,
             micro_batch_sequences,
             evaluation_follows=evaluation_follows,
-            sharding=sharding,
+            several=several,
         )
         for gpu in ordered
     ]
@@ -109,11 +111,9 @@ def choose_among(
     return choices[first], ordered[first:]
 
 
-def layouts(request: Request, sharding: bool = True) -> list[Layout]:
+def layouts(request: Request, several: Sequence[Layout] = SEVERAL) -> list[Layout]:
     """One GPU alone; several each with a whole copy if that fits, which is fastest, sharded if not."""
-    if request.gpus == 1:
-        return [Layout.SINGLE]
-    return [Layout.DDP, Layout.FSDP] if sharding else [Layout.DDP]
+    return [Layout.SINGLE] if request.gpus == 1 else list(several)
 
 
 def micro_batches(per_gpu: int, sequence_tokens: int, most: int | None) -> Iterator[int]:

@@ -53,6 +53,10 @@ def communication(layout: Layout, gpus: int, weights: dict[str, int], trainable:
     return Communication(gathered_bytes=gathered, buffer_bytes=gathered // gpus + layer + NCCL_BYTES)
 
 
-def sharded(size: int, layout: Layout, gpus: int) -> int:
-    """A GPU's part."""
-    return -(-size // gpus) if layout is Layout.FSDP else size
+def sharded(weights: dict[str, int], layout: Layout, gpus: int, tied: bool) -> int:
+    """A GPU's part of the base. Tied embeddings are needed at both ends, and are whole on every GPU; vectors are too, which are too
+    small to show."""
+    if layout is not Layout.FSDP:
+        return sum(weights.values())
+    whole = sum(size for name, size in weights.items() if tied and not LAYER.search(name))
+    return whole + -(-(sum(weights.values()) - whole) // gpus)

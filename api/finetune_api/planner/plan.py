@@ -128,11 +128,8 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     targets = adapted_layers(linear_layers(shapes, arch), tuning.target_modules)
     shared = communication(request.layout, request.gpus, base, trainable)
 
-    def part(size: int) -> int:
-        return sharded(size, request.layout, request.gpus)
-
-    adapter, optimizer = part(4 * trainable), part(weights.optimizer_bytes(request.optimizer, trainable))
-    weight = part(sum(base.values()))
+    adapter, optimizer = 4 * trainable, weights.optimizer_bytes(request.optimizer, trainable)
+    weight = sharded(base, request.layout, request.gpus, arch.tied_embeddings)
     held = weight + constants + 2 * adapter + optimizer + shared.gathered_bytes + shared.buffer_bytes
     steps = {
         checkpointing: _step(request, batch.model_copy(update={"gradient_checkpointing": checkpointing}), trainable)

@@ -11,10 +11,12 @@ from finetune_api.planner import (
     Architecture,
     Choice,
     Gpu,
+    Layout,
     Shapes,
     UnknownArchitecture,
     UnknownTarget,
     choose_among,
+    describe,
     labelled_gpu,
     misfit_sentence,
     parameter_shapes,
@@ -23,13 +25,14 @@ from finetune_api.planner import (
     plan_sentence,
     request_of,
 )
+from finetune_api.planner.choose import layouts
 from finetune_api.planner.plan import EVALUATION_TOKENS, Request
 from finetune_api.planner.sentences import gib
 from finetune_api.progress import Split
 from finetune_api.quantity import parse_quantity
 from finetune_api.results import DataSummary, RunPlan
 from finetune_api.snapshot import NodeGpu, largest_divisor, rank_count
-from finetune_api.spec import FineTuneJobSpec, MethodType
+from finetune_api.spec import FineTuneJobSpec, MethodType, Parallelism
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.model import BaseModel
 
@@ -139,7 +142,7 @@ def from_request(spec: FineTuneJobSpec, split: Split, request: Request, found: C
         StageError: DoesNotFit.
     """
     if not found.gpus:
-        return _of_unknown(spec.method.type, split, request, [])
+        return _of_unknown(spec, spec.method.type, split, request, [])
     choice, suitable = choose_among(
         request,
         found.gpus,
@@ -147,29 +150,52 @@ def from_request(spec: FineTuneJobSpec, split: Split, request: Request, found: C
         None if spec.method.type is MethodType.AUTO else spec.method.type,
         spec.training.micro_batch_sequences,
         evaluation_follows=True,
-        sharding=False,
+        several=layouts_of(spec, request),
     )
     if choice.fit.fits:
         return _chosen(spec, split, choice, suitable[0], [gpu for gpu in found.gpus if gpu not in suitable])
     if not (choice.planned.verified or (request.architecture.known and not request.architecture.experts)):
         return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
     if found.others:
-        return _of_unknown(choice.method, split, request, found.gpus)
-    # Sharding over more GPUs is not offered: training does not do it yet.
-    here = choice.fit.model_copy(update={"alternatives": [a for a in choice.fit.alternatives if a.gpus is None]})
-    words = misfit_sentence(uri, choice.request, here, suitable[0])
+        return _of_unknown(spec, choice.method, split, request, found.gpus)
+    shardable = Layout.FSDP in layouts_of(spec, request)
+    here = [a for a in choice.fit.alternatives if a.gpus is None or shardable]
+    words = misfit_sentence(uri, choice.request, choice.fit.model_copy(update={"alternatives": here}), suitable[0])
     if not found.named:
         words += f" The job names no GPU, and nodes have {names(found.gpus)}: to wait for another, name it in compute.gpu.product."
     raise StageError(Reason.DOES_NOT_FIT, words)
 
 
-def _of_unknown(method: MethodType, split: Split, request: Request, unsuitable: list[Gpu]) -> RunPlan:
+def layouts_of(spec: FineTuneJobSpec, request: Request) -> tuple[Layout, ...]:
+    """What several GPUs may do: what the spec says, and for a model that the sharded loader knows.
+
+    Raises:
+        StageError: InvalidConfig, where the spec asks to shard another.
+    """
+    asked = spec.training.parallelism
+    arch = request.architecture
+    known = arch.known and not arch.experts and set(describe(arch)) == set(request.shapes)
+    if asked is Parallelism.FSDP and not known:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "training.parallelism: FSDP: this model is none that can be loaded and sharded layer by layer. Set DDP.",
+        )
+    if asked is Parallelism.AUTO:
+        return (Layout.DDP, Layout.FSDP) if known else (Layout.DDP,)
+    return (Layout(asked.value),)
+
+
+def _of_unknown(
+    spec: FineTuneJobSpec, method: MethodType, split: Split, request: Request, unsuitable: list[Gpu]
+) -> RunPlan:
     four_bit = request.tuning.model_copy(update={"four_bit": method is MethodType.QLORA})
     batch = request.batch.model_copy(update={"micro_batch_sequences": split.micro_batch_sequences})
-    planned = plan(request.model_copy(update={"tuning": four_bit, "batch": batch}))
+    layout = layouts(request, layouts_of(spec, request))[0]
+    planned = plan(request.model_copy(update={"tuning": four_bit, "batch": batch, "layout": layout}))
     return RunPlan(
         method=method,
         split=split,
+        layout=layout,
         unsuitable_gpu_products=[gpu.product for gpu in unsuitable] or None,
         needed_bytes=planned.needed_bytes,
         peak_allocated_bytes=planned.peak_allocated_bytes,
@@ -194,6 +220,7 @@ def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsui
     misfit = "" if choice.fit.fits else " By an estimate that was not verified for this family it does not fit."
     return RunPlan(
         method=choice.method,
+        layout=choice.request.layout,
         split=split.model_copy(
             update={
                 "micro_batch_sequences": micro,

@@ -95,10 +95,13 @@ def greedy_answers(
     max_new_tokens: int,
     context_tokens: int | None = None,
     divisor: int = 1,
+    in_step: bool = False,
 ) -> list[str]:
     """The most likely continuation of each prompt, up to an end token.
 
     Args:
+        in_step: several ranks compute this together, so each must call the model as often as the others: answers are made to their
+            full length, and cut after.
         context_tokens: of a longer prompt only so many last tokens are given. Prepared rows are truncated, prompts are not: a
             prompt of 100k tokens must not need more memory than the training did.
     """
@@ -112,7 +115,7 @@ def greedy_answers(
     answers = [""] * len(given)
     for indices in answer_batches([len(g) for g in given], max_new_tokens, divisor):
         heartbeat.beat()
-        found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens)
+        found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens, in_step)
         for index, answer in zip(indices, found, strict=True):
             answers[index] = answer
     return answers
@@ -141,9 +144,11 @@ def answer_batches(lengths: Sequence[int], max_new_tokens: int, divisor: int = 1
 
 
 def _continue(
-    causal_lm: Any, prompts: list[list[int]], tokenizer: Any, compute: Compute, max_new_tokens: int
+    causal_lm: Any, prompts: list[list[int]], tokenizer: Any, compute: Compute, max_new_tokens: int, in_step: bool
 ) -> list[str]:
     """One batch, padded on the left."""
+    ends = end_token_ids(causal_lm, tokenizer)
+    never = causal_lm.get_output_embeddings().out_features
     longest = max(len(p) for p in prompts)
     pad = pad_token_id(tokenizer)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=compute.device)
@@ -160,10 +165,12 @@ def _continue(
             top_k=None,
             repetition_penalty=1.0,
             pad_token_id=pad,
-            eos_token_id=end_token_ids(causal_lm, tokenizer),
+            eos_token_id=[never] if in_step else ends,
             use_cache=True,
         )
-    return [str(tokenizer.decode(line[longest:], skip_special_tokens=True)).strip() for line in out]
+    answers = [line[longest:].tolist() for line in out]
+    answers = [a[: min((a.index(e) for e in ends if e in a), default=len(a))] for a in answers]
+    return [str(tokenizer.decode(a, skip_special_tokens=True)).strip() for a in answers]
 
 
 def pad_token_id(tokenizer: Any) -> int:

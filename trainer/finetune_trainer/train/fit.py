@@ -83,7 +83,7 @@ class Fit:
             log.info("all %d steps are made: the adapter is that of the last checkpoint", start)
             load_adapter(self.model, restored)
             return
-        if restored is not None and self.ranks.first:
+        if restored is not None and self.ranks.computes:
             self._measure(restored)
         writer = CheckpointWriter(self.checkpoints, self._told, self._not_stored) if self.ranks.first else None
         trainer = self._trainer(start, writer)
@@ -155,7 +155,11 @@ class Fit:
             TrainingStopped: ``stopped`` said so between two batches.
         """
         base, divisor = self.model.get_base_model(), self.split.evaluation_divisor
-        return evaluate.held_out_loss(base, self.held_out, self.pad_id, self.compute, divisor=divisor, stopped=stopped)
+
+        def agreed() -> bool:
+            return self.ranks.any(stopped()) if self.ranks.sharded else stopped()
+
+        return evaluate.held_out_loss(base, self.held_out, self.pad_id, self.compute, divisor=divisor, stopped=agreed)
 
     def patiently(self, call: Callable[[], T]) -> T:
         """A store that is away is waited for as long as a stage that holds a GPU may."""
@@ -172,7 +176,8 @@ class Fit:
         loss = self.evaluate().loss
         heartbeat.begin("Training")
         self.record(step, loss)
-        self.patiently(lambda: self.checkpoints.measured(restored, loss))
+        if self.ranks.first:
+            self.patiently(lambda: self.checkpoints.measured(restored, loss))
 
     def record(self, step: int, loss: float) -> None:
         """A held-out loss of a step."""
@@ -274,7 +279,7 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         assert self.trainer is not None
         fit, step, total = self._fit, state.global_step, self._fit.schedule.steps
         measure = self._evaluate_every is not None and step % self._evaluate_every == 0 and step < total
-        held_out = self._evaluate(step) if measure and fit.ranks.first else None
+        held_out = self._evaluate(step) if measure and fit.ranks.computes else None
         began = time.monotonic()
         # By the first one's clock.
         due = held_out is not None or is_due(step, total, self._first, self._interval, began - self._last)

@@ -1,5 +1,5 @@
-"""The processes that train together on one node, one per GPU. Every rank holds the whole model; what is shared are gradients, flags
-and random states.
+"""The processes that train together on one node, one per GPU. Every rank holds the whole adapter; what is shared are gradients, flags,
+random states and, with FSDP, the frozen base (sharded.py).
 
 Why not DistributedDataParallel: the loss calls decoder and head apart (see loss.py), past the forward pass that DDP has to see to
 synchronise gradients. Only the adapter has gradients, so adding them up once a step, in one message, costs little.
@@ -32,10 +32,18 @@ class Ranks:
     data: distributed.ProcessGroup | None = None
     """For tensors on the device; the default group is for the CPU."""
 
+    sharded: bool = False
+    """The base is shared out: nobody can compute without the others."""
+
     @property
     def first(self) -> bool:
-        """Reports, evaluates and saves."""
+        """Reports and saves, and evaluates where it can do so alone."""
         return self.rank == 0
+
+    @property
+    def computes(self) -> bool:
+        """Whether this one takes part in an evaluation."""
+        return self.first or self.sharded
 
     def any(self, flag: bool) -> bool:
         """Whether one of them says so."""
@@ -57,6 +65,13 @@ class Ranks:
         distributed.broadcast_object_list(box, src=0)
         shared: T = box[0]
         return shared
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What the model makes, for all: all compute it where the base is shared out, else the first one alone."""
+        if not self.sharded:
+            return self.share(make)
+        own = make()
+        return self.share(lambda: own)
 
     def gather(self, value: T) -> list[T]:
         """Everybody's, by rank; on the first one only, elsewhere empty."""

@@ -6,6 +6,8 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -20,10 +22,12 @@ from finetune_api.results import (
     Answer,
     BaseEvaluation,
     FileRecord,
+    QuantizedModule,
     TrainMetrics,
     TrainReport,
     TrainResult,
     chosen,
+    is_sharded,
 )
 from finetune_api.snapshot import Snapshot
 from finetune_trainer import heartbeat, memory
@@ -39,9 +43,10 @@ from finetune_trainer.train.device import Compute, pick_compute
 from finetune_trainer.train.fit import Fit, History
 from finetune_trainer.train.owner import Owner, claim
 from finetune_trainer.train.quantized import quantized_modules
-from finetune_trainer.train.ranks import join, leave
+from finetune_trainer.train.ranks import Ranks, join, leave
 from finetune_trainer.train.rows import Rows, read_rows
 from finetune_trainer.train.schedule import make_schedule
+from finetune_trainer.train.sharded import load_sharded, ready_for_adapter
 from finetune_trainer.train.split import choose_split, given_restarts, planned_split
 from finetune_trainer.train.step_log import StepLog
 from finetune_trainer.train.versions import library_versions
@@ -96,8 +101,8 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     used = verify.check_tokenizer_files(tokenizer, base_files.files, prepared.result)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     pad_id = evaluate.pad_token_id(tokenizer)
-    base = model.load_base(base_files.folder, snapshot, compute)
-    quantized = quantized_modules(base)
+    ranks = replace(ranks, sharded=ranks.size > 1 and is_sharded(snapshot, prepared.result))
+    base, quantized = load(base_files.folder, snapshot, compute, ranks)
     asked = prepared.prompts[: spec.evaluation.generation.prompts]
     answering = Answering(
         [p.input_ids for p in asked],
@@ -105,16 +110,19 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         spec.evaluation.generation.max_new_tokens,
         spec.training.max_sequence_tokens,
         split.evaluation_divisor,
+        ranks.sharded,
     )
 
-    # Evaluate the base, once for all executions, by the first rank.
+    # Evaluate the base, once for all executions.
     begin(ctx, "Evaluating")
-    measured = ranks.share(lambda: evaluate_base(ctx, workspace, base, held_out, pad_id, compute, answering, tokenizer))
+    measured = evaluate_base(ctx, workspace, base, held_out, pad_id, compute, answering, tokenizer, ranks)
     loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens)
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
     # Train, from the newest checkpoint on.
     begin(ctx, "Training", held_out_loss=loss_base.loss)
+    if ranks.sharded:
+        ready_for_adapter(base)
     peft_model = model.attach_adapter(base, snapshot)
     trained_base = model.trained_base_weights(peft_model)
     trainable = model.assert_trainables_float32(peft_model)
@@ -153,9 +161,11 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     )
     fit.run()
     peak_gpu_bytes = compute.peak_bytes()
-    leave(ranks)
-    if not ranks.first:
-        return RankDone()
+    if not ranks.sharded:
+        leave(ranks)
+        if not ranks.first:
+            return RankDone()
+        fit.ranks = ranks = Ranks()
     model.assert_trainables_float32(peft_model)
 
     begin(ctx, "Evaluating")
@@ -169,10 +179,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
 
     # Save.
     begin(ctx, "Uploading")
-    adapter_folder = ctx.work_dir / "adapter"
-    save.save_adapter(peft_model, tokenizer, adapter_folder)
-    patiently(ctx, owner.check)
-    adapter_files = save.upload_adapter(ctx, adapter_folder, output)
+    adapter_files = ranks.share(partial(store_adapter, ctx, peft_model, tokenizer, owner, output))
 
     # Verify: nothing of the trained adapter or the tokenizer in memory is used from here on.
     begin(ctx, "Verifying")
@@ -180,9 +187,11 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     del fit, tokenizer
     base = model.detach_adapter(peft_model, trained_base, compute.dtype)
     del peft_model
-    fetched = verify.fetch_back(ctx, output, adapter_files, ctx.work_dir / "fetched")
+    fetched = ranks.share(lambda: verify.fetch_back(ctx, output, adapter_files, ctx.work_dir / "fetched"))
     tokenizer = model.load_tokenizer(fetched, snapshot)
     verify.check_tokenizer(tokenizer, prepared.prompts)
+    if ranks.sharded:
+        ready_for_adapter(base)
     tuned = verify.load_freshly(base, fetched).get_base_model()
     loss_reloaded = evaluate.held_out_loss(
         tuned, held_out, evaluate.pad_token_id(tokenizer), compute, divisor=split.evaluation_divisor
@@ -192,6 +201,9 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
         for p, b, t in zip(asked, measured.answers, answering.answers(tuned, tokenizer), strict=True)
     ]
+    leave(ranks)
+    if not ranks.first:
+        return RankDone()
 
     check_rows = rows_to_check([held_out.length(i) for i in range(len(held_out))])
     result = TrainResult(
@@ -272,20 +284,43 @@ def evaluate_base(
     compute: Compute,
     answering: Answering,
     tokenizer: Any,
+    ranks: Ranks,
 ) -> BaseEvaluation:
     """What an earlier execution measured of the base, or what this one does and leaves for later ones."""
-    found = patiently(ctx, lambda: read_base_evaluation(ctx.snapshot, workspace))
+    found = ranks.share(lambda: patiently(ctx, lambda: read_base_evaluation(ctx.snapshot, workspace)))
     if found is not None:
         return found
-    loss = evaluate.held_out_loss(base, held_out, pad_id, compute, divisor=answering.divisor)
-    measured = BaseEvaluation(
-        snapshot_digest=ctx.snapshot.digest(),
-        nll=loss.nll,
-        tokens=loss.tokens,
-        answers=answering.answers(base, tokenizer),
-    )
-    patiently(ctx, lambda: workspace.put_model(BASE_EVALUATION, measured))
+
+    def measure() -> BaseEvaluation:
+        loss = evaluate.held_out_loss(base, held_out, pad_id, compute, divisor=answering.divisor)
+        return BaseEvaluation(
+            snapshot_digest=ctx.snapshot.digest(),
+            nll=loss.nll,
+            tokens=loss.tokens,
+            answers=answering.answers(base, tokenizer),
+        )
+
+    measured = ranks.together(measure)
+    ranks.share(lambda: patiently(ctx, lambda: workspace.put_model(BASE_EVALUATION, measured)))
     return measured
+
+
+def store_adapter(
+    ctx: StageContext, peft_model: Any, tokenizer: Any, owner: Owner, output: S3Store
+) -> list[FileRecord]:
+    """Into the bucket, unless another execution has taken over."""
+    folder = ctx.work_dir / "adapter"
+    save.save_adapter(peft_model, tokenizer, folder)
+    patiently(ctx, owner.check)
+    return save.upload_adapter(ctx, folder, output)
+
+
+def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tuple[Any, list[QuantizedModule]]:
+    """The base, all of it or this rank's part, and the records of its 4-bit weights."""
+    if ranks.sharded:
+        return load_sharded(folder, snapshot, compute, ranks)
+    base = model.load_base(folder, snapshot, compute)
+    return base, quantized_modules(base)
 
 
 def begin(ctx: StageContext, activity: str, **fields: object) -> None:
@@ -309,11 +344,19 @@ class Answering:
     max_new_tokens: int
     context_tokens: int
     divisor: int
+    in_step: bool
 
     def answers(self, causal_lm: Any, tokenizer: Any) -> list[str]:
         """Greedy answers."""
         return evaluate.greedy_answers(
-            causal_lm, self.prompts, tokenizer, self.compute, self.max_new_tokens, self.context_tokens, self.divisor
+            causal_lm,
+            self.prompts,
+            tokenizer,
+            self.compute,
+            self.max_new_tokens,
+            self.context_tokens,
+            self.divisor,
+            self.in_step,
         )
 
 

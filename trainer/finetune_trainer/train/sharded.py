@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -34,6 +35,7 @@ from finetune_api.snapshot import Snapshot
 from finetune_api.spec import Quantization
 from finetune_trainer.errors import StageError
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.model import bits_and_bytes
 from finetune_trainer.train.quantized import describe
 from finetune_trainer.train.ranks import Ranks
 
@@ -44,9 +46,7 @@ STORAGE = torch.bfloat16
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def load_sharded(
-    folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks, quantization_config: Any | None
-) -> tuple[Any, list[QuantizedModule]]:
+def load_sharded(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tuple[Any, list[QuantizedModule]]:
     """The base as a causal language model of which this rank holds its part, and the records of its 4-bit weights.
 
     No rank ever holds more than its part, one whole unit (a decoder layer, the embeddings or the head) and one tensor as it is
@@ -62,49 +62,58 @@ def load_sharded(
         model = AutoModelForCausalLM.from_config(
             config, dtype=compute.dtype, trust_remote_code=snapshot.spec.model.trust_remote_code
         )
+    model.tie_weights()
     model.eval()
-    if quantization_config is not None:
-        replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization_config)
+    quantization = snapshot.plan.method.quantization
+    if quantization is not None:
+        replace_with_bnb_linear(model, get_keys_to_not_convert(model), bits_and_bytes(quantization, compute.dtype))
         model.is_loaded_in_4bit = True
     model.requires_grad_(False)
+    model.config.use_cache = False
     move_buffers(model, compute.device)
-    mesh = DeviceMesh.from_group(ranks.data or distributed.group.WORLD, compute.device.type)
+    group = ranks.data or distributed.group.WORLD
+    assert group is not None
+    mesh = DeviceMesh.from_group(group, compute.device.type)
     records: list[QuantizedModule] = []
     with ExitStack() as opened:
         stored = Stored(folder, opened)
         stored.must_hold(model)
-        for name, unit in units(model):
+        parts = units(model)
+        for name, unit in parts:
             for own, module, key in parameters(unit):
-                records += fill(module, key, stored.read(f"{name}.{own}"), compute, snapshot.plan.method.quantization, f"{name}.{own}")
+                full = f"{name}.{own}"
+                records += fill(module, key, stored.read(full), compute, quantization, full)
             shard(unit, mesh)
         for own, module, key in parameters(model):
-            if module._parameters[key].is_meta:
+            if module.get_parameter(key).is_meta:
                 fill(module, key, stored.read(own), compute, None, own)
     model.tie_weights()
     root = model.base_model
     fully_shard(root, mesh=mesh, ignored_params=set(root.parameters()))
-    must_be_sharded(model, ranks)
+    must_be_sharded(parts, ranks)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model, records
 
 
-def units(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def units(model: Any) -> list[tuple[str, nn.Module]]:
     """What is gathered for its turn and let go after it, by name: decoder layers, and embeddings and head if they are not one.
 
     Raises:
         StageError: UnsupportedModel, for a model that does not say what its layers are.
     """
     classes = set(model._no_split_modules or ())
-    layers = [(n, m) for n, m in model.base_model.named_modules() if type(m).__name__ in classes]
-    if not layers:
-        raise StageError(Reason.UNSUPPORTED_MODEL, f"{type(model).__name__} does not say what its layers are: it cannot be sharded.")
-    prefix = model.base_model_prefix
-    yield from ((f"{prefix}.{name}", layer) for name, layer in layers)
+    found = [(n, m) for n, m in model.named_modules() if type(m).__name__ in classes]
+    if not found:
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"{type(model).__name__} does not say what its layers are: it cannot be sharded.",
+        )
     if not model.config.get_text_config().tie_word_embeddings:
         names = {id(module): name for name, module in model.named_modules()}
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            yield names[id(module)], module
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        found += [(names[id(module)], module) for module in ends]
+    return found
 
 
 def parameters(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -145,31 +154,31 @@ def fill(
 
 
 def shard(unit: nn.Module, mesh: DeviceMesh) -> None:
-    """Keep this rank's part of the unit's matrices, and let go of the rest.
-
-    peft reads how a 4-bit weight was made from the weight itself, and a sharded one is another object.
-    """
-    quantized = [m for m in unit.modules() if isinstance(m, Linear4bit)]
-    made = [{a: getattr(m.weight, a) for a in ("compress_statistics", "quant_type")} for m in quantized]
-    fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in unit.parameters() if p.dim() < 2})
-    for module, attributes in zip(quantized, made, strict=True):
-        for name, value in attributes.items():
-            setattr(module.weight, name, value)
+    """Keep this rank's part of the unit's matrices, and let go of the rest."""
+    vectors = {p for p in unit.parameters() if p.dim() < 2}
+    fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=vectors)
 
 
-def must_be_sharded(model: Any, ranks: Ranks) -> None:
+def ready_for_adapter(model: nn.Module) -> None:
+    """peft reads from a 4-bit weight how it was made; a sharded one is another object that does not know."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.weight.quant_type = module.quant_state.quant_type
+            module.weight.compress_statistics = module.quant_state.nested
+
+
+def must_be_sharded(parts: list[tuple[str, nn.Module]], ranks: Ranks) -> None:
     """bitsandbytes and FSDP have failed at this with a warning at most.
 
     Raises:
         AssertionError: a matrix of a unit is whole on this rank.
     """
-    for name, unit in units(model):
+    for name, unit in parts:
         for own, parameter in unit.named_parameters():
-            if parameter.dim() < 2:
-                continue
-            local = parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
-            rows = -(-parameter.shape[0] // ranks.size)
-            assert local <= rows * parameter[0:1].numel() // 1 if parameter.shape[0] else True, f"{name}.{own} is not sharded"
+            if parameter.dim() >= 2:
+                assert isinstance(parameter, DTensor), f"{name}.{own} is not sharded"
+                most = -(-parameter.shape[0] // ranks.size) * math.prod(parameter.shape[1:])
+                assert parameter.to_local().numel() <= most, f"{name}.{own} is not sharded"
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -198,11 +207,7 @@ class Stored:
 
     def must_hold(self, model: Any) -> None:
         """Raises UnsupportedModel where a tensor of the model is stored under another name, or transformers would change it."""
-        wanted = [name for name, _, _ in parameters(model)]
-        if model.config.get_text_config().tie_word_embeddings:
-            head = {id(model.get_output_embeddings())}
-            wanted = [n for n, owner, _ in parameters(model) if id(owner) not in head]
-        missing = [name for name in wanted if name not in self._where]
+        missing = [name for name, _, _ in parameters(model) if name not in self._where]
         if missing or getattr(model, "_keep_in_fp32_modules", None):
             what = f"its files have no {', '.join(missing[:3])}" if missing else "it keeps some modules in float32"
             raise StageError(
