@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_api.failures import Reason
-from finetune_api.planner import describe, parse_config
+from finetune_api.planner import Layout, describe, parse_config
 from finetune_api.results import DataSummary, LengthPercentiles, RunPlan
 from finetune_api.snapshot import NodeGpu, resolve_plan
 from finetune_api.spec import FineTuneJobSpec, MethodType
@@ -28,6 +28,7 @@ GIB = 1 << 30
 def base_model(name: str, **changes: Any) -> BaseModel:
     config = {**json.loads((CONFIGS / f"{name}.json").read_text())["config"], **changes}
     shapes = describe(parse_config(json.loads((CONFIGS / f"{name}.json").read_text())["config"]))
+    shapes = {n.removeprefix("transformer."): s for n, s in shapes.items()}  # as GPT-2's files have them
     return BaseModel(
         uri=f"hf://org/{name}", commit=None, files=[], tokenizer=None, tokenizer_hash="", renderer=None, vocabulary=0,
         parameters=Parameters(0, 0, []), config=config, shapes=shapes, warnings=[],
@@ -86,14 +87,41 @@ def test_the_largest_efficient_micro_batch_that_fits_is_taken_and_the_global_bat
     assert asked.split.micro_batch_sequences == 1, "no more than the user allows"
 
 
-def test_every_rank_takes_its_share_and_nothing_is_sharded() -> None:
+def test_every_rank_takes_its_share_and_whole_copies_come_first() -> None:
     plan = planned(compute=gpu("NVIDIA-A100-SXM4-80GB", count=3), training={"globalBatchSequences": 8})
     assert plan is not None
     assert plan.split.micro_batch_sequences * plan.split.gradient_accumulation_steps == math.ceil(8 / 3)
+    assert plan.layout is Layout.DDP
+
+
+def test_a_base_that_fits_no_gpu_is_shared_out_where_that_is_allowed() -> None:
+    eight = gpu("NVIDIA-A100-SXM4-80GB", count=8)
+    plan = planned("llama-2-70b", compute=eight)
+    assert plan is not None
+    assert plan.layout is Layout.FSDP
     with pytest.raises(StageError) as refused:
-        planned("llama-2-70b", compute=gpu("NVIDIA-A100-SXM4-80GB", count=8))
+        planned("llama-2-70b", compute=eight, training={"parallelism": "DDP"})
     assert refused.value.reason is Reason.DOES_NOT_FIT
     assert "gpusPerNode" not in refused.value.message, "more GPUs with a whole copy each do not help"
+    with pytest.raises(StageError, match=r"compute\.gpusPerNode: \d \(FSDP\)"):
+        planned("llama-2-70b", compute=gpu("NVIDIA-A100-SXM4-40GB"))
+
+
+def test_sharding_is_what_the_spec_says_and_only_for_models_that_can_be() -> None:
+    two = {"compute": gpu("NVIDIA-A100-SXM4-80GB", count=2), "method": {"type": "LoRA"}}
+    plan = planned(**two, training={"parallelism": "FSDP"})
+    assert plan is not None
+    assert plan.layout is Layout.FSDP, "although whole copies would fit"
+    unknown = planned(compute=gpu(count=2), method={"type": "LoRA"}, training={"parallelism": "FSDP"})
+    assert unknown is not None
+    assert unknown.layout is Layout.FSDP
+    for name in ("mixtral-8x7b", "gpt2"):  # experts are fused as they are loaded; its files leave a prefix out
+        with pytest.raises(StageError, match="none that can be loaded and sharded") as refused:
+            planned(name, **two, training={"parallelism": "FSDP"})
+        assert refused.value.reason is Reason.INVALID_CONFIG
+        auto = planned(name, compute=gpu(count=2), method={"type": "LoRA"})
+        assert auto is not None
+        assert auto.layout is Layout.DDP
 
 
 def test_what_cannot_fit_is_refused_with_how_much_is_missing_and_what_would_fit() -> None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import distributed
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from finetune_api.failures import FAILURES, Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.train import sharded
+from finetune_trainer.train import model, sharded
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.quantized import quantized_modules
 from finetune_trainer.train.ranks import Ranks
+from tests.planner.simulator.tracker import LiveStorages
 from tests.support.prepared import PreparedJob, job_spec, prepare_job, snapshot_of
 from tests.support.tiny_model import build_tiny_model
+from tests.support.tiny_model import weights as stored_weights
 from tests.support.train_process import kill_all, pod_of, steps
 from tests.trainer.test_train_resume import curve, result
 
@@ -73,8 +79,52 @@ def test_shards_give_the_bytes_that_whole_copies_give_also_after_an_interruption
 
 
 @pytest.fixture
-def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
-    """The first of two ranks, the other of which is only told of: sharding needs no word of it."""
-    distributed.init_process_group("fake", rank=0, world_size=2)
+def two() -> Iterator[Ranks]:
+    """The first of two ranks. Loading asks nothing of the other."""
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     yield Ranks(0, 2, sharded=True)
     distributed.destroy_process_group()
+
+
+def nbytes(module: torch.nn.Module) -> int:
+    """What a rank holds of a module."""
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return sum(p.untyped_storage().nbytes() for p in parts)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
+def test_no_rank_ever_holds_more_than_its_part_and_two_units(two: Ranks, tmp_path: Path, method: str) -> None:
+    folder = build_tiny_model(tmp_path / "model", layers=24, shards=3)
+    snapshot = snapshot_of(job_spec(None, "bucket", method={"type": method}), "u" * 32)
+    with LiveStorages() as live:
+        loaded, records = sharded.load_sharded(folder, snapshot, CPU, two)
+    whole = model.load_base(folder, snapshot, CPU)
+    assert records == quantized_modules(whole), "quantized as without sharding"
+    vectors = sum(p.nbytes for p in whole.parameters() if p.dim() < 2)
+    assert nbytes(loaded) == (nbytes(whole) - vectors) / 2 + vectors
+    layer_as_stored = 4 * sum(math.prod(w.shape) for n, w in weights_of_layer())
+    assert live.peak_bytes - live.live_bytes < 2 * layer_as_stored < nbytes(whole) / 2
+
+
+def weights_of_layer() -> list[tuple[str, Any]]:
+    return [(name, w) for name, w in stored_weights(layers=1).items() if ".layers.0." in name]
+
+
+def test_tied_embeddings_are_whole_on_every_rank(two: Ranks, tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", tied=True)
+    snapshot = snapshot_of(job_spec(None, "bucket"), "u" * 32)
+    loaded, _ = sharded.load_sharded(folder, snapshot, CPU, two)
+    embeddings = loaded.get_input_embeddings().weight
+    assert embeddings is loaded.get_output_embeddings().weight
+    assert not isinstance(embeddings, DTensor)
+    assert torch.equal(embeddings, model.load_base(folder, snapshot, CPU).get_input_embeddings().weight)
+
+
+def test_a_model_whose_files_name_its_tensors_otherwise_is_refused(two: Ranks, tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model")
+    tensors = {n.removeprefix("model."): t for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    snapshot = snapshot_of(job_spec(None, "bucket"), "u" * 32)
+    with pytest.raises(StageError, match=r"have no model\.embed_tokens\.weight.*parallelism: DDP") as refused:
+        sharded.load_sharded(folder, snapshot, CPU, two)
+    assert refused.value.reason is Reason.UNSUPPORTED_MODEL

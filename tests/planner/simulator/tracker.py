@@ -31,7 +31,9 @@ class LiveStorages(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count the tensor's storage, unless it is counted already."""
+        """Count the tensor's storage, unless it is counted already. On the meta device there is none."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from finetune_api.failures import Reason
@@ -62,7 +62,7 @@ def plan_run(
         arch = parse_config(model.config)
         shapes = parameter_shapes(model.shapes, arch)
         request = request_for(spec, arch, shapes, data)
-        return from_request(spec, split, request, found, model.uri)
+        return from_request(spec, split, request, found, layouts_of(spec, arch, model.shapes), model.uri)
     except (UnknownArchitecture, UnknownTarget) as error:
         if spec.method.type is MethodType.AUTO:
             raise StageError(
@@ -135,14 +135,16 @@ def request_for(spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data:
     return request.model_copy(update={"batch": request.batch.model_copy(update={"sequence_tokens": longest})})
 
 
-def from_request(spec: FineTuneJobSpec, split: Split, request: Request, found: Candidates, uri: str) -> RunPlan:
+def from_request(
+    spec: FineTuneJobSpec, split: Split, request: Request, found: Candidates, several: tuple[Layout, ...], uri: str
+) -> RunPlan:
     """Choose, where the GPU is known; otherwise only tell what will be needed.
 
     Raises:
         StageError: DoesNotFit.
     """
     if not found.gpus:
-        return _of_unknown(spec, spec.method.type, split, request, [])
+        return _of_unknown(spec.method.type, split, request, several, [])
     choice, suitable = choose_among(
         request,
         found.gpus,
@@ -150,47 +152,48 @@ def from_request(spec: FineTuneJobSpec, split: Split, request: Request, found: C
         None if spec.method.type is MethodType.AUTO else spec.method.type,
         spec.training.micro_batch_sequences,
         evaluation_follows=True,
-        several=layouts_of(spec, request),
+        several=several,
     )
     if choice.fit.fits:
         return _chosen(spec, split, choice, suitable[0], [gpu for gpu in found.gpus if gpu not in suitable])
     if not (choice.planned.verified or (request.architecture.known and not request.architecture.experts)):
         return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
     if found.others:
-        return _of_unknown(spec, choice.method, split, request, found.gpus)
-    shardable = Layout.FSDP in layouts_of(spec, request)
-    here = [a for a in choice.fit.alternatives if a.gpus is None or shardable]
+        return _of_unknown(choice.method, split, request, several, found.gpus)
+    here = [a for a in choice.fit.alternatives if a.gpus is None or Layout.FSDP in several]
     words = misfit_sentence(uri, choice.request, choice.fit.model_copy(update={"alternatives": here}), suitable[0])
     if not found.named:
         words += f" The job names no GPU, and nodes have {names(found.gpus)}: to wait for another, name it in compute.gpu.product."
     raise StageError(Reason.DOES_NOT_FIT, words)
 
 
-def layouts_of(spec: FineTuneJobSpec, request: Request) -> tuple[Layout, ...]:
-    """What several GPUs may do: what the spec says, and for a model that the sharded loader knows.
+def layouts_of(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str]) -> tuple[Layout, ...]:
+    """What several GPUs may do: what the spec says, and sharding only for a model that can be loaded a layer at a time.
+
+    Args:
+        stored: names of the tensors in the model's files: sharded, they are read one by one under the names that transformers has.
 
     Raises:
-        StageError: InvalidConfig, where the spec asks to shard another.
+        StageError: InvalidConfig, where the spec asks to shard another model.
     """
     asked = spec.training.parallelism
-    arch = request.architecture
-    known = arch.known and not arch.experts and set(describe(arch)) == set(request.shapes)
-    if asked is Parallelism.FSDP and not known:
+    shardable = arch.known and not arch.experts and set(describe(arch)) <= set(stored)
+    if asked is Parallelism.FSDP and not shardable:
         raise StageError(
             Reason.INVALID_CONFIG,
             "training.parallelism: FSDP: this model is none that can be loaded and sharded layer by layer. Set DDP.",
         )
     if asked is Parallelism.AUTO:
-        return (Layout.DDP, Layout.FSDP) if known else (Layout.DDP,)
+        return (Layout.DDP, Layout.FSDP) if shardable else (Layout.DDP,)
     return (Layout(asked.value),)
 
 
 def _of_unknown(
-    spec: FineTuneJobSpec, method: MethodType, split: Split, request: Request, unsuitable: list[Gpu]
+    method: MethodType, split: Split, request: Request, several: tuple[Layout, ...], unsuitable: list[Gpu]
 ) -> RunPlan:
     four_bit = request.tuning.model_copy(update={"four_bit": method is MethodType.QLORA})
     batch = request.batch.model_copy(update={"micro_batch_sequences": split.micro_batch_sequences})
-    layout = layouts(request, layouts_of(spec, request))[0]
+    layout = layouts(request, several)[0]
     planned = plan(request.model_copy(update={"tuning": four_bit, "batch": batch, "layout": layout}))
     return RunPlan(
         method=method,
