@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import Alternative, Fit
 from finetune_api.planner.gpus import Gpu
 from finetune_api.planner.plan import Decisive, MemoryPlan, Request
@@ -27,12 +28,13 @@ def plan_sentence(request: Request, planned: MemoryPlan, gpu: Gpu) -> str:
     training = planned.adapter_bytes + planned.gradient_bytes + planned.optimizer_bytes
     weights = planned.weight_bytes + planned.quantization_constant_bytes
     rest = planned.needed_bytes - weights - training - overhead
+    shards = " (FSDP)" if request.layout is Layout.FSDP else ""
     share = 100 * planned.trainable_parameters / planned.total_parameters
     estimate = (
         "" if planned.verified else " An estimate: this family or layout has not been compared with simulated runs."
     )
     return (
-        f"{request.tuning.name} on {request.gpus} × {gpu.name}: peak {gib(planned.needed_bytes)} of {number(gpu.usable_bytes)} usable "
+        f"{request.tuning.name} on {request.gpus} × {gpu.name}{shards}: peak {gib(planned.needed_bytes)} of {number(gpu.usable_bytes)} usable "
         f"(weights {number(weights)}, activations and logits {number(rest)}, adapter and optimizer {number(training)}, "
         f"overhead {number(overhead)}). {planned.trainable_parameters:,} trainable parameters ({share:.2f} %).{estimate}"
     )
