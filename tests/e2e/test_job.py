@@ -80,7 +80,9 @@ def test_a_missing_gpu_is_an_error_unless_the_job_says_cpu(space: Space) -> None
 
 
 def test_the_operator_killed_in_the_middle_changes_nothing(space: Space) -> None:
-    space.apply("steady", spec_for(space.put(rows(40))))
+    """Of a job whose two ranks share the base out."""
+    two = {"compute": {"gpusPerNode": 2}, "training": {"parallelism": "FSDP"}}
+    space.apply("steady", spec_for(space.put(rows(40)), **two))
     for stage in ("Preparing", "Training", "Publishing"):
         space.until("steady", lambda job, stage=stage: job.get("status", {}).get("phase") == stage, 300, stage)
         space.target.kubectl(

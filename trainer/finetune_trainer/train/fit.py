@@ -159,7 +159,9 @@ class Fit:
         def agreed() -> bool:
             return self.ranks.any(stopped()) if self.ranks.sharded else stopped()
 
-        return evaluate.held_out_loss(base, self.held_out, self.pad_id, self.compute, divisor=divisor, stopped=agreed)
+        own = evaluate.held_out_loss(base, self.held_out, self.pad_id, self.compute, divisor=divisor, stopped=agreed)
+        # On GPUs the last bits may differ, and what follows must not.
+        return self.ranks.share(lambda: own) if self.ranks.sharded else own
 
     def patiently(self, call: Callable[[], T]) -> T:
         """A store that is away is waited for as long as a stage that holds a GPU may."""
