@@ -51,10 +51,23 @@ def pretend_small_gpu(most_rows: int) -> None:
     LoraTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
 
 
+ENV_CHUNK_BYTES = "TEST_CHUNK_BYTES"
+"""Of a chunk of logits: with few, a head as small as a test's is called as often as a real one."""
+
+
+def pretend_large_vocabulary(chunk_bytes: int) -> None:
+    """Few positions a chunk."""
+    from finetune_trainer.train.loss import LearnedTokenLoss
+
+    LearnedTokenLoss.__init__.__defaults__ = (chunk_bytes,)
+
+
 def run(root: Path, arguments: list[str]) -> int:
     """What the image's entry point does."""
     if arguments == ["worker"] and ENV_MOST_ROWS in os.environ:
         pretend_small_gpu(int(os.environ[ENV_MOST_ROWS]))
+    if arguments == ["worker"] and ENV_CHUNK_BYTES in os.environ:
+        pretend_large_vocabulary(int(os.environ[ENV_CHUNK_BYTES]))
     command = [sys.executable, "-m", "tests.support.train_container", str(root), "worker"]
     pod = root / "pods" / os.environ[names.ENV_POD_UID]
     pod.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from tests.planner.simulator.tracker import LiveStorages
 from tests.support.prepared import PreparedJob, job_spec, prepare_job, snapshot_of
 from tests.support.tiny_model import build_tiny_model
 from tests.support.tiny_model import weights as stored_weights
+from tests.support.train_container import ENV_CHUNK_BYTES
 from tests.support.train_process import kill_all, pod_of, steps
 from tests.trainer.test_train_resume import curve, result
 
@@ -76,6 +77,21 @@ def test_shards_give_the_bytes_that_whole_copies_give_also_after_an_interruption
     assert answers(shards) == answers(whole)
     assert result(shards).metrics.held_out_loss == result(whole).metrics.held_out_loss
     assert result(shards).selected_step == result(whole).selected_step
+
+
+def test_ranks_whose_heads_have_different_numbers_of_chunks_do_not_wait_for_each_other(
+    s3: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Ragged steps of rows with different numbers of learned tokens, four of them a chunk."""
+    spec = {**SPEC, "training": {**SPEC["training"], "parallelism": "FSDP"}, "evaluation": {}}
+    curves = []
+    for chunk in (4 * 4 * 400, 1 << 28):
+        job = prepare_job(s3, tmp_path / str(chunk), tiny_model, **spec)
+        pod = pod_of(job)
+        pod.environ[ENV_CHUNK_BYTES] = str(chunk)
+        assert pod.start().wait() == 0, pod.log
+        curves.append(curve(job))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def communication(layout: Layout, gpus: int, weights: dict[str, int], trainable:
 
     Args:
         weights: bytes of each tensor of the base as it is sharded.
-        trainable: parameters of the adapter, whose float32 gradients DDP reduces in buckets of its own (Li et al. 2020).
+        trainable: parameters of the adapter, whose float32 gradients are added up in one flat message.
     """
     if layout is Layout.SINGLE:
         return Communication(gathered_bytes=0, buffer_bytes=0)
@@ -50,7 +50,8 @@ def communication(layout: Layout, gpus: int, weights: dict[str, int], trainable:
     outside = max((size for unit, size in units.items() if not unit.isdigit()), default=0)
     gathered = layer + max(layer, outside)
     # all-gather reads a copy of the shard and writes one flat tensor, from which a layer's weights are copied
-    return Communication(gathered_bytes=gathered, buffer_bytes=gathered // gpus + layer + NCCL_BYTES)
+    buffers = gathered // gpus + max(layer, outside) + FULL * trainable + NCCL_BYTES
+    return Communication(gathered_bytes=gathered, buffer_bytes=buffers)
 
 
 def sharded(weights: dict[str, int], layout: Layout, gpus: int, tied: bool) -> int:

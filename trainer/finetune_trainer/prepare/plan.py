@@ -68,6 +68,10 @@ def plan_run(
             raise StageError(
                 Reason.INVALID_CONFIG, f"method.type: Auto: the memory of this model cannot be planned ({error})."
             ) from error
+        if spec.training.parallelism is Parallelism.FSDP:
+            raise StageError(
+                Reason.INVALID_CONFIG, f"training.parallelism: FSDP: this model is not known ({error})."
+            ) from error
         log.warning("the memory of this model cannot be planned: %s", error)
         return None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from finetune_api.planner.plan import ANSWER_TOKENS, ANSWERED_AT_ONCE, EVALUATION_TOKENS
 from finetune_trainer import heartbeat
@@ -95,15 +96,12 @@ def greedy_answers(
     max_new_tokens: int,
     context_tokens: int | None = None,
     divisor: int = 1,
-    in_step: bool = False,
+    all_say: Callable[[bool], bool] | None = None,
 ) -> list[str]:
     """The most likely continuation of each prompt, up to an end token.
 
     Args:
-        in_step: several ranks compute this together, so each must call the model as often as the others: answers are made to their
-            full length, and cut after.
-        context_tokens: of a longer prompt only so many last tokens are given. Prepared rows are truncated, prompts are not: a
-            prompt of 100k tokens must not need more memory than the training did.
+        all_say: where several ranks compute this together, whether all say so: each must call the model as often as the others.
     """
     context = prompt_room(causal_lm.config.get_text_config(), max_new_tokens, context_tokens)
     given = [list(p)[-context:] for p in prompts]
@@ -115,7 +113,7 @@ def greedy_answers(
     answers = [""] * len(given)
     for indices in answer_batches([len(g) for g in given], max_new_tokens, divisor):
         heartbeat.beat()
-        found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens, in_step)
+        found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens, all_say)
         for index, answer in zip(indices, found, strict=True):
             answers[index] = answer
     return answers
@@ -144,11 +142,15 @@ def answer_batches(lengths: Sequence[int], max_new_tokens: int, divisor: int = 1
 
 
 def _continue(
-    causal_lm: Any, prompts: list[list[int]], tokenizer: Any, compute: Compute, max_new_tokens: int, in_step: bool
+    causal_lm: Any,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    compute: Compute,
+    max_new_tokens: int,
+    all_say: Callable[[bool], bool] | None,
 ) -> list[str]:
     """One batch, padded on the left."""
     ends = end_token_ids(causal_lm, tokenizer)
-    never = causal_lm.get_output_embeddings().out_features
     longest = max(len(p) for p in prompts)
     pad = pad_token_id(tokenizer)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=compute.device)
@@ -165,12 +167,30 @@ def _continue(
             top_k=None,
             repetition_penalty=1.0,
             pad_token_id=pad,
-            eos_token_id=[never] if in_step else ends,
+            # No row ends by itself where ranks must end together.
+            eos_token_id=ends if all_say is None else [causal_lm.get_output_embeddings().weight.shape[0]],
+            stopping_criteria=StoppingCriteriaList([EachToken(ends, longest, all_say)]),
             use_cache=True,
         )
     answers = [line[longest:].tolist() for line in out]
     answers = [a[: min((a.index(e) for e in ends if e in a), default=len(a))] for a in answers]
     return [str(tokenizer.decode(a, skip_special_tokens=True)).strip() for a in answers]
+
+
+class EachToken(StoppingCriteria):  # type: ignore[misc]
+    """A sign of life for each token of an answer; and where several ranks answer together, they stop together."""
+
+    def __init__(self, ends: Sequence[int], prompt_tokens: int, all_say: Callable[[bool], bool] | None) -> None:
+        self._ends, self._prompt_tokens, self._all_say = set(ends), prompt_tokens, all_say
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002 - transformers'
+        """Per row, whether it is done."""
+        heartbeat.beat()
+        done = False
+        if self._all_say is not None:
+            rows = input_ids[:, self._prompt_tokens :].tolist()
+            done = self._all_say(all(self._ends.intersection(row) for row in rows))
+        return torch.full((len(input_ids),), done, device=input_ids.device)
 
 
 def pad_token_id(tokenizer: Any) -> int:

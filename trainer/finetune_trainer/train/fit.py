@@ -92,7 +92,7 @@ class Fit:
                 trainer.should_stop = lambda: stop.requested
                 self._train(trainer, writer, restored)
                 saved = writer.finish() if writer is not None else None
-                if stop.requested:
+                if self.ranks.any(stop.requested):
                     raise _stopped(self.schedule.steps, saved)
         finally:
             if writer is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -56,7 +57,17 @@ class LearnedTokenLoss:
         nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = self._nll_of_hidden if apart else _nll_of_logits
         rows = self.model.base_model(**inputs).last_hidden_state if apart else self.model(**inputs).logits
         rows = rows[:, :-1][learned]
-        targets = labels[learned]
+        if rows.requires_grad:
+            # The gradient of its input is the last that the head's backward pass makes.
+            rows.register_hook(lambda _: release(self.head))
+        found = self._in_chunks(nll, rows, labels[learned])
+        if not found.requires_grad:
+            release(self.head)
+        return found
+
+    def _in_chunks(
+        self, nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         if len(targets) <= self.chunk_tokens:
             return nll(rows, targets)
         parts = zip(torch.split(rows, self.chunk_tokens), torch.split(targets, self.chunk_tokens), strict=True)
@@ -103,6 +114,13 @@ class LearnedTokenLoss:
                 "%s changes its logits after the head: training needs all logits at once", type(self.model).__name__
             )
         return bool(same)
+
+
+def release(head: nn.Module) -> None:
+    """Let go of a sharded head. It stays whole from its first chunk to its last: ranks have different numbers of chunks, and must put it
+    together equally often."""
+    if isinstance(head, FSDPModule):
+        head.reshard()
 
 
 def _nll_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +47,23 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
     }
     if quantization is not None:
         arguments["quantization_config"] = bits_and_bytes(quantization, compute.dtype)
-    try:
+    with blaming_the_model():
         model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
-        if not is_the_models_fault(error) or remote_code(error):
-            raise
-        raise StageError(Reason.UNSUPPORTED_MODEL, f"transformers cannot load the base model: {error}") from error
     model.config.use_cache = False
     model.requires_grad_(False)
     keep_training_layout(model)
     return model
+
+
+@contextmanager
+def blaming_the_model() -> Iterator[None]:
+    """Errors of loading as UnsupportedModel, where they are the model's fault."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        if not is_the_models_fault(error) or remote_code(error):
+            raise
+        raise StageError(Reason.UNSUPPORTED_MODEL, f"transformers cannot load the base model: {error}") from error
 
 
 def is_the_models_fault(error: Exception) -> bool:

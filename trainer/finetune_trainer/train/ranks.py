@@ -49,6 +49,10 @@ class Ranks:
         """Whether one of them says so."""
         return self.total(int(flag)) > 0
 
+    def agreed(self, flag: bool) -> bool:
+        """Whether all of them say so."""
+        return self.total(int(flag)) == self.size
+
     def total(self, value: float) -> float:
         """The sum."""
         if self.size == 1:
@@ -92,7 +96,7 @@ class Ranks:
             parameter.grad = part.view_as(parameter).clone()
 
 
-def join(environ: Mapping[str, str] = os.environ) -> Ranks:
+def join(use_cpu: bool, environ: Mapping[str, str] = os.environ) -> Ranks:
     """Meet the other ranks that the supervisor has started; alone where it has started none."""
     size = int(environ.get(ENV_RANKS) or 1)
     if size == 1:
@@ -101,7 +105,9 @@ def join(environ: Mapping[str, str] = os.environ) -> Ranks:
     distributed.init_process_group(
         "gloo", init_method=f"file://{environ[ENV_RENDEZVOUS]}", rank=rank, world_size=size, timeout=PATIENCE
     )
-    data = distributed.new_group(backend="nccl", timeout=PATIENCE) if torch.cuda.is_available() else None
+    data = (
+        distributed.new_group(backend="nccl", timeout=PATIENCE) if torch.cuda.is_available() and not use_cpu else None
+    )
     assert data is None or isinstance(data, distributed.ProcessGroup)  # a number would mean: not a member
     return Ranks(rank, size, data)
 

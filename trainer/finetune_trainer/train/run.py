@@ -82,7 +82,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             stores raise.
         Interrupted: told to stop; what was trained is in the newest checkpoint.
     """
-    ranks = join()
+    ranks = join(ctx.snapshot.spec.training.use_cpu)
     began = ranks.share(lambda: begin_execution(ctx))
     if isinstance(began, TrainResult):
         log.info("this snapshot is trained already: nothing to do")
@@ -110,7 +110,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         spec.evaluation.generation.max_new_tokens,
         spec.training.max_sequence_tokens,
         split.evaluation_divisor,
-        ranks.sharded,
+        ranks.agreed if ranks.sharded else None,
     )
 
     # Evaluate the base, once for all executions.
@@ -193,9 +193,9 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     if ranks.sharded:
         ready_for_adapter(base)
     tuned = verify.load_freshly(base, fetched).get_base_model()
-    loss_reloaded = evaluate.held_out_loss(
-        tuned, held_out, evaluate.pad_token_id(tokenizer), compute, divisor=split.evaluation_divisor
-    )
+    pad_id = evaluate.pad_token_id(tokenizer)
+    measure = partial(evaluate.held_out_loss, tuned, held_out, pad_id, compute, divisor=split.evaluation_divisor)
+    loss_reloaded = ranks.together(measure)
     verification = verify.compare(loss_trained.loss, loss_reloaded.loss)
     answers = [
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
@@ -344,7 +344,8 @@ class Answering:
     max_new_tokens: int
     context_tokens: int
     divisor: int
-    in_step: bool
+    all_say: Callable[[bool], bool] | None
+    """Where ranks answer together: whether all of them say so."""
 
     def answers(self, causal_lm: Any, tokenizer: Any) -> list[str]:
         """Greedy answers."""
@@ -356,7 +357,7 @@ class Answering:
             self.max_new_tokens,
             self.context_tokens,
             self.divisor,
-            self.in_step,
+            self.all_say,
         )
 
 

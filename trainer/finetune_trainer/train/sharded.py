@@ -23,7 +23,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import replace_with_bnb_linear
@@ -35,7 +35,7 @@ from finetune_api.snapshot import Snapshot
 from finetune_api.spec import Quantization
 from finetune_trainer.errors import StageError
 from finetune_trainer.train.device import Compute
-from finetune_trainer.train.model import bits_and_bytes
+from finetune_trainer.train.model import bits_and_bytes, blaming_the_model
 from finetune_trainer.train.quantized import describe
 from finetune_trainer.train.ranks import Ranks
 
@@ -55,13 +55,14 @@ def load_sharded(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Rank
     Raises:
         StageError: UnsupportedModel, if the files' tensors are not the model's, one by one.
     """
-    config = AutoConfig.from_pretrained(
-        folder, trust_remote_code=snapshot.spec.model.trust_remote_code, local_files_only=True
-    )
-    with init_empty_weights():  # parameters on the meta device, buffers (rotary frequencies) real
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=compute.dtype, trust_remote_code=snapshot.spec.model.trust_remote_code
+    with blaming_the_model():
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=snapshot.spec.model.trust_remote_code, local_files_only=True
         )
+        with init_empty_weights():  # parameters on the meta device, buffers (rotary frequencies) real
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=compute.dtype, trust_remote_code=snapshot.spec.model.trust_remote_code
+            )
     model.tie_weights()
     model.eval()
     quantization = snapshot.plan.method.quantization
@@ -75,7 +76,7 @@ def load_sharded(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Rank
     assert group is not None
     mesh = DeviceMesh.from_group(group, compute.device.type)
     records: list[QuantizedModule] = []
-    with ExitStack() as opened:
+    with blaming_the_model(), ExitStack() as opened:
         stored = Stored(folder, opened)
         stored.must_hold(model)
         parts = units(model)
@@ -86,8 +87,14 @@ def load_sharded(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Rank
             shard(unit, mesh)
         for own, module, key in parameters(model):
             if module.get_parameter(key).is_meta:
-                fill(module, key, stored.read(own), compute, None, own)
+                records += fill(module, key, stored.read(own), compute, quantization, own)
     model.tie_weights()
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        # See finetune_trainer.train.loss.release. (The embeddings' backward pass needs no weights.)
+        head.set_reshard_after_forward(False)
+        head.set_reshard_after_backward(False)
+        embeddings.set_unshard_in_backward(False)
     root = model.base_model
     fully_shard(root, mesh=mesh, ignored_params=set(root.parameters()))
     must_be_sharded(parts, ranks)
@@ -137,8 +144,6 @@ def fill(
         module._parameters[key] = nn.Parameter(value.to(compute.device), requires_grad=False)
         return []
     assert quantization is not None
-    if getattr(module, "source_cls", nn.Linear) is not nn.Linear:
-        value = value.T.contiguous()  # GPT-2's Conv1D
     module.quant_storage = STORAGE
     packed = Params4bit(
         value,
@@ -205,11 +210,27 @@ class Stored:
         found: torch.Tensor = self._where[name].get_tensor(name)
         return found
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
     def must_hold(self, model: Any) -> None:
-        """Raises UnsupportedModel where a tensor of the model is stored under another name, or transformers would change it."""
-        missing = [name for name, _, _ in parameters(model) if name not in self._where]
-        if missing or getattr(model, "_keep_in_fp32_modules", None):
-            what = f"its files have no {', '.join(missing[:3])}" if missing else "it keeps some modules in float32"
+        """Raises UnsupportedModel where a tensor of the model is stored under another name or with another shape, or transformers would
+        do more than read it."""
+        wanted = {name: tuple(module.get_parameter(key).shape) for name, module, key in parameters(model)}
+        missing = [name for name in wanted if name not in self._where]
+        others = [n for n, shape in wanted.items() if n in self._where and self._shape(n) != shape]
+        kept = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
+        buffers = [m for m in model.modules() if m._buffers.keys() - m._non_persistent_buffers_set]
+        what = ""
+        if missing:
+            what = f"its files have no {', '.join(missing[:3])}"
+        elif others:
+            what = f"{others[0]} is {list(self._shape(others[0]))} in its files and {list(wanted[others[0]])} by its configuration"
+        elif kept:
+            what = "it keeps some modules in float32"
+        elif buffers:
+            what = f"{type(buffers[0]).__name__} keeps more than weights in its files"
+        if what:
             raise StageError(
                 Reason.UNSUPPORTED_MODEL,
                 f"{type(model).__name__} cannot be sharded layer by layer: {what}. Set training.parallelism: DDP.",
