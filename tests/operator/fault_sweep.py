@@ -311,6 +311,8 @@ class Sweep:
             stack.callback(self.nursery.close)
             kubelet = scripted_kubelet(self.cluster.kubeconfig, self._script, name=self._prefix, gpus_per_node=64)
             stack.enter_context(kubelet)
+            self._jobs = Recorder(self.cluster, "/apis/batch/v1/jobs", 4 * 3600)
+            self._pods = Recorder(self.cluster, "/api/v1/pods", 4 * 3600)
             self._stack = stack.pop_all()
         return self
 
@@ -354,8 +356,6 @@ class Sweep:
             plan.fault, plan.at = point.fault, point.at
         with contextlib.ExitStack() as stack:
             bench = stack.enter_context(bench_in(self.cluster, self._tls, self._folder / namespace, namespace))
-            # Each its own: one for all would look through thousands of jobs' events at every point's end.
-            seen = [Recorder(self.cluster, path) for path in (jobs_of(namespace), pods_of(namespace))]
             proxy = ApiProxy(self.loop, self.cluster.kubeconfig, self._certificate, bench.folder, plan)
             stack.enter_context(proxy)
             holder: list[Kept] = []
@@ -377,7 +377,7 @@ class Sweep:
                 self._delete(bench, point.story)
                 if point.story == REPORTED:  # of the others nothing is asked for any more, only listed
                     outcome.requests, outcome.events = len(plan.requests), strike.count
-                outcome.problems += broken_invariants(*(recorder.stop() for recorder in seen))
+                outcome.problems += broken_invariants(self._jobs.so_far(namespace), self._pods.so_far(namespace))
             except Exception as problem:  # noqa: BLE001 - one point must not end the sweep
                 outcome.problems.append(f"{type(problem).__name__}: {str(problem)[:3000]}")
             outcome.hit = (plan.hit or strike.hit).replace(namespace, "NS")
