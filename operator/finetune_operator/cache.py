@@ -15,6 +15,8 @@ from finetune_operator.observe import CachedJob, Raw, finetunejob_uid, trim_fine
 from finetune_operator.planning.model import Pod, StageJob
 
 REMEMBERED_DELETIONS = 20_000
+REMEMBERED_PODS = 8
+"""Of a FineTuneJob; one or two between two looks at it are usual."""
 
 
 class Key(NamedTuple):
@@ -33,6 +35,8 @@ class Family:
 
     jobs: dict[str, StageJob] = field(default_factory=dict)
     pods: dict[str, Pod] = field(default_factory=dict)
+    gone: dict[str, Pod] = field(default_factory=dict)
+    """By UID, the last ones that are gone, as they ended: a drained pod goes as soon as it has."""
 
 
 class Cache:
@@ -123,8 +127,14 @@ class Cache:
         return self._drop(raw, "jobs")
 
     def drop_pod(self, raw: Raw) -> str | None:
-        """Forget a pod that is gone."""
-        return self._drop(raw, "pods")
+        """Forget a pod that is gone, but for how it ended."""
+        owner, pod = self._drop(raw, "pods"), trim_pod(raw)
+        if owner is not None and pod is not None and pod.ended:
+            gone = self.families.setdefault(owner, Family()).gone
+            gone[pod.uid] = pod
+            while len(gone) > REMEMBERED_PODS:
+                del gone[next(iter(gone))]
+        return owner
 
     def _drop(self, raw: Raw, kind: str) -> str | None:
         self._bury(raw["metadata"]["uid"])
@@ -137,7 +147,7 @@ class Cache:
         if old is None or old.uid != raw["metadata"]["uid"]:
             return None
         del members[old.name]
-        if not family.jobs and not family.pods:
+        if not family.jobs and not family.pods and not family.gone:
             del self.families[uid]
         return uid
 
@@ -155,6 +165,6 @@ class Cache:
                 del members[name]
             if gone:
                 changed.append(key)
-            if not family.jobs and not family.pods:
+            if not family.jobs and not family.pods and not family.gone:
                 del self.families[owner]
         return changed

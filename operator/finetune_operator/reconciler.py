@@ -139,6 +139,7 @@ class Reconciler:
             now=now,
             jobs=tuple(family.jobs.values()),
             pods=in_server_time(tuple(family.pods.values()), now),
+            gone=in_server_time(tuple(family.gone.values()), now),
             snapshot=record,
             refusal=answers.refusal,
             conflict=conflict,

@@ -152,9 +152,10 @@ def histories(figures: Figures, seed: int, count: int) -> bool:
     return True
 
 
-def fault_points(figures: Figures, seed: int, points: str) -> bool:
+def fault_points(figures: Figures, seed: int, points: str, record: Path | None) -> bool:
     """Every fault point, or so many, on a light cluster."""
     which = ["--all"] if points == "all" else ["--count", points]
+    which += ["--record", str(record)] if record is not None else []
     began = time.monotonic()
     command = [sys.executable, "-m", "tests.operator.fault_sweep", *which, "--seed", str(seed)]
     told = []
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument(
         "--fault-points", type=positive_or_all, default="all", help="how many, spread over all kinds; or all"
     )
+    parser.add_argument("--record", type=Path, help="outcomes of fault points: what stands in it is not run again")
     parser.add_argument(
         "--only", nargs="+", metavar="PART", help="these parts instead of all; the others' figures stay in the file"
     )
@@ -205,7 +207,7 @@ def main() -> None:
         "node-lost": partial(node_lost, say=say),
         "checkpoint-cost": partial(checkpoint_cost, pairs=given.pairs),
         "histories": partial(histories, seed=given.seed, count=given.histories),
-        "fault-points": partial(fault_points, seed=given.seed, points=given.fault_points),
+        "fault-points": partial(fault_points, seed=given.seed, points=given.fault_points, record=given.record),
     }
     unknown = [name for name in given.only or () if name not in runs]
     if unknown:

@@ -1,6 +1,7 @@
 """Every request and watch event of a job's life × every fault: the end is the same as without faults.
 
     python -m tests.operator.fault_sweep --all [--seed S]     every point; the number of those that passed, and each that did not
+                                         [--record FILE]      goes on where an earlier one with this file was cut off
 
 For each point one namespace, one proxy and one operator process of its own, some at a time, on one light cluster.
 """
@@ -310,8 +311,8 @@ class Sweep:
             stack.callback(self.nursery.close)
             kubelet = scripted_kubelet(self.cluster.kubeconfig, self._script, name=self._prefix, gpus_per_node=64)
             stack.enter_context(kubelet)
-            self._jobs = Recorder(self.cluster, "/apis/batch/v1/jobs", 7200)
-            self._pods = Recorder(self.cluster, "/api/v1/pods", 7200)
+            self._jobs = Recorder(self.cluster, "/apis/batch/v1/jobs", 4 * 3600)
+            self._pods = Recorder(self.cluster, "/api/v1/pods", 4 * 3600)
             self._stack = stack.pop_all()
         return self
 
@@ -376,6 +377,7 @@ class Sweep:
                 self._delete(bench, point.story)
                 if point.story == REPORTED:  # of the others nothing is asked for any more, only listed
                     outcome.requests, outcome.events = len(plan.requests), strike.count
+                outcome.problems += broken_invariants(self._jobs.so_far(namespace), self._pods.so_far(namespace))
             except Exception as problem:  # noqa: BLE001 - one point must not end the sweep
                 outcome.problems.append(f"{type(problem).__name__}: {str(problem)[:3000]}")
             outcome.hit = (plan.hit or strike.hit).replace(namespace, "NS")
@@ -383,7 +385,6 @@ class Sweep:
             outcome.restarts = kept.starts - 1 - killed
             if outcome.problems:
                 outcome.problems.append(f"log: {kept.log.read_text()[-3000:]}")
-        outcome.problems += broken_invariants(self._mine(self._jobs, namespace), self._mine(self._pods, namespace))
         outcome.seconds = time.monotonic() - began
         return outcome
 
@@ -416,10 +417,6 @@ class Sweep:
         others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}
         bench.until_gone(f"/api/v1/namespaces/{bench.namespace}/configmaps", query=others)
 
-    @staticmethod
-    def _mine(recorder: Recorder, namespace: str) -> list[tuple[str, Raw]]:
-        return [e for e in recorder.so_far() if e[1]["metadata"]["namespace"] == namespace]
-
 
 def sample(points: Sequence[Point], count: int, seed: int) -> list[Point]:
     """Some points of every kind."""
@@ -433,6 +430,35 @@ def sample(points: Sequence[Point], count: int, seed: int) -> list[Point]:
             if left:
                 chosen.append(rng.choice(left))
     return chosen
+
+
+class Record:
+    """Outcomes in a file, a line each as they come: a sweep takes more than an hour."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.outcomes = [self._read(json.loads(line)) for line in lines]
+
+    @staticmethod
+    def _read(found: dict[str, Any]) -> Outcome:
+        faults: dict[str, Fault | EventFault] = {str(f): f for kind in (Fault, EventFault) for f in kind}
+        point = Point(faults[found["fault"]], found["at"], found["story"])
+        return Outcome(point, found["hit"], found["problems"], found["restarts"], found["seconds"])
+
+    def left(self, points: Sequence[Point]) -> list[Point]:
+        """Those of which nothing is known yet."""
+        known = {o.point for o in self.outcomes}
+        return [p for p in points if p not in known]
+
+    def add(self, outcome: Outcome) -> None:
+        """One more."""
+        self.outcomes.append(outcome)
+        if self._path is not None:
+            point = {"fault": str(outcome.point.fault), "at": outcome.point.at, "story": outcome.point.story}
+            told = {**point, **{k: getattr(outcome, k) for k in ("hit", "problems", "restarts", "seconds")}}
+            with self._path.open("a") as file:
+                file.write(json.dumps(told) + "\n")
 
 
 def report(outcomes: Sequence[Outcome], seed: int, seconds: float) -> str:
@@ -470,6 +496,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--at-once", type=int, default=AT_ONCE)
     parser.add_argument("--kinds", default="", help="comma-separated faults, instead of all")
+    parser.add_argument("--record", type=Path, help="a file of outcomes: points that stand in it are not run again")
     parser.add_argument("--story", choices=STORIES, help="one story instead of all")
     given = parser.parse_args()
     began = time.monotonic()
@@ -484,13 +511,13 @@ def main() -> None:
             ]
             chosen = points if given.all else sample(points, given.count, given.seed)
             random.Random(given.seed).shuffle(chosen)
-            outcomes = []
-            for outcome in sweep.run_all(chosen, given.at_once):
-                outcomes.append(outcome)
+            record = Record(given.record)
+            left = record.left(chosen)
+            outcomes, total = record.outcomes, len(record.outcomes) + len(left)
+            for outcome in sweep.run_all(left, given.at_once):
+                record.add(outcome)
                 if len(outcomes) % 100 == 0:
-                    print(
-                        f"{len(outcomes)} of {len(chosen)} points, {sum(o.passed for o in outcomes)} passed", flush=True
-                    )
+                    print(f"{len(outcomes)} of {total} points, {sum(o.passed for o in outcomes)} passed", flush=True)
                 if outcome.problems:
                     print(f"FAILED {outcome.point} at {outcome.hit}: {outcome.problems[0][:300]}", flush=True)
     order = [*Fault, *EventFault]

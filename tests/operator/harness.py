@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -296,6 +297,9 @@ class Recorder:
         self._news = threading.Condition()
         self._ended = ""
         self.events: list[tuple[str, Raw]] = []
+        self._by_namespace: dict[str, list[tuple[str, Raw]]] = defaultdict(list)
+        self._seen: dict[str, int] = {}
+        """The version of each object that was told of last."""
         # From the list's version on: what happens before the watch is open is told when it is.
         self._version = self._api.get(path)["metadata"]["resourceVersion"]
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -304,8 +308,11 @@ class Recorder:
     def _run(self) -> None:
         try:
             for event in self._api.watch(self._path, self._seconds, {"resourceVersion": self._version}):
+                meta = event[1]["metadata"]
                 with self._news:
                     self.events.append(event)
+                    self._by_namespace[meta.get("namespace", "")].append(event)
+                    self._seen[meta["uid"]] = int(meta["resourceVersion"])
                     self._news.notify_all()
             self._ended = f"its {self._seconds} s were over"
         except (httpx.HTTPError, RuntimeError) as problem:
@@ -316,26 +323,25 @@ class Recorder:
         with self._news:
             return self._news.wait_for(lambda: check(self.events), seconds)
 
-    def so_far(self) -> list[tuple[str, Raw]]:
-        """All events until now: the watch must have held, and must have caught up with what a list shows.
+    def so_far(self, namespace: str | None = None) -> list[tuple[str, Raw]]:
+        """All events until now, or those of a namespace: the watch must have held, and must have caught up with what a list shows.
 
         Without that, "nothing was created" would hold whenever nothing was seen.
         """
-        items = self._api.get(self._path)["items"]
+        collection, _, plural = self._path.rpartition("/")
+        items = self._api.get(f"{collection}/namespaces/{namespace}/{plural}" if namespace else self._path)["items"]
         there = {(i["metadata"]["uid"], i["metadata"]["resourceVersion"]) for i in items}
         listed = int(self._version)
         there = {(uid, version) for uid, version in there if int(version) > listed}
 
-        def caught_up(events: list[tuple[str, Raw]]) -> bool:
-            seen: dict[str, int] = {}
-            for _, raw in events:
-                seen[raw["metadata"]["uid"]] = int(raw["metadata"]["resourceVersion"])
-            return all(seen.get(uid, 0) >= int(version) for uid, version in there)
+        def caught_up(_: list[tuple[str, Raw]]) -> bool:
+            return all(self._seen.get(uid, 0) >= int(version) for uid, version in there)
 
         told = self.wait_for(caught_up, 20)
         assert self._thread.is_alive(), f"the watch on {self._path} ended, so nothing can be said: {self._ended}"
         assert told, f"the watch on {self._path} is behind what a list shows, so nothing can be said"
-        return list(self.events)
+        with self._news:
+            return list(self.events if namespace is None else self._by_namespace[namespace])
 
     def stop(self) -> list[tuple[str, Raw]]:
         """End the watch; all events until now, as :meth:`so_far`."""

@@ -55,6 +55,23 @@ def test_what_was_deleted_while_a_list_was_read_is_not_brought_back_by_it() -> N
     assert cache.families == {}
 
 
+def test_how_the_last_pods_ended_is_kept_when_they_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED_PODS", 2)
+    cache = Cache()
+    cache.put_finetunejob(finetunejob())
+    for number in range(3):
+        pod = child(f"pod-{number}")
+        cache.put_pod(pod)
+        cache.drop_pod({**pod, "status": {"phase": "Failed"}})
+    cache.put_pod(child("killed"))
+    cache.drop_pod({**child("killed"), "status": {"phase": "Running"}})
+    family = cache.family("owner")
+    assert family.pods == {}
+    assert list(family.gone) == ["pod-1", "pod-2"], "and not one that never told how it ended"
+    cache.drop_finetunejob(KEY, "owner")
+    assert cache.families == {}
+
+
 def test_a_deletion_counts_even_where_the_object_was_never_seen() -> None:
     cache = Cache()
     cache.drop_pod(child("pod", 8))

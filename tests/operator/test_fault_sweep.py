@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune_cluster.light import LightCluster
-from tests.operator.fault_sweep import ELECTED, Outcome, Point, Sweep, good, report, sample
+from tests.operator.fault_sweep import ELECTED, Outcome, Point, Record, Sweep, good, report, sample
 from tests.operator.harness import Tls
 from tests.support.api_proxy import EventFault, Fault
 
@@ -24,6 +24,19 @@ def test_a_sweep_that_struck_nothing_is_no_success() -> None:
     assert not good([Outcome(point)])
     assert not good([Outcome(point, hit="GET /x"), Outcome(point, problems=["late"])])
     assert not good([])
+
+
+def test_a_sweep_that_was_cut_off_goes_on_with_the_points_that_are_left(tmp_path: Path) -> None:
+    points = [Point(Fault.DROP, 1), Point(Fault.DROP, 2, ELECTED), Point(EventFault.SWAP, 1)]
+    file = tmp_path / "record"
+    done = [Outcome(points[0], "GET /x", ["late"], 1, 2.5), Outcome(points[2])]
+    first = Record(file)
+    assert first.left(points) == points
+    for outcome in done:
+        first.add(outcome)
+    again = Record(file)
+    assert again.outcomes == done
+    assert again.left(points) == [points[1]]
 
 
 @pytest.mark.light

@@ -339,6 +339,26 @@ def test_more_executions_than_status_holds_are_counted_once_each() -> None:
     assert w.status.active_seconds == spent
 
 
+def test_when_all_is_done_no_attempt_runs_although_its_pods_last_event_was_lost() -> None:
+    w = in_publishing()
+    w.start_pod()
+    w.run_pod()
+    w.settle()
+    pod = w.pod()
+    assert pod is not None
+    w.end_pod(0, success(Stage.PUBLISH))
+    ended = w.pods[pod.name]
+    # The result came as a post; of the pod only its beginning is known.
+    w.pods[pod.name] = pod
+    w.status = w.status.model_copy(
+        update={"progress": ProgressStatus(stage="publish", execution_id=pod.uid, sequence=1, report=ended.report)}
+    )
+    w.settle()
+    assert w.status.phase is Phase.SUCCEEDED
+    assert [a.outcome for a in w.status.attempts] == ["Succeeded"] * 3
+    assert w.status.attempts[-1].finished_at is not None
+
+
 def test_attempts_that_start_in_one_second_stand_in_the_order_of_their_stages() -> None:
     w = world()
     w.settle()

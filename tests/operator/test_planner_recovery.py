@@ -747,3 +747,25 @@ def test_a_job_that_waits_out_a_refusal_is_suspended_at_once() -> None:
     w.settle()
     assert w.status.phase is Phase.SUSPENDED
     assert w.jobs == {}
+
+
+@pytest.mark.parametrize("seen_running", [True, False])
+def test_a_drained_pod_that_went_between_two_looks_is_told_by_how_it_ended(seen_running: bool) -> None:
+    """It goes as soon as it has ended, and no look sees it in between."""
+    w = in_training()
+    if not seen_running:
+        w.status = w.status.model_copy(update={"attempts": w.status.attempts[:1]})
+    w.tick(30)
+    w.change_pod(disruption="EvictionByEvictionAPI", disrupted="Eviction API: evicting")
+    told = failure(Stage.TRAIN, "Interrupted", "told to stop (SIGTERM)")
+    pod = w.pod()
+    assert pod is not None
+    w.end_pod(60, told.model_copy(update={"result": {"step": 7, "checkpointStep": 7}}))
+    w.ended.append(w.pods.pop(pod.name))
+    w.settle()
+    last = w.status.attempts[-1]
+    assert (last.outcome, last.reason, last.exit_code) == ("Failed", "Preempted", 60)
+    assert "node drained" in (last.message or "")
+    assert (last.last_step, last.checkpoint_step) == (7, 7)
+    assert len(w.status.attempts) == 2
+    assert w.settle().idle

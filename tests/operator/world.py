@@ -39,6 +39,8 @@ class World:
     node_skew: float = 0.0
     """How many seconds the nodes' clocks are ahead of it: containers' times are theirs."""
     held: bool = False
+    ended: list[Pod] = field(default_factory=list)
+    """Pods whose end was seen as they went."""
     deleted_at: datetime | None = None
     gone: bool = False
     generation: int = 1
@@ -70,6 +72,7 @@ class World:
             self.refusal,
             self.pod_refusal,
             self.conflict,
+            tuple(self.ended),
         )
 
     def plan(self) -> Plan:

@@ -30,14 +30,18 @@ class Ledger:
     """For which training pods that ended since the last look had held their GPUs."""
 
 
-def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: datetime) -> Ledger:
-    """Update the attempts from the pods that are there; one whose pod is gone ended when that was noticed.
+def keep_ledger(
+    before: FineTuneJobStatus, views: tuple[StageView, ...], now: datetime, gone: tuple[Pod, ...] = ()
+) -> Ledger:
+    """Update the attempts from the pods that are there, or from how one ended that is ``gone``; where that was not seen it ended when
+    it was noticed.
 
     Running time is added when an attempt ends, and once: an ended attempt never changes again.
     """
     of_stage = {view.stage.value: view for view in views}
     came = highlights(before.progress)
     pods = {p.uid: p for view in views for p in view.pods}
+    last = {p.uid: p for p in gone}
     lost = {p.uid for view in views if view.state is StageState.REPORT_LOST for p in view.pods if p.exit_code == 0}
     # A full list has lost its oldest: a pod from before them is one of those, and its time was counted.
     oldest = min((attempt_rank(a) for a in before.attempts), default=None)
@@ -47,7 +51,7 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
     for old in before.attempts:
         new = old
         if old.outcome == "Running":
-            pod = pods.pop(old.execution_id, None)
+            pod = pods.pop(old.execution_id, None) or last.get(old.execution_id)
             view = of_stage.get(old.stage, _NO_VIEW)
             new = _from_pod(pod, old, now, view) if pod is not None else _vanished(old, now, view, before)
             if new.outcome != "Running":
@@ -57,7 +61,8 @@ def keep_ledger(before: FineTuneJobStatus, views: tuple[StageView, ...], now: da
         if new.execution_id in lost and new.reason != REPORT_LOST:
             new = new.model_copy(update={"reason": REPORT_LOST})
         attempts[new.execution_id] = with_highlights(new, came.get(new.execution_id))
-    for pod in sorted(pods.values(), key=lambda p: (p.started_at or p.created, p.name)):
+    unseen = [pod for uid, pod in last.items() if uid not in attempts and uid not in pods]
+    for pod in sorted([*pods.values(), *unseen], key=lambda p: (p.started_at or p.created, p.name)):
         if pod.started_at is None and pod.exit_code is None and not pod.refused:
             continue  # never ran: no execution, and the Job counts no failure
         new = _from_pod(pod, None, now, of_stage[pod.stage.value])

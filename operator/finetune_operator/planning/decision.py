@@ -111,12 +111,21 @@ def _gpu_time(look: Look, finished: bool) -> dict[str, object]:
 
 
 def _attempts(look: Look, decision: Decision) -> list[AttemptStatus]:
-    """A failed job has no running attempt: what still ran when it failed was stopped then."""
+    """A finished job has no running attempt: what still ran when it failed was stopped then, and one that is not known to have ended
+    when all is done has ended well, as its Job says before its pod's last event has come."""
+    if decision.phase is Phase.SUCCEEDED:
+        return [_ended_well(a, look) if a.outcome == "Running" else a for a in look.ledger.attempts]
     if decision.phase is not Phase.FAILED:
         return list(look.ledger.attempts)
     reason = next((w.reason for w in decision.wishes if w.type is ConditionType.FAILED), None)
     end = {"outcome": "Failed", "finished_at": rfc3339(look.now), "reason": reason}
     return [a.model_copy(update=end) if a.outcome == "Running" else a for a in look.ledger.attempts]
+
+
+def _ended_well(attempt: AttemptStatus, look: Look) -> AttemptStatus:
+    job = look.views[Stage(attempt.stage)].job if attempt.stage in PIPELINE else None
+    ended = job.complete_at if job is not None and job.complete_at is not None else look.now
+    return attempt.model_copy(update={"outcome": "Succeeded", "finished_at": rfc3339(ended)})
 
 
 def _stages(look: Look) -> list[StageTimes]:

@@ -51,7 +51,7 @@ class Look:
     @cached_property
     def ledger(self) -> Ledger:
         """Attempts and running time."""
-        return keep_ledger(self.before, tuple(self.views.values()), self.now)
+        return keep_ledger(self.before, tuple(self.views.values()), self.now, self.obs.gone)
 
     @cached_property
     def prepare_report(self) -> PrepareReport | None:

@@ -169,6 +169,8 @@ class Observation:
     """The API server's words to the Job controller, which may not create the pods of a Job (a FailedCreate Event)."""
     conflict: str | None = None
     """The object that exists under a name we need and belongs to something else."""
+    gone: tuple[Pod, ...] = ()
+    """The last pods that have gone, as they ended. Only attempts are told of them."""
 
 
 class EventType(StrEnum):
