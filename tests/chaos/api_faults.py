@@ -110,10 +110,8 @@ class ClusterFaults:
             opened.callback(kept.close)
             holder.append(kept)
             executions = [
-                Recorder(
-                    cast(LightCluster, self._cluster), f"{path}/namespaces/{space.name}/{kind}", 2 * FINISH_SECONDS
-                )
-                for path, kind in (("/apis/batch/v1", "jobs"), ("/api/v1", "pods"))
+                Recorder(cast(LightCluster, self._cluster), path(space.name), 2 * FINISH_SECONDS)
+                for path in (jobs_of, pods_of)
             ]
             try:
                 outcome.left = self._life(space)
