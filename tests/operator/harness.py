@@ -180,6 +180,13 @@ class Bench:
             **env,
         }
 
+    def until_empty(self) -> None:
+        """Wait until nothing is left that jobs had made."""
+        self.until_gone(jobs_of(self.namespace))
+        self.until_gone(pods_of(self.namespace))
+        others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}
+        self.until_gone(f"/api/v1/namespaces/{self.namespace}/configmaps", query=others)
+
     # FineTuneJobs
 
     def apply(self, manifest: Raw) -> Raw:
