@@ -29,8 +29,6 @@ MAX_FRUITLESS = 20
 """Executions of a stage that may be interrupted one after the other without any getting farther than the one before."""
 MAX_RETURNS = 3
 """How often training may hand its GPU back and start at prepare again because something that it waited for did not appear."""
-
-
 MAX_RESTARTS = 2
 """How often training is started again in its pod after it hung or a process died. The next failure ends the pod, and another node may
 do better."""

@@ -98,7 +98,13 @@ class Api:
             self._checked(response)
 
     def watch(self, path: str, seconds: float, query: Mapping[str, str] | None = None) -> Iterator[tuple[str, Object]]:
-        """Events of a collection, beginning with ADDED for what is there, for ``seconds``."""
+        """Events of a collection, beginning with ADDED for what is there, for ``seconds``.
+
+        A watch that the server ends with an error is begun anew.
+
+        Raises:
+            ClusterError: it cannot be, because it was to begin at a version.
+        """
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             parameters = {"watch": "true", "timeoutSeconds": str(max(1, int(left))), **(query or {})}
@@ -107,6 +113,11 @@ class Api:
                     response.raise_for_status()
                     for line in response.iter_lines():
                         event = json.loads(line)
+                        if event["type"] == "ERROR":
+                            why = f"The watch on {path} ended: {event['object'].get('message')}"
+                            raise (
+                                ClusterError(why) if "resourceVersion" in parameters else httpx.RemoteProtocolError(why)
+                            )
                         yield event["type"], event["object"]
             except (httpx.TransportError, httpx.HTTPStatusError) as error:
                 if isinstance(error, httpx.HTTPStatusError):

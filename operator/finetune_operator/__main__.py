@@ -11,21 +11,20 @@ import sys
 from collections.abc import Coroutine
 from typing import Any
 
-import kopf
-
 from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import Api, ApiError, load_configuration
 from finetune_operator.events import EventRecorder, JobEvents
-from finetune_operator.handlers import WATCH_RETRY_SECONDS, Informer, make_registry, make_settings
+from finetune_operator.handlers import Informer
 from finetune_operator.health import Health, start_health
-from finetune_operator.leader import Election
+from finetune_operator.leader import STOP_SECONDS, Election
 from finetune_operator.pace import Pace
 from finetune_operator.progress.server import ProgressServer
 from finetune_operator.reconciler import Reconciler
 from finetune_operator.resync import Resync
 from finetune_operator.settings import Settings
 from finetune_operator.snapshots import Snapshots
+from finetune_operator.watches import watch
 from finetune_operator.workqueue import WorkQueue
 
 logger = logging.getLogger("finetune_operator")
@@ -78,7 +77,7 @@ class Operator:
             for task in (work, stopped):
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
-                await asyncio.wait_for(asyncio.gather(work, stopped, return_exceptions=True), 5)
+                await asyncio.wait_for(asyncio.gather(work, stopped, return_exceptions=True), STOP_SECONDS)
             await self.progress.stop()
             if self.settings.leader_election and self.health.leading:
                 await election.release()
@@ -93,51 +92,21 @@ class Operator:
         # Everything is listed before anything is decided: a job whose Jobs are not known yet is not a new job.
         await self._first_list()
         parts: list[Coroutine[Any, Any, None]] = [
+            watch(self.informer, self.settings, lambda: handle_signals(stop), self.resync.look_again),
             self.resync.run(),
             self.queue.run_delays(),
             self.events.run(),
             *(self.reconciler.work() for _ in range(self.settings.workers)),
         ]
         tasks = [asyncio.ensure_future(part) for part in parts]
-        kopf_task = asyncio.ensure_future(self._watch(stop))
         try:
-            done, _ = await asyncio.wait([kopf_task, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 await task
-            stop.set()  # kopf ended in order: it took the signal
         finally:
-            for task in (*tasks, kopf_task):
+            for task in tasks:
                 task.cancel()
-
-    async def _watch(self, stop: asyncio.Event) -> None:
-        """kopf, begun anew when it fails; returns when it was stopped.
-
-        kopf 1.45 ends as a whole when one list or watch is answered 410 (a page of a long list that came too late) or any other
-        4xx. What was missed meanwhile is listed.
-        """
-        namespaces = self.settings.namespaces
-        while True:
-            try:
-                await kopf.operator(
-                    registry=make_registry(self.informer),
-                    settings=make_settings(self.settings.request_timeout_seconds),
-                    standalone=True,
-                    clusterwide=not namespaces,
-                    namespaces=namespaces,
-                    stop_flag=stop,
-                )
-            except asyncio.CancelledError:
-                # kopf takes SIGTERM for itself. Told so before it is up, it ends as if it had been cancelled.
-                current = asyncio.current_task()
-                if current is None or current.cancelling():
-                    raise
-                return
-            except Exception as problem:  # noqa: BLE001 - of a library; liveness looks after what does not mend
-                logger.warning("The watches failed and begin anew: %r", problem)
-                await asyncio.sleep(WATCH_RETRY_SECONDS)
-                self.resync.look_again()
-            else:
-                return
+            await asyncio.wait(tasks)
 
     async def _first_list(self) -> None:
         while True:
@@ -150,17 +119,19 @@ class Operator:
                 return
 
 
+def handle_signals(stop: asyncio.Event) -> None:
+    """Be told to stop by SIGTERM and SIGINT."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+
 async def serve(settings: Settings) -> bool:
     """Run with signals handled."""
     api = Api(await load_configuration(), settings.connections, settings.request_timeout_seconds)
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        return await Operator(settings, api).run(stop)
-    except asyncio.CancelledError:  # nobody cancels this task but kopf, which cancels what it finds when it ends
-        return stop.is_set()
+    handle_signals(stop)
+    return await Operator(settings, api).run(stop)
 
 
 def main() -> None:

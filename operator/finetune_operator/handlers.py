@@ -141,7 +141,8 @@ def make_settings(request_timeout: float) -> kopf.OperatorSettings:
     settings.watching.label_selectors["", "v1", "pods"] = LABEL_UID
     settings.watching.chunk_size = 500
     settings.watching.server_timeout = 600
-    settings.process.ultimate_exiting_timeout = 20
+    # Else kopf has the whole process killed so long after it failed, begun anew or not.
+    settings.process.ultimate_exiting_timeout = None
     settings.queueing.exit_timeout = 0.5
     settings.queueing.idle_timeout = 1.0
     return settings

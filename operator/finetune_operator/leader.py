@@ -20,6 +20,9 @@ from finetune_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+STOP_SECONDS = 5.0
+"""How long a leader that ends waits for its parts."""
+
 
 class _TimedLock(LeaseLock):  # type: ignore[misc]
     """A lock whose calls end: a hung connection must not carry a leader past its renew deadline."""
@@ -162,6 +165,8 @@ class Election:
             ended = work.done()
             for task in (work, election, expiry, lost, *leading):
                 task.cancel()
+            if leading:  # what it does must not outlast the Lease, which is released next
+                await asyncio.wait(leading, timeout=STOP_SECONDS)
         if ended:
             await work
         else:

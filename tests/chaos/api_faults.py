@@ -110,10 +110,8 @@ class ClusterFaults:
             opened.callback(kept.close)
             holder.append(kept)
             executions = [
-                Recorder(
-                    cast(LightCluster, self._cluster), f"{path}/namespaces/{space.name}/{kind}", 2 * FINISH_SECONDS
-                )
-                for path, kind in (("/apis/batch/v1", "jobs"), ("/api/v1", "pods"))
+                Recorder(cast(LightCluster, self._cluster), path(space.name), 2 * FINISH_SECONDS)
+                for path in (jobs_of, pods_of)
             ]
             try:
                 outcome.left = self._life(space)
@@ -123,10 +121,7 @@ class ClusterFaults:
                     if outcome.left[k] != v
                 ]
                 space.target.kubectl("delete", "ftj", NAME, "-n", space.name)
-                bench.until_gone(jobs_of(space.name))
-                bench.until_gone(pods_of(space.name))
-                others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}
-                bench.until_gone(f"/api/v1/namespaces/{space.name}/configmaps", query=others)
+                bench.until_empty()
                 outcome.problems += broken_invariants(*(each.so_far() for each in executions))
             except Exception:
                 outcome.problems.append(f"the operator's log ends with {kept.log.read_text()[-2000:]}")

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from finetune_cluster.api import Api, ApiError
+from finetune_cluster.console import ClusterError
 
 BUSY = httpx.Response(429, headers={"Retry-After": "0"}, json={"message": "storage is (re)initializing"})
 
@@ -50,3 +51,13 @@ def test_a_watch_begins_anew_while_the_server_starts(api: Api) -> None:
     assert next(events) == ("ADDED", {"kind": "Thing"})
     with pytest.raises(httpx.HTTPStatusError, match="403"):
         next(events)
+
+
+def test_a_watch_that_ends_with_an_error_begins_anew_or_says_so(api: Api) -> None:
+    gone = json.dumps({"type": "ERROR", "object": {"kind": "Status", "code": 410, "message": "too old"}})
+    event = json.dumps({"type": "ADDED", "object": {"kind": "Thing"}})
+    answering(api, httpx.Response(200, text=gone), httpx.Response(200, text=event))
+    assert next(api.watch("/things", 60)) == ("ADDED", {"kind": "Thing"})
+    answering(api, httpx.Response(200, text=gone))
+    with pytest.raises(ClusterError, match="too old"):
+        next(api.watch("/things", 60, {"resourceVersion": "7"}))

@@ -43,7 +43,8 @@ def test_the_operator_has_no_right_on_secrets(stack: Stack, verb: str) -> None:
         ("create", "pods"),
         ("delete", "pods"),
         ("update", "finetunejobs.finetune.dev"),
-        ("list", "nodes"),
+        ("watch", "nodes"),
+        ("patch", "nodes"),
     ],
 )
 def test_the_operator_has_no_right_it_does_not_need(stack: Stack, verb: str, resource: str) -> None:
@@ -52,6 +53,7 @@ def test_the_operator_has_no_right_it_does_not_need(stack: Stack, verb: str, res
 
 def test_the_operator_has_the_rights_it_needs(stack: Stack) -> None:
     assert allowed(stack, "create", "jobs.batch")
+    assert allowed(stack, "list", "nodes"), "their labels tell which GPUs there are"
     assert allowed(stack, "patch", "finetunejobs.finetune.dev", subresource="status")
 
 

@@ -65,6 +65,7 @@ def test_a_plan_alone_asks_for_no_gpu_and_stores_nothing(space: Space) -> None:
     assert condition(job, "Complete")["reason"] == "Planned"
     assert job["status"]["plan"]["method"] == "LoRA"
     assert "on 1 × Pretend: peak" in condition(job, "Complete")["message"]
+    assert "GiB" in condition(job, "Complete")["message"]
     assert not space.gpu_pods.so_far()
     prefix = f"results/planned-{job['metadata']['uid'][:8]}"
     assert not space.bucket.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents")

@@ -44,7 +44,6 @@ from tests.operator.harness import (
     finetunejobs_of,
     jobs_of,
     name_of,
-    pods_of,
     stage_of,
     succeed_stage,
 )
@@ -412,10 +411,7 @@ class Sweep:
             [cleanup] = [j for j in bench.stage_jobs() if j["metadata"]["labels"][LABEL_STAGE] == Stage.CLEANUP]
             assert cleanup["status"].get("succeeded") == 1, "what it stored is deleted before it goes"
             return
-        bench.until_gone(jobs_of(bench.namespace))
-        bench.until_gone(pods_of(bench.namespace))
-        others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}
-        bench.until_gone(f"/api/v1/namespaces/{bench.namespace}/configmaps", query=others)
+        bench.until_empty()
 
 
 def sample(points: Sequence[Point], count: int, seed: int) -> list[Point]:

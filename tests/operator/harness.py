@@ -22,11 +22,13 @@ import yaml
 
 from finetune_api.names import LABEL_NAME, LABEL_STAGE, Stage
 from finetune_cluster.api import Api
+from finetune_cluster.console import ClusterError
 from finetune_cluster.light import LightCluster
 from finetune_cluster.ports import free_ports
 from finetune_cluster.scripted_kubelet import ScriptedKubelet, scripted_kubelet
 from finetune_cluster.steps import After, Call, Pod, Running, Step, Terminated
 from tests.operator.manifests import success, termination_message
+from tests.support.api_proxy import ApiProxy, Plan, ProxyLoop
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
@@ -180,6 +182,13 @@ class Bench:
             **env,
         }
 
+    def until_empty(self) -> None:
+        """Wait until nothing is left that jobs had made."""
+        self.until_gone(jobs_of(self.namespace))
+        self.until_gone(pods_of(self.namespace))
+        others = {"fieldSelector": "metadata.name!=kube-root-ca.crt"}
+        self.until_gone(f"/api/v1/namespaces/{self.namespace}/configmaps", query=others)
+
     # FineTuneJobs
 
     def apply(self, manifest: Raw) -> Raw:
@@ -287,6 +296,19 @@ def _kubelet(
         yield kubelet
 
 
+@contextmanager
+def proxied(bench: Bench, plan: Plan) -> Iterator[ApiProxy]:
+    """A proxy before the API server, for operators of this bench."""
+    loop = ProxyLoop()
+    try:
+        with ApiProxy(
+            loop, bench.cluster.kubeconfig, bench.cluster.certificate("api-proxy"), bench.folder, plan
+        ) as proxy:
+            yield proxy
+    finally:
+        loop.close()
+
+
 class Recorder:
     """Watches a collection from before a test acts, in a thread. What it has not seen has not been: see :meth:`stop`."""
 
@@ -315,7 +337,7 @@ class Recorder:
                     self._seen[meta["uid"]] = int(meta["resourceVersion"])
                     self._news.notify_all()
             self._ended = f"its {self._seconds} s were over"
-        except (httpx.HTTPError, RuntimeError) as problem:
+        except (httpx.HTTPError, RuntimeError, ClusterError) as problem:
             self._ended = repr(problem)
 
     def wait_for(self, check: Callable[[list[tuple[str, Raw]]], bool], seconds: float = SECONDS) -> bool:

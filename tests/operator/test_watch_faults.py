@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from finetune_api.names import Stage
 from finetune_cluster.steps import Pod, Step, run_forever
 from tests.operator.fault_sweep import broken_invariants
-from tests.operator.harness import Bench, Recorder, finetunejobs_of, is_true, jobs_of, pods_of, stage_of, succeed_stage
+from tests.operator.harness import (
+    Bench,
+    Recorder,
+    finetunejobs_of,
+    is_true,
+    jobs_of,
+    pods_of,
+    proxied,
+    stage_of,
+    succeed_stage,
+)
 from tests.operator.manifests import finetunejob
-from tests.support.api_proxy import ApiProxy, Cut, Event, Gone, Plan, ProxyLoop
+from tests.support.api_proxy import Cut, Event, Gone, Plan
 
 pytestmark = pytest.mark.light
-
-
-@contextmanager
-def proxied(bench: Bench, plan: Plan) -> Iterator[ApiProxy]:
-    loop = ProxyLoop()
-    try:
-        with ApiProxy(
-            loop, bench.cluster.kubeconfig, bench.cluster.certificate("api-proxy"), bench.folder, plan
-        ) as proxy:
-            yield proxy
-    finally:
-        loop.close()
 
 
 class Liar:

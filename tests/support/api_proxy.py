@@ -134,7 +134,9 @@ class Plan:
     kill: Callable[[], None] | None = None
     watch: WatchPolicy | None = None
     refuse_watches: Callable[[str], bool] | None = None
-    """Watches of these paths are answered 410 before they begin."""
+    """Watches of these paths are refused before they begin."""
+    refusal: tuple[int, str] = 410, "Expired"
+    """How: status code and reason."""
     counts: Callable[[str], bool] = lambda _path: True
     """Whether requests of this path are counted, and may be struck."""
     requests: list[str] = field(default_factory=list)
@@ -250,7 +252,7 @@ class ApiProxy:
         if fault is Fault.DELAY:
             await asyncio.sleep(DELAY_SECONDS)
         if watch and plan.refuse_watches is not None and plan.refuse_watches(request.path):
-            return _status(410, "Expired")
+            return _status(*plan.refusal)
         return await self._forward(request, body, watch, fault)
 
     async def _forward(self, request: web.Request, body: bytes, watch: bool, fault: Fault | None) -> web.StreamResponse:

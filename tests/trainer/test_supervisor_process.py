@@ -20,10 +20,10 @@ from finetune_api.progress import Split, StageReport
 from finetune_trainer.supervisor import run as supervisor
 from finetune_trainer.supervisor.process import Ended, Patience, Stop, run_workers
 from tests.operator.manifests import train_report
-from tests.support.prepared import PreparedJob, RecordingReporter, prepare_job
+from tests.support.prepared import PreparedJob, prepare_job
 from tests.support.train_container import ENV_MOST_ROWS
 from tests.support.train_process import TrainPod, kill_all, pod_of, steps
-from tests.trainer.test_train_resume import adapter, forget_the_result, markers, result
+from tests.trainer.test_train_resume import adapter, forget_the_result, markers, posts, result
 
 REPORT = '{"stage": "train", "succeeded": false, "reason": "OutOfMemory", "message": "m"}'
 
@@ -152,7 +152,6 @@ def test_after_any_kills_the_adapter_is_the_same_bytes(job: PreparedJob) -> None
     assert result(job).execution_id == pod.execution
 
 
-@pytest.mark.timeout(600)
 def test_status_is_told_what_was_changed_when_memory_ran_out(job: PreparedJob) -> None:
     done = StageReport(
         stage="train", succeeded=True, reason="Succeeded", message="done", result=train_report().to_json_dict()
@@ -166,8 +165,7 @@ sys.exit(0 if again else 40)
 """
     ctx = job.context()
     assert supervisor.run(ctx, command=[sys.executable, "-c", code]) == train_report()
-    assert isinstance(ctx.reporter, RecordingReporter)
-    [told] = [post for post in ctx.reporter.posts if "restarts" in post]
+    [told] = [post for post in posts(ctx) if "restarts" in post]
     split = told["split"]
     assert isinstance(split, Split)
     whole, planned = job.snapshot.spec.training.global_batch_sequences, job.snapshot.split
@@ -175,6 +173,7 @@ sys.exit(0 if again else 40)
     assert split.micro_batch_sequences * split.gradient_accumulation_steps == whole
 
 
+@pytest.mark.timeout(600)
 def test_a_hung_process_is_started_again(job: PreparedJob) -> None:
     hung = job.with_spec(recovery={"hungTimeoutSeconds": 20})
     rewrite_prepared(job, hung)

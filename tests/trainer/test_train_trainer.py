@@ -129,8 +129,14 @@ def test_a_loss_that_is_not_finite_fails_before_it_reaches_the_weights(
 ) -> None:
     run = snapshot(training={"length": {"steps": 2}, "optimizer": {"name": optimizer}})
     base = model.load_base(tiny_model, run, CPU32)
+    if value == "nan":
+        base.get_parameter("model.norm.weight").data[0] = float("nan")
     original = LearnedTokenLoss.__call__
-    monkeypatch.setattr(LearnedTokenLoss, "__call__", lambda self, batch: original(self, batch) * float(value))
+    monkeypatch.setattr(
+        LearnedTokenLoss,
+        "__call__",
+        lambda self, batch: original(self, batch) * (float(value) if value == "inf" else 1),
+    )
     rows = rows_of(tiny_model, 8)
     peft_model = model.attach_adapter(base, run)
     before = {n: w.clone() for n, w in weights_of(peft_model).items()}
