@@ -49,8 +49,9 @@ def communication(layout: Layout, gpus: int, weights: dict[str, int], trainable:
     layer = max(size for unit, size in units.items() if unit.isdigit())
     outside = max((size for unit, size in units.items() if not unit.isdigit()), default=0)
     gathered = layer + max(layer, outside)
-    # all-gather reads a copy of the shard and writes one flat tensor, from which a layer's weights are copied
-    buffers = gathered // gpus + max(layer, outside) + FULL * trainable + NCCL_BYTES
+    # What all-gather wrote is kept until the next unit's was copied out of it (torch 2.15: wait_for_unshard), the head's until the
+    # backward pass is over. When the gradients are added up, nothing is gathered.
+    buffers = max(max(layer, outside), FULL * trainable - gathered) + NCCL_BYTES
     return Communication(gathered_bytes=gathered, buffer_bytes=buffers)
 
 
