@@ -17,6 +17,7 @@ import pytest
 from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import ENV_GRACE_SECONDS
 from finetune_api.progress import Split, StageReport
+from finetune_trainer.supervisor import process
 from finetune_trainer.supervisor import run as supervisor
 from finetune_trainer.supervisor.process import Ended, Patience, Stop, run_workers
 from tests.operator.manifests import train_report
@@ -93,6 +94,41 @@ while True:
     assert (ended.returncode, ended.told_to_stop, ended.stop_overdue) == (-signal.SIGKILL, True, True)
     ended = worker(tmp_path, "import os, signal; os.kill(os.getppid(), 15); signal.pause()")
     assert (ended.returncode, ended.stop_overdue) == (-signal.SIGTERM, False)
+
+
+STUCK = """
+import os, pathlib, signal, time
+rank = os.environ["RANK"]
+if rank == "{stuck}":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.write(int(os.environ["FINETUNE_HEARTBEAT_FD"]), b"{activity}\\n")
+pathlib.Path("{folder}/ready-" + rank).touch()
+if rank == "1":
+    while not os.path.exists("{folder}/ready-0"):
+        time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGTERM)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize(
+    ("stuck", "activity", "overdue"),
+    [(1, "Evaluating", False), (0, "Evaluating", False), (1, "Training", False), (0, "Training", True)],
+)
+def test_of_ranks_that_were_told_to_stop_none_waits_for_one_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: int, activity: str, overdue: bool
+) -> None:
+    """Only the first one, while it trains, may have something to save: it has the whole grace period."""
+    monkeypatch.setattr(process, "LEAVE_SECONDS", 0.2)
+    code = STUCK.format(stuck=stuck, activity=activity, folder=tmp_path)
+    environs = [{**os.environ, "RANK": str(rank)} for rank in range(2)]
+    with Stop() as stop:
+        patience = Patience(60, 60, 2.0 if overdue else 60)
+        ended = run_workers([sys.executable, "-c", code], environs, tmp_path, patience, stop)
+    assert (ended.told_to_stop, ended.stop_overdue) == (True, overdue)
+    assert ended.rank == 0
+    assert ended.returncode == (-signal.SIGKILL if stuck == 0 else -signal.SIGTERM)
 
 
 SPEC: dict[str, Any] = {

@@ -17,11 +17,13 @@ from pydantic import ValidationError
 from finetune_api.progress import StageReport
 from finetune_trainer import memory
 from finetune_trainer.heartbeat import ENV_HEARTBEAT
-from finetune_trainer.supervisor.decide import Ended
+from finetune_trainer.supervisor.decide import TRAINING, Ended
 
 ENV_OUTCOME = "FINETUNE_OUTCOME"
 DUMP_SECONDS = 5.0
 """A process that hangs is asked for the stacks of its threads first, and given so long to write them."""
+LEAVE_SECONDS = 5.0
+"""For those that are left when one of several that were told to stop has ended, if they have nothing to save."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,13 @@ def _start(command: Sequence[str], environ: Mapping[str, str], outcome: Path) ->
 class _Watch:
     def __init__(self, workers: Sequence[_Worker], patience: Patience, stop: Stop) -> None:
         self._running = list(workers)
+        self._first = workers[0]
         self._patience = patience
         self._stop = stop
         self.first_failed: _Worker | None = None
         self.silent_seconds: float | None = None
         self.stop_overdue = False
+        self._leave_by: float | None = None
 
     def until_ended(self) -> None:
         """Return when every process has ended, or must."""
@@ -154,6 +158,10 @@ class _Watch:
                 for worker in self._running:
                     worker.process.terminate()
             due = told_at + self._patience.stop if told_at is not None else last_beat + silence
+            if self._leave_by is not None and self._leave_by < due:
+                due = self._leave_by
+                if now >= due:
+                    return
             if now >= due:
                 self._end(told_at is not None, now - last_beat)
                 return
@@ -178,7 +186,10 @@ class _Watch:
         if worker.process.wait() == 0:
             return True
         self.first_failed = self.first_failed or worker
-        # Ranks that were told to stop leave one after the other; one that fails leaves the others waiting for it for ever.
+        # One that fails leaves the others waiting for it for ever, and no signal reaches a rank that waits for its GPU. Ranks that
+        # train and were told to stop agree on a step, and the first one saves it; elsewhere there is nothing to save.
+        if self._stop.requested and (worker is self._first or self._first.activity != TRAINING):
+            self._leave_by = self._leave_by or time.monotonic() + LEAVE_SECONDS
         return self._stop.requested
 
     def _end(self, told: bool, silent: float) -> None:
