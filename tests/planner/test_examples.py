@@ -14,12 +14,16 @@ from finetune_api.spec import FineTuneJobSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("70b-*.yaml"))
+CONFIGS = {
+    "hf://meta-llama/Llama-2-70b-chat-hf": "llama-2-70b.json",
+    "hf://meta-llama/Llama-3.3-70B-Instruct": "llama-3-70b.json",
+}
 PLANS: dict[str, Any] = json.loads((Path(__file__).parent / "examples.json").read_text())
 
 
 def planned(path: Path) -> dict[str, Any]:
     spec = FineTuneJobSpec.model_validate(yaml.safe_load(path.read_text())["spec"])
-    config = json.loads((Path(__file__).parent / "configs" / "llama-3-70b.json").read_text())["config"]
+    config = json.loads((Path(__file__).parent / "configs" / CONFIGS[spec.model.uri]).read_text())["config"]
     arch = parse_config(config)
     gpu = find_gpu(spec.compute.gpu.product or "")
     choice = choose(

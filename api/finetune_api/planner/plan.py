@@ -123,13 +123,15 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     arch, tuning, batch, shapes = request.architecture, request.tuning, request.batch, request.shapes
     quantized = weights.quantized_names(shapes, arch, tuning)
     base = weights.tensor_bytes(shapes, quantized)
-    constants = weights.quantization_bytes(shapes, quantized, tuning.double_quantization)
+    with_weights = weights.quantization_bytes(shapes, quantized, tuning.double_quantization)
     trainable = trainable_parameters(shapes, arch, tuning.rank, tuning.target_modules, tuning.bias)
     targets = adapted_layers(linear_layers(shapes, arch), tuning.target_modules)
-    shared = communication(request.layout, request.gpus, base, trainable)
+    units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
+    shared = communication(request.layout, request.gpus, units, trainable)
 
     adapter, optimizer = 4 * trainable, weights.optimizer_bytes(request.optimizer, trainable)
     weight = sharded(base, request.layout, request.gpus, arch.tied_embeddings)
+    constants = sharded(with_weights, request.layout, request.gpus, tied=False)
     held = weight + constants + 2 * adapter + optimizer + shared.gathered_bytes + shared.buffer_bytes
     steps = {
         checkpointing: _step(request, batch.model_copy(update={"gradient_checkpointing": checkpointing}), trainable)

@@ -67,9 +67,9 @@ def tensor_bytes(shapes: Shapes, quantized: set[str]) -> dict[str, int]:
     }
 
 
-def quantization_bytes(shapes: Shapes, quantized: set[str], double: bool) -> int:
-    """Constants of all 4-bit weights."""
-    return sum(constants_bytes(shapes[name], double) for name in quantized)
+def quantization_bytes(shapes: Shapes, quantized: set[str], double: bool) -> dict[str, int]:
+    """Constants of each 4-bit weight."""
+    return {name: constants_bytes(shapes[name], double) for name in shapes if name in quantized}
 
 
 def checkpoint_bytes(shapes: Shapes) -> int:

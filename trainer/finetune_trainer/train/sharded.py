@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 STORAGE = torch.bfloat16
 """The type that packed weights pretend to have. Sharding needs a floating type, and nothing here is ever cast."""
+CONSTANTS = "block_constants"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -155,7 +156,25 @@ def fill(
     ).to(compute.device)
     module._parameters[key] = packed
     module.support_avx512bf16_for_cpu = False  # see keep_training_layout
-    return [describe(name.removesuffix(".weight"), packed.data, packed.quant_state)]
+    record = describe(name.removesuffix(".weight"), packed.data, packed.quant_state)
+    share_constants(module)
+    return [record]
+
+
+def share_constants(module: Linear4bit) -> None:
+    """Make the constants of a weight's blocks a parameter, so that they are sharded and gathered with it: 1 GiB for a 70B."""
+    state = module.quant_state
+    dtype, as_bytes = state.absmax.dtype, state.absmax.view(torch.uint8)
+    if len(as_bytes) % STORAGE.itemsize:
+        return
+    module.register_parameter(CONSTANTS, nn.Parameter(as_bytes.view(STORAGE)[:, None], requires_grad=False))
+    state.absmax = None
+
+    def put_back(owner: nn.Module, _: Any) -> None:
+        state.absmax = owner.get_parameter(CONSTANTS)[:, 0].view(dtype)
+
+    # Its storage is emptied and filled again for each turn, as the weight's is: the backward pass finds it there.
+    module.register_forward_pre_hook(put_back)
 
 
 def shard(unit: nn.Module, mesh: DeviceMesh) -> None:
