@@ -114,7 +114,7 @@ class Operator:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)  # kopf waits for ever for a part of it that does not end
 
     async def _first_list(self) -> None:
         while True:

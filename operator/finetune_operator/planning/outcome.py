@@ -70,6 +70,9 @@ def untold_end(obs: Observation, config: PlannerConfig) -> StageJob | None:
     if obs.job.deleting or is_true(obs.job.status, ConditionType.FINISHED):
         return None
     for job in obs.jobs:
+        # Almost every look ends here, and reads no report a second time.
+        if not job.finished or any(p.owner_uid == job.uid and p.exit_code == 0 for p in obs.pods):
+            continue
         view = stage_view(obs, job.stage, config)
         untold = view.state is StageState.FAILED and not any(p.ended for p in view.pods)
         if untold or view.state is StageState.REPORT_LOST:
