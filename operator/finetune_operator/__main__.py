@@ -15,6 +15,7 @@ from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import Api, ApiError, load_configuration
 from finetune_operator.events import EventRecorder, JobEvents
+from finetune_operator.fresh_pods import FreshPods
 from finetune_operator.handlers import Informer
 from finetune_operator.health import Health, start_health
 from finetune_operator.leader import STOP_SECONDS, Election
@@ -44,7 +45,14 @@ class Operator:
         self.events = EventRecorder(api, self.queue, self.identity)
         self.applier = Applier(api, self.cache, snapshots, settings)
         self.reconciler = Reconciler(
-            self.cache, self.queue, self.applier, snapshots, self.events, JobEvents(api), self.pace
+            self.cache,
+            self.queue,
+            self.applier,
+            snapshots,
+            self.events,
+            JobEvents(api),
+            FreshPods(api, self.cache),
+            self.pace,
         )
         self.informer = Informer(self.cache, self.queue, self.reconciler)
         self.resync = Resync(
@@ -106,7 +114,7 @@ class Operator:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)  # kopf waits for ever for a part of it that does not end
 
     async def _first_list(self) -> None:
         while True:

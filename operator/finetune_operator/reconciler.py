@@ -13,6 +13,7 @@ from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import ApiError
 from finetune_operator.events import EventRecorder, JobEvents
+from finetune_operator.fresh_pods import FreshPods
 from finetune_operator.observe import CachedJob
 from finetune_operator.pace import Pace
 from finetune_operator.planning import Observation, Plan, PlannerConfig, plan
@@ -20,6 +21,7 @@ from finetune_operator.planning.clock import parse_time
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import EventType, Urgency
 from finetune_operator.planning.nodetime import in_server_time
+from finetune_operator.planning.outcome import untold_end
 from finetune_operator.planning.waiting import podless
 from finetune_operator.snapshots import Conflict, Snapshots
 from finetune_operator.workqueue import WorkQueue
@@ -40,6 +42,7 @@ class Reconciler:
         snapshots: Snapshots,
         events: EventRecorder,
         job_events: JobEvents,
+        fresh_pods: FreshPods,
         pace: Pace,
         config: PlannerConfig | None = None,
     ) -> None:
@@ -49,6 +52,7 @@ class Reconciler:
         self._snapshots = snapshots
         self._events = events
         self._job_events = job_events
+        self._fresh_pods = fresh_pods
         self._pace = pace
         self._config = config or PlannerConfig()
         self._dirty: dict[str, float] = {}
@@ -57,6 +61,7 @@ class Reconciler:
         """A FineTuneJob is gone."""
         self._applier.forget(uid)
         self._snapshots.forget(uid)
+        self._fresh_pods.forget(uid)
         self._pace.forget(uid)
         self._dirty.pop(uid, None)
 
@@ -144,6 +149,9 @@ class Reconciler:
             refusal=answers.refusal,
             conflict=conflict,
         )
+        if (finished := untold_end(seen, self._config)) is not None:
+            await self._fresh_pods.read(view, finished)
+            seen = replace(seen, pods=in_server_time(tuple(self._cache.family(cached.uid).pods.values()), now))
         job = podless(seen, self._config)
         return seen if job is None else replace(seen, pod_refusal=await self._job_events.pod_refusal(view, job))
 

@@ -109,13 +109,13 @@ class StageLogs:
         *whole, rest = (rest + file.read()).split(b"\n")
         self._files[path] = (file, rest)
         _, pod, uid = path.parent.parent.name.split("_")
-        return [_parse(raw.decode(errors="replace"), path.parent.name, pod, uid) for raw in whole]
+        return [parse(raw.decode(errors="replace"), path.parent.name, pod, uid) for raw in whole]
 
 
-def _parse(raw: str, stage: str, pod: str, uid: str) -> Line:
-    """A line as CRI writes it: time, stream, flag, text."""
+def parse(raw: str, stage: str, pod: str, uid: str) -> Line:
+    """A line as CRI writes it: time (without a fraction's last zeros), stream, flag, text."""
     at, _, rest = raw.partition(" ")
-    return Line(datetime.fromisoformat(at[:26] + "+00:00").timestamp(), stage, pod, uid, rest.split(" ", 2)[-1])
+    return Line(datetime.fromisoformat(at).timestamp(), stage, pod, uid, rest.split(" ", 2)[-1])
 
 
 def steps(lines: list[Line]) -> list[int]:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 
 import pytest
 
+from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import Stage
-from finetune_cluster.steps import Pod, Step, run_forever
+from finetune_cluster.steps import Pod, Running, Step, Terminated, run_forever
 from tests.operator.fault_sweep import broken_invariants
 from tests.operator.harness import (
     Bench,
     Recorder,
+    condition,
     finetunejobs_of,
     is_true,
     jobs_of,
+    name_of,
     pods_of,
     proxied,
     stage_of,
     succeed_stage,
+    until_set,
 )
-from tests.operator.manifests import finetunejob
+from tests.operator.manifests import failure, finetunejob, termination_message
 from tests.support.api_proxy import Cut, Event, Gone, Plan
 
 pytestmark = pytest.mark.light
@@ -108,3 +113,39 @@ def test_what_goes_while_watches_are_down_and_expire_is_noticed(bench: Bench) ->
         assert is_true(done, "Complete")
         assert operator.process.poll() is None
         bench.until_gone(jobs_of(bench.namespace), query={"labelSelector": "finetune.dev/job-name=goes"})
+
+
+def test_a_pod_watch_that_lags_behind_makes_no_end_look_lost(bench: Bench) -> None:
+    """The pods' events never come, and the next list is far off when the Jobs are told to be over."""
+    end = threading.Event()
+    bad = failure(Stage.PREPARE, Reason.INVALID_DATA, "train.jsonl, line 7: no messages")
+
+    def script(pod: Pod) -> list[Step]:
+        if stage_of(pod) is not Stage.PREPARE:
+            return succeed_stage(pod)
+        [*_, ended] = succeed_stage(pod)
+        if name_of(pod) == "bad":
+            ended = Terminated(FAILURES[Reason.INVALID_DATA].exit_code or 0, termination_message(bad))
+        return [Running(), until_set(end), ended]
+
+    pods = pods_of(bench.namespace)
+    plan = Plan(watch=lambda path, event: [] if path == pods else [event])
+    with proxied(bench, plan) as proxy, bench.script(script):
+        bench.start_operator(KUBECONFIG=str(proxy.kubeconfig), FINETUNE_RESYNC_SECONDS="600")
+        for name in ("good", "bad"):
+            bench.apply(finetunejob(name).build())
+        for name in ("good", "bad"):
+            bench.until_phase(name, "Preparing")
+        # kopf's list and those after 0, 2 and 8 s; the next is due after 26 s.
+        late = time.monotonic() + 60
+        while plan.requests.count(f"GET {pods}") < 4:
+            assert time.monotonic() < late, plan.requests
+            threading.Event().wait(0.05)
+        end.set()
+        failed = bench.until_finished("bad")
+        told = condition(failed, "Failed")
+        assert told["reason"] == Reason.INVALID_DATA
+        assert bad.message in told["message"]
+        done = bench.until("good", lambda job: is_true(job, "Prepared"), "Prepared")
+        prepared = [a for a in done["status"]["attempts"] if a["stage"] == "prepare"]
+        assert [(a["outcome"], a.get("reason")) for a in prepared] == [("Succeeded", "Succeeded")]

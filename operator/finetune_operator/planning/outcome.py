@@ -17,7 +17,8 @@ from finetune_api.failures import FAILURES, Reason, by_exit_code
 from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_api.results import PrepareReport, PublishReport, TrainReport
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import ConditionType, FineTuneJobStatus
+from finetune_operator.planning.conditions import is_true
 from finetune_operator.planning.endings import pod_failure
 from finetune_operator.planning.model import (
     Observation,
@@ -62,6 +63,21 @@ def stage_view(obs: Observation, stage: Stage, config: PlannerConfig) -> StageVi
         return StageView(stage, StageState.QUEUED, job, pods)
     running = any(p.running for p in pods)
     return StageView(stage, StageState.RUNNING if running else StageState.STARTING, job, pods)
+
+
+def untold_end(obs: Observation, config: PlannerConfig) -> StageJob | None:
+    """A finished Job that is about to be taken for one whose pods are gone: none that is known tells how it ended."""
+    if obs.job.deleting or is_true(obs.job.status, ConditionType.FINISHED):
+        return None
+    for job in obs.jobs:
+        # Almost every look ends here, and reads no report a second time.
+        if not job.finished or any(p.owner_uid == job.uid and p.exit_code == 0 for p in obs.pods):
+            continue
+        view = stage_view(obs, job.stage, config)
+        untold = view.state is StageState.FAILED and not any(p.ended for p in view.pods)
+        if untold or view.state is StageState.REPORT_LOST:
+            return job
+    return None
 
 
 def _report(job: StageJob, pods: tuple[Pod, ...], status: FineTuneJobStatus) -> StageReport | None:
