@@ -55,11 +55,11 @@ def answers(job: PreparedJob) -> Any:
     return json.loads(job.context().output_store().get_bytes("reports/answers.json"))
 
 
-@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
+@pytest.mark.parametrize(("method", "ranks"), [("LoRA", 4), ("QLoRA", 2)])
 def test_shards_give_the_bytes_that_whole_copies_give_also_after_an_interruption(
-    s3: Any, tiny_model: Path, tmp_path: Path, method: str
+    s3: Any, tiny_model: Path, tmp_path: Path, method: str, ranks: int
 ) -> None:
-    spec = {**SPEC, "method": {"type": method, "lora": {"rank": 4, "dropout": 0.2}}}
+    spec = {**SPEC, "method": {"type": method, "lora": {"rank": 4, "dropout": 0.2}}, "compute": {"gpusPerNode": ranks}}
     whole = prepare_job(s3, tmp_path / "whole", tiny_model, **spec)
     assert pod_of(whole).start().wait() == 0
     shards = prepare_job(
