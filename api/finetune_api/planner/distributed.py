@@ -30,7 +30,7 @@ class Communication(ApiModel):
     """Copies that collectives send from and receive into."""
 
 
-def communication(layout: Layout, gpus: int, weights: dict[str, int], trainable: int) -> Communication:
+def communication(layout: Layout, weights: dict[str, int], trainable: int) -> Communication:
     """Zhao et al. 2023 (PyTorch FSDP): with units of one layer each, embeddings and head units of their own.
 
     Args:

@@ -127,7 +127,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     trainable = trainable_parameters(shapes, arch, tuning.rank, tuning.target_modules, tuning.bias)
     targets = adapted_layers(linear_layers(shapes, arch), tuning.target_modules)
     units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
-    shared = communication(request.layout, request.gpus, units, trainable)
+    shared = communication(request.layout, units, trainable)
 
     adapter, optimizer = 4 * trainable, weights.optimizer_bytes(request.optimizer, trainable)
     weight = sharded(base, request.layout, request.gpus, arch.tied_embeddings)
