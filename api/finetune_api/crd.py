@@ -57,6 +57,8 @@ def _rewrite(node: Any, definitions: dict[str, Any]) -> Any:
         return _rewrite({**target, **siblings}, definitions)
     if "anyOf" in node:
         options = [o for o in node["anyOf"] if o.get("type") != "null"]
+        if [o.get("type") for o in options] == ["integer", "string"]:
+            options = [_int_or_string(*options)]
         if len(options) != 1:
             raise ValueError(f"only optional fields may be unions, found {node['anyOf']}")
         siblings = {k: v for k, v in node.items() if k != "anyOf"}
@@ -89,6 +91,12 @@ def _rewrite(node: Any, definitions: dict[str, Any]) -> Any:
         del out["additionalProperties"]
         out["x-kubernetes-preserve-unknown-fields"] = True
     return out
+
+
+def _int_or_string(number: dict[str, Any], word: dict[str, Any]) -> dict[str, Any]:
+    """A number or one word, as Kubernetes has it: bounds hold for the one, the pattern for the other."""
+    bounds: dict[str, Any] = {key: number[key] for key in ("minimum", "maximum") if key in number}
+    return {"x-kubernetes-int-or-string": True, **bounds, "pattern": f"^{word['const']}$"}
 
 
 def _fill_defaults(schema: dict[str, Any], model: type[BaseModel]) -> None:

@@ -89,6 +89,8 @@ def _type(node: dict[str, Any]) -> str:
     if node.get("exclusiveMaximum") is True:
         bounds[-1] = bounds[-1].replace("≤", "<")
     kind = str(node.get("type", "object"))
+    if node.get("x-kubernetes-int-or-string"):
+        return f"integer ({', '.join(bounds)}) \\| `{node['pattern'].strip('^$')}`"
     return f"{kind} ({', '.join(bounds)})" if bounds and kind in ("integer", "number") else kind
 
 

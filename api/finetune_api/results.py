@@ -147,6 +147,8 @@ class RunPlan(ApiModel):
     """With the largest efficient micro-batch that fits."""
     layout: Layout = Layout.SINGLE
     """How several GPUs hold the base: each all of it (DDP), or a part (FSDP)."""
+    gpus_per_node: int | None = None
+    """How many; absent in plans of versions that did not choose them."""
     gpu: str | None = None
     """The kind of GPU it was planned for; absent where that is not known."""
     unsuitable_gpu_products: list[str] | None = None

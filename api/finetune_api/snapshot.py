@@ -89,6 +89,8 @@ class NodeGpu(ApiModel):
     """Several pods use one at a time: its memory is nobody's alone."""
     nodes: int
     """How many nodes have it that the training pod may land on."""
+    per_node: int | None = None
+    """The most of them that one node has."""
 
 
 class Snapshot(ApiModel):
@@ -160,8 +162,8 @@ def largest_divisor(total: int, limit: int) -> int:
 
 
 def rank_count(spec: FineTuneJobSpec) -> int:
-    """Processes that train together: one per GPU."""
-    return max(1, spec.compute.gpus_per_node)
+    """Processes that train together: one per GPU, and one as long as the plan that chooses them is not made."""
+    return max(1, spec.compute.gpus() or 1)
 
 
 def resolve_plan(spec: FineTuneJobSpec) -> Plan:

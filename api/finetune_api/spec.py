@@ -8,7 +8,7 @@ Rules carry their CEL form beside them (``x-kubernetes-validations``), so that t
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
@@ -28,6 +28,8 @@ from finetune_api.fieldtypes import (
 )
 from finetune_api.optimizers import OptimizerName
 from finetune_api.uris import DATA_URI_PATTERN, MODEL_URI_PATTERN, OUTPUT_URI_PATTERN
+
+MOST_GPUS_PER_NODE = 8
 
 
 class LocalObjectReference(ApiModel):
@@ -418,10 +420,11 @@ class Gpu(ApiModel):
 class Compute(ApiModel):
     """Resources of the training pod. CPU stages get the operator's defaults."""
 
-    gpus_per_node: Annotated[int, Field(ge=0, le=8)] = Field(
+    gpus_per_node: Annotated[int, Field(ge=0, le=MOST_GPUS_PER_NODE)] | Literal["Auto"] = Field(
         1,
         description=(
-            "GPUs of the training pod, each with its share of every step's rows; 0 only with training.useCpu."
+            "GPUs of the training pod, each with its share of every step's rows; 0 only with training.useCpu. Auto takes the fewest that "
+            "the run fits on, by its memory plan, of as many as one node has."
         ),
     )
     gpu: Gpu = Field(default_factory=Gpu)
@@ -431,6 +434,10 @@ class Compute(ApiModel):
         None,
         description="Ephemeral storage request of the stages that download the base model (about twice the model's size).",
     )
+
+    def gpus(self, planned: int | None = None) -> int | None:
+        """GPUs of the training pod: as asked for; for Auto as ``planned``, and None as long as nothing is."""
+        return planned if self.gpus_per_node == "Auto" else self.gpus_per_node
 
 
 class Queue(ApiModel):
@@ -710,11 +717,15 @@ class FineTuneJobSpec(ApiModel):
                 for f in IMMUTABLE_FIELDS
             ),
             (
-                "self.compute.gpusPerNode > 0 || self.training.useCpu",
+                "self.compute.gpusPerNode == 'Auto' || self.compute.gpusPerNode > 0 || self.training.useCpu",
                 "compute.gpusPerNode: 0 needs training.useCpu: true",
             ),
             (
-                "self.training.parallelism != 'FSDP' || self.compute.gpusPerNode > 1",
+                "self.compute.gpusPerNode != 'Auto' || !self.training.useCpu",
+                "compute.gpusPerNode: Auto plans for GPUs: set a number with training.useCpu: true",
+            ),
+            (
+                "self.training.parallelism != 'FSDP' || self.compute.gpusPerNode == 'Auto' || self.compute.gpusPerNode > 1",
                 "training.parallelism: FSDP needs compute.gpusPerNode of at least 2",
             ),
             (

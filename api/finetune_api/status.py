@@ -114,6 +114,9 @@ class PlanStatus(ApiModel):
     learning_rate: float
     micro_batch_sequences: int
     gradient_accumulation_steps: int
+    gpus_per_node: int | None = Field(
+        None, description="GPUs of the training pod: what was asked for, or what Auto became."
+    )
     total_steps: int | None = None
     trainable_parameters: int | None = None
     total_parameters: int | None = None

@@ -20,10 +20,12 @@ from finetune_api.planner import (
     UnknownTarget,
     choose,
     find_gpu,
+    gpu_counts,
     misfit_sentence,
     plan,
     plan_sentence,
     request_of,
+    several_of,
 )
 from finetune_api.spec import MethodType
 from finetune_cli.job_file import BadInput, read_job
@@ -52,9 +54,11 @@ def plan_command(
     file: Annotated[Path, typer.Argument(help="YAML file with one FineTuneJob.")],
     config: Annotated[Path | None, typer.Option(help="The base model's config.json.")] = None,
     model_folder: Annotated[Path | None, typer.Option(help="The base model's folder; only headers are read.")] = None,
-    gpu: Annotated[str | None, typer.Option(help='Product, as in "NVIDIA A10G" or its node label.')] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help='Product, as in "NVIDIA A10G" or its node label, instead of the file\'s.')
+    ] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Usable memory of a GPU, such as 24Gi.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many GPUs, instead of the file's.")] = None,
     method: Annotated[Method | None, typer.Option(help="Instead of the file's; Auto takes LoRA if it fits.")] = None,
     attention: Annotated[Attention, typer.Option(help="How the model computes attention.")] = Attention.SDPA,
     train_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the whole run, for its time.")] = None,
@@ -65,16 +69,21 @@ def plan_command(
     try:
         name, spec = read_job(file)
         arch, shapes = read_model(config, model_folder)
-        device = read_gpu(gpu, gpu_memory)
-        request = request_of(spec, arch, shapes, gpus=gpus, attention=attention, run_tokens=train_tokens)
+        asked = spec.compute.gpu
+        device = read_gpu(gpu, gpu_memory) if gpu or gpu_memory else read_gpu(asked.product, asked.memory)
         wanted = method.value if method else spec.method.type.value
-        choice = choose(
-            request,
-            device.usable_bytes,
-            spec.training.global_batch_sequences,
-            None if wanted == Method.AUTO.value else MethodType(wanted),
-            spec.training.micro_batch_sequences,
-        )
+        several = several_of(spec, shardable=arch.known and not arch.experts)
+        for count in [gpus] if gpus else gpu_counts(spec, several):
+            choice = choose(
+                request_of(spec, arch, shapes, gpus=count, attention=attention, run_tokens=train_tokens),
+                device.usable_bytes,
+                spec.training.global_batch_sequences,
+                None if wanted == Method.AUTO.value else MethodType(wanted),
+                spec.training.micro_batch_sequences,
+                several=several,
+            )
+            if choice.fit.fits:
+                break
     except (BadInput, UnknownGpu, UnknownTarget) as error:
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(Exit.BAD_INPUT) from error
@@ -109,7 +118,7 @@ def read_gpu(product: str | None, memory: str | None) -> Gpu:
     """
     if memory is None:
         if product is None:
-            raise BadInput("expected --gpu or --gpu-memory")
+            raise BadInput("expected --gpu or --gpu-memory, or compute.gpu in the file")
         return find_gpu(product)
     size = parse_bytes(memory)
     if product is None:

@@ -13,7 +13,7 @@ from finetune_operator.cache import Cache, Key
 from finetune_operator.client import STATUS_MANAGER, Api, ApiError, Raw, jobs_path
 from finetune_operator.manifests import Owner, cleanup_job, stage_job
 from finetune_operator.observe import owner_uid, trim_job
-from finetune_operator.planning.model import DeleteJob, JobView, Refusal, SnapshotRecord
+from finetune_operator.planning.model import AS_ASKED, Allotment, DeleteJob, JobView, Refusal, SnapshotRecord
 from finetune_operator.settings import Settings
 from finetune_operator.snapshots import Conflict, Snapshots
 from finetune_operator.unknown import with_unknown
@@ -104,8 +104,7 @@ class Applier:
         job: JobView,
         snapshot: bool,
         stage: Stage | None,
-        memory: str | None = None,
-        avoid_gpus: tuple[str, ...] = (),
+        allotment: Allotment = AS_ASKED,
     ) -> bool:
         """Create the snapshot, then the stage's Job. False if the API server refused; the reason is remembered."""
         self._check_leading(job)
@@ -116,7 +115,7 @@ class Applier:
                 self._check_leading(job)
                 record = await self._snapshots.create(job, node_gpus)
             if stage is not None:
-                await self._create_job(job, record, stage, memory, avoid_gpus)
+                await self._create_job(job, record, stage, allotment)
         except Conflict as conflict:
             self._answers.setdefault(job.uid, Answers()).conflict = str(conflict)
             return False
@@ -142,12 +141,10 @@ class Applier:
         answers.refusal = refusal(problem, self.now() + timedelta(seconds=delay))
         logger.info("%s/%s: refused: %s", job.namespace, job.name, answers.refusal.message)
 
-    async def _create_job(
-        self, job: JobView, record: SnapshotRecord, stage: Stage, memory: str | None, avoid_gpus: tuple[str, ...]
-    ) -> None:
+    async def _create_job(self, job: JobView, record: SnapshotRecord, stage: Stage, allotment: Allotment) -> None:
         """POST once; on 409 the Job that is there must be ours, and is taken as it is."""
         self._check_leading(job)
-        body = stage_job(Owner.of(job), record, stage, self._settings, memory, avoid_gpus)
+        body = stage_job(Owner.of(job), record, stage, self._settings, allotment)
         path = jobs_path(job.namespace)
         try:
             self._cache.put_job(await self._api.create(path, body))

@@ -66,9 +66,11 @@ def needed(spec: FineTuneJobSpec) -> bool:
     Under Kueue it is the flavors of the queue that say where a pod may land. The labels are those of whole GPUs or, where a node's
     slices are all alike, of these; a resource of another name says what it is by its name.
     """
-    if spec.training.use_cpu or spec.compute.gpu.memory is not None or spec.queue.name is not None:
+    if spec.training.use_cpu or spec.queue.name is not None or spec.compute.gpu.resource_name != GPU_RESOURCE:
         return False
-    if spec.compute.gpu.resource_name != GPU_RESOURCE:
+    if spec.compute.gpus() is None:
+        return True  # its nodes tell how many there may be
+    if spec.compute.gpu.memory is not None:
         return False
     if spec.compute.gpu.product is None:
         return True
@@ -94,6 +96,7 @@ def kinds(nodes: Iterable[Raw], spec: FineTuneJobSpec) -> list[NodeGpu]:
             memory_mib=min(filter(None, (memory, known.memory_mib)), default=None),
             shared=shared or known.shared,
             nodes=known.nodes + 1,
+            per_node=max(_count(node, spec), known.per_node or 0),
         )
     return [found[product] for product in sorted(found)]
 
@@ -103,16 +106,19 @@ def _may_land(node: Raw, spec: FineTuneJobSpec) -> bool:
     wanted = dict(spec.runtime.node_selector or {})
     if gpu.product is not None:
         wanted[GPU_PRODUCT_LABEL] = gpu.product
-    # What is allocatable is 0 for a moment whenever the device plugin starts anew.
-    allocatable = parse_quantity(str(node["status"]["allocatable"].get(gpu.resource_name, "0")))
-    has = max(int(allocatable), _number(labels.get(GPU_COUNT_LABEL)) or 0)
     return (
         wanted.items() <= labels.items()
-        and has >= spec.compute.gpus_per_node
+        and _count(node, spec) >= (spec.compute.gpus() or 1)
         and all(
             _tolerated(taint, gpu.resource_name, spec.runtime.tolerations or []) for taint in node["spec"]["taints"]
         )
     )
+
+
+def _count(node: Raw, spec: FineTuneJobSpec) -> int:
+    """How many GPUs a node has. What is allocatable is 0 for a moment whenever the device plugin starts anew."""
+    allocatable = parse_quantity(str(node["status"]["allocatable"].get(spec.compute.gpu.resource_name, "0")))
+    return max(int(allocatable), _number(node["metadata"]["labels"].get(GPU_COUNT_LABEL)) or 0)
 
 
 def _tolerated(taint: dict[str, Any], resource: str, tolerations: Iterable[Toleration]) -> bool:

@@ -13,6 +13,7 @@ from finetune_api.names import (
     ANNOTATION_SNAPSHOT_HASH,
     CA_KEY,
     ENV_ENDPOINT,
+    ENV_GPUS_PER_NODE,
     ENV_GRACE_SECONDS,
     ENV_POD_NAME,
     ENV_POD_UID,
@@ -33,7 +34,7 @@ from finetune_api.names import (
 )
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
-from finetune_operator.planning.model import JobView, SnapshotRecord
+from finetune_operator.planning.model import AS_ASKED, Allotment, JobView, SnapshotRecord
 from finetune_operator.settings import Settings
 from finetune_operator.volumes import volumes_and_mounts
 
@@ -97,19 +98,14 @@ def stage_job(
     record: SnapshotRecord,
     stage: Stage,
     settings: Settings,
-    memory: str | None = None,
-    avoid_gpus: Sequence[str] = (),
+    allotment: Allotment = AS_ASKED,
 ) -> Manifest:
-    """The Job of a stage. Everything that shapes the run comes from the snapshot, never from the live spec.
-
-    Args:
-        memory: what the training pod gets instead of compute.memory, after it was killed for exceeding that.
-        avoid_gpus: GPU products that the training pod must not land on, as its plan does not fit them.
+    """The Job of a stage. Everything that shapes the run comes from the snapshot, never from the live spec, and from the plan that was
+    made of it.
     """
     snapshot = record.snapshot
-    if stage is Stage.TRAIN and memory is not None:
-        compute = snapshot.spec.compute.model_copy(update={"memory": memory})
-        snapshot = snapshot.model_copy(update={"spec": snapshot.spec.model_copy(update={"compute": compute})})
+    if stage is Stage.TRAIN:
+        snapshot = _allotted(snapshot, allotment)
     runtime = snapshot.spec.runtime
     labels = owner.labels(stage)
     annotations = {ANNOTATION_SNAPSHOT_HASH: record.digest}
@@ -137,11 +133,22 @@ def stage_job(
                 },
                 "spec": {
                     **_pod_spec(owner, snapshot, stage, settings),
-                    **(_avoiding(avoid_gpus) if stage is Stage.TRAIN else {}),
+                    **(_avoiding(allotment.avoid_gpus) if stage is Stage.TRAIN else {}),
                 },
             },
         },
     }
+
+
+def _allotted(snapshot: Snapshot, allotment: Allotment) -> Snapshot:
+    compute = snapshot.spec.compute
+    settled = compute.model_copy(
+        update={
+            "memory": allotment.memory or compute.memory,
+            "gpus_per_node": compute.gpus(allotment.gpus_per_node),
+        }
+    )
+    return snapshot.model_copy(update={"spec": snapshot.spec.model_copy(update={"compute": settled})})
 
 
 def _avoiding(products: Sequence[str]) -> Manifest:
@@ -306,6 +313,7 @@ def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Se
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     if stage is Stage.TRAIN:
+        values[ENV_GPUS_PER_NODE] = str(spec.compute.gpus_per_node)
         # transformers' own KubeflowCallback reports with these, also from code that knows nothing of us.
         values["KUBEFLOW_TRAINER_SERVER_URL"] = endpoint
         values["KUBEFLOW_TRAINER_SERVER_CA_CERT"] = f"{SNAPSHOT_MOUNT}/{CA_KEY}"

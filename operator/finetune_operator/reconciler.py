@@ -98,7 +98,7 @@ class Reconciler:
             return
         if decided.create_snapshot or decided.create_job:
             created = await self._applier.create(
-                cached.view(), decided.create_snapshot, decided.create_job, decided.memory, decided.avoid_gpus
+                cached.view(), decided.create_snapshot, decided.create_job, decided.allotment
             )
             if created and self._queue.urgent:
                 # A burst: other jobs have no Job yet. This one's status comes after theirs.

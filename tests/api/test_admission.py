@@ -61,6 +61,11 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("biases with LoRA", {"method": {"lora": {"bias": "All"}}}),
     ("Auto for a product", {"method": {"type": "Auto"}, "compute": {"gpu": {"product": "NVIDIA-A10G"}}}),
     ("Auto for declared memory", {"method": {"type": "Auto"}, "compute": {"gpu": {"memory": "22Gi"}}}),
+    ("as many GPUs as the plan finds", {"compute": {"gpusPerNode": "Auto", "gpu": {"memory": "22Gi"}}}),
+    (
+        "shards over as many GPUs as the plan finds",
+        {"compute": {"gpusPerNode": "Auto"}, "training": {"parallelism": "FSDP"}},
+    ),
     ("Auto on a CPU", {"method": {"type": "Auto"}, "training": {"useCpu": True}}),
     ("a revision of hub data", {"data": {"train": [{"uri": "hf://org/name", "revision": "v1"}]}}),
     (
@@ -92,6 +97,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a micro-batch above the global batch", {"training": {"globalBatchSequences": 4, "microBatchSequences": 8}}, "microBatchSequences must not exceed"),
     ("no GPU without useCpu", {"compute": {"gpusPerNode": 0}}, "gpusPerNode: 0 needs training.useCpu: true"),
     ("more GPUs than one job can use", {"compute": {"gpusPerNode": 9}}, "spec.compute.gpusPerNode"),
+    ("a word for a number of GPUs", {"compute": {"gpusPerNode": "all"}}, "spec.compute.gpusPerNode"),
+    ("half a GPU", {"compute": {"gpusPerNode": 0.5}}, "spec.compute.gpusPerNode"),
+    ("GPUs by plan for a run on the CPU", {"compute": {"gpusPerNode": "Auto"}, "training": {"useCpu": True}}, "gpusPerNode: Auto plans for GPUs"),
+    ("shards on one GPU", {"training": {"parallelism": "FSDP"}}, "FSDP needs compute.gpusPerNode of at least 2"),
     ("a learning rate of zero", {"training": {"optimizer": {"learningRate": 0}}}, "spec.training.optimizer.learningRate"),
     ("a label's key with a blank", {"runtime": {"labels": {"a b": "c"}}}, "every key must be a name such as team"),
     ("a label's key without a name", {"runtime": {"labels": {"example.com/": "c"}}}, "every key must be a name such as team"),

@@ -42,9 +42,9 @@ def test_static_defaults_of_the_crd_are_those_of_the_models() -> None:
 
 
 def _defaulted(schema: dict, value: object) -> object:
-    if schema["type"] == "array" and isinstance(value, list):
+    if schema.get("type") == "array" and isinstance(value, list):
         return [_defaulted(schema["items"], item) for item in value]
-    if schema["type"] != "object" or not isinstance(value, dict):
+    if schema.get("type") != "object" or not isinstance(value, dict):
         return value
     filled = dict(value)
     for name, child in schema.get("properties", {}).items():

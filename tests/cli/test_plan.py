@@ -73,6 +73,27 @@ def test_auto_takes_what_fits(tmp_path: Path, config: Path) -> None:
     assert plan["planned"]["trainableParameters"] == 41_943_040
 
 
+def test_the_files_own_gpus_are_planned_for_unless_others_are_named(tmp_path: Path, config: Path) -> None:
+    text = JOB + "  compute: {gpusPerNode: 2, gpu: {memory: 80Gi}}"
+    result = run(job(tmp_path, text), "--config", config)
+    assert result.exit_code == FITS
+    assert "LoRA on 2 × GPU with 80Gi: " in result.stdout
+    other = run(job(tmp_path, text), "--config", config, "--gpus", "1", "--gpu", "NVIDIA A100 SXM4 80GB")
+    assert "LoRA on 1 × NVIDIA A100 SXM4 80GB: " in other.stdout
+
+
+def test_auto_takes_the_fewest_gpus_that_it_fits_on(tmp_path: Path, config: Path) -> None:
+    text = JOB + "  compute: {gpusPerNode: Auto}"
+    assert "LoRA on 1 × NVIDIA A100" in run(job(tmp_path, text), "--config", config, "--gpu", "A100-SXM4-80GB").stdout
+    several = run(job(tmp_path, text), "--config", config, "--gpu-memory", "12Gi", "--json")
+    assert several.exit_code == FITS
+    request = json.loads(several.stdout)["request"]
+    assert request["layout"] == "FSDP"
+    assert request["gpus"] > 1
+    fewer = run(job(tmp_path), "--config", config, "--gpu-memory", "12Gi", "--gpus", str(request["gpus"] - 1))
+    assert fewer.exit_code == DOES_NOT_FIT
+
+
 def test_a_learning_rate_of_1e_4_is_a_number_as_kubectl_reads_it(tmp_path: Path, config: Path) -> None:
     assert run(job(tmp_path), "--config", config, "--gpu", "a100-sxm4-80gb").exit_code == FITS
 

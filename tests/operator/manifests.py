@@ -6,17 +6,19 @@ import json
 from typing import Any, Self
 
 from finetune_api.names import Stage
-from finetune_api.progress import StageReport
+from finetune_api.progress import Split, StageReport
 from finetune_api.results import (
     CleanupReport,
     DataSummary,
     LengthPercentiles,
     PrepareReport,
     PublishReport,
+    RunPlan,
     TrainMetrics,
     TrainReport,
     Verification,
 )
+from finetune_api.spec import MethodType
 
 Raw = dict[str, Any]
 DELETE: Raw = {"output": {"uri": "s3://results/here", "deletionPolicy": "Delete"}}
@@ -116,6 +118,25 @@ def prepare_report(trained: bool = False) -> PrepareReport:
         total_steps=640,
         trained=trained,
     )
+
+
+def planned_success(gpus_per_node: int, avoid: list[str] | None = None) -> StageReport:
+    """A good end of prepare with a plan for so many GPUs that are none of ``avoid``."""
+    split = Split(
+        micro_batch_sequences=4, gradient_accumulation_steps=4, gradient_checkpointing=True, max_sequence_tokens=2048
+    )
+    plan = RunPlan(
+        method=MethodType.LORA,
+        split=split,
+        gpus_per_node=gpus_per_node,
+        needed_bytes=1,
+        peak_allocated_bytes=1,
+        verified=True,
+        summary="so",
+        unsuitable_gpu_products=avoid,
+    )
+    report = prepare_report().model_copy(update={"plan": plan})
+    return success(Stage.PREPARE).model_copy(update={"result": report.to_json_dict()})
 
 
 def train_report() -> TrainReport:

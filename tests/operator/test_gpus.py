@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from finetune_api.names import GPU_MEMORY_LABEL, GPU_PRODUCT_LABEL, Stage
-from finetune_api.progress import Split
-from finetune_api.results import RunPlan
+from finetune_api.names import ENV_GPUS_PER_NODE, GPU_COUNT_LABEL, GPU_MEMORY_LABEL, GPU_PRODUCT_LABEL, Stage
 from finetune_api.snapshot import NodeGpu, Snapshot
-from finetune_api.spec import FineTuneJobSpec, MethodType
+from finetune_api.spec import FineTuneJobSpec
 from finetune_cluster.steps import Pod, Running, Step, Terminated
 from finetune_operator.client import NODES_PATH, ApiError
 from finetune_operator.gpus import NodeGpus, kinds, needed
 from tests.operator.harness import Bench, stage_of, succeed_stage
-from tests.operator.manifests import Raw, finetunejob, prepare_report, success, termination_message
+from tests.operator.manifests import Raw, finetunejob, planned_success, termination_message
 
 A10, T4 = "NVIDIA-A10G", "Tesla-T4"
 
@@ -46,9 +44,15 @@ def products(nodes: list[Raw], **changes: Any) -> list[str]:
 def test_kinds_are_counted_and_take_the_least_memory_that_a_node_tells() -> None:
     nodes = [node("B", **{GPU_MEMORY_LABEL: "2000"}), node(A10), node("B", **{GPU_MEMORY_LABEL: "1000"}), node("B")]
     assert kinds(nodes, spec()) == [
-        NodeGpu(product="B", memory_mib=1000, nodes=3),
-        NodeGpu(product=A10, memory_mib=None, nodes=1),
+        NodeGpu(product="B", memory_mib=1000, nodes=3, per_node=1),
+        NodeGpu(product=A10, memory_mib=None, nodes=1, per_node=1),
     ]
+
+
+def test_for_auto_any_node_with_a_gpu_counts_and_tells_how_many_it_has() -> None:
+    nodes = [node(T4, gpus=1), node(T4, gpus=4), node(A10, gpus=0, **{GPU_COUNT_LABEL: "8"}), node("B", gpus=0)]
+    found = kinds(nodes, spec(compute={"gpusPerNode": "Auto"}))
+    assert [(gpu.product, gpu.nodes, gpu.per_node) for gpu in found] == [(A10, 1, 8), (T4, 2, 4)]
 
 
 def test_only_nodes_count_that_the_training_pod_may_land_on() -> None:
@@ -97,6 +101,7 @@ def test_nodes_are_asked_where_the_job_leaves_it_to_them() -> None:
     assert needed(spec(compute={"gpu": {"product": "Somebodys-GPU"}})), "its memory label may tell"
     assert not needed(spec(compute={"gpu": {"product": A10}}))
     assert not needed(spec(compute={"gpu": {"memory": "24Gi"}}))
+    assert needed(spec(compute={"gpu": {"memory": "24Gi"}, "gpusPerNode": "Auto"})), "how many there are"
     assert not needed(spec(training={"useCpu": True}))
     assert not needed(spec(queue={"name": "team"})), "Kueue's flavors say where its pod may land"
     assert not needed(spec(compute={"gpu": {"resourceName": "nvidia.com/mig-1g.5gb"}})), (
@@ -129,7 +134,7 @@ async def test_nodes_are_read_once_a_minute_and_what_was_read_outlives_an_outage
 ) -> None:
     api = Nodes([node(A10)], refused(500), [node(T4)])
     nodes = NodeGpus(api)  # type: ignore[arg-type]
-    a10, t4 = ([NodeGpu(product=product, nodes=1)] for product in (A10, T4))
+    a10, t4 = ([NodeGpu(product=product, nodes=1, per_node=1)] for product in (A10, T4))
     assert await asyncio.gather(nodes.for_job(spec()), nodes.for_job(spec())) == [a10, a10]
     assert api.asked == 1
     monkeypatch.setattr("finetune_operator.gpus.FRESH_SECONDS", -1)
@@ -141,30 +146,13 @@ async def test_nodes_are_read_once_a_minute_and_what_was_read_outlives_an_outage
 async def test_without_the_right_to_list_nodes_nothing_is_known_and_that_is_not_remembered() -> None:
     nodes = NodeGpus(Nodes(refused(403), [node(A10)]))  # type: ignore[arg-type]
     assert await nodes.for_job(spec()) is None
-    assert await nodes.for_job(spec()) == [NodeGpu(product=A10, nodes=1)]
+    assert await nodes.for_job(spec()) == [NodeGpu(product=A10, nodes=1, per_node=1)]
 
 
 async def test_an_outage_before_nodes_were_ever_read_says_what_it_is_about() -> None:
     with pytest.raises(ApiError) as told:
         await NodeGpus(Nodes(refused(500))).for_job(spec())  # type: ignore[arg-type]
     assert told.value.message == "nodes cannot be listed: no"
-
-
-def planned_for(avoid: list[str]) -> str:
-    split = Split(
-        micro_batch_sequences=4, gradient_accumulation_steps=4, gradient_checkpointing=True, max_sequence_tokens=2048
-    )
-    plan = RunPlan(
-        method=MethodType.LORA,
-        split=split,
-        needed_bytes=1,
-        peak_allocated_bytes=1,
-        verified=True,
-        summary="so",
-        unsuitable_gpu_products=avoid,
-    )
-    report = prepare_report().model_copy(update={"plan": plan})
-    return termination_message(success(Stage.PREPARE).model_copy(update={"result": report.to_json_dict()}))
 
 
 @pytest.mark.light
@@ -177,16 +165,16 @@ def test_what_nodes_have_is_frozen_and_the_training_pod_avoids_what_does_not_fit
         name = f"{bench.namespace}-{product.lower()}"
         bench.api.create(NODES_PATH, {"metadata": {"name": name, "labels": {GPU_PRODUCT_LABEL: product, **labels}}})
         request.addfinalizer(partial(bench.api.delete, f"{NODES_PATH}/{name}"))
-        bench.api.merge(f"{NODES_PATH}/{name}/status", {"status": {"allocatable": {"nvidia.com/gpu": "1"}}})
+        bench.api.merge(f"{NODES_PATH}/{name}/status", {"status": {"allocatable": {"nvidia.com/gpu": "2"}}})
 
     def script(pod: Pod) -> list[Step]:
         if stage_of(pod) is Stage.PREPARE:
-            return [Running(), Terminated(0, message=planned_for([T4]))]
+            return [Running(), Terminated(0, message=termination_message(planned_success(2, [T4])))]
         return succeed_stage(pod)
 
     bench.start_operator()
     with bench.script(script, labels=pool) as kubelet:
-        job = finetunejob("story").set(runtime={"nodeSelector": pool}).build()
+        job = finetunejob("story").set(runtime={"nodeSelector": pool}, compute={"gpusPerNode": "Auto"}).build()
         bench.apply(job)
         done = bench.until_finished("story")
         assert kubelet.errors == []
@@ -200,4 +188,9 @@ def test_what_nodes_have_is_frozen_and_the_training_pod_avoids_what_does_not_fit
     assert pods["train"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] == {
         "nodeSelectorTerms": [{"matchExpressions": [{"key": GPU_PRODUCT_LABEL, "operator": "NotIn", "values": [T4]}]}]
     }
+    train = pods["train"]["containers"][0]
+    assert train["resources"]["limits"]["nvidia.com/gpu"] == "2", "what Auto became"
+    assert {"name": ENV_GPUS_PER_NODE, "value": "2"} in train["env"], "as many ranks"
+    assert done["status"]["plan"]["gpusPerNode"] == 2
+    assert "on 2 × nvidia.com/gpu" in done["status"]["plan"]["summary"]
     assert not any("affinity" in pods[stage] for stage in ("prepare", "publish"))

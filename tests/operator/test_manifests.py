@@ -9,6 +9,7 @@ import pytest
 from finetune_api.failures import FAILURES, INTERRUPTED_EXIT_CODES, Consequence, Failure
 from finetune_api.names import ANNOTATION_MEMORY, ENV_GRACE_SECONDS, PIPELINE, Stage
 from finetune_operator.manifests import Owner, stage_job
+from finetune_operator.planning.model import Allotment
 from finetune_operator.settings import Settings
 from tests.operator.world import UID, world
 
@@ -19,7 +20,7 @@ def job_of(stage: Stage, memory: str | None = None, **spec: object) -> Raw:
     w = world(**spec)
     w.make_snapshot()
     assert w.snapshot is not None
-    return stage_job(Owner("ns", "story", UID), w.snapshot, stage, Settings(), memory)
+    return stage_job(Owner("ns", "story", UID), w.snapshot, stage, Settings(), Allotment(memory))
 
 
 def pod_spec(stage: Stage, **spec: object) -> Raw:

@@ -17,7 +17,7 @@ from finetune_operator.planning.attempts import MAX_ATTEMPTS
 from finetune_operator.planning.conditions import attempt_rank, find, is_true
 from finetune_operator.planning.messages import NO_GPU_USED
 from finetune_operator.planning.model import Pod, Refusal, Urgency
-from tests.operator.manifests import failure, success, train_report
+from tests.operator.manifests import failure, planned_success, success, train_report
 from tests.operator.world import START, World, world
 
 
@@ -917,6 +917,29 @@ def test_gpu_time_is_counted_from_binding_to_end_for_every_pod_and_compared_with
     w.settle()
     assert phase(w) is Phase.SUCCEEDED
     assert w.status.gpu_time == told, "publish holds none"
+
+
+def test_gpus_that_the_plan_chose_are_asked_for_and_counted() -> None:
+    w = world(compute={"gpusPerNode": "Auto"})
+    w.settle()
+    assert w.status.plan is not None
+    assert w.status.plan.gpus_per_node is None
+    assert "on as many nvidia.com/gpu as the plan needs" in w.status.plan.summary
+    w.start_pod()
+    w.run_pod()
+    w.end_pod(0, planned_success(3))
+    assert w.plan().allotment.gpus_per_node == 3
+    w.settle()
+    assert w.status.plan.gpus_per_node == 3
+    assert w.status.message == "Starting the training pod with 3 × nvidia.com/gpu."
+    w.start_pod()
+    w.change_pod(bound_at=w.now)
+    w.run_pod()
+    w.tick(10)
+    w.end_pod(1)
+    w.settle()
+    assert w.status.gpu_time is not None
+    assert w.status.gpu_time.held_seconds == 3 * 10
 
 
 def test_a_failed_job_counts_what_its_last_pod_held() -> None:

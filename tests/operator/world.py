@@ -91,7 +91,7 @@ class World:
         if decided.create_snapshot:
             self.make_snapshot()
         if decided.create_job is not None:
-            self.create_job(decided.create_job, decided.memory)
+            self.create_job(decided.create_job, decided.allotment.memory)
             return
         for delete in decided.deletes:
             job = self.jobs[delete.name]

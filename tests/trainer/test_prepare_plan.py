@@ -55,7 +55,7 @@ def planned(
     return plan_run(parsed, split, base_model(name), data or rows(), nodes)
 
 
-def gpu(product: str | None = None, memory: str | None = None, count: int = 1) -> dict[str, Any]:
+def gpu(product: str | None = None, memory: str | None = None, count: int | str = 1) -> dict[str, Any]:
     asked = {k: v for k, v in (("product", product), ("memory", memory)) if v is not None}
     return {"gpusPerNode": count, "gpu": asked}
 
@@ -105,6 +105,62 @@ def test_a_base_that_fits_no_gpu_is_shared_out_where_that_is_allowed() -> None:
     assert "gpusPerNode" not in refused.value.message, "more GPUs with a whole copy each do not help"
     with pytest.raises(StageError, match=r"compute\.gpusPerNode: \d \(FSDP\)"):
         planned("llama-2-70b", compute=gpu("NVIDIA-A100-SXM4-40GB"))
+
+
+def test_auto_takes_the_fewest_gpus_that_the_run_fits_on() -> None:
+    def auto(name: str, product: str, nodes: list[NodeGpu] | None = None, **spec: Any) -> RunPlan:
+        plan = planned(name, nodes=nodes, compute=gpu(product, count="Auto"), **{"method": {"type": "Auto"}, **spec})
+        assert plan is not None
+        return plan
+
+    small = auto("llama-3-8b", "NVIDIA-A100-SXM4-80GB")
+    assert (small.gpus_per_node, small.layout, small.method) == (1, Layout.SINGLE, MethodType.LORA)
+    large = auto("llama-2-70b", "NVIDIA-A100-SXM4-80GB")
+    assert (large.gpus_per_node, large.layout, large.method) == (1, Layout.SINGLE, MethodType.QLORA)
+    lora = auto("llama-2-70b", "NVIDIA-A100-SXM4-80GB", method={"type": "LoRA"})
+    assert lora.gpus_per_node is not None
+    assert lora.gpus_per_node > 1
+    assert lora.layout is Layout.FSDP
+    assert f"{lora.gpus_per_node - 1} would not do" in lora.summary
+    batch = lora.split.micro_batch_sequences * lora.split.gradient_accumulation_steps
+    assert batch == math.ceil(8 / lora.gpus_per_node)
+    one_less = gpu("NVIDIA-A100-SXM4-80GB", count=lora.gpus_per_node - 1)
+    with pytest.raises(StageError) as refused:
+        planned("llama-2-70b", compute=one_less, method={"type": "LoRA"})
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+    shared = auto("llama-3-8b", "NVIDIA-A100-SXM4-80GB", training={"parallelism": "FSDP"})
+    assert (shared.gpus_per_node, shared.layout) == (2, Layout.FSDP)
+
+
+def test_auto_takes_no_more_gpus_than_a_node_of_that_kind_has() -> None:
+    nodes = [
+        NodeGpu(product="NVIDIA-A10G", nodes=3, per_node=1),
+        NodeGpu(product="Tesla-T4", nodes=2, per_node=8),
+    ]
+    auto = {"compute": gpu(count="Auto"), "method": {"type": "LoRA"}}
+    plan = planned("llama-2-13b", nodes=nodes, **auto)
+    assert plan is not None
+    assert plan.gpu == "Tesla T4"
+    assert plan.gpus_per_node is not None
+    assert plan.gpus_per_node > 1
+    assert plan.unsuitable_gpu_products is None, "the scheduler itself sees that the others are too few"
+    with pytest.raises(StageError, match="No node that it may use has more GPUs than 1") as refused:
+        planned("llama-2-13b", nodes=nodes[:1], **auto)
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+    assert "gpusPerNode" not in refused.value.message, "there are no more"
+
+
+def test_auto_gpus_need_a_plan() -> None:
+    auto = gpu(count="Auto")
+    with pytest.raises(StageError, match=r"compute\.gpusPerNode: Auto: the job names no GPU") as refused:
+        planned(compute=auto, method={"type": "LoRA"})
+    assert refused.value.reason is Reason.INVALID_CONFIG
+    with pytest.raises(StageError, match=r"compute\.gpusPerNode: Auto: the memory of this model"):
+        planned(
+            "llama-3-8b",
+            compute=gpu("Tesla-T4", count="Auto"),
+            method={"type": "LoRA", "lora": {"targetModules": ["nothing"]}},
+        )
 
 
 def test_sharding_is_what_the_spec_says_and_only_for_models_that_can_be() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from finetune_api.failures import FAILURES, Reason
-from finetune_api.names import ENV_GRACE_SECONDS
+from finetune_api.names import ENV_GPUS_PER_NODE, ENV_GRACE_SECONDS
 from finetune_api.progress import Split, StageReport
 from finetune_trainer.supervisor import process
 from finetune_trainer.supervisor import run as supervisor
@@ -186,6 +186,20 @@ def test_after_any_kills_the_adapter_is_the_same_bytes(job: PreparedJob) -> None
     assert steps(pod.lines)[0] == last + 1, "nothing is computed again"
     assert adapter(job) == undisturbed
     assert result(job).execution_id == pod.execution
+
+
+def test_there_are_as_many_ranks_as_the_pod_has_gpus(job: PreparedJob, tmp_path: Path) -> None:
+    done = StageReport(
+        stage="train", succeeded=True, reason="Succeeded", message="done", result=train_report().to_json_dict()
+    )
+    code = f"""
+import os, pathlib
+pathlib.Path("{tmp_path}", "rank-" + os.environ["FINETUNE_RANK"] + "-of-" + os.environ["FINETUNE_RANKS"]).touch()
+open(os.environ["FINETUNE_OUTCOME"], "w").write({done.model_dump_json(by_alias=True)!r})
+"""
+    environ = {**os.environ, ENV_GPUS_PER_NODE: "3"}
+    supervisor.run(job.context(), command=[sys.executable, "-c", code], environ=environ)
+    assert sorted(p.name for p in tmp_path.glob("rank-*")) == ["rank-0-of-3", "rank-1-of-3", "rank-2-of-3"]
 
 
 def test_status_is_told_what_was_changed_when_memory_ran_out(job: PreparedJob) -> None:

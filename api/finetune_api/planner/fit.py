@@ -8,11 +8,11 @@ from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.gpus import known_gpus
 from finetune_api.planner.plan import Decisive, MemoryPlan, Request, plan
+from finetune_api.spec import MOST_GPUS_PER_NODE
 
 MARGIN = 0.05
 """Share of a GPU's usable memory that a plan leaves free: what the accuracy is tested to."""
 SHORTEST_TOKENS = 256
-MOST_GPUS = 8
 GPUS_NAMED = 3
 
 
@@ -109,7 +109,7 @@ def shorter(request: Request, lean: Request, bound: int) -> Iterator[Alternative
 def more_gpus(request: Request, lean: Request, bound: int) -> Iterator[Alternative]:
     """The fewest GPUs of the same kind over which the run fits when it is sharded, as it is or as QLoRA."""
     for candidate, method in ((request, None), (lean, None if request.tuning.four_bit else "QLoRA")):
-        for count in range(request.gpus + 1, MOST_GPUS + 1):
+        for count in range(request.gpus + 1, MOST_GPUS_PER_NODE + 1):
             size = plan(candidate.model_copy(update={"layout": Layout.FSDP, "gpus": count})).needed_bytes
             if size <= bound:
                 yield Alternative(method=method, gpus=count, needed_bytes=size)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from finetune_api.planner.architecture import Architecture
+from finetune_api.planner.choose import SEVERAL
+from finetune_api.planner.distributed import Layout
 from finetune_api.planner.plan import Request
 from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import MOST_GPUS_PER_NODE, FineTuneJobSpec, Parallelism
 
 
 def request_of(
@@ -48,3 +52,25 @@ def request_of(
         generation_new_tokens=spec.evaluation.generation.max_new_tokens,
         run_tokens=run_tokens or 0,
     )
+
+
+def several_of(spec: FineTuneJobSpec, shardable: bool = True) -> tuple[Layout, ...]:
+    """What several GPUs may do, the best first.
+
+    Args:
+        shardable: whether the model can be loaded and sharded a layer at a time.
+    """
+    if spec.training.parallelism is Parallelism.AUTO:
+        return SEVERAL if shardable else (Layout.DDP,)
+    return (Layout(spec.training.parallelism.value),)
+
+
+def gpu_counts(spec: FineTuneJobSpec, several: Sequence[Layout]) -> Sequence[int]:
+    """How many GPUs the run may get, in the order in which they are tried: for Auto the fewest first, as GPUs that are not needed are
+    wasted. More do not help where each holds a whole copy."""
+    asked = spec.compute.gpus()
+    if asked is not None:
+        return [max(1, asked)]
+    if Layout.FSDP not in several:
+        return [1]
+    return range(1 if Layout.DDP in several else 2, MOST_GPUS_PER_NODE + 1)

@@ -21,7 +21,7 @@ from finetune_operator.planning.clock import rfc3339
 from finetune_operator.planning.conditions import Wish, apply_wishes, find
 from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import data_status, gpu_time_status, metrics_status, plan_status, with_split
-from finetune_operator.planning.model import DeleteJob, Plan, Urgency
+from finetune_operator.planning.model import AS_ASKED, Allotment, DeleteJob, Plan, Urgency
 from finetune_operator.planning.story import recoveries
 from finetune_operator.planning.transitions import notes
 
@@ -49,8 +49,7 @@ def finish(look: Look, decision: Decision) -> Plan:
     return Plan(
         create_snapshot=decision.create_snapshot,
         create_job=decision.create,
-        memory=look.wanted_memory if decision.create is Stage.TRAIN else None,
-        avoid_gpus=_avoided(after) if decision.create is Stage.TRAIN else (),
+        allotment=_allotment(look, after) if decision.create is Stage.TRAIN else AS_ASKED,
         deletes=decision.deletes,
         status=after if changed else None,
         urgency=Urgency.LATER if not changed else Urgency.NOW if decision.pressing else _urgency(before, after),
@@ -59,8 +58,15 @@ def finish(look: Look, decision: Decision) -> Plan:
     )
 
 
-def _avoided(status: FineTuneJobStatus) -> tuple[str, ...]:
-    return tuple((status.plan.unsuitable_gpu_products if status.plan is not None else None) or ())
+def _allotment(look: Look, status: FineTuneJobStatus) -> Allotment:
+    planned = status.plan
+    if planned is None:
+        return Allotment(memory=look.wanted_memory)
+    return Allotment(
+        memory=look.wanted_memory,
+        gpus_per_node=planned.gpus_per_node,
+        avoid_gpus=tuple(planned.unsuitable_gpu_products or ()),
+    )
 
 
 def _status(look: Look, decision: Decision) -> FineTuneJobStatus:
@@ -97,8 +103,7 @@ def _status(look: Look, decision: Decision) -> FineTuneJobStatus:
 
 def _gpu_time(look: Look, finished: bool) -> dict[str, object]:
     """Counted as pods end, and once, as an ended attempt never changes; a finished job's last may still run for a moment."""
-    spec, before = look.obs.job.spec, look.before.gpu_time
-    gpus = spec.compute.gpus_per_node if spec is not None else 0
+    before, gpus = look.before.gpu_time, look.obs.job.gpus_per_node or 0
     seconds = look.ledger.held_seconds
     if finished:
         seconds += sum(held_seconds(a, look.now) for a in look.ledger.attempts if a.outcome == "Running")

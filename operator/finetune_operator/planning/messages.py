@@ -12,12 +12,17 @@ from finetune_api.status import DataStatus, GpuTimeStatus, MetricsStatus, PlanSt
 NO_GPU_USED = "No GPU was used."
 
 
-def gpu_request(spec: FineTuneJobSpec | None) -> str:
-    """``1 × nvidia.com/gpu (NVIDIA-A10G)``; empty without GPUs."""
-    if spec is None or not spec.compute.gpus_per_node:
+def gpu_request(spec: FineTuneJobSpec, gpus_per_node: int | None) -> str:
+    """``1 × nvidia.com/gpu (NVIDIA-A10G)``; empty without GPUs.
+
+    Args:
+        gpus_per_node: None as long as the plan that chooses them is not made.
+    """
+    if gpus_per_node == 0:
         return ""
     product = f" ({spec.compute.gpu.product})" if spec.compute.gpu.product else ""
-    return f"{spec.compute.gpus_per_node} × {spec.compute.gpu.resource_name}{product}"
+    resource = f"{spec.compute.gpu.resource_name}{product}"
+    return f"as many {resource} as the plan needs" if gpus_per_node is None else f"{gpus_per_node} × {resource}"
 
 
 def sentence(text: str) -> str:
@@ -29,10 +34,11 @@ def sentence(text: str) -> str:
 def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
     """The resolved method and sizes; counts only after prepare has found them."""
     plan = snapshot.plan
-    where = gpu_request(snapshot.spec) or "the CPU"
-    if snapshot.spec.training.use_cpu and snapshot.spec.compute.gpus_per_node:
-        where = f"the CPU of a pod with {where}"
     memory = report.plan if report is not None else None
+    gpus = snapshot.spec.compute.gpus(memory.gpus_per_node if memory else None)
+    where = gpu_request(snapshot.spec, gpus) or "the CPU"
+    if snapshot.spec.training.use_cpu and gpus:
+        where = f"the CPU of a pod with {where}"
     method = snapshot.resolved(memory.method if memory else None).plan.method
     split = memory.split if memory else snapshot.split
     quantization = f" ({method.quantization.type})" if method.quantization else ""
@@ -55,6 +61,7 @@ def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
         learning_rate=plan.learning_rate,
         micro_batch_sequences=split.micro_batch_sequences,
         gradient_accumulation_steps=split.gradient_accumulation_steps,
+        gpus_per_node=gpus,
         needed_memory_bytes=memory.needed_bytes if memory else None,
         usable_memory_bytes=memory.usable_bytes if memory else None,
         unsuitable_gpu_products=memory.unsuitable_gpu_products if memory else None,
@@ -145,9 +152,9 @@ def gpu_time_status(held_seconds: int, training_seconds: int | None) -> GpuTimeS
     )
 
 
-def queued_message(spec: FineTuneJobSpec, stage: Stage, queue: str, admitted: bool) -> str:
+def queued_message(spec: FineTuneJobSpec, gpus_per_node: int | None, stage: Stage, queue: str, admitted: bool) -> str:
     """What a Job that has no running pod yet waits for."""
-    what = gpu_request(spec) if stage is Stage.TRAIN else ""
+    what = gpu_request(spec, gpus_per_node) if stage is Stage.TRAIN else ""
     if admitted:
         return f"Starting the training pod{f' with {what}' if what else ''}."
     return f"Queued in {queue or 'its queue'}: waits for {what or 'a place'}."

@@ -47,6 +47,13 @@ class JobView:
     holds_output: bool = False
     """Our finalizer keeps it until its artifacts are deleted."""
 
+    @property
+    def gpus_per_node(self) -> int | None:
+        """GPUs of the training pod; None as long as they are left to a plan that is not made."""
+        if self.spec is None:
+            return None
+        return self.spec.compute.gpus(self.status.plan.gpus_per_node if self.status.plan is not None else None)
+
 
 @dataclass(frozen=True)
 class StageJob:
@@ -209,15 +216,28 @@ class Urgency(StrEnum):
 
 
 @dataclass(frozen=True)
+class Allotment:
+    """What a training pod gets that its snapshot does not say, or says otherwise."""
+
+    memory: str | None = None
+    """Instead of compute.memory, after it was killed for exceeding that."""
+    gpus_per_node: int | None = None
+    """As the memory plan has it; absent where there is none."""
+    avoid_gpus: tuple[str, ...] = ()
+    """GPU products that its plan does not fit: it must not land on them."""
+
+
+AS_ASKED = Allotment()
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do. Applied in this order: creates, deletes, status, events."""
 
     create_snapshot: bool = False
     create_job: Stage | None = None
-    memory: str | None = None
-    """With the training Job: what its pod gets instead of compute.memory."""
-    avoid_gpus: tuple[str, ...] = ()
-    """With the training Job: GPU products that its plan does not fit."""
+    allotment: Allotment = AS_ASKED
+    """With the training Job."""
     hold_output: bool | None = None
     """Put the finalizer on, or let the FineTuneJob go."""
     create_cleanup: bool = False

@@ -128,7 +128,7 @@ def _phase(look: Look) -> tuple[Phase, str]:
         return phase, f"Starts {look.stage}{again if look.stage is Stage.PREPARE else ''}."
     if state is StageState.QUEUED:
         queue = look.view.job.queue if look.view.job else ""
-        return Phase.QUEUED, queued_message(look.spec, look.stage, queue, admitted=False)
+        return Phase.QUEUED, queued_message(look.spec, look.obs.job.gpus_per_node, look.stage, queue, admitted=False)
     return _stage_phase(look.stage, look), _stage_message(look)
 
 
@@ -157,7 +157,7 @@ def _stage_message(look: Look) -> str:
         return "The training pod is done."
     running = [p for p in look.view.pods if p.running]
     if not running:
-        return queued_message(look.spec, look.stage, "", admitted=True)
+        return queued_message(look.spec, look.obs.job.gpus_per_node, look.stage, "", admitted=True)
     attempts = [a for a in look.ledger.attempts if a.stage == Stage.TRAIN and a.pod]
     healed = last_restart(look.before.progress, running[-1].uid)
     return f"Trains on node {running[-1].node or 'unknown'}, attempt {max(1, len(attempts))}.{healed}"

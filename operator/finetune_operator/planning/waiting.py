@@ -108,7 +108,8 @@ def _pod_wait(obs: Observation, pod: Pod, stage: Stage, config: PlannerConfig) -
         since = pod.unschedulable_since
         if "persistentvolumeclaim" in pod.unschedulable.lower():
             return Wait(Reason.VOLUME_UNAVAILABLE, f"pod {pod.name}: {pod.unschedulable}", since)
-        asked = gpu_request(obs.job.spec) if stage is Stage.TRAIN and obs.job.spec else ""
+        spec = obs.job.spec
+        asked = gpu_request(spec, obs.job.gpus_per_node) if stage is Stage.TRAIN and spec is not None else ""
         what = f"no node has room for {asked or 'the pod'}"
         return Wait(Reason.UNSCHEDULABLE, f"{what}: {pod.unschedulable}", since)
     if pod.waiting_reason in _IMAGE_REASONS:

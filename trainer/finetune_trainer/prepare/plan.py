@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from finetune_api.failures import Reason
 from finetune_api.planner import (
@@ -17,6 +17,7 @@ from finetune_api.planner import (
     UnknownTarget,
     choose_among,
     describe,
+    gpu_counts,
     labelled_gpu,
     misfit_sentence,
     parameter_shapes,
@@ -24,6 +25,7 @@ from finetune_api.planner import (
     plan,
     plan_sentence,
     request_of,
+    several_of,
 )
 from finetune_api.planner.choose import layouts
 from finetune_api.planner.plan import EVALUATION_TOKENS, Request
@@ -32,7 +34,7 @@ from finetune_api.progress import Split
 from finetune_api.quantity import parse_quantity
 from finetune_api.results import DataSummary, RunPlan
 from finetune_api.snapshot import NodeGpu, largest_divisor, rank_count
-from finetune_api.spec import FineTuneJobSpec, MethodType, Parallelism
+from finetune_api.spec import MOST_GPUS_PER_NODE, FineTuneJobSpec, MethodType, Parallelism
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.model import BaseModel
 
@@ -64,9 +66,9 @@ def plan_run(
         request = request_for(spec, arch, shapes, data)
         return from_request(spec, split, request, found, layouts_of(spec, arch, model.shapes), model.uri)
     except (UnknownArchitecture, UnknownTarget) as error:
-        if spec.method.type is MethodType.AUTO:
+        if automatic := left_to_the_plan(spec):
             raise StageError(
-                Reason.INVALID_CONFIG, f"method.type: Auto: the memory of this model cannot be planned ({error})."
+                Reason.INVALID_CONFIG, f"{automatic}: the memory of this model cannot be planned ({error})."
             ) from error
         if spec.training.parallelism is Parallelism.FSDP:
             raise StageError(
@@ -86,6 +88,12 @@ class Candidates:
     """By the job; otherwise nodes tell of them."""
     others: bool = False
     """Nodes have more kinds, and their memory is not known."""
+    per_node: Mapping[str, int] = field(default_factory=dict)
+    """By product, the most that one node has, where nodes tell."""
+
+    def with_count(self, gpus: int) -> list[Gpu]:
+        """The kinds of which one node may have so many."""
+        return [gpu for gpu in self.gpus if self.per_node.get(gpu.product, MOST_GPUS_PER_NODE) >= gpus]
 
 
 def candidates_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) -> Candidates:
@@ -108,9 +116,20 @@ def candidates_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) ->
         kinds = [labelled_gpu(product, memory) for product, memory in nodes.items() if product not in shared]
         gpus = [gpu for gpu in kinds if gpu is not None]
         found = Candidates(gpus, named=False, others=len(gpus) < len(nodes))
-    if not found.gpus and spec.method.type is MethodType.AUTO:
-        raise StageError(Reason.INVALID_CONFIG, f"method.type: Auto: {_nothing_known(asked.product, node_gpus)}")
-    return found
+    automatic = left_to_the_plan(spec)
+    if not found.gpus and automatic:
+        raise StageError(Reason.INVALID_CONFIG, f"{automatic}: {_nothing_known(asked.product, node_gpus)}")
+    per_node = {gpu.product: gpu.per_node for gpu in node_gpus or [] if gpu.per_node}
+    if per_node and asked.product is None and found.named:
+        per_node = {found.gpus[0].product: max(per_node.values())}
+    return replace(found, per_node=per_node)
+
+
+def left_to_the_plan(spec: FineTuneJobSpec) -> str:
+    """The field that cannot be settled without a plan; empty if there is none."""
+    if spec.method.type is MethodType.AUTO:
+        return "method.type: Auto"
+    return "compute.gpusPerNode: Auto" if spec.compute.gpus() is None else ""
 
 
 def _nothing_known(product: str | None, node_gpus: Sequence[NodeGpu] | None) -> str:
@@ -149,23 +168,31 @@ def from_request(
     """
     if not found.gpus:
         return _of_unknown(spec.method.type, split, request, several, [])
-    choice, suitable = choose_among(
-        request,
-        found.gpus,
-        spec.training.global_batch_sequences,
-        None if spec.method.type is MethodType.AUTO else spec.method.type,
-        spec.training.micro_batch_sequences,
-        evaluation_follows=True,
-        several=several,
-    )
-    if choice.fit.fits:
-        return _chosen(spec, split, choice, suitable[0], [gpu for gpu in found.gpus if gpu not in suitable])
+    fewer = ""
+    may_be = gpu_counts(spec, several)
+    for gpus in [n for n in may_be if found.with_count(n)] or may_be[:1]:
+        able = (found.with_count(gpus) if spec.compute.gpus() is None else []) or found.gpus
+        choice, suitable = choose_among(
+            request.model_copy(update={"gpus": gpus}),
+            able,
+            spec.training.global_batch_sequences,
+            None if spec.method.type is MethodType.AUTO else spec.method.type,
+            spec.training.micro_batch_sequences,
+            evaluation_follows=True,
+            several=several,
+        )
+        if choice.fit.fits:
+            return _chosen(spec, split, choice, suitable[0], [gpu for gpu in able if gpu not in suitable], fewer)
+        fewer = f" {gpus} would not do: {gib(choice.planned.needed_bytes)} on each."
     if not (choice.planned.verified or (request.architecture.known and not request.architecture.experts)):
         return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
-    if found.others:
+    if found.others and spec.compute.gpus() is not None:
         return _of_unknown(choice.method, split, request, several, found.gpus)
-    here = [a for a in choice.fit.alternatives if a.gpus is None or Layout.FSDP in several]
+    more = Layout.FSDP in several and spec.compute.gpus() is not None
+    here = [a for a in choice.fit.alternatives if a.gpus is None or more]
     words = misfit_sentence(uri, choice.request, choice.fit.model_copy(update={"alternatives": here}), suitable[0])
+    if spec.compute.gpus() is None:
+        words += f" No node that it may use has more GPUs than {choice.request.gpus}." if found.per_node else ""
     if not found.named:
         words += f" The job names no GPU, and nodes have {names(found.gpus)}: to wait for another, name it in compute.gpu.product."
     raise StageError(Reason.DOES_NOT_FIT, words)
@@ -187,9 +214,7 @@ def layouts_of(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str
             Reason.INVALID_CONFIG,
             "training.parallelism: FSDP: this model is none that can be loaded and sharded layer by layer. Set DDP.",
         )
-    if asked is Parallelism.AUTO:
-        return (Layout.DDP, Layout.FSDP) if shardable else (Layout.DDP,)
-    return (Layout(asked.value),)
+    return several_of(spec, shardable)
 
 
 def _of_unknown(
@@ -203,6 +228,7 @@ def _of_unknown(
         method=method,
         split=split,
         layout=layout,
+        gpus_per_node=request.gpus,
         unsuitable_gpu_products=[gpu.product for gpu in unsuitable] or None,
         needed_bytes=planned.needed_bytes,
         peak_allocated_bytes=planned.peak_allocated_bytes,
@@ -220,7 +246,9 @@ def names(gpus: Sequence[Gpu]) -> str:
     return ", ".join(gpu.name for gpu in gpus)
 
 
-def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsuitable: list[Gpu]) -> RunPlan:
+def _chosen(
+    spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsuitable: list[Gpu], fewer: str = ""
+) -> RunPlan:
     planned = plan(choice.request, gpu.peak_tflops)
     share = -(-spec.training.global_batch_sequences // choice.request.gpus)
     micro = largest_divisor(share, choice.micro_batch_sequences)
@@ -228,6 +256,7 @@ def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsui
     return RunPlan(
         method=choice.method,
         layout=choice.request.layout,
+        gpus_per_node=choice.request.gpus,
         split=split.model_copy(
             update={
                 "micro_batch_sequences": micro,
@@ -242,5 +271,5 @@ def _chosen(spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsui
         peak_allocated_bytes=planned.peak_allocated_bytes,
         estimated_seconds=planned.work.seconds,
         verified=planned.verified,
-        summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{misfit}{_avoided(unsuitable)}",
+        summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{fewer}{misfit}{_avoided(unsuitable)}",
     )

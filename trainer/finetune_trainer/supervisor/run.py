@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter
 
 from finetune_api.failures import Reason
-from finetune_api.names import ENV_ENDPOINT, ENV_GRACE_SECONDS
+from finetune_api.names import ENV_ENDPOINT, ENV_GPUS_PER_NODE, ENV_GRACE_SECONDS
 from finetune_api.progress import Restart, Split
 from finetune_api.results import TrainReport
 from finetune_api.snapshot import rank_count, saving_seconds
@@ -46,7 +46,8 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
         Interrupted: the container was told to stop.
     """
     recovery = ctx.snapshot.spec.recovery
-    ranks = rank_count(ctx.snapshot.spec)
+    # What the pod has, as Auto may have become any number.
+    ranks = max(1, int(environ.get(ENV_GPUS_PER_NODE) or rank_count(ctx.snapshot.spec)))
     limits = Limits(tuple(recovery.out_of_memory.actions), ctx.snapshot.spec.training.global_batch_sequences, ranks)
     grace = float(environ.get(ENV_GRACE_SECONDS) or recovery.termination_grace_period_seconds)
     silence = float(recovery.hung_timeout_seconds)
