@@ -67,6 +67,7 @@ class Reason(StrEnum):
     STORAGE_FULL = "StorageFull"
     HUB_UNAVAILABLE = "HubUnavailable"
     SECRET_MISSING = "SecretMissing"
+    PODS_MISSING = "PodsMissing"
     # Seen by the operator from outside the container, so without an exit code.
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     UNSCHEDULABLE = "Unschedulable"
@@ -308,6 +309,13 @@ FAILURES: dict[Reason, Failure] = {
             _W,
             "A Secret, or a key in it, is missing.",
             "Create the Secret in the job's namespace.",
+        ),
+        _row(
+            Reason.PODS_MISSING,
+            65,
+            _W,
+            "Not all pods of a training on several nodes got a place in time.",
+            "Check that compute.nodes nodes have compute.gpusPerNode free GPUs each; a Kueue queue (queue.name) gives all or none.",
         ),
         _row(
             Reason.IMAGE_UNAVAILABLE,

@@ -161,9 +161,14 @@ def largest_divisor(total: int, limit: int) -> int:
     return next(d for d in range(min(total, limit), 0, -1) if total % d == 0)
 
 
-def rank_count(spec: FineTuneJobSpec) -> int:
-    """Processes that train together: one per GPU, and one as long as the plan that chooses them is not made."""
+def ranks_per_node(spec: FineTuneJobSpec) -> int:
+    """Processes of a pod that train together: one per GPU, and one as long as the plan that chooses them is not made."""
     return max(1, spec.compute.gpus() or 1)
+
+
+def rank_count(spec: FineTuneJobSpec) -> int:
+    """Those of all pods."""
+    return spec.compute.nodes * ranks_per_node(spec)
 
 
 def resolve_plan(spec: FineTuneJobSpec) -> Plan:

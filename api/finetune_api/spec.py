@@ -30,6 +30,7 @@ from finetune_api.optimizers import OptimizerName
 from finetune_api.uris import DATA_URI_PATTERN, MODEL_URI_PATTERN, OUTPUT_URI_PATTERN
 
 MOST_GPUS_PER_NODE = 8
+MOST_NODES = 64
 
 
 class LocalObjectReference(ApiModel):
@@ -420,6 +421,12 @@ class Gpu(ApiModel):
 class Compute(ApiModel):
     """Resources of the training pod. CPU stages get the operator's defaults."""
 
+    nodes: Annotated[int, Field(ge=1, le=MOST_NODES)] = Field(
+        1,
+        description=(
+            "Pods that train together, each with gpusPerNode GPUs. They start at the same time or not at all (recovery.placementTimeoutSeconds)."
+        ),
+    )
     gpus_per_node: Annotated[int, Field(ge=0, le=MOST_GPUS_PER_NODE)] | Literal["Auto"] = Field(
         1,
         description=(
@@ -529,6 +536,13 @@ class Recovery(ApiModel):
     )
     termination_grace_period_seconds: Annotated[int, Field(ge=10, le=3600)] = Field(
         120, description="How long a training pod that is told to stop may take to save a checkpoint."
+    )
+    placement_timeout_seconds: Annotated[int, Field(ge=10, le=86_400)] = Field(
+        300,
+        description=(
+            "With compute.nodes above 1: so long, and at random up to half as long again, pods that have a place wait for the others. Then "
+            "all give their GPUs back, and the job starts at prepare again, so that two jobs never hold each other up for ever."
+        ),
     )
 
 
@@ -725,8 +739,9 @@ class FineTuneJobSpec(ApiModel):
                 "compute.gpusPerNode: Auto plans for GPUs: set a number with training.useCpu: true",
             ),
             (
-                "self.training.parallelism != 'FSDP' || self.compute.gpusPerNode == 'Auto' || self.compute.gpusPerNode > 1",
-                "training.parallelism: FSDP needs compute.gpusPerNode of at least 2",
+                "self.training.parallelism != 'FSDP' || self.compute.nodes > 1 || self.compute.gpusPerNode == 'Auto' || "
+                "self.compute.gpusPerNode > 1",
+                "training.parallelism: FSDP needs compute.gpusPerNode of at least 2, or several nodes",
             ),
             (
                 "!has(self.recovery.outOfMemory.maxMemory) || has(self.compute.memory)",

@@ -58,7 +58,7 @@ def plan_command(
         str | None, typer.Option(help='Product, as in "NVIDIA A10G" or its node label, instead of the file\'s.')
     ] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Usable memory of a GPU, such as 24Gi.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many GPUs, instead of the file's.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many GPUs of each node, instead of the file's.")] = None,
     method: Annotated[Method | None, typer.Option(help="Instead of the file's; Auto takes LoRA if it fits.")] = None,
     attention: Annotated[Attention, typer.Option(help="How the model computes attention.")] = Attention.SDPA,
     train_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the whole run, for its time.")] = None,
@@ -75,7 +75,9 @@ def plan_command(
         several = several_of(spec, shardable=arch.known and not arch.experts)
         for count in [gpus] if gpus else gpu_counts(spec, several):
             choice = choose(
-                request_of(spec, arch, shapes, gpus=count, attention=attention, run_tokens=train_tokens),
+                request_of(
+                    spec, arch, shapes, gpus=count * spec.compute.nodes, attention=attention, run_tokens=train_tokens
+                ),
                 device.usable_bytes,
                 spec.training.global_batch_sequences,
                 None if wanted == Method.AUTO.value else MethodType(wanted),

@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from finetune_api.names import FINALIZER_DELETE_OUTPUT, Stage, stage_job_name
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cache import Cache, Key
-from finetune_operator.client import STATUS_MANAGER, Api, ApiError, Raw, jobs_path
-from finetune_operator.manifests import Owner, cleanup_job, stage_job
+from finetune_operator.client import STATUS_MANAGER, Api, ApiError, Raw, jobs_path, services_path
+from finetune_operator.manifests import Owner, cleanup_job, stage_job, train_service
 from finetune_operator.observe import owner_uid, trim_job
 from finetune_operator.planning.model import AS_ASKED, Allotment, DeleteJob, JobView, Refusal, SnapshotRecord
 from finetune_operator.settings import Settings
@@ -144,6 +144,9 @@ class Applier:
     async def _create_job(self, job: JobView, record: SnapshotRecord, stage: Stage, allotment: Allotment) -> None:
         """POST once; on 409 the Job that is there must be ours, and is taken as it is."""
         self._check_leading(job)
+        if stage is Stage.TRAIN and record.snapshot.spec.compute.nodes > 1:
+            await self._create_service(job)
+            self._check_leading(job)
         body = stage_job(Owner.of(job), record, stage, self._settings, allotment)
         path = jobs_path(job.namespace)
         try:
@@ -157,6 +160,20 @@ class Applier:
                     f"Job {there['metadata']['name']} exists and is not controlled by this FineTuneJob."
                 ) from None
             self._cache.put_job(there)
+
+    async def _create_service(self, job: JobView) -> None:
+        """Once: it stays as long as the FineTuneJob does, and whoever deletes it gets it back with the next training Job."""
+        body, path = train_service(Owner.of(job)), services_path(job.namespace)
+        try:
+            await self._api.create(path, body)
+        except ApiError as problem:
+            if problem.status != 409:
+                raise
+            there = await self._api.get(f"{path}/{body['metadata']['name']}")
+            if owner_uid(there["metadata"]) != job.uid:
+                raise Conflict(
+                    f"Service {body['metadata']['name']} exists and is not controlled by this FineTuneJob."
+                ) from None
 
     async def delete_job(self, job: JobView, delete: DeleteJob) -> None:
         """Delete a Job; gone or replaced since is as good."""

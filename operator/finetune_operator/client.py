@@ -214,6 +214,11 @@ def configmaps_path(namespace: str) -> str:
     return f"/api/v1/namespaces/{namespace}/configmaps"
 
 
+def services_path(namespace: str) -> str:
+    """Collection of Services."""
+    return f"/api/v1/namespaces/{namespace}/services"
+
+
 def events_path(namespace: str) -> str:
     """Collection of Events."""
     return f"/api/v1/namespaces/{namespace}/events"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from finetune_api.names import (
     ENV_ENDPOINT,
     ENV_GPUS_PER_NODE,
     ENV_GRACE_SECONDS,
+    ENV_LEADER,
     ENV_POD_NAME,
     ENV_POD_UID,
     ENV_SNAPSHOT,
@@ -42,6 +42,8 @@ Manifest = dict[str, Any]
 RUN_AS = 65532
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+LEADER_PORT = 29400
+"""Where the first of several training pods listens; torchrun's default."""
 GRACE_SECONDS = 120
 """Of the CPU stages; the training pod's is the spec's, since it must save a checkpoint."""
 
@@ -121,8 +123,7 @@ def stage_job(
         },
         "spec": {
             "backoffLimit": snapshot.spec.recovery.max_failures,
-            "completions": 1,
-            "parallelism": 1,
+            **_pods_of(snapshot.spec, stage),
             # A new pod only after the old one is really gone: two executions never write at once.
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": _failure_rules(stage)},
@@ -133,7 +134,7 @@ def stage_job(
                 },
                 "spec": {
                     **_pod_spec(owner, snapshot, stage, settings),
-                    **(_avoiding(allotment.avoid_gpus) if stage is Stage.TRAIN else {}),
+                    **(_placement(owner, snapshot.spec, allotment) if stage is Stage.TRAIN else {}),
                 },
             },
         },
@@ -151,12 +152,57 @@ def _allotted(snapshot: Snapshot, allotment: Allotment) -> Snapshot:
     return snapshot.model_copy(update={"spec": snapshot.spec.model_copy(update={"compute": settled})})
 
 
-def _avoiding(products: Sequence[str]) -> Manifest:
-    if not products:
-        return {}
-    others = {"key": GPU_PRODUCT_LABEL, "operator": "NotIn", "values": list(products)}
-    terms = {"nodeSelectorTerms": [{"matchExpressions": [others]}]}
-    return {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}}
+def _pods_of(spec: FineTuneJobSpec, stage: Stage) -> Manifest:
+    """How many pods a stage's Job has. Several that train together know their index, and the first one's end is the Job's."""
+    nodes = spec.compute.nodes if stage is Stage.TRAIN else 1
+    if nodes == 1:
+        return {"completions": 1, "parallelism": 1}
+    return {
+        "completionMode": "Indexed",
+        "completions": nodes,
+        "parallelism": nodes,
+        "successPolicy": {"rules": [{"succeededIndexes": "0"}]},
+    }
+
+
+def train_service(owner: Owner) -> Manifest:
+    """The headless Service by which training pods find the first one. Its name is the training Job's."""
+    labels = owner.labels(Stage.TRAIN)
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": stage_job_name(owner.name, owner.uid, Stage.TRAIN),
+            "namespace": owner.namespace,
+            "labels": labels,
+            "ownerReferences": [owner.reference()],
+        },
+        "spec": {
+            "clusterIP": "None",
+            # They meet before any of them is ready.
+            "publishNotReadyAddresses": True,
+            "selector": {name: labels[name] for name in (LABEL_UID, LABEL_STAGE)},
+            "ports": [{"name": "supervisor", "port": LEADER_PORT}],
+        },
+    }
+
+
+def _placement(owner: Owner, spec: FineTuneJobSpec, allotment: Allotment) -> Manifest:
+    """Where training pods may be, and should."""
+    affinity: Manifest = {}
+    if allotment.avoid_gpus:
+        others = {"key": GPU_PRODUCT_LABEL, "operator": "NotIn", "values": list(allotment.avoid_gpus)}
+        terms = {"nodeSelectorTerms": [{"matchExpressions": [others]}]}
+        affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": terms}
+    if spec.compute.nodes == 1:
+        return {"affinity": affinity} if affinity else {}
+    mine = {"matchLabels": {LABEL_UID: owner.uid, LABEL_STAGE: Stage.TRAIN.value}}
+    near = [
+        {"weight": weight, "podAffinityTerm": {"labelSelector": mine, "topologyKey": key}}
+        for weight, key in ((100, "kubernetes.io/hostname"), (50, "topology.kubernetes.io/zone"))
+    ]
+    affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": near}
+    return {"affinity": affinity, "subdomain": stage_job_name(owner.name, owner.uid, Stage.TRAIN)}
 
 
 CLEANUP_RETRIES, CLEANUP_TTL_SECONDS = 3, 600
@@ -314,6 +360,9 @@ def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Se
     }
     if stage is Stage.TRAIN:
         values[ENV_GPUS_PER_NODE] = str(spec.compute.gpus_per_node)
+        if spec.compute.nodes > 1:
+            job = stage_job_name(owner.name, owner.uid, stage)
+            values[ENV_LEADER] = f"{job}-0.{job}:{LEADER_PORT}"
         # transformers' own KubeflowCallback reports with these, also from code that knows nothing of us.
         values["KUBEFLOW_TRAINER_SERVER_URL"] = endpoint
         values["KUBEFLOW_TRAINER_SERVER_CA_CERT"] = f"{SNAPSHOT_MOUNT}/{CA_KEY}"

@@ -27,6 +27,7 @@ from finetune_operator.planning.model import JobView, Pod, StageJob
 from finetune_operator.unknown import unknown_fields
 
 Raw = dict[str, Any]
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -235,6 +236,7 @@ def trim_pod(raw: Raw) -> Pod | None:
         raw_message="" if report else message[:1024],
         pod_reason=str(status.get("reason") or ""),
         pod_message=str(status.get("message") or "")[:1024],
+        index=int((meta.get("annotations") or {}).get(COMPLETION_INDEX, 0)),
         disruption=str(disruption.get("reason") or "") if disruption else "",
         disrupted=str(disruption.get("message") or disruption.get("reason") or "disrupted") if disruption else "",
     )

@@ -7,8 +7,18 @@ from typing import Any
 import pytest
 
 from finetune_api.failures import FAILURES, INTERRUPTED_EXIT_CODES, Consequence, Failure
-from finetune_api.names import ANNOTATION_MEMORY, ENV_GRACE_SECONDS, PIPELINE, Stage
-from finetune_operator.manifests import Owner, stage_job
+from finetune_api.names import (
+    ANNOTATION_MEMORY,
+    ENV_GRACE_SECONDS,
+    ENV_LEADER,
+    LABEL_UID,
+    MAX_JOB_NAME,
+    PIPELINE,
+    Stage,
+    stage_job_name,
+)
+from finetune_api.spec import MOST_NODES
+from finetune_operator.manifests import Owner, stage_job, train_service
 from finetune_operator.planning.model import Allotment
 from finetune_operator.settings import Settings
 from tests.operator.world import UID, world
@@ -95,3 +105,40 @@ def test_grown_memory_is_the_training_pods_and_stands_on_its_job() -> None:
     assert job["metadata"]["annotations"][ANNOTATION_MEMORY] == "6Gi"
     assert job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"] == "6Gi"
     assert "6Gi" not in str(job_of(Stage.PUBLISH, "6Gi", compute={"memory": "4Gi"}))
+
+
+def test_several_training_pods_are_one_indexed_job_and_find_the_first_by_name() -> None:
+    several = {"compute": {"nodes": 3, "gpusPerNode": 8}}
+    train = job_of(Stage.TRAIN, **several)["spec"]
+    assert (train["completionMode"], train["completions"], train["parallelism"]) == ("Indexed", 3, 3)
+    assert train["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    service = train_service(Owner("ns", "story", UID))
+    name = service["metadata"]["name"]
+    pod = train["template"]
+    assert pod["spec"]["subdomain"] == name
+    [leader] = [e["value"] for e in pod["spec"]["containers"][0]["env"] if e["name"] == ENV_LEADER]
+    job_name = job_of(Stage.TRAIN, **several)["metadata"]["name"]
+    assert leader == f"{job_name}-0.{name}:{service['spec']['ports'][0]['port']}"
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert service["metadata"]["ownerReferences"][0]["uid"] == UID == service["spec"]["selector"][LABEL_UID]
+    for stage in (Stage.PREPARE, Stage.PUBLISH):
+        other = job_of(stage, **several)["spec"]
+        assert (other["completions"], "completionMode" in other, "subdomain" in other["template"]["spec"]) == (
+            1,
+            False,
+            False,
+        )
+
+
+def test_the_last_training_pods_hostname_is_short_enough() -> None:
+    assert len(f"{stage_job_name('a' * MAX_JOB_NAME, UID, Stage.TRAIN)}-{MOST_NODES - 1}") <= 63
+
+
+def test_pods_that_train_together_are_near_each_other_where_there_is_room() -> None:
+    asked = {"compute": {"nodes": 2}}
+    affinity = pod_spec(Stage.TRAIN, **asked)["affinity"]
+    terms = affinity["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    keys = [term["podAffinityTerm"]["topologyKey"] for term in sorted(terms, key=lambda term: -term["weight"])]
+    assert keys == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
+    assert "nodeAffinity" not in affinity

@@ -25,6 +25,7 @@ ON_JOBS = {
     ("batch", "jobs"): {"get", "list", "watch", "create", "delete"},
     ("", "pods"): {"get", "list", "watch"},
     ("", "configmaps"): {"get", "create"},
+    ("", "services"): {"get", "create"},
     ("", "events"): {"create", "list"},
 }
 EVERYWHERE = {("authentication.k8s.io", "tokenreviews"): {"create"}, ("", "nodes"): {"list"}}

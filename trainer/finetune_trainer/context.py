@@ -61,7 +61,8 @@ def load_context(
     reporter = Reporter(
         stage,
         execution_id,
-        url=environ.get(names.ENV_ENDPOINT),
+        # Of several pods that train together the first one reports.
+        url=environ.get(names.ENV_ENDPOINT) if environ.get(names.ENV_NODE_INDEX, "0") == "0" else None,
         token_file=token_dir / names.TOKEN_KEY,
         ca_file=snapshot_dir / names.CA_KEY,
     )

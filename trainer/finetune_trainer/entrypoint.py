@@ -26,8 +26,8 @@ from finetune_trainer import heartbeat
 from finetune_trainer.context import StageContext, load_context
 from finetune_trainer.errors import Interrupted, NotFound, StageError, full_disk
 from finetune_trainer.remote_code import remote_code
+from finetune_trainer.supervisor.place import ENV_LOG_LEVEL
 from finetune_trainer.supervisor.process import ENV_OUTCOME
-from finetune_trainer.supervisor.run import ENV_LOG_LEVEL
 from finetune_trainer.text import readable, shorten, shorten_bytes
 
 log = logging.getLogger("finetune")
@@ -39,6 +39,8 @@ SUCCEEDED = "Succeeded"
 WORKER = "worker"
 RANK_ERRORS = ("AcceleratorError", "DistBackendError", "DistNetworkError", "DistStoreError")
 """torch's errors of a device or of the ranks' communication: another process may do better."""
+GLOO = "gloo/transport"
+"""Of a source file's name in what gloo says when another rank is gone."""
 CUDA_OUT_OF_MEMORY = ("cuda error: out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 """How CUDA, cuBLAS and cuDNN say it; torch raises their errors as RuntimeError and AcceleratorError."""
 PR_SET_PDEATHSIG = 1
@@ -187,7 +189,8 @@ def explain(error: BaseException) -> tuple[Reason, str]:
         return Reason.OUT_OF_MEMORY, str(error).strip() or name
     if isinstance(error, MemoryError):
         return Reason.HOST_OUT_OF_MEMORY, f"MemoryError: {error}"
-    if name in RANK_ERRORS and type(error).__module__.startswith("torch"):
+    lost = type(error) is RuntimeError and GLOO in str(error)
+    if lost or (name in RANK_ERRORS and type(error).__module__.startswith("torch")):
         return Reason.RANK_FAILURE, f"{name}: {str(error).strip()}"
     no_room = full_disk(error)
     if no_room is not None:

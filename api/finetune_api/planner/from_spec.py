@@ -66,11 +66,12 @@ def several_of(spec: FineTuneJobSpec, shardable: bool = True) -> tuple[Layout, .
 
 
 def gpu_counts(spec: FineTuneJobSpec, several: Sequence[Layout]) -> Sequence[int]:
-    """How many GPUs the run may get, in the order in which they are tried: for Auto the fewest first, as GPUs that are not needed are
+    """How many GPUs of each node the run may get, in the order in which they are tried: for Auto the fewest first, as GPUs that are not needed are
     wasted. More do not help where each holds a whole copy."""
     asked = spec.compute.gpus()
     if asked is not None:
         return [max(1, asked)]
     if Layout.FSDP not in several:
         return [1]
-    return range(1 if Layout.DDP in several else 2, MOST_GPUS_PER_NODE + 1)
+    alone = Layout.DDP in several or spec.compute.nodes > 1
+    return range(1 if alone else 2, MOST_GPUS_PER_NODE + 1)

@@ -55,6 +55,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, create]
+# By which the pods of a training on several nodes find each other.
+- apiGroups: [""]
+  resources: [services]
+  verbs: [get, create]
 # list: the Job controller's words about a Job that gets no pod, asked for by that Job's UID.
 - apiGroups: [""]
   resources: [events]

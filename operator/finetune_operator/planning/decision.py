@@ -103,7 +103,9 @@ def _status(look: Look, decision: Decision) -> FineTuneJobStatus:
 
 def _gpu_time(look: Look, finished: bool) -> dict[str, object]:
     """Counted as pods end, and once, as an ended attempt never changes; a finished job's last may still run for a moment."""
-    before, gpus = look.before.gpu_time, look.obs.job.gpus_per_node or 0
+    before, spec = look.before.gpu_time, look.obs.job.spec
+    # Of several nodes the first one's pod stands for all: they start and stop together.
+    gpus = (look.obs.job.gpus_per_node or 0) * (spec.compute.nodes if spec is not None else 1)
     seconds = look.ledger.held_seconds
     if finished:
         seconds += sum(held_seconds(a, look.now) for a in look.ledger.attempts if a.outcome == "Running")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune_api.failures import FAILURES, Consequence, Reason, by_exit_code
 from finetune_api.names import Stage
-from finetune_operator.planning.model import Pod, StageFailure, StageView
+from finetune_operator.planning.model import OOM_KILLED, Pod, StageFailure, StageView
 
 _ROOM = {
     "PreemptionByScheduler": "made room for a pod of higher priority",
@@ -38,7 +38,7 @@ def pod_failure(pod: Pod, stage: Stage) -> StageFailure:
         words = (pod.pod_message or pod.pod_reason).strip()
         return StageFailure(Reason.UNSCHEDULABLE, f"node {pod.node} refused the pod ({pod.pod_reason}: {words})")
     told = pod.report if pod.report is not None and not pod.report.succeeded else None
-    if told is None and pod.terminated_reason == "OOMKilled":
+    if told is None and pod.terminated_reason == OOM_KILLED:
         return StageFailure(
             Reason.HOST_OUT_OF_MEMORY,
             f"the {stage} container of pod {pod.name} used more memory than its limit and was killed.",

@@ -51,7 +51,8 @@ class Look:
     @cached_property
     def ledger(self) -> Ledger:
         """Attempts and running time."""
-        return keep_ledger(self.before, tuple(self.views.values()), self.now, self.obs.gone)
+        gone = tuple(pod for pod in self.obs.gone if pod.counts)
+        return keep_ledger(self.before, tuple(self.views.values()), self.now, gone)
 
     @cached_property
     def prepare_report(self) -> PrepareReport | None:
@@ -213,7 +214,8 @@ class Look:
         spec = self.obs.job.spec
         if self.before.gpu_held or (spec is not None and not spec.compute.gpus_per_node):
             return bool(self.before.gpu_held)
-        return self.training_began or any(p.node for p in self.views[Stage.TRAIN].pods)
+        train = self.views[Stage.TRAIN]
+        return self.training_began or any(p.node for p in (*train.pods, *train.peers))
 
     @cached_property
     def idle(self) -> bool:

@@ -22,7 +22,8 @@ def gpu_request(spec: FineTuneJobSpec, gpus_per_node: int | None) -> str:
         return ""
     product = f" ({spec.compute.gpu.product})" if spec.compute.gpu.product else ""
     resource = f"{spec.compute.gpu.resource_name}{product}"
-    return f"as many {resource} as the plan needs" if gpus_per_node is None else f"{gpus_per_node} × {resource}"
+    count = f"as many {resource} as the plan needs" if gpus_per_node is None else f"{gpus_per_node} × {resource}"
+    return count if spec.compute.nodes == 1 else f"{count} on each of {spec.compute.nodes} nodes"
 
 
 def sentence(text: str) -> str:

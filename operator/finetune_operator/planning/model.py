@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from finetune_api.failures import INTERRUPTED_EXIT_CODES
 from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_api.snapshot import Snapshot
@@ -84,6 +85,10 @@ class StageJob:
         return self.complete_at is not None or self.failed_at is not None
 
 
+OOM_KILLED = "OOMKilled"
+"""The kubelet's word for a container that exceeded its memory limit."""
+
+
 @dataclass(frozen=True)
 class Pod:
     """A pod of one of the Jobs, as far as it matters."""
@@ -123,6 +128,8 @@ class Pod:
     """Reason of a DisruptionTarget condition: PreemptionByScheduler, EvictionByEvictionAPI, TerminationByKubelet, …"""
     disrupted: str = ""
     """Its words."""
+    index: int = 0
+    """Which of several pods that train together."""
 
     @property
     def ended(self) -> bool:
@@ -134,6 +141,14 @@ class Pod:
         """The kubelet of its node did not take it (UnexpectedAdmissionError, OutOfcpu, …): it never ran."""
         never_ran = self.started_at is None and self.exit_code is None
         return never_ran and self.phase == "Failed" and bool(self.node and self.pod_reason) and not self.disruption
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is an execution of its stage. Of several pods that train together the first one is, and speaks for all: another one
+        only if it ended for a reason of its own."""
+        killed = self.exit_code in INTERRUPTED_EXIT_CODES and self.terminated_reason != OOM_KILLED
+        own_end = self.exit_code not in (None, 0) and not killed and not self.disruption
+        return self.index == 0 or self.refused or own_end
 
     @property
     def running(self) -> bool:
@@ -286,10 +301,13 @@ class StageView:
     state: StageState
     job: StageJob | None = None
     pods: tuple[Pod, ...] = field(default=())
+    """Its executions."""
     report: StageReport | None = None
     failure: StageFailure | None = None
+    peers: tuple[Pod, ...] = ()
+    """Other pods that train with them."""
 
     @property
     def occupied(self) -> bool:
         """A pod of it has not ended: no other execution may begin."""
-        return any(not p.ended for p in self.pods)
+        return any(not p.ended for p in (*self.pods, *self.peers))

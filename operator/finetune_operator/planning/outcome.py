@@ -36,13 +36,18 @@ _POLICY_EXIT_CODE = re.compile(r"failed with exit code (\d+)")
 def stage_view(obs: Observation, stage: Stage, config: PlannerConfig) -> StageView:
     """The state of one stage."""
     job = next((j for j in obs.jobs if j.stage is stage), None)
-    pods = tuple(sorted((p for p in obs.pods if p.stage is stage), key=lambda p: (p.created, p.name)))
+    found = sorted((p for p in obs.pods if p.stage is stage), key=lambda p: (p.created, p.name))
+    pods, peers = tuple(p for p in found if p.counts), tuple(p for p in found if not p.counts)
     if job is None:
         # The next Job waits for a pod without one, so that no two executions overlap. One that has ended may stay for ever, where
         # somebody deleted its Job and not its pods (--cascade=orphan).
-        view = StageView(stage, StageState.ABSENT, pods=pods)
+        view = StageView(stage, StageState.ABSENT, pods=pods, peers=peers)
         return replace(view, state=StageState.STOPPING) if view.occupied else view
-    pods = tuple(p for p in pods if p.owner_uid == job.uid)
+    return replace(_of_job(obs, job, tuple(p for p in pods if p.owner_uid == job.uid), config), peers=peers)
+
+
+def _of_job(obs: Observation, job: StageJob, pods: tuple[Pod, ...], config: PlannerConfig) -> StageView:
+    stage = job.stage
     report = _report(job, pods, obs.job.status)
     if job.deleting:
         failure = (_failure(job, pods, report, stage) or _from_condition(job)) if job.failed_at is not None else None
@@ -71,7 +76,7 @@ def untold_end(obs: Observation, config: PlannerConfig) -> StageJob | None:
         return None
     for job in obs.jobs:
         # Almost every look ends here, and reads no report a second time.
-        if not job.finished or any(p.owner_uid == job.uid and p.exit_code == 0 for p in obs.pods):
+        if not job.finished or any(p.owner_uid == job.uid and p.exit_code == 0 and p.counts for p in obs.pods):
             continue
         view = stage_view(obs, job.stage, config)
         untold = view.state is StageState.FAILED and not any(p.ended for p in view.pods)

@@ -40,12 +40,13 @@ def find_wait(obs: Observation, view: StageView, config: PlannerConfig) -> Wait 
         return Wait(Reason.ADMISSION_REFUSED, obs.refusal.message)
     if view.state not in (StageState.STARTING, StageState.RUNNING, StageState.STOPPING):
         return None
-    for pod in view.pods:
+    pods = (*view.pods, *view.peers)
+    for pod in pods:
         if not pod.ended and (lost_at := _lost_at(pod, config)) is not None and obs.now >= lost_at:
             return _node_wait(pod, view)
     if view.state is StageState.STOPPING:
         return None
-    for pod in view.pods:
+    for pod in pods:
         if pod.ended or pod.deleting:
             continue
         wait = _pod_wait(obs, pod, view.stage, config)
@@ -142,14 +143,15 @@ def _told_wait(obs: Observation, pod: Pod) -> Wait | None:
 
 def next_look(obs: Observation, view: StageView, config: PlannerConfig) -> datetime | None:
     """When a wait may begin without any event telling so."""
+    pods = (*view.pods, *view.peers)
     times = [
         p.sandbox_missing_since + timedelta(seconds=config.volume_grace_seconds)
-        for p in view.pods
+        for p in pods
         if p.sandbox_missing_since is not None and not p.ended and not p.deleting
     ]
     due = _pod_due(view.job, obs.pods) if view.job is not None else None
     if due is not None:
         times.append(due + timedelta(seconds=config.pod_grace_seconds))
-    times += [t for p in view.pods if not p.ended and (t := _lost_at(p, config)) is not None]
+    times += [t for p in pods if not p.ended and (t := _lost_at(p, config)) is not None]
     future = [t for t in times if t > obs.now]
     return min(future, default=None)

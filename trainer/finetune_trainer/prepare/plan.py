@@ -167,13 +167,13 @@ def from_request(
         StageError: DoesNotFit.
     """
     if not found.gpus:
-        return _of_unknown(spec.method.type, split, request, several, [])
+        return _of_unknown(spec, spec.method.type, split, request, several, [])
     fewer = ""
     may_be = gpu_counts(spec, several)
     for gpus in [n for n in may_be if found.with_count(n)] or may_be[:1]:
         able = (found.with_count(gpus) if spec.compute.gpus() is None else []) or found.gpus
         choice, suitable = choose_among(
-            request.model_copy(update={"gpus": gpus}),
+            request.model_copy(update={"gpus": gpus * spec.compute.nodes}),
             able,
             spec.training.global_batch_sequences,
             None if spec.method.type is MethodType.AUTO else spec.method.type,
@@ -187,12 +187,12 @@ def from_request(
     if not (choice.planned.verified or (request.architecture.known and not request.architecture.experts)):
         return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
     if found.others and spec.compute.gpus() is not None:
-        return _of_unknown(choice.method, split, request, several, found.gpus)
-    more = Layout.FSDP in several and spec.compute.gpus() is not None
+        return _of_unknown(spec, choice.method, split, request, several, found.gpus)
+    more = Layout.FSDP in several and spec.compute.gpus() is not None and spec.compute.nodes == 1
     here = [a for a in choice.fit.alternatives if a.gpus is None or more]
     words = misfit_sentence(uri, choice.request, choice.fit.model_copy(update={"alternatives": here}), suitable[0])
     if spec.compute.gpus() is None:
-        words += f" No node that it may use has more GPUs than {choice.request.gpus}." if found.per_node else ""
+        words += f" No node that it may use has more GPUs than {gpus}." if found.per_node else ""
     if not found.named:
         words += f" The job names no GPU, and nodes have {names(found.gpus)}: to wait for another, name it in compute.gpu.product."
     raise StageError(Reason.DOES_NOT_FIT, words)
@@ -218,7 +218,12 @@ def layouts_of(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str
 
 
 def _of_unknown(
-    method: MethodType, split: Split, request: Request, several: tuple[Layout, ...], unsuitable: list[Gpu]
+    spec: FineTuneJobSpec,
+    method: MethodType,
+    split: Split,
+    request: Request,
+    several: tuple[Layout, ...],
+    unsuitable: list[Gpu],
 ) -> RunPlan:
     four_bit = request.tuning.model_copy(update={"four_bit": method is MethodType.QLORA})
     batch = request.batch.model_copy(update={"micro_batch_sequences": split.micro_batch_sequences})
@@ -228,7 +233,7 @@ def _of_unknown(
         method=method,
         split=split,
         layout=layout,
-        gpus_per_node=request.gpus,
+        gpus_per_node=request.gpus // spec.compute.nodes,
         unsuitable_gpu_products=[gpu.product for gpu in unsuitable] or None,
         needed_bytes=planned.needed_bytes,
         peak_allocated_bytes=planned.peak_allocated_bytes,
@@ -256,7 +261,7 @@ def _chosen(
     return RunPlan(
         method=choice.method,
         layout=choice.request.layout,
-        gpus_per_node=choice.request.gpus,
+        gpus_per_node=choice.request.gpus // spec.compute.nodes,
         split=split.model_copy(
             update={
                 "micro_batch_sequences": micro,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from finetune_api.failures import FAILURES, MAX_RESTARTS, Reason, by_exit_code
 from finetune_api.progress import Split, StageReport
@@ -16,6 +17,9 @@ SHORTEST_TOKENS = 256
 MOST_EVALUATION_DIVISOR = 16
 EVALUATING = ("Evaluating", "Verifying")
 TRAINING = "Training"
+UNBOUNDED = (Reason.OUT_OF_MEMORY, Reason.INTERRUPTED)
+SYMPTOMS = (Reason.UNKNOWN, Reason.RANK_FAILURE, Reason.INTERRUPTED)
+"""What ranks report when another one's end took them along, among other things."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,12 @@ class Ended:
     peak_bytes: int | None = None
     rank: int | None = None
     """Which of several processes."""
+    aborted: bool = False
+    """It was ended because another pod's had."""
+    pod_stopped: int | None = None
+    """It ended because another pod was told to stop: that one's index."""
+    pod_lost: int | None = None
+    """It ended because another pod is gone: that one's index."""
 
     @property
     def who(self) -> str:
@@ -87,8 +97,9 @@ class Tally:
     restarts: dict[Reason, int] = field(default_factory=dict)
 
     def counted(self) -> int:
-        """Those that are bounded: an out-of-memory error bounds itself, as every change is made once."""
-        return sum(n for reason, n in self.restarts.items() if reason is not Reason.OUT_OF_MEMORY)
+        """Those that are bounded: an out-of-memory error bounds itself, as every change is made once, and another pod's interruption came
+        from outside."""
+        return sum(n for reason, n in self.restarts.items() if reason not in UNBOUNDED)
 
 
 def decide(ended: Ended, split: Split, limits: Limits, tally: Tally) -> Succeeded | Failed | Again:
@@ -98,6 +109,13 @@ def decide(ended: Ended, split: Split, limits: Limits, tally: Tally) -> Succeede
         return Succeeded(report)
     if ended.told_to_stop:
         return _stopped(ended)
+    if ended.pod_stopped is not None:
+        how = f" ({report.message})" if report is not None and report.reason == Reason.INTERRUPTED else ""
+        return Again(
+            Reason.INTERRUPTED, f"Pod {ended.pod_stopped} was told to stop, and all ranks with it{how}.", split
+        )
+    if ended.pod_lost is not None:
+        return _bounded(Reason.RANK_FAILURE, f"pod {ended.pod_lost} is gone", split, tally)
     if ended.silent_seconds is not None:
         said = f"no sign of life for {ended.silent_seconds:.0f} s while {ended.activity or 'starting'}"
         return _bounded(Reason.HUNG, said, split, tally)
@@ -126,6 +144,34 @@ def decide(ended: Ended, split: Split, limits: Limits, tally: Tally) -> Succeede
     if failure.reason is Reason.UNKNOWN:
         return Failed(Reason.UNKNOWN, f"{ended.who} ended with exit code {ended.returncode} and said nothing")
     return Failed(failure.reason, f"{failure.meaning} ({ended.who} could not write down more)")
+
+
+def first_cause(local: Ended, others: Mapping[int, Ended], lost: Sequence[int]) -> Ended:
+    """Of several pods' ends the one that took the others along.
+
+    Args:
+        local: of the first pod.
+        others: of those that have told it, by index, in the order in which they did.
+        lost: pods that are gone and have told nothing.
+    """
+    if local.told_to_stop or (local.returncode == 0 and not local.aborted):
+        return local
+    stopped = [index for index, ended in others.items() if ended.told_to_stop]
+    if stopped:
+        return replace(local, pod_stopped=stopped[0])
+    failed = [ended for ended in (local, *others.values()) if ended.returncode != 0 and not ended.aborted]
+    causes = [ended for ended in failed if is_cause(ended)]
+    if causes:
+        return causes[0]
+    if lost:
+        return replace(local, pod_lost=lost[0])
+    return failed[0] if failed else local
+
+
+def is_cause(ended: Ended) -> bool:
+    """Whether this can only be its own doing."""
+    told = ended.report is not None and ended.report.reason not in SYMPTOMS
+    return told or ended.returncode < 0 or ended.silent_seconds is not None or bool(ended.memory_kills)
 
 
 def next_split(split: Split, limits: Limits) -> tuple[Split, str] | None:

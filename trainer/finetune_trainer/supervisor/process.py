@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -64,6 +65,16 @@ class Stop:
         return self._reader
 
 
+class Others(Protocol):
+    """Other pods whose ranks train with these."""
+
+    def fileno(self) -> int:
+        """Readable when they have said something."""
+
+    def heard(self) -> bool:
+        """Take it up; whether the ranks here must end for it."""
+
+
 @dataclass
 class _Worker:
     """One rank's process."""
@@ -80,16 +91,25 @@ class _Worker:
 
 
 def run_workers(
-    command: Sequence[str], environs: Sequence[Mapping[str, str]], folder: Path, patience: Patience, stop: Stop
+    command: Sequence[str],
+    environs: Sequence[Mapping[str, str]],
+    folder: Path,
+    patience: Patience,
+    stop: Stop,
+    others: Others | None = None,
 ) -> Ended:
     """Start one process per environment and stay until all have ended. The first that fails takes the others along, and it is
-    the one that is told of."""
+    the one that is told of.
+
+    Args:
+        others: other pods, that may end this, too.
+    """
     kills = memory.kills()
     workers: list[_Worker] = []
     try:
         for rank, environ in enumerate(environs):
             workers.append(_start(command, environ, folder / f"outcome-{rank}.json"))
-        watch = _Watch(workers, patience, stop)
+        watch = _Watch(workers, patience, stop, others)
         watch.until_ended()
     finally:
         for worker in workers:
@@ -110,6 +130,7 @@ def run_workers(
         memory_kills=memory.kills() - kills,
         peak_bytes=memory.peak_bytes(),
         rank=workers.index(told) if len(workers) > 1 else None,
+        aborted=watch.aborted,
     )
 
 
@@ -128,11 +149,13 @@ def _start(command: Sequence[str], environ: Mapping[str, str], outcome: Path) ->
 
 
 class _Watch:
-    def __init__(self, workers: Sequence[_Worker], patience: Patience, stop: Stop) -> None:
+    def __init__(self, workers: Sequence[_Worker], patience: Patience, stop: Stop, others: Others | None) -> None:
         self._running = list(workers)
         self._first = workers[0]
         self._patience = patience
         self._stop = stop
+        self._others = others
+        self.aborted = False
         self.first_failed: _Worker | None = None
         self.silent_seconds: float | None = None
         self.stop_overdue = False
@@ -142,6 +165,8 @@ class _Watch:
         """Return when every process has ended, or must."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._stop.fileno(), selectors.EVENT_READ)
+            if self._others is not None:
+                selector.register(self._others.fileno(), selectors.EVENT_READ, self._others)
             for worker in self._running:
                 selector.register(worker.heartbeats, selectors.EVENT_READ, worker)
                 selector.register(worker.pidfd, selectors.EVENT_READ, worker)
@@ -168,6 +193,11 @@ class _Watch:
             for key, _ in selector.select(due - now):
                 worker = key.data
                 if worker is None:
+                    continue
+                if worker is self._others:
+                    if self._others.heard() and not self._stop.requested:
+                        self.aborted = True
+                        return
                     continue
                 if key.fd == worker.heartbeats:
                     data = os.read(key.fd, 65536)

@@ -66,6 +66,8 @@ class Checkpoints:
     total_steps: int
     keep: int
     world_size: int = 1
+    shared: bool = False
+    """Ranks on other nodes need them, too: what only this pod's disk has cannot be gone on from."""
     known: dict[str, CheckpointMarker] = field(default_factory=dict)
     """By folder name."""
     _found: set[str] = field(default_factory=set)
@@ -148,7 +150,7 @@ class Checkpoints:
     def newest(self) -> Restored | None:
         """The newest checkpoint that is whole, here. What is torn or corrupt is named in the log and passed over."""
         self._read_markers()
-        candidates = {**self._local_markers(), **self.known}
+        candidates = {**({} if self.shared else self._local_markers()), **self.known}
         for name, marker in sorted(candidates.items(), key=lambda item: _age(item[1]), reverse=True):
             restored = self.restore(name, marker)
             if restored is not None:

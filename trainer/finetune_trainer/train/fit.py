@@ -76,7 +76,7 @@ class Fit:
             Interrupted: told to stop; the last completed step is saved.
             StageError: NonFiniteLoss, Diverged, Superseded; what kept the last checkpoint from being stored.
         """
-        restored = self.ranks.share(lambda: self.patiently(self.checkpoints.newest))
+        restored = self.here(self.ranks.share(lambda: self.patiently(self.checkpoints.newest)))
         start = self._take_up(restored)
         self.ctx.reporter.report(resumed_from_step=start, step=start, total_steps=self.schedule.steps)
         if restored is not None and start == self.schedule.steps:
@@ -162,6 +162,22 @@ class Fit:
         own = evaluate.held_out_loss(base, self.held_out, self.pad_id, self.compute, divisor=divisor, stopped=agreed)
         # On GPUs the last bits may differ, and what follows must not.
         return self.ranks.share(lambda: own) if self.ranks.sharded else own
+
+    def here(self, restored: Restored | None) -> Restored | None:
+        """A checkpoint that the first rank has restored, on this node's disk.
+
+        Raises:
+            StageError: VerificationFailed, if it has become incomplete meanwhile; what the store raises.
+        """
+        if restored is None or self.ranks.node is None:
+            return restored
+        name, marker = restored.folder.name, restored.marker
+        found = self.ranks.on_node(lambda: self.patiently(lambda: self.checkpoints.restore(name, marker)))
+        if found is None:
+            raise StageError(
+                Reason.VERIFICATION_FAILED, f"checkpoint {name} was whole on the first node, and is not any more."
+            )
+        return found
 
     def patiently(self, call: Callable[[], T]) -> T:
         """A store that is away is waited for as long as a stage that holds a GPU may."""

@@ -1,4 +1,4 @@
-"""The processes that train together on one node, one per GPU. Every rank holds the whole adapter; what is shared are gradients, flags,
+"""The processes that train together, one per GPU, on one node or several. Every rank holds the whole adapter; what is shared are gradients, flags,
 random states and, with FSDP, the frozen base (sharded.py).
 
 Why not DistributedDataParallel: the loss calls decoder and head apart (see loss.py), past the forward pass that DDP has to see to
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from finetune_trainer.supervisor.run import ENV_RANK, ENV_RANKS, ENV_RENDEZVOUS
+from finetune_trainer.supervisor.place import ENV_RANK, ENV_RANKS, ENV_RANKS_PER_NODE, ENV_RENDEZVOUS
 
 PATIENCE = timedelta(hours=24)
 """Ranks wait for the first one while it evaluates or downloads; whether anything hangs is the supervisor's to judge."""
@@ -32,6 +32,9 @@ class Ranks:
     data: distributed.ProcessGroup | None = None
     """For tensors on the device; the default group is for the CPU."""
 
+    node: distributed.ProcessGroup | None = None
+    """Those of this node, where there are several nodes."""
+    per_node: int = 1
     sharded: bool = False
     """The base is shared out: nobody can compute without the others."""
 
@@ -70,6 +73,16 @@ class Ranks:
         shared: T = box[0]
         return shared
 
+    def on_node(self, make: Callable[[], T]) -> T:
+        """What the first one of each node makes, for the others of that node: what lies on a node's own disk."""
+        if self.node is None:
+            return self.share(make)
+        first = self.rank - self.rank % self.per_node
+        box: list[Any] = [make() if self.rank == first else None]
+        distributed.broadcast_object_list(box, src=first, group=self.node)
+        made: T = box[0]
+        return made
+
     def together(self, make: Callable[[], T]) -> T:
         """What the model makes, for all: all compute it where the base is shared out, else the first one alone."""
         if not self.sharded:
@@ -103,13 +116,17 @@ def join(use_cpu: bool, environ: Mapping[str, str] = os.environ) -> Ranks:
         return Ranks()
     rank = int(environ[ENV_RANK])
     distributed.init_process_group(
-        "gloo", init_method=f"file://{environ[ENV_RENDEZVOUS]}", rank=rank, world_size=size, timeout=PATIENCE
+        "gloo", init_method=environ[ENV_RENDEZVOUS], rank=rank, world_size=size, timeout=PATIENCE
     )
     data = (
         distributed.new_group(backend="nccl", timeout=PATIENCE) if torch.cuda.is_available() and not use_cpu else None
     )
     assert data is None or isinstance(data, distributed.ProcessGroup)  # a number would mean: not a member
-    return Ranks(rank, size, data)
+    per_node = int(environ[ENV_RANKS_PER_NODE])
+    node = None
+    if per_node < size:
+        node, _ = distributed.new_subgroups(per_node, backend="gloo", timeout=PATIENCE)
+    return Ranks(rank, size, data, node, per_node)
 
 
 def leave(ranks: Ranks) -> None:

@@ -64,16 +64,6 @@ class RankDone(ApiModel):
     """What another rank than the first reports: nothing."""
 
 
-@dataclass(frozen=True)
-class Begun:
-    """What the first rank found or fetched, for all of them. The files lie on the pod's disk, which they share."""
-
-    owner_number: int
-    split: Split
-    prepared: inputs.Prepared
-    base_files: inputs.BaseFiles
-
-
 def run(ctx: StageContext) -> TrainReport | RankDone:
     """Train, and prove that what was saved is what was trained. The result is written last.
 
@@ -86,12 +76,13 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     began = ranks.share(lambda: begin_execution(ctx))
     if isinstance(began, TrainResult):
         log.info("this snapshot is trained already: nothing to do")
-        return report(began)
-    split, prepared, base_files = began.split, began.prepared, began.base_files
+        return report(began) if ranks.first else RankDone()
+    prepared, base_files = ranks.on_node(lambda: fetch_inputs(ctx))
+    split = ranks.share(lambda: settle_split(ctx, prepared))
     spec, digest = ctx.snapshot.spec, ctx.snapshot.digest()
     snapshot = chosen(ctx.snapshot, prepared.result)
     output, workspace = ctx.output_store(), ctx.workspace_store()
-    owner = Owner(workspace, ctx.execution_id, began.owner_number)
+    owner = Owner(workspace, ctx.execution_id, began)
     compute = pick_compute(spec.training.use_cpu)
 
     begin(ctx, "Loading")
@@ -154,6 +145,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             total_steps=schedule.steps,
             keep=spec.recovery.checkpoint.keep,
             world_size=ranks.size,
+            shared=ranks.node is not None,
         ),
         steps=steps,
         history=History(restarts=given_restarts()),
@@ -187,7 +179,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     del fit, tokenizer
     base = model.detach_adapter(peft_model, trained_base, compute.dtype)
     del peft_model
-    fetched = ranks.share(lambda: verify.fetch_back(ctx, output, adapter_files, ctx.work_dir / "fetched"))
+    fetched = ranks.on_node(lambda: verify.fetch_back(ctx, output, adapter_files, ctx.work_dir / "fetched"))
     tokenizer = model.load_tokenizer(fetched, snapshot)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     if ranks.sharded:
@@ -245,8 +237,8 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     return report(result)
 
 
-def begin_execution(ctx: StageContext) -> Begun | TrainResult:
-    """Take the job over and fetch what it needs; or what an earlier execution finished. A missing GPU is told before anything is
+def begin_execution(ctx: StageContext) -> int | TrainResult:
+    """Take the job over, as the execution of that number; or what an earlier one finished. A missing GPU is told before anything is
     downloaded."""
     output, workspace, done = patiently(ctx, lambda: open_stores(ctx))
     if done is not None:
@@ -259,20 +251,31 @@ def begin_execution(ctx: StageContext) -> Begun | TrainResult:
         patiently(ctx, store.abort_orphans)
     compute = pick_compute(ctx.snapshot.spec.training.use_cpu)
     log.info("computing on %s in %s", compute.name, compute.dtype)
+    return owner.number
+
+
+def fetch_inputs(ctx: StageContext) -> tuple[inputs.Prepared, inputs.BaseFiles]:
+    """The prepared data and the base, onto this node's disk."""
     begin(ctx, "Downloading")
+    workspace = patiently(ctx, ctx.workspace_store)
     prepared = inputs.fetch_prepared(ctx, workspace)
-    planned = planned_split(ctx.snapshot, prepared.result)
-    split = patiently(ctx, lambda: choose_split(planned, workspace))
-    (ctx.work_dir / SPLIT_FILE).write_text(split.model_dump_json(by_alias=True))
-    if split != planned:
-        ctx.reporter.report(split=split)
     base_files = inputs.fetch_base(
         ctx,
         prepared.result.model_commit,
         prepared.result.model_files,
         limit_seconds=GPU_PATIENCE_SECONDS,
     )
-    return Begun(owner.number, split, prepared, base_files)
+    return prepared, base_files
+
+
+def settle_split(ctx: StageContext, prepared: inputs.Prepared) -> Split:
+    """How steps are cut, also for the supervisor and, where it is not as planned, for status."""
+    planned, workspace = planned_split(ctx.snapshot, prepared.result), ctx.workspace_store()
+    split = patiently(ctx, lambda: choose_split(planned, workspace))
+    (ctx.work_dir / SPLIT_FILE).write_text(split.model_dump_json(by_alias=True))
+    if split != planned:
+        ctx.reporter.report(split=split)
+    return split
 
 
 def evaluate_base(

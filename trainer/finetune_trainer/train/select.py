@@ -23,7 +23,7 @@ def evaluate_and_select(fit: Fit) -> tuple[HeldOutLoss, int | None]:
         return last, None
     while (best := fit.ranks.share(fit.checkpoints.best)) is not None and better(best, last.loss, total):
         restore = partial(fit.checkpoints.restore, folder_name(best.step, best.execution_id), best)
-        restored = fit.ranks.share(partial(fit.patiently, restore))
+        restored = fit.here(fit.ranks.share(partial(fit.patiently, restore)))
         if restored is not None:
             log.info(
                 "step %d was better (held-out loss %.4f) than the last (%.4f)", best.step, best.held_out_loss, last.loss

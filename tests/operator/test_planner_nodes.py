@@ -1,0 +1,103 @@
+"""Several pods that train together: the first one speaks for all, and what befalls another is told, counted and waited for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from finetune_api.failures import FAILURES, Reason
+from finetune_api.names import Stage
+from finetune_api.status import ConditionType, Phase
+from finetune_operator.planning import conditions
+from finetune_operator.planning.model import Pod
+from tests.operator.manifests import failure, success
+from tests.operator.world import World, world
+
+NODES = {"nodes": 2, "gpusPerNode": 3}
+
+
+def training() -> World:
+    """The first pod runs, and another one is there."""
+    w = world(compute=NODES)
+    w.pass_stage()
+    w.settle()
+    w.start_pod()
+    w.change_pod(bound_at=w.now)
+    w.run_pod()
+    job = w.live_job()
+    assert job is not None
+    w.pods["peer"] = Pod("peer", "peer-uid", job.uid, Stage.TRAIN, w.now, index=1)
+    return w
+
+
+def change_peer(w: World, **fields: object) -> None:
+    w.pods["peer"] = replace(w.pods["peer"], **fields)  # type: ignore[arg-type]
+
+
+def attempts(w: World) -> list[tuple[str, str]]:
+    return [(a.stage, a.outcome) for a in w.status.attempts]
+
+
+def test_the_first_pod_is_the_execution_and_its_gpus_count_on_every_node() -> None:
+    w = training()
+    change_peer(w, phase="Running", node="gpu-8", started_at=w.now, bound_at=w.now)
+    w.settle()
+    assert w.status.phase is Phase.TRAINING
+    assert attempts(w) == [("prepare", "Succeeded"), ("train", "Running")]
+    assert w.status.plan is not None
+    assert "on 3 × nvidia.com/gpu on each of 2 nodes" in w.status.plan.summary
+    w.tick(100)
+    change_peer(w, phase="Succeeded", finished_at=w.now, exit_code=0)
+    w.end_pod(0, success(Stage.TRAIN))
+    w.settle()
+    assert w.status.gpu_time is not None
+    assert w.status.gpu_time.held_seconds == 2 * 3 * 100
+    w.pass_stage()
+    w.settle()
+    assert w.status.phase is Phase.SUCCEEDED
+
+
+def test_a_pod_without_a_place_is_what_the_job_waits_for() -> None:
+    w = training()
+    change_peer(w, unschedulable="0/2 nodes are available", unschedulable_since=w.now)
+    w.settle()
+    told = conditions.find(w.status, ConditionType.WAITING)
+    assert told is not None
+    assert (told.status, told.reason) == ("True", Reason.UNSCHEDULABLE)
+    assert "3 × nvidia.com/gpu on each of 2 nodes" in told.message
+
+
+def test_another_pods_interruption_is_no_execution_and_keeps_the_next_one_waiting() -> None:
+    w = training()
+    w.settle()
+    change_peer(w, phase="Failed", node="gpu-8", started_at=w.now, finished_at=w.now, exit_code=60)
+    w.settle()
+    assert attempts(w) == [("prepare", "Succeeded"), ("train", "Running")]
+    change_peer(w, phase="Running", finished_at=None, exit_code=None)
+    w.spec = w.spec.model_copy(update={"suspend": True})
+    w.settle()
+    for pod in [p for p in w.pods.values() if p.name != "peer"]:
+        del w.pods[pod.name]
+    w.jobs.clear()
+    w.spec = w.spec.model_copy(update={"suspend": False})
+    assert w.plan().create_job is None, "one of the last execution's pods still runs"
+    del w.pods["peer"]
+    assert w.plan().create_job is Stage.PREPARE
+
+
+def test_a_pod_that_gave_its_gpus_back_sends_the_job_back_to_prepare_and_is_counted() -> None:
+    w = training()
+    w.settle()
+    code = FAILURES[Reason.PODS_MISSING].exit_code
+    said = failure(Stage.TRAIN, Reason.PODS_MISSING, "the first pod cannot be reached")
+    del w.pods[next(p for p in w.pods if w.pods[p].stage is Stage.TRAIN and p != "peer")]
+    change_peer(w, phase="Failed", node="gpu-8", started_at=w.now, finished_at=w.now, exit_code=code, report=said)
+    job = w.live_job()
+    assert job is not None
+    words = f"Container train for pod ns/peer failed with exit code {code} matching FailJob rule at index 1"
+    w.jobs[job.name] = replace(job, failed_at=w.now, failed_reason="PodFailurePolicy", failed_message=words)
+    w.settle()
+    assert "gave its GPU back" in (w.status.message or "")
+    assert [a.reason for a in w.status.attempts if a.pod == "peer"] == [Reason.PODS_MISSING]
+    w.collect()
+    w.settle()
+    assert [j.stage for j in w.jobs.values()] == [Stage.PREPARE]
