@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from finetune_api.planner import choose, describe, find_gpu, parse_config, request_of
+from finetune_api.snapshot import rank_count
 from finetune_api.spec import FineTuneJobSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,7 @@ def planned(path: Path) -> dict[str, Any]:
     arch = parse_config(config)
     gpu = find_gpu(spec.compute.gpu.product or "")
     choice = choose(
-        request_of(spec, arch, describe(arch), gpus=spec.compute.gpus_per_node),
+        request_of(spec, arch, describe(arch), gpus=rank_count(spec)),
         gpu.usable_bytes,
         spec.training.global_batch_sequences,
         spec.method.type,

@@ -150,6 +150,29 @@ def test_auto_takes_no_more_gpus_than_a_node_of_that_kind_has() -> None:
     assert "gpusPerNode" not in refused.value.message, "there are no more"
 
 
+def test_nodes_share_the_base_and_the_batch_as_gpus_of_one_node_do() -> None:
+    one = planned("llama-2-70b", compute=gpu("NVIDIA-A100-SXM4-40GB", count=4), method={"type": "QLoRA"})
+    two = {**gpu("NVIDIA-A100-SXM4-40GB", count=2), "nodes": 2}
+    plan = planned("llama-2-70b", compute=two, method={"type": "QLoRA"})
+    assert plan is not None
+    assert one is not None
+    assert (plan.layout, plan.gpus_per_node, plan.needed_bytes) == (Layout.FSDP, 2, one.needed_bytes)
+    assert plan.split == one.split
+    with pytest.raises(StageError) as refused:
+        planned("llama-2-70b", compute={**gpu("Tesla-T4"), "nodes": 2})
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+    assert "gpusPerNode" not in refused.value.message, "its count is of all nodes"
+    auto = planned(
+        "llama-2-70b", compute={**gpu("NVIDIA-A100-SXM4-40GB", count="Auto"), "nodes": 2}, method={"type": "LoRA"}
+    )
+    assert auto is not None
+    assert auto.gpus_per_node is not None
+    single = planned("llama-2-70b", compute=gpu("NVIDIA-A100-SXM4-40GB", count="Auto"), method={"type": "LoRA"})
+    assert single is not None
+    assert single.gpus_per_node is not None
+    assert auto.gpus_per_node == math.ceil(single.gpus_per_node / 2)
+
+
 def test_auto_gpus_need_a_plan() -> None:
     auto = gpu(count="Auto")
     with pytest.raises(StageError, match=r"compute\.gpusPerNode: Auto: the job names no GPU") as refused:
