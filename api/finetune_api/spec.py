@@ -58,6 +58,17 @@ class RemoteSource(ApiModel):
     )
 
 
+class ModelCache(ApiModel):
+    """A volume on which jobs share base models."""
+
+    claim_name: Name = Field(
+        description=(
+            "PersistentVolumeClaim in the same namespace, of access mode ReadWriteMany, or of another one where all jobs run on one node. "
+            "Models that were not used for the longest time leave it when there is no room."
+        )
+    )
+
+
 class Model(RemoteSource):
     """The base model."""
 
@@ -68,10 +79,21 @@ class Model(RemoteSource):
         None, description="Branch, tag or commit (hf:// only). The commit it resolves to is recorded in status."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository ships.")
+    cache: ModelCache | None = Field(
+        None,
+        description=(
+            "Where the base model is kept between jobs (hf:// and s3://). The prepare stage fetches it, before a GPU is asked for, and the "
+            "later stages use it where it lies."
+        ),
+    )
 
     model_config = ConfigDict(
         json_schema_extra=cel(
             ("!has(self.revision) || self.uri.startsWith('hf://')", "revision applies to hf:// models only"),
+            (
+                "!has(self.cache) || !self.uri.startsWith('pvc://')",
+                "a pvc:// model is used where it lies: cache applies to others",
+            ),
         )
     )
 

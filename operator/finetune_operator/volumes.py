@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.names import (
+    CACHE_MOUNT,
     MODEL_SLOT,
     OUTPUT_SLOT,
     PVC_MOUNT,
@@ -48,6 +49,9 @@ def volumes_and_mounts(
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - shared memory of data loaders and NCCL
     _add_secrets(volumes, mounts, _secrets(spec, stage))
+    if spec.model.cache is not None and (stage is not Stage.PUBLISH or spec.output.merged.enabled):
+        volumes.append({"name": "model-cache", "persistentVolumeClaim": {"claimName": spec.model.cache.claim_name}})
+        mounts.append({"name": "model-cache", "mountPath": CACHE_MOUNT})
     for index, claim in enumerate(_claims(spec, stage)):
         volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
         mounts.append({"name": f"pvc-{index}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": True})

@@ -68,6 +68,7 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("several nodes", {"compute": {"nodes": 4, "gpusPerNode": 8}, "recovery": {"placementTimeoutSeconds": 60}}),
     ("shards over two nodes with one GPU each", {"compute": {"nodes": 2}, "training": {"parallelism": "FSDP"}}),
+    ("a model that is kept for other jobs", {"model": {"cache": {"claimName": "models"}}}),
     ("Auto on a CPU", {"method": {"type": "Auto"}, "training": {"useCpu": True}}),
     ("a revision of hub data", {"data": {"train": [{"uri": "hf://org/name", "revision": "v1"}]}}),
     (
@@ -100,6 +101,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("no GPU without useCpu", {"compute": {"gpusPerNode": 0}}, "gpusPerNode: 0 needs training.useCpu: true"),
     ("more GPUs than one job can use", {"compute": {"gpusPerNode": 9}}, "spec.compute.gpusPerNode"),
     ("a word for a number of GPUs", {"compute": {"gpusPerNode": "all"}}, "spec.compute.gpusPerNode"),
+    ("a cache for a model that lies on a volume", {"model": {"uri": "pvc://models/llama", "cache": {"claimName": "models"}}}, "cache applies to others"),
     ("no node", {"compute": {"nodes": 0}}, "spec.compute.nodes"),
     ("half a GPU", {"compute": {"gpusPerNode": 0.5}}, "spec.compute.gpusPerNode"),
     ("GPUs by plan for a run on the CPU", {"compute": {"gpusPerNode": "Auto"}, "training": {"useCpu": True}}, "gpusPerNode: Auto plans for GPUs"),

@@ -102,27 +102,38 @@ def test_the_operator_killed_in_the_middle_changes_nothing(space: Space) -> None
     assert [a["stage"] for a in job["status"]["attempts"]] == ["prepare", "train", "publish"]
 
 
-def test_model_from_the_hub_at_a_revision_and_data_from_a_volume(space: Space, hub_url: str, tmp_path: Path) -> None:
-    folder = tmp_path / "volume"
-    folder.mkdir(mode=0o755)
-    (folder / "train.jsonl").write_text(rows(40))
-    storage = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
-    volume = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolume",
-        "metadata": {"name": space.name},
-        "spec": {**storage, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder)}},
-    }
-    claim = {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": "data", "namespace": space.name},
-        "spec": {**storage, "volumeName": space.name, "resources": {"requests": {"storage": "1Gi"}}},
-    }
-    space.target.apply(volume, claim)
+def claim_on(space: Space, name: str, folder: Path, mode: str) -> str:
+    """A claim on a folder of this machine; the name of its volume."""
+    storage = {"accessModes": [mode], "storageClassName": ""}
+    volume = f"{space.name}-{name}"
+    space.target.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": volume},
+            "spec": {**storage, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder)}},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": name, "namespace": space.name},
+            "spec": {**storage, "volumeName": volume, "resources": {"requests": {"storage": "1Gi"}}},
+        },
+    )
+    return volume
+
+
+def test_model_from_the_hub_through_a_cache_and_data_from_a_volume(space: Space, hub_url: str, tmp_path: Path) -> None:
+    data, cache = tmp_path / "volume", tmp_path / "cache"
+    data.mkdir(mode=0o755)
+    cache.mkdir()
+    cache.chmod(0o777)
+    (data / "train.jsonl").write_text(rows(40))
+    volumes = [claim_on(space, "data", data, "ReadOnlyMany"), claim_on(space, "models", cache, "ReadWriteMany")]
     try:
         spec = spec_for("pvc://data/train.jsonl")
         spec["model"] = {"uri": "hf://acme/tiny", "revision": "main", "endpointURL": hub_url}
+        spec["model"]["cache"] = {"claimName": "models"}
         del spec["data"]["train"][0]["secretRef"]
         space.apply("hub", spec)
         job = space.until("hub", finished, 400, "finished")
@@ -130,5 +141,9 @@ def test_model_from_the_hub_at_a_revision_and_data_from_a_volume(space: Space, h
         _, manifest = artifacts(space, job)
         assert manifest["baseModel"]["commit"] == COMMIT
         assert job["status"]["snapshot"]["modelCommit"] == COMMIT
+        assert len(list(cache.glob("*/model.safetensors"))) == 1
+        logs = {a["stage"]: space.target.kubectl("logs", "-n", space.name, a["pod"]) for a in job["status"]["attempts"]}
+        fetched = {stage: "into the model cache" in log for stage, log in logs.items()}
+        assert (fetched["prepare"], fetched["train"]) == (True, False), "before a GPU was asked for, and once"
     finally:
-        space.target.kubectl("delete", "pv", space.name, "--wait=false")
+        space.target.kubectl("delete", "pv", *volumes, "--wait=false")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.names import LABEL_NAME, LABEL_STAGE, Stage
 from tests.e2e.stack import BUCKET, Space, condition, finished, is_true, rows, spec_for
 from tests.e2e.test_job import artifacts
 
@@ -16,12 +17,17 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 
 def train_pods(space: Space, name: str) -> dict[int, dict[str, Any]]:
     """The training pods of a job that have not ended, by index."""
-    labels = {"finetune.dev/name": name, "finetune.dev/stage": "train"}
+    labels = {LABEL_NAME: name, LABEL_STAGE: Stage.TRAIN.value}
     found = [p for p in space.pods() if labels.items() <= p["metadata"]["labels"].items()]
     live = [
         p for p in found if p["status"]["phase"] in ("Pending", "Running") and "deletionTimestamp" not in p["metadata"]
     ]
     return {int(p["metadata"]["annotations"][INDEX]): p for p in live}
+
+
+def step(job: dict[str, Any]) -> int:
+    """The last step that was told."""
+    return int(((job.get("status") or {}).get("progress") or {}).get("step") or 0)
 
 
 def curve(space: Space, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -33,14 +39,10 @@ def curve(space: Space, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_two_pods_learn_what_one_process_learns_although_one_is_deleted_on_the_way(space: Space) -> None:
     data = space.put(rows(40))
-    training = {"length": {"steps": 60}, "globalBatchSequences": 6}
-    checkpoints = {"checkpoint": {"interval": {"steps": 5}}}
+    training = {"length": {"steps": 600}, "globalBatchSequences": 6}
+    checkpoints = {"checkpoint": {"interval": {"steps": 25}}}
     pair = spec_for(data, training={**training, "parallelism": "FSDP"}, compute={"nodes": 2}, recovery=checkpoints)
     space.apply("pair", pair)
-
-    def step(job: dict[str, Any]) -> int:
-        return int(((job.get("status") or {}).get("progress") or {}).get("step") or 0)
-
     space.until("pair", lambda job: step(job) >= 3, 600, "three steps")
     before = train_pods(space, "pair")
     assert sorted(before) == [0, 1]
@@ -63,18 +65,28 @@ def test_two_pods_learn_what_one_process_learns_although_one_is_deleted_on_the_w
             assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-3), (ours, theirs)
 
 
-def test_a_half_placed_job_gives_its_gpu_back_and_runs_when_there_is_room(space: Space) -> None:
+def test_two_jobs_that_hold_each_other_up_let_go_one_after_the_other(space: Space) -> None:
+    """Two GPUs, two jobs that need both: the pod of the first that is deleted loses its GPU to the second, which has waited longer."""
     data = space.put(rows(40))
-    space.apply("holder", spec_for(data, training={"length": {"steps": 100_000}}))
-    space.until("holder", lambda job: job.get("status", {}).get("phase") == "Training", 600, "Training")
-    patience = {"placementTimeoutSeconds": 10}
-    space.apply("half", spec_for(data, compute={"nodes": 2}, recovery=patience))
+    patience = {"placementTimeoutSeconds": 10, "checkpoint": {"interval": {"steps": 25}}}
+    two = {"compute": {"nodes": 2}, "recovery": patience, "training": {"length": {"steps": 1500}}}
+    space.apply("first", spec_for(data, **two))
+    space.until("first", lambda job: step(job) >= 3, 600, "three steps")
+    space.apply("second", spec_for(data, **two))
+    space.until("second", lambda _: len(train_pods(space, "second")) == 2, 300, "its pods wait for a GPU")
+    pod = train_pods(space, "first")[1]["metadata"]["name"]
+    space.target.kubectl("delete", "pod", "-n", space.name, pod, "--wait=false")
 
-    def given_back(job: dict[str, Any]) -> bool:
-        return any(a.get("reason") == "PodsMissing" for a in job.get("status", {}).get("attempts", []))
+    def half_placed(_: dict[str, Any]) -> bool:
+        bound = [
+            len([p for p in train_pods(space, name).values() if p["spec"].get("nodeName")])
+            for name in ("first", "second")
+        ]
+        return bound == [1, 1]
 
-    job = space.until("half", given_back, 300, "given back")
-    assert not finished(job)
-    space.target.kubectl("delete", "finetunejob", "-n", space.name, "holder", "--wait=true")
-    job = space.until("half", finished, 300, "finished")
-    assert is_true(job, "Complete"), condition(job, "Failed")
+    space.until("second", half_placed, 120, "each holds one of the two GPUs")
+    jobs = [space.until(name, finished, 600, "finished") for name in ("first", "second")]
+    for job in jobs:
+        assert is_true(job, "Complete"), condition(job, "Failed")
+    reasons = {a.get("reason") for job in jobs for a in job["status"]["attempts"]}
+    assert "PodsMissing" in reasons, "one of them let go"

@@ -9,6 +9,7 @@ import pytest
 from finetune_api.failures import FAILURES, INTERRUPTED_EXIT_CODES, Consequence, Failure
 from finetune_api.names import (
     ANNOTATION_MEMORY,
+    CACHE_MOUNT,
     ENV_GRACE_SECONDS,
     ENV_LEADER,
     LABEL_UID,
@@ -142,3 +143,24 @@ def test_pods_that_train_together_are_near_each_other_where_there_is_room() -> N
     keys = [term["podAffinityTerm"]["topologyKey"] for term in sorted(terms, key=lambda term: -term["weight"])]
     assert keys == ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]
     assert "nodeAffinity" not in affinity
+
+
+def test_a_model_cache_is_writable_for_the_stages_that_read_the_base() -> None:
+    cache = {"model": {"uri": "s3://models/smol", "cache": {"claimName": "models"}}}
+    merged = {"output": {"uri": "s3://results/here", "merged": {"enabled": True}}}
+
+    def mounted(stage: Stage, **spec: object) -> bool:
+        pod = pod_spec(stage, **spec)
+        claims = {v["name"]: v["persistentVolumeClaim"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
+        mounts = {m["name"]: m for m in pod["containers"][0]["volumeMounts"]}
+        if "model-cache" not in claims:
+            return False
+        assert claims["model-cache"] == {"claimName": "models"}
+        assert mounts["model-cache"] == {"name": "model-cache", "mountPath": CACHE_MOUNT}
+        return True
+
+    assert all(mounted(stage, **cache, **merged) for stage in PIPELINE)
+    assert [mounted(stage, **cache) for stage in PIPELINE] == [True, True, False], (
+        "publish reads the base only to merge"
+    )
+    assert not any(mounted(stage, **merged) for stage in PIPELINE)

@@ -28,6 +28,7 @@ class StageContext:
     secrets_dir: Path
     pvc_dir: Path
     reporter: Reporter
+    cache_dir: Path = Path(names.CACHE_MOUNT)
 
     def output_store(self) -> S3Store:
         """The job's output folder: ``<output.uri>/<name>-<uid8>``."""
@@ -50,6 +51,7 @@ def load_context(
     snapshot_dir: Path = Path(names.SNAPSHOT_MOUNT),
     secrets_dir: Path = Path(names.SECRETS_MOUNT),
     pvc_dir: Path = Path(names.PVC_MOUNT),
+    cache_dir: Path = Path(names.CACHE_MOUNT),
     work_dir: Path = Path(names.WORK_MOUNT),
     token_dir: Path = Path(names.TOKEN_MOUNT),
     environ: Mapping[str, str] = os.environ,
@@ -67,4 +69,4 @@ def load_context(
         ca_file=snapshot_dir / names.CA_KEY,
     )
     work_dir.mkdir(parents=True, exist_ok=True)
-    return StageContext(snapshot, stage, execution_id, work_dir, secrets_dir, pvc_dir, reporter)
+    return StageContext(snapshot, stage, execution_id, work_dir, secrets_dir, pvc_dir, reporter, cache_dir)

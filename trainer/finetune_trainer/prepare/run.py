@@ -33,6 +33,8 @@ from finetune_trainer.prepare.finish import Prepared, finish, total_steps
 from finetune_trainer.prepare.model import inspect_model
 from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.sources.cache import cache_of
+from finetune_trainer.sources.model import resolve_model
 from finetune_trainer.stored import read_stored
 from finetune_trainer.text import plural
 from finetune_trainer.waiting import wait_until_available
@@ -88,6 +90,7 @@ def run(ctx: StageContext) -> PrepareReport:
     )
     if not plan_only:
         wait_until_available(ctx, lambda: ctx.workspace_store().put_model(PREPARE_RESULT, result))
+        fetch_ahead(ctx, model.commit)
     checked.spool.unlink(missing_ok=True)
     log.info(
         "%s checked: %s train, %s held out",
@@ -117,6 +120,20 @@ def find_earlier(ctx: StageContext) -> Earlier:
         prepared = None
     trained = _result(store, TRAIN_RESULT, TrainResult)
     return Earlier(prepared, trained is not None and trained.snapshot_digest == digest)
+
+
+def fetch_ahead(ctx: StageContext, commit: str | None) -> None:
+    """Bring the base into the cache, while no GPU waits for it. Where the cache cannot hold it, training fetches it itself."""
+    cache = cache_of(ctx)
+    if cache is None:
+        return
+    ctx.reporter.report(activity="Downloading")
+
+    def fetch() -> None:
+        source = resolve_model(ctx, commit)
+        cache.fetch(source, ctx.reporter.transfer("download", sum(f.size for f in source.list_files())))
+
+    wait_until_available(ctx, fetch)
 
 
 def check_output(ctx: StageContext) -> None:

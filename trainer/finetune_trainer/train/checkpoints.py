@@ -21,11 +21,12 @@ from finetune_api.failures import Reason
 from finetune_api.progress import Split
 from finetune_api.results import CHECKPOINT_MARKER, CHECKPOINT_VERSION, CHECKPOINTS_DIR, CheckpointMarker, FileRecord
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.hashing import hash_file, hash_files
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.s3_transfer import OnBytes
 from finetune_trainer.stored import refuse_newer, version_of
 from finetune_trainer.train.capture import Captured, write_files
-from finetune_trainer.train.inputs import hash_file, hash_files, must_equal
+from finetune_trainer.train.inputs import must_equal
 from finetune_trainer.train.owner import Owner
 
 log = logging.getLogger(__name__)

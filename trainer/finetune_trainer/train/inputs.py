@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +21,14 @@ from finetune_api.results import (
 )
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
-from finetune_trainer.parallel import in_parallel
+from finetune_trainer.hashing import hash_file, hash_files
 from finetune_trainer.s3 import S3Store
-from finetune_trainer.sources.model import resolve_model
+from finetune_trainer.sources.cache import cache_of
+from finetune_trainer.sources.model import ModelSource, resolve_model
 from finetune_trainer.stored import read_stored
 from finetune_trainer.waiting import wait_until_available
 
-READ_BYTES = 4 << 20
+log = logging.getLogger(__name__)
 PROMPTS = TypeAdapter(list[PreparedPrompt])
 
 
@@ -103,11 +103,8 @@ def fetch_base(
     def fetch() -> tuple[BaseFiles, dict[str, str | None]]:
         source = resolve_model(ctx, commit)
         present = {f.path for f in source.list_files()}
-        total = sum(f.size for f in source.list_files())
-        dest = ctx.work_dir / "base"
         versions = {f.path: source.version(f.path) for f in expected if f.version and f.path in present}
-        folder = source.fetch(dest, weights=True, on_bytes=ctx.reporter.transfer("download", total))
-        return BaseFiles(folder, hash_files(folder, sorted(present))), versions
+        return bring(ctx, source), versions
 
     base, versions = wait_until_available(ctx, fetch, limit_seconds=limit_seconds)
     found = {f.path: f for f in base.files}
@@ -118,6 +115,22 @@ def fetch_base(
             found[record.path], versions.get(record.path), record, f"{ctx.snapshot.spec.model.uri}: {record.path}"
         )
     return base
+
+
+def bring(ctx: StageContext, source: ModelSource) -> BaseFiles:
+    """The model, hashed: out of the cache, if there is one that can hold it, else onto the pod's own disk."""
+    names = [f.path for f in source.list_files()]
+    moved = ctx.reporter.transfer("download", sum(f.size for f in source.list_files()))
+    cache = cache_of(ctx)
+    while cache is not None and (folder := cache.fetch(source, moved)) is not None:
+        files = hash_files(folder, names)
+        if files == cache.records(folder):
+            return BaseFiles(folder, files)
+        log.warning("the model cache has other bytes of %s than were fetched into it", source.uri)
+        if not cache.drop(folder):
+            break
+    folder = source.fetch(ctx.work_dir / "base", weights=True, on_bytes=moved)
+    return BaseFiles(folder, hash_files(folder, names))
 
 
 def must_be_unchanged(found: FileRecord, version: str | None, expected: SourceFile, what: str) -> None:
@@ -141,20 +154,3 @@ def must_equal(found: FileRecord, expected: FileRecord, what: str) -> None:
             f"{what} changed: found {found.size} bytes, SHA-256 {found.sha256[:16]}…; "
             f"expected {expected.size} bytes, {expected.sha256[:16]}….",
         )
-
-
-def hash_files(folder: Path, names: list[str]) -> list[FileRecord]:
-    """Size and SHA-256 of files, a few at a time (hashing releases the interpreter lock)."""
-    return in_parallel(lambda name, check: hash_file(folder / name, name, check), sorted(names))
-
-
-def hash_file(path: Path, name: str, check: Callable[[], None]) -> FileRecord:
-    """Read a file once, in parts."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while part := file.read(READ_BYTES):
-            check()
-            digest.update(part)
-            size += len(part)
-    return FileRecord(path=name, size=size, sha256=digest.hexdigest())
