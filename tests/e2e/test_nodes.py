@@ -39,15 +39,16 @@ def curve(space: Space, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_two_pods_learn_what_one_process_learns_although_one_is_deleted_on_the_way(space: Space) -> None:
     data = space.put(rows(40))
-    training = {"length": {"steps": 600}, "globalBatchSequences": 6}
+    training = {"length": {"steps": 80}, "globalBatchSequences": 6}
     checkpoints = {"checkpoint": {"interval": {"steps": 25}}}
-    pair = spec_for(data, training={**training, "parallelism": "FSDP"}, compute={"nodes": 2}, recovery=checkpoints)
-    space.apply("pair", pair)
+    same = {"method": {"lora": {"rank": 4, "dropout": 0.0}}}
+    pair = {"training": {**training, "parallelism": "FSDP"}, "compute": {"nodes": 2}, "recovery": checkpoints}
+    space.apply("pair", spec_for(data, **same, **pair))
     space.until("pair", lambda job: step(job) >= 3, 600, "three steps")
     before = train_pods(space, "pair")
     assert sorted(before) == [0, 1]
     space.target.kubectl("delete", "pod", "-n", space.name, before[1]["metadata"]["name"], "--wait=false")
-    space.apply("alone", spec_for(data, training=training))
+    space.apply("alone", spec_for(data, **same, training=training))
     job = space.until("pair", finished, 600, "finished")
     assert is_true(job, "Complete"), json.dumps(job["status"], indent=1)
     attempts = [(a["stage"], a["executionId"]) for a in job["status"]["attempts"] if a["stage"] == "train"]
@@ -60,17 +61,18 @@ def test_two_pods_learn_what_one_process_learns_although_one_is_deleted_on_the_w
     assert is_true(alone, "Complete"), json.dumps(alone["status"], indent=1)
     together, single = curve(space, job), curve(space, alone)
     assert [line["step"] for line in together] == [line["step"] for line in single]
-    for ours, theirs in zip(together, single, strict=True):
-        for key in ("loss", "held_out_loss"):
-            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-3), (ours, theirs)
+    for key in ("loss", "held_out_loss"):
+        ours, theirs = ([line[key] for line in lines if key in line] for lines in (together, single))
+        assert theirs
+        assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 def test_two_jobs_that_hold_each_other_up_let_go_one_after_the_other(space: Space) -> None:
     """Two GPUs, two jobs that need both: the pod of the first that is deleted loses its GPU to the second, which has waited longer."""
     data = space.put(rows(40))
     patience = {"placementTimeoutSeconds": 10, "checkpoint": {"interval": {"steps": 25}}}
-    two = {"compute": {"nodes": 2}, "recovery": patience, "training": {"length": {"steps": 1500}}}
-    space.apply("first", spec_for(data, **two))
+    two = {"compute": {"nodes": 2}, "recovery": patience}
+    space.apply("first", spec_for(data, **two, training={"length": {"steps": 300}}))
     space.until("first", lambda job: step(job) >= 3, 600, "three steps")
     space.apply("second", spec_for(data, **two))
     space.until("second", lambda _: len(train_pods(space, "second")) == 2, 300, "its pods wait for a GPU")

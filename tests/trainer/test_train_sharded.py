@@ -55,11 +55,25 @@ def answers(job: PreparedJob) -> Any:
     return json.loads(job.context().output_store().get_bytes("reports/answers.json"))
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("LoRA", 4), ("QLoRA", 2)])
+def test_four_shards_give_the_bytes_that_four_whole_copies_give(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
+    training = {**SPEC["training"], "length": {"steps": 3}}
+    spec = {**SPEC, "compute": {"gpusPerNode": 4}, "evaluation": {"generation": {"prompts": 1}}}
+    jobs = []
+    for parallelism in ("DDP", "FSDP"):
+        changed = {**spec, "training": {**training, "parallelism": parallelism}}
+        jobs.append(prepare_job(s3, tmp_path / parallelism, tiny_model, **changed))
+        pod = pod_of(jobs[-1])
+        assert pod.start().wait() == 0, pod.log
+    whole, shards = jobs
+    assert weights(shards) == weights(whole)
+    assert curve(shards) == curve(whole)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
 def test_shards_give_the_bytes_that_whole_copies_give_also_after_an_interruption(
-    s3: Any, tiny_model: Path, tmp_path: Path, method: str, ranks: int
+    s3: Any, tiny_model: Path, tmp_path: Path, method: str
 ) -> None:
-    spec = {**SPEC, "method": {"type": method, "lora": {"rank": 4, "dropout": 0.2}}, "compute": {"gpusPerNode": ranks}}
+    spec = {**SPEC, "method": {"type": method, "lora": {"rank": 4, "dropout": 0.2}}}
     whole = prepare_job(s3, tmp_path / "whole", tiny_model, **spec)
     assert pod_of(whole).start().wait() == 0
     shards = prepare_job(
