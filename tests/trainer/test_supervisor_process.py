@@ -19,7 +19,7 @@ from finetune_api.names import ENV_GPUS_PER_NODE, ENV_GRACE_SECONDS
 from finetune_api.progress import Split, StageReport
 from finetune_trainer.supervisor import process
 from finetune_trainer.supervisor import run as supervisor
-from finetune_trainer.supervisor.process import Ended, Patience, Stop, run_workers
+from finetune_trainer.supervisor.process import Ended, Patience, Stop, Word, run_workers
 from tests.operator.manifests import train_report
 from tests.support.prepared import PreparedJob, prepare_job
 from tests.support.train_container import ENV_MOST_ROWS
@@ -94,6 +94,58 @@ while True:
     assert (ended.returncode, ended.told_to_stop, ended.stop_overdue) == (-signal.SIGKILL, True, True)
     ended = worker(tmp_path, "import os, signal; os.kill(os.getppid(), 15); signal.pause()")
     assert (ended.returncode, ended.stop_overdue) == (-signal.SIGTERM, False)
+
+
+class News:
+    """Other pods that say something once a file is there."""
+
+    def __init__(self, word: Word, ready: Path) -> None:
+        self._word = word
+        self._reader, self._writer = os.pipe()
+        threading.Thread(target=self._speak, args=(ready,), daemon=True).start()
+
+    def _speak(self, ready: Path) -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.write(self._writer, b"x")
+
+    def fileno(self) -> int:
+        return self._reader
+
+    def heard(self) -> Word:
+        os.read(self._reader, 1)
+        return self._word
+
+
+@pytest.mark.parametrize(
+    ("word", "activity", "saved"),
+    [
+        (Word.LEAVE, "Training", True),
+        (Word.LEAVE, "Loading", False),
+        (Word.ABORT, "Training", False),
+        (Word.GO_ON, "Loading", True),
+    ],
+)
+def test_ranks_may_save_when_all_were_told_to_stop_and_not_when_others_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: Word, activity: str, saved: bool
+) -> None:
+    monkeypatch.setattr(process, "LEAVE_SECONDS", 0.1)
+    code = f"""
+import os, pathlib, time
+os.write(int(os.environ["FINETUNE_HEARTBEAT_FD"]), b"{activity}\\n")
+time.sleep(0.5)
+pathlib.Path("{tmp_path}/ready").touch()
+time.sleep(1)
+pathlib.Path("{tmp_path}/saved").touch()
+"""
+
+    news = News(word, tmp_path / "ready")
+    with Stop() as stop:
+        ended = run_workers(
+            [sys.executable, "-c", code], [dict(os.environ)], tmp_path, Patience(60, 60, 30), stop, news
+        )
+    assert (tmp_path / "saved").exists() is saved
+    assert ended.aborted is not saved
 
 
 STUCK = """

@@ -50,6 +50,11 @@ class Ended:
     """It ended because another pod is gone: that one's index."""
 
     @property
+    def interrupted(self) -> bool:
+        """It was told to stop, or agreed to with ranks that were."""
+        return self.told_to_stop or (self.report is not None and self.report.reason == Reason.INTERRUPTED)
+
+    @property
     def who(self) -> str:
         """For a sentence."""
         return "the training process" if self.rank is None else f"the training process of rank {self.rank}"
@@ -110,7 +115,7 @@ def decide(ended: Ended, split: Split, limits: Limits, tally: Tally) -> Succeede
     if ended.told_to_stop:
         return _stopped(ended)
     if ended.pod_stopped is not None:
-        how = f" ({report.message})" if report is not None and report.reason == Reason.INTERRUPTED else ""
+        how = f" ({report.message})" if report is not None and ended.interrupted else ""
         return Again(
             Reason.INTERRUPTED, f"Pod {ended.pod_stopped} was told to stop, and all ranks with it{how}.", split
         )

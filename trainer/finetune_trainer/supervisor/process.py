@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -65,14 +66,24 @@ class Stop:
         return self._reader
 
 
+class Word(StrEnum):
+    """What other pods' news mean for the ranks of this one."""
+
+    GO_ON = "GoOn"
+    LEAVE = "Leave"
+    """All ranks were told to stop together: those that train agree on a step, and the first one saves it."""
+    ABORT = "Abort"
+    """Others are gone: no rank gets any farther."""
+
+
 class Others(Protocol):
     """Other pods whose ranks train with these."""
 
     def fileno(self) -> int:
         """Readable when they have said something."""
 
-    def heard(self) -> bool:
-        """Take it up; whether the ranks here must end for it."""
+    def heard(self) -> Word:
+        """Take it up; what follows for the ranks here."""
 
 
 @dataclass
@@ -186,6 +197,7 @@ class _Watch:
             if self._leave_by is not None and self._leave_by < due:
                 due = self._leave_by
                 if now >= due:
+                    self.aborted = not self._stop.requested
                     return
             if now >= due:
                 self._end(told_at is not None, now - last_beat)
@@ -195,8 +207,7 @@ class _Watch:
                 if worker is None:
                     continue
                 if worker is self._others:
-                    if self._others.heard() and not self._stop.requested:
-                        self.aborted = True
+                    if not self._stop.requested and self._must_leave(self._others.heard()):
                         return
                     continue
                 if key.fd == worker.heartbeats:
@@ -221,6 +232,15 @@ class _Watch:
         if self._stop.requested and (worker is self._first or self._first.activity != TRAINING):
             self._leave_by = self._leave_by or time.monotonic() + LEAVE_SECONDS
         return self._stop.requested
+
+    def _must_leave(self, word: Word) -> bool:
+        """Whether other pods' news end the ranks here at once."""
+        if word is Word.ABORT:
+            self.aborted = True
+        elif word is Word.LEAVE and self._leave_by is None:
+            saving = self._patience.stop if self._first.activity == TRAINING else LEAVE_SECONDS
+            self._leave_by = time.monotonic() + saving
+        return self.aborted
 
     def _end(self, told: bool, silent: float) -> None:
         if told:

@@ -21,7 +21,7 @@ from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.supervisor.decide import Ended, first_cause
 from finetune_trainer.supervisor.line import Line, Message
 from finetune_trainer.supervisor.place import Place, rank_environs
-from finetune_trainer.supervisor.process import Patience, Stop, run_workers
+from finetune_trainer.supervisor.process import Patience, Stop, Word, run_workers
 
 log = logging.getLogger(__name__)
 ENDED = TypeAdapter(Ended)
@@ -94,18 +94,22 @@ class Leader:
             line.send(do="start", rendezvous=rendezvous, environ=dict(self._given(environ)))
         environs = rank_environs(environ, self._place, rendezvous)
         local = run_workers(command, environs, folder, patience, stop, self)
-        self._settle(0 if local.returncode == 0 else 1)
+        if not local.told_to_stop:  # then there is no time: the others notice when this process has ended
+            self._settle(failed=local.returncode != 0)
         self._running = False
         return first_cause(local, self._ended, self._lost)
 
-    def heard(self) -> bool:
-        """Take up what was said; whether this round cannot go on."""
+    def heard(self) -> Word:
+        """Take up what was said; what it means for this round."""
         for key, _ in self._selector.select(0):
             if key.data is None:
                 self._let_in()
             else:
                 self._take(key.data)
-        return bool(self._lost) or any(ended.returncode != 0 for ended in self._ended.values())
+        failed = [ended for ended in self._ended.values() if ended.returncode != 0]
+        if self._lost or not all(ended.interrupted for ended in failed):
+            return Word.ABORT
+        return Word.LEAVE if failed else Word.GO_ON
 
     def close(self) -> None:
         """All is done: the others end well, too."""
@@ -172,12 +176,14 @@ class Leader:
             old.close()
             self._lose(index)
         self._lines[index] = line
+        if self._running:
+            self._ended.setdefault(index, Ended(returncode=1, aborted=True))  # its ranks are not in this round
 
     def _lose(self, index: int) -> None:
         if self._running and index not in self._ended:
             self._lost.append(index)
 
-    def _settle(self, failed: int) -> None:
+    def _settle(self, *, failed: bool) -> None:
         """Until every other pod has said how its ranks ended, or is gone. Where this round failed they are stopped first."""
         if failed:
             for line in self._lines.values():
@@ -206,11 +212,12 @@ class Follower:
         assert self._line is not None
         return self._line.fileno()
 
-    def heard(self) -> bool:
-        """Whether the ranks must stop: the first pod says so, or is gone."""
+    def heard(self) -> Word:
+        """The ranks must end if the first pod says so, or is gone."""
         assert self._line is not None
         self._said += self._line.receive()
-        return self._line.closed or any(message.get("do") == "stop" for message in self._said)
+        over = self._line.closed or any(message.get("do") == "stop" for message in self._said)
+        return Word.ABORT if over else Word.GO_ON
 
     def follow(self, command: Sequence[str], folder: Path, stop_seconds: float, stop: Stop) -> None:
         """Until the first pod says that all is done.
