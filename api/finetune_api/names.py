@@ -75,6 +75,11 @@ def stage_job_name(name: str, uid: str, stage: Stage) -> str:
     return f"{job_key(name, uid)}-{stage}"
 
 
+def train_service_name(name: str, uid: str) -> str:
+    """The headless Service of training pods. A Service's name begins with a letter, a FineTuneJob's need not."""
+    return f"train-{job_key(name, uid)}"
+
+
 def snapshot_name(name: str, uid: str) -> str:
     """Name of the ConfigMap that holds the run snapshot."""
     return f"{job_key(name, uid)}-snapshot"

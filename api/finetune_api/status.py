@@ -201,6 +201,13 @@ class AttemptStatus(ApiModel):
     last_step: int | None = Field(None, description="The last step that it reported.")
     checkpoint_step: int | None = Field(None, description="Its newest step that is safe in the bucket.")
     memory: str | None = Field(None, description="The memory that its container had, where the spec names one.")
+    index: int | None = Field(
+        None,
+        description=(
+            "Which of several pods that train together, if not the first. Only those stand here that ended for a reason of their own; "
+            "their time is the first pod's."
+        ),
+    )
 
 
 class RecoveryStatus(ApiModel):

@@ -129,7 +129,7 @@ class Cache:
     def drop_pod(self, raw: Raw) -> str | None:
         """Forget a pod that is gone, but for how it ended."""
         owner, pod = self._drop(raw, "pods"), trim_pod(raw)
-        if owner is not None and pod is not None and pod.ended:
+        if owner is not None and pod is not None and pod.ended and pod.counts:
             gone = self.families.setdefault(owner, Family()).gone
             gone[pod.uid] = pod
             while len(gone) > REMEMBERED_PODS:

@@ -31,6 +31,7 @@ from finetune_api.names import (
     Stage,
     snapshot_name,
     stage_job_name,
+    train_service_name,
 )
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
@@ -166,13 +167,13 @@ def _pods_of(spec: FineTuneJobSpec, stage: Stage) -> Manifest:
 
 
 def train_service(owner: Owner) -> Manifest:
-    """The headless Service by which training pods find the first one. Its name is the training Job's."""
+    """The headless Service by which training pods find the first one."""
     labels = owner.labels(Stage.TRAIN)
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {
-            "name": stage_job_name(owner.name, owner.uid, Stage.TRAIN),
+            "name": train_service_name(owner.name, owner.uid),
             "namespace": owner.namespace,
             "labels": labels,
             "ownerReferences": [owner.reference()],
@@ -202,7 +203,7 @@ def _placement(owner: Owner, spec: FineTuneJobSpec, allotment: Allotment) -> Man
         for weight, key in ((100, "kubernetes.io/hostname"), (50, "topology.kubernetes.io/zone"))
     ]
     affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": near}
-    return {"affinity": affinity, "subdomain": stage_job_name(owner.name, owner.uid, Stage.TRAIN)}
+    return {"affinity": affinity, "subdomain": train_service_name(owner.name, owner.uid)}
 
 
 CLEANUP_RETRIES, CLEANUP_TTL_SECONDS = 3, 600
@@ -361,8 +362,8 @@ def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Se
     if stage is Stage.TRAIN:
         values[ENV_GPUS_PER_NODE] = str(spec.compute.gpus_per_node)
         if spec.compute.nodes > 1:
-            job = stage_job_name(owner.name, owner.uid, stage)
-            values[ENV_LEADER] = f"{job}-0.{job}:{LEADER_PORT}"
+            first, service = stage_job_name(owner.name, owner.uid, stage), train_service_name(owner.name, owner.uid)
+            values[ENV_LEADER] = f"{first}-0.{service}:{LEADER_PORT}"
         # transformers' own KubeflowCallback reports with these, also from code that knows nothing of us.
         values["KUBEFLOW_TRAINER_SERVER_URL"] = endpoint
         values["KUBEFLOW_TRAINER_SERVER_CA_CERT"] = f"{SNAPSHOT_MOUNT}/{CA_KEY}"

@@ -35,25 +35,26 @@ def test_pods_find_each_other_and_the_first_ones_end_is_the_jobs(bench: Bench) -
 
     bench.start_operator()
     with bench.script(script) as kubelet:
-        bench.apply(finetunejob("story").set(compute={"nodes": 2, "gpusPerNode": 1}).build())
-        done = bench.until_finished("story")
+        bench.apply(finetunejob("70b-story").set(compute={"nodes": 2, "gpusPerNode": 1}).build())
+        done = bench.until_finished("70b-story")
         assert kubelet.errors == []
     assert is_true(done, "Complete"), done["status"]
     [job] = [j for j in bench.stage_jobs() if j["metadata"]["labels"]["finetune.dev/stage"] == Stage.TRAIN]
     assert condition(job, "SuccessCriteriaMet")["reason"] == "SuccessPolicy"
     name = job["metadata"]["name"]
-    service = bench.api.get(f"/api/v1/namespaces/{bench.namespace}/services/{name}")
+    service_name = "train-" + name.removesuffix("-train")
+    service = bench.api.get(f"/api/v1/namespaces/{bench.namespace}/services/{service_name}")
     assert service["metadata"]["ownerReferences"][0]["uid"] == done["metadata"]["uid"]
-    assert sorted(ran) == [f"{name}-0.{name}", f"{name}-1.{name}"]
+    assert sorted(ran) == [f"{name}-0.{service_name}", f"{name}-1.{service_name}"]
     attempts = [(a["stage"], a["executionId"]) for a in done["status"]["attempts"] if a["stage"] == "train"]
-    assert attempts == [("train", ran[f"{name}-0.{name}"])], "the first pod is the execution"
+    assert attempts == [("train", ran[f"{name}-0.{service_name}"])], "the first pod is the execution"
 
 
 def test_a_service_of_somebody_else_is_not_adopted(bench: Bench) -> None:
     taken: list[str] = []
 
     def script(pod: Pod) -> list[Step]:
-        name = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"].replace("-prepare", "-train")
+        name = "train-" + pod["metadata"]["labels"]["batch.kubernetes.io/job-name"].removesuffix("-prepare")
         body = {"metadata": {"name": name}, "spec": {"ports": [{"port": 1}]}}
         bench.api.create(f"/api/v1/namespaces/{bench.namespace}/services", body)
         taken.append(name)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import Stage
-from finetune_api.status import ConditionType, Phase
+from finetune_api.status import AttemptStatus, ConditionType, Phase
 from finetune_operator.planning import conditions
+from finetune_operator.planning.budget import returns
 from finetune_operator.planning.model import Pod
 from tests.operator.manifests import failure, success
 from tests.operator.world import World, world
@@ -82,6 +83,34 @@ def test_another_pods_interruption_is_no_execution_and_keeps_the_next_one_waitin
     assert w.plan().create_job is None, "one of the last execution's pods still runs"
     del w.pods["peer"]
     assert w.plan().create_job is Stage.PREPARE
+
+
+def test_another_pods_own_end_is_told_and_its_time_is_the_first_ones() -> None:
+    w = training()
+    began = w.now
+    change_peer(w, phase="Running", node="gpu-8", started_at=began, bound_at=began)
+    w.settle()
+    w.tick(1000)
+    change_peer(w, phase="Failed", finished_at=w.now, exit_code=137, terminated_reason="OOMKilled")
+    w.settle()
+    [told] = [a for a in w.status.attempts if a.index]
+    assert (told.pod, told.index, told.reason) == ("peer", 1, Reason.HOST_OUT_OF_MEMORY)
+    assert w.status.gpu_time is None, "the first pod still runs"
+    w.tick(10)
+    w.end_pod(0, success(Stage.TRAIN))
+    w.settle()
+    assert w.status.gpu_time is not None
+    assert w.status.gpu_time.held_seconds == 2 * 3 * 1010
+    prepared = 10
+    assert w.status.active_seconds == prepared + 1010
+
+
+def test_several_pods_that_give_their_gpus_back_at_once_are_one_return() -> None:
+    back = {"stage": "train", "pod": "p", "outcome": "Failed", "reason": Reason.PODS_MISSING}
+    attempts = [AttemptStatus(execution_id=str(n), index=n or None, **back) for n in range(6)]
+    prepare = AttemptStatus(execution_id="prepare", stage="prepare", pod="p", outcome="Succeeded")
+    assert returns(attempts) == 1
+    assert returns([*attempts, prepare, *attempts]) == 2
 
 
 def test_a_pod_that_gave_its_gpus_back_sends_the_job_back_to_prepare_and_is_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -169,12 +170,52 @@ def test_the_one_not_used_for_longest_makes_room_unless_it_is_used_now(
     assert not (root / f"{folders[0].name}.json").exists()
 
 
-def test_bytes_that_rotted_are_fetched_again(job: PreparedJob, root: Path) -> None:
+def test_what_an_eviction_left_behind_does_not_stop_the_next_one(job: PreparedJob, root: Path) -> None:
+    cache = ModelCache(root)
+    folder = cache.fetch(source(job, root))
+    assert folder is not None
+    gone = root / f"{folder.name}.gone"
+    gone.mkdir()
+    (gone / "half").touch()  # somebody died
+    assert cache.drop(folder)
+    assert [p.name for p in root.iterdir()] == [f"{folder.name}.lock"]
+
+
+def test_a_lock_that_is_never_let_go_is_not_waited_for_for_ever(
+    job: PreparedJob, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(module, "GPU_PATIENCE_SECONDS", 0.1)
+    other = os.open(root / f"{key_of(source(job, root))}.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    ctx = context(job, root)
+    assert base_of(ctx).folder == ctx.work_dir / "base"
+    os.close(other)
+    assert base_of(ctx).folder.parent == root
+
+
+def test_a_model_larger_than_the_volume_evicts_nothing(
+    s3: Any, job: PreparedJob, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ModelCache(root)
+    kept = cache.fetch(source(job, root))
+    assert kept is not None
+    cache._release(kept)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000, 900, 100))
+    assert cache.fetch(source(other_model(s3, job, tmp_path, "large"), root)) is None
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize("harm", ["other bytes", "a missing file"])
+def test_bytes_that_rotted_are_fetched_again(job: PreparedJob, root: Path, harm: str) -> None:
     good = base_of(context(job, root))
     weights = good.folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
-    weights.write_bytes(bytes(data))
+    if harm == "other bytes":
+        weights.write_bytes(bytes(data))
+    else:
+        weights.unlink()
     again = context(job, root)
     assert base_of(again) == good
     assert fetched(again)

@@ -116,6 +116,34 @@ class News:
         os.read(self._reader, 1)
         return self._word
 
+    def beat(self) -> None:
+        pass
+
+
+class Chatter(News):
+    """Other pods that show signs of life for a while."""
+
+    def _speak(self, ready: Path) -> None:
+        for _ in range(20):
+            os.write(self._writer, b"x")
+            time.sleep(0.1)
+        ready.touch()
+
+
+def test_other_pods_signs_of_life_keep_ranks_that_wait_for_them(tmp_path: Path) -> None:
+    code = f"""
+import os, time
+os.write(int(os.environ["FINETUNE_HEARTBEAT_FD"]), b"Loading\\n")
+while not os.path.exists("{tmp_path}/ready"):
+    time.sleep(0.05)
+"""
+    with Stop() as stop:
+        others = Chatter(Word.GO_ON, tmp_path / "ready")
+        ended = run_workers(
+            [sys.executable, "-c", code], [dict(os.environ)], tmp_path, Patience(1, 1, 60), stop, others
+        )
+    assert (ended.returncode, ended.silent_seconds) == (0, None)
+
 
 @pytest.mark.parametrize(
     ("word", "activity", "saved"),
@@ -146,6 +174,27 @@ pathlib.Path("{tmp_path}/saved").touch()
         )
     assert (tmp_path / "saved").exists() is saved
     assert ended.aborted is not saved
+
+
+def test_a_rank_that_left_as_all_agreed_to_does_not_cut_off_the_one_that_saves(tmp_path: Path) -> None:
+    """Another pod was told to stop: the signal comes to none of this pod's ranks."""
+    code = f"""
+import os, pathlib, sys, time
+os.write(int(os.environ["FINETUNE_HEARTBEAT_FD"]), b"Training\\n")
+if os.environ["RANK"] == "1":
+    time.sleep(0.5)
+    sys.exit(60)
+time.sleep(2)
+pathlib.Path("{tmp_path}/saved").touch()
+open(os.environ["FINETUNE_OUTCOME"], "w").write({REPORT.replace("OutOfMemory", "Interrupted")!r})
+sys.exit(60)
+"""
+    environs = [{**os.environ, "RANK": str(rank)} for rank in range(2)]
+    with Stop() as stop:
+        ended = run_workers([sys.executable, "-c", code], environs, tmp_path, Patience(60, 60, 30), stop)
+    assert (tmp_path / "saved").exists()
+    assert ended.returncode == 60
+    assert ended.interrupted
 
 
 STUCK = """

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+
 import pytest
 
-from finetune_api.failures import MAX_RESTARTS, Reason
+from finetune_api.failures import MAX_FRUITLESS, MAX_RESTARTS, Reason
 from finetune_api.progress import Split, StageReport
+from finetune_trainer.errors import StageError
 from finetune_trainer.supervisor.decide import Again, Ended, Failed, Limits, Succeeded, Tally, decide, first_cause
+from finetune_trainer.supervisor.place import Place
+from finetune_trainer.supervisor.process import Stop
+from finetune_trainer.supervisor.team import MOST_STRANGERS, Follower, Leader, wait_for
 from tests.operator.manifests import train_report
 
 SPLIT = Split(
@@ -40,6 +51,7 @@ GOOD = Ended(
         (GONE_ALONG, {1: SYMPTOM, 2: KILLED}, KILLED),
         (GONE_ALONG, {2: SYMPTOM, 1: GONE_ALONG}, SYMPTOM),
         (HUNG, {1: GONE_ALONG}, HUNG),
+        (KILLED, {1: OUT_OF_DISK}, OUT_OF_DISK),
         (SYMPTOM, {1: GONE_ALONG}, SYMPTOM),
         (GOOD, {1: KILLED}, GOOD),
         (STOPPED, {1: OUT_OF_DISK}, STOPPED),
@@ -55,15 +67,18 @@ def test_a_pod_that_is_gone_is_the_cause_unless_another_had_its_own() -> None:
     assert first_cause(SYMPTOM, {1: OUT_OF_DISK}, [2]) == OUT_OF_DISK
 
 
-def test_another_pods_interruption_starts_all_again_and_is_never_too_much() -> None:
+def test_another_pods_interruption_starts_all_again_unless_it_never_ends() -> None:
     ended = first_cause(AGREED, {1: STOPPED, 2: AGREED}, [])
     assert ended.pod_stopped == 1
-    tally = Tally({Reason.INTERRUPTED: 50, Reason.RANK_FAILURE: MAX_RESTARTS - 1})
+    tally = Tally({Reason.INTERRUPTED: MAX_FRUITLESS - 1, Reason.RANK_FAILURE: MAX_RESTARTS - 1})
     again = decide(ended, SPLIT, LIMITS, tally)
     assert isinstance(again, Again)
     assert (again.reason, again.split) == (Reason.INTERRUPTED, SPLIT)
     assert "Pod 1 was told to stop" in again.message
     assert isinstance(decide(first_cause(SYMPTOM, {}, [1]), SPLIT, LIMITS, tally), Again)
+    failed = decide(ended, SPLIT, LIMITS, Tally({Reason.INTERRUPTED: MAX_FRUITLESS}))
+    assert isinstance(failed, Failed)
+    assert failed.reason is Reason.INTERRUPTED
 
 
 def test_pods_that_vanish_again_and_again_end_the_execution() -> None:
@@ -78,3 +93,75 @@ def test_the_first_pods_own_interruption_and_success_are_its_own() -> None:
     assert isinstance(failed, Failed)
     assert failed.reason is Reason.INTERRUPTED
     assert isinstance(decide(first_cause(GOOD, {1: GONE_ALONG}, []), SPLIT, LIMITS, Tally()), Succeeded)
+
+
+@pytest.fixture
+def leader() -> Iterator[Leader]:
+    """The first of two pods; the other one is played."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    leader = Leader(Place(2, 0, 1, "localhost", port), "key", 5.0, lambda _: None, dict)
+    yield leader
+    leader.close()
+
+
+def connect(leader: Leader) -> socket.socket:
+    return socket.create_connection(("localhost", leader._place.port), timeout=10)
+
+
+def hear(leader: Leader, until: Callable[[], bool]) -> None:
+    while not until():
+        wait_for(leader, time.monotonic() + 5)
+        leader.heard()
+
+
+@pytest.mark.parametrize(
+    "noise", [b"[" * 60_000 + b"\n", b"GET / HTTP/1.1\r\n\r\n", b'{"index": 1}\n', b'{"index": 7, "key": "key"}\n']
+)
+def test_whoever_is_none_of_the_runs_pods_is_hung_up_on_and_changes_nothing(leader: Leader, noise: bytes) -> None:
+    with connect(leader) as stranger, connect(leader) as pod:
+        stranger.sendall(noise)
+        pod.sendall(b'{"index": 1, "key": "key"}\n')
+        hear(leader, lambda: not leader._missing())
+        assert json.loads(pod.makefile().readline()) == {"do": "welcome"}
+        stranger.shutdown(socket.SHUT_WR)
+        hear(leader, lambda: len(leader._selector.get_map()) == 2)
+        assert leader._missing() == []
+
+
+def test_strangers_that_say_nothing_do_not_pile_up(leader: Leader) -> None:
+    with ExitStack() as opened:
+        for _ in range(MOST_STRANGERS + 10):
+            opened.enter_context(connect(leader))
+            wait_for(leader, time.monotonic() + 5)
+            leader.heard()
+        assert len(leader._selector.get_map()) <= 1 + MOST_STRANGERS
+
+
+def test_a_pod_that_comes_again_before_its_old_connection_breaks_takes_its_place(leader: Leader) -> None:
+    with connect(leader) as old, connect(leader) as new:
+        old.sendall(b'{"index": 1, "key": "key"}\n')
+        hear(leader, lambda: not leader._missing())
+        first = leader._lines[1]
+        new.sendall(b'{"index": 1, "key": "key"}\n')
+        old.close()
+        hear(leader, lambda: leader._lines.get(1) not in (None, first))
+        assert first.closed
+
+
+def test_who_is_hung_up_on_unheard_gives_up_in_time() -> None:
+    with socket.create_server(("", 0)) as server, Stop() as stop:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        follower = Follower(Place(2, 1, 1, "localhost", server.getsockname()[1]), "key", 2.5, {})
+        with pytest.raises(StageError, match="closed unheard") as given_up:
+            follower._connect(stop)
+        assert given_up.value.reason is Reason.PODS_MISSING
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(5)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune_api.results import FileRecord
+from finetune_trainer import heartbeat
 from finetune_trainer.parallel import in_parallel
 
 READ_BYTES = 4 << 20
@@ -24,6 +25,7 @@ def hash_file(path: Path, name: str, check: Callable[[], None]) -> FileRecord:
     with path.open("rb") as file:
         while part := file.read(READ_BYTES):
             check()
+            heartbeat.beat()
             digest.update(part)
             size += len(part)
     return FileRecord(path=name, size=size, sha256=digest.hexdigest())

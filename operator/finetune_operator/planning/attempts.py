@@ -135,6 +135,7 @@ def _from_pod(pod: Pod, old: AttemptStatus | None, now: datetime, view: StageVie
         reason=(failure.reason if failure else report.reason if report else None) or None,
         message=(failure.message[:512] if failure else None),
         memory=memory,
+        index=pod.index or None,
         **last_words(report),
     )
 
@@ -176,12 +177,12 @@ def _lost_job(view: StageView) -> AttemptStatus:
 
 def held_seconds(attempt: AttemptStatus, now: datetime) -> int:
     """For how long a training pod that ran has held its GPUs; 0 for another stage's."""
-    ran = attempt.stage == Stage.TRAIN and attempt.started_at is not None
+    ran = attempt.stage == Stage.TRAIN and attempt.started_at is not None and not attempt.index
     return _between(attempt.scheduled_at or attempt.started_at, attempt.finished_at or rfc3339(now)) if ran else 0
 
 
 def _seconds(attempt: AttemptStatus) -> int:
-    return _between(attempt.started_at, attempt.finished_at)
+    return 0 if attempt.index else _between(attempt.started_at, attempt.finished_at)
 
 
 def _between(since: str | None, until: str | None) -> int:

@@ -71,8 +71,16 @@ def fruitless(attempts: Sequence[AttemptStatus], stage: Stage) -> int:
 
 
 def returns(attempts: Sequence[AttemptStatus]) -> int:
-    """How often in a row training gave its GPU back without having got any farther. (It ran for long, but waited.)"""
-    return _in_a_row(ended(attempts, Stage.TRAIN), lambda a: a.reason in HANDED_BACK, lambda _: False)
+    """How often in a row training gave its GPU back without having got any farther. (It ran for long, but waited.)
+
+    Several pods that wait for another one give theirs back at about the same time: prepare runs again between two returns.
+    """
+    row = [a for n, a in enumerate(attempts) if not (n and _gave_back(a) and _gave_back(attempts[n - 1]))]
+    return _in_a_row(ended(row, Stage.TRAIN), _gave_back, lambda _: False)
+
+
+def _gave_back(attempt: AttemptStatus) -> bool:
+    return attempt.stage == Stage.TRAIN and attempt.reason in HANDED_BACK
 
 
 def _in_a_row(

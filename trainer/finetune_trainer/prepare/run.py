@@ -57,6 +57,8 @@ def run(ctx: StageContext) -> PrepareReport:
     earlier = wait_until_available(ctx, lambda: find_earlier(ctx))
     if earlier.prepared is not None:
         log.info("prepared before: %s", plural(earlier.prepared.data.train_rows, "training row"))
+        if not plan_only and not earlier.trained:
+            fetch_ahead(ctx, earlier.prepared.model_commit)
         return report(earlier.prepared, earlier.trained)
     wait_until_available(ctx, lambda: check_output(ctx))
     if not plan_only:

@@ -20,13 +20,17 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from finetune_api.failures import GPU_PATIENCE_SECONDS
+from finetune_api.names import Stage
 from finetune_api.results import FileRecord
+from finetune_trainer import heartbeat
 from finetune_trainer.context import StageContext
 from finetune_trainer.hashing import hash_files
 from finetune_trainer.s3_transfer import OnBytes
@@ -45,8 +49,15 @@ UNUSABLE = (
     errno.ENOLCK,
     errno.EOPNOTSUPP,
     errno.ENOSYS,
+    errno.ESTALE,
+    errno.EIO,
+    errno.EAGAIN,
 )
-"""A volume that may not be written to, is full, or has no locks."""
+"""A volume that may not be written to, is full, broken or without locks, or whose lock somebody else has for too long."""
+LOCK_PAUSE_SECONDS = 1.0
+"""Between two tries to get a lock: another machine's cannot be waited on with a limit."""
+LONGEST_WAIT_SECONDS = 3600.0
+"""For another job that fetches the same model. A stage that holds a GPU waits no longer than for anything else."""
 _HELD: dict[Path, int] = {}
 """Locks of the entries that this process uses, until it ends."""
 
@@ -54,8 +65,10 @@ _HELD: dict[Path, int] = {}
 class ModelCache:
     """The volume, as one process of a stage sees it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, wait_seconds: float = LONGEST_WAIT_SECONDS) -> None:
         self._root = root
+        self._wait_seconds = wait_seconds
+        self._fresh: dict[Path, list[FileRecord]] = {}
 
     def fetch(self, source: ModelSource, on_bytes: OnBytes | None = None) -> Path | None:
         """The folder with all files of a model, fetched if it is not there; None if the volume cannot take it. It stays as long as this
@@ -72,6 +85,16 @@ class ModelCache:
             log.warning("the model cache cannot be used: %s", error)
             return None
 
+    def hashed(self, folder: Path, names: list[str]) -> list[FileRecord] | None:
+        """The files as they are; None if they are not what was fetched. What this process has just fetched is not read again."""
+        if folder in self._fresh:
+            return self._fresh[folder]
+        try:
+            files = hash_files(folder, names)
+        except FileNotFoundError:
+            return None
+        return files if files == self.records(folder) else None
+
     def records(self, folder: Path) -> list[FileRecord] | None:
         """What was fetched, as it was then."""
         try:
@@ -87,15 +110,14 @@ class ModelCache:
     def _fetch(self, source: ModelSource, on_bytes: OnBytes | None) -> Path | None:
         folder = self._root / key_of(source)
         while not self._use(folder):
-            with _locked(_beside(folder, ".lock"), fcntl.LOCK_EX):
+            with self._locked(folder, fcntl.LOCK_EX):
                 if not folder.is_dir() and not self._fill(folder, source, on_bytes):
                     return None
         return folder
 
     def _use(self, folder: Path) -> bool:
         """Hold an entry, if it is whole."""
-        lock = _held(_beside(folder, ".lock"), fcntl.LOCK_SH)
-        assert lock is not None
+        lock = self._lock(folder, fcntl.LOCK_SH)
         if not folder.is_dir():
             os.close(lock)
             return False
@@ -121,10 +143,36 @@ class ModelCache:
         records = hash_files(part, [f.path for f in files])
         _beside(folder, ".json").write_bytes(RECORDS.dump_json(records, by_alias=True))
         part.rename(folder)
+        self._fresh[folder] = records
         return True
+
+    def _lock(self, folder: Path, how: int) -> int:
+        """
+        Raises:
+            BlockingIOError: somebody else has it for too long.
+        """
+        due = time.monotonic() + self._wait_seconds
+        while (lock := _held(_beside(folder, ".lock"), how | fcntl.LOCK_NB)) is None:
+            if time.monotonic() >= due:
+                raise BlockingIOError(
+                    errno.EAGAIN, f"another job has held {folder.name} for {self._wait_seconds:.0f} s"
+                )
+            heartbeat.beat()
+            time.sleep(LOCK_PAUSE_SECONDS)
+        return lock
+
+    @contextmanager
+    def _locked(self, folder: Path, how: int) -> Iterator[None]:
+        lock = self._lock(folder, how)
+        try:
+            yield
+        finally:
+            os.close(lock)
 
     def _make_room(self, size: int, wanted: Path) -> bool:
         """Evict what was not used for the longest time, as far as nobody uses it."""
+        if size > (1 - RESERVE) * shutil.disk_usage(self._root).total:
+            return False
         for old in [None, *self._by_last_use(wanted)]:
             if old is not None:
                 self._evict(old)
@@ -142,13 +190,17 @@ class ModelCache:
         if lock is None:
             return False
         try:
+            for left in (_beside(folder, ".gone"), _beside(folder, ".part")):
+                shutil.rmtree(left, ignore_errors=True)
             if folder.is_dir():
                 log.info("%s leaves the model cache", folder.name)
                 # No name of a whole entry may stand for half of one.
                 folder.rename(_beside(folder, ".gone"))
-            for left in (_beside(folder, ".gone"), _beside(folder, ".part")):
-                shutil.rmtree(left, ignore_errors=True)
-            _beside(folder, ".json").unlink(missing_ok=True)
+                _beside(folder, ".json").unlink(missing_ok=True)
+                shutil.rmtree(_beside(folder, ".gone"), ignore_errors=True)
+        except OSError as error:
+            log.warning("%s stays in the model cache: %s", folder.name, error)
+            return False
         finally:
             os.close(lock)
         return True
@@ -156,7 +208,9 @@ class ModelCache:
 
 def cache_of(ctx: StageContext) -> ModelCache | None:
     """Where jobs keep base models, if this one says so."""
-    return ModelCache(ctx.cache_dir) if ctx.snapshot.spec.model.cache is not None else None
+    if ctx.snapshot.spec.model.cache is None:
+        return None
+    return ModelCache(ctx.cache_dir, GPU_PATIENCE_SECONDS if ctx.stage is Stage.TRAIN else LONGEST_WAIT_SECONDS)
 
 
 def key_of(source: ModelSource) -> str:
@@ -171,7 +225,7 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 
 def _held(path: Path, how: int) -> int | None:
-    """A lock, or None where somebody else has it and ``how`` says not to wait."""
+    """A lock, or None where somebody else has it."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
     try:
         fcntl.flock(file, how)
@@ -182,13 +236,3 @@ def _held(path: Path, how: int) -> int | None:
         os.close(file)
         raise
     return file
-
-
-@contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    lock = _held(path, how)
-    assert lock is not None
-    try:
-        yield
-    finally:
-        os.close(lock)

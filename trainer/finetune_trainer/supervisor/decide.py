@@ -7,7 +7,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from finetune_api.failures import FAILURES, MAX_RESTARTS, Reason, by_exit_code
+from finetune_api.failures import FAILURES, MAX_FRUITLESS, MAX_RESTARTS, Reason, by_exit_code
 from finetune_api.progress import Split, StageReport
 from finetune_api.snapshot import largest_divisor
 from finetune_api.spec import OutOfMemoryAction
@@ -115,6 +115,10 @@ def decide(ended: Ended, split: Split, limits: Limits, tally: Tally) -> Succeede
     if ended.told_to_stop:
         return _stopped(ended)
     if ended.pod_stopped is not None:
+        if tally.restarts.get(Reason.INTERRUPTED, 0) >= MAX_FRUITLESS:
+            return Failed(
+                Reason.INTERRUPTED, f"pod {ended.pod_stopped} was told to stop, {MAX_FRUITLESS} times in a short while"
+            )
         how = f" ({report.message})" if report is not None and ended.interrupted else ""
         return Again(
             Reason.INTERRUPTED, f"Pod {ended.pod_stopped} was told to stop, and all ranks with it{how}.", split
@@ -165,7 +169,8 @@ def first_cause(local: Ended, others: Mapping[int, Ended], lost: Sequence[int]) 
     if stopped:
         return replace(local, pod_stopped=stopped[0])
     failed = [ended for ended in (local, *others.values()) if ended.returncode != 0 and not ended.aborted]
-    causes = [ended for ended in failed if is_cause(ended)]
+    # What says why comes before a signal: NCCL's watchdog ends ranks with one when another rank is gone.
+    causes = sorted((ended for ended in failed if is_cause(ended)), key=lambda ended: ended.report is None)
     if causes:
         return causes[0]
     if lost:

@@ -16,11 +16,13 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
+from finetune_api.failures import FAILURES, Reason
 from finetune_api.progress import StageReport
 from finetune_trainer import memory
 from finetune_trainer.heartbeat import ENV_HEARTBEAT
 from finetune_trainer.supervisor.decide import TRAINING, Ended
 
+INTERRUPTED = FAILURES[Reason.INTERRUPTED].exit_code
 ENV_OUTCOME = "FINETUNE_OUTCOME"
 DUMP_SECONDS = 5.0
 """A process that hangs is asked for the stacks of its threads first, and given so long to write them."""
@@ -85,6 +87,9 @@ class Others(Protocol):
     def heard(self) -> Word:
         """Take it up; what follows for the ranks here."""
 
+    def beat(self) -> None:
+        """A rank here has shown a sign of life."""
+
 
 @dataclass
 class _Worker:
@@ -130,7 +135,8 @@ def run_workers(
             os.close(worker.heartbeats)
             os.close(worker.pidfd)
     # Ranks that were told to stop all leave; the first one has saved, and knows what.
-    told = workers[0] if stop.requested and not watch.stop_overdue else watch.first_failed or workers[0]
+    together = stop.requested or watch.left_together
+    told = workers[0] if together and not watch.stop_overdue else watch.first_failed or workers[0]
     return Ended(
         returncode=told.process.returncode,
         report=told.report,
@@ -167,6 +173,7 @@ class _Watch:
         self._stop = stop
         self._others = others
         self.aborted = False
+        self.left_together = False
         self.first_failed: _Worker | None = None
         self.silent_seconds: float | None = None
         self.stop_overdue = False
@@ -209,11 +216,14 @@ class _Watch:
                 if worker is self._others:
                     if not self._stop.requested and self._must_leave(self._others.heard()):
                         return
+                    last_beat = time.monotonic()  # what is said is a sign of life
                     continue
                 if key.fd == worker.heartbeats:
                     data = os.read(key.fd, 65536)
                     if data:
                         last_beat, silence = time.monotonic(), self._patience.silence
+                        if self._others is not None:
+                            self._others.beat()
                         worker.activity = data.splitlines()[-1].decode(errors="replace") or worker.activity
                     else:
                         selector.unregister(key.fd)
@@ -227,6 +237,10 @@ class _Watch:
         if worker.process.wait() == 0:
             return True
         self.first_failed = self.first_failed or worker
+        if worker.process.returncode == INTERRUPTED and not self._stop.requested:
+            # Another pod was told to stop, and all ranks agreed to: the first one may still save.
+            self.left_together = True
+            return not self._must_leave(Word.LEAVE)
         # One that fails leaves the others waiting for it for ever, and no signal reaches a rank that waits for its GPU. Ranks that
         # train and were told to stop agree on a step, and the first one saves it; elsewhere there is nothing to save.
         if self._stop.requested and (worker is self._first or self._first.activity != TRAINING):

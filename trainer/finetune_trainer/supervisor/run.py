@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -35,6 +36,8 @@ ENV_RESTARTS = "FINETUNE_RESTARTS"
 MOST_RESTARTS_TOLD = 16
 SPLIT_FILE = "split.json"
 START_SECONDS = 600.0
+FRUITFUL_SECONDS = 3600.0
+"""Ranks that worked for so long got somewhere: earlier restarts count no more."""
 RESTARTS = TypeAdapter(list[Restart])
 
 
@@ -85,7 +88,10 @@ def _lead(
         given = {ENV_RESTARTS: RESTARTS.dump_json(restarts, by_alias=True).decode()}
         if split is not None:
             given[ENV_SPLIT] = json.dumps(split.to_json_dict())
+        began = time.monotonic()
         ended = team.run(command, {**environ, **given}, ctx.work_dir, patience, stop)
+        if time.monotonic() - began >= FRUITFUL_SECONDS:
+            tally = Tally()
         decision = decide(ended, split or used_split(ctx), limits, tally)
         if isinstance(decision, Succeeded):
             return TrainReport.model_validate(decision.report.result)

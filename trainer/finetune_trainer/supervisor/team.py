@@ -29,6 +29,12 @@ DAY = 86_400.0
 """Ranks of other pods than the first wait for its ranks, which show whether anything hangs."""
 FAREWELL_SECONDS = 30.0
 """For the other pods to stop their ranks and say how they ended."""
+BEAT_SECONDS = 5.0
+"""Between two signs of life that another pod passes on to the first."""
+INTRODUCTION_SECONDS = 10.0
+"""For the first pod to say that it knows another one."""
+MOST_STRANGERS = 64
+"""Connections that have not said who they are."""
 RETRY_SECONDS = 1.0
 """Between two tries to reach the first pod: its name is known only when it has an address."""
 Run = Mapping[str, str]
@@ -111,6 +117,9 @@ class Leader:
             return Word.ABORT
         return Word.LEAVE if failed else Word.GO_ON
 
+    def beat(self) -> None:
+        """Whether anything hangs is judged here, so nobody else need know."""
+
     def close(self) -> None:
         """All is done: the others end well, too."""
         for line in self._lines.values():
@@ -138,12 +147,22 @@ class Leader:
             self._told("")
 
     def _let_in(self) -> None:
-        connection, _ = self._server.accept()
+        try:
+            connection, _ = self._server.accept()
+        except OSError as error:  # it has gone already
+            log.warning("a connection could not be accepted: %s", error)
+            return
         line = Line(connection)
         self._selector.register(line, selectors.EVENT_READ, (None, line))
+        strangers = [key.data[1] for key in self._selector.get_map().values() if key.data and key.data[0] is None]
+        for old in strangers[:-MOST_STRANGERS]:
+            self._selector.unregister(old)
+            old.close()
 
     def _take(self, data: tuple[int | None, Line]) -> None:
         index, line = data
+        if line.closed:  # another one has just taken its place
+            return
         fileno = line.fileno()
         for message in line.receive():
             if index is None:
@@ -151,6 +170,7 @@ class Leader:
                 if index is None:
                     line.close()
                     break
+                line.send(do="welcome")
                 self._replace(index, line)
             elif "ended" in message:
                 self._ended.setdefault(index, read_ended(message))
@@ -206,6 +226,7 @@ class Follower:
         self._place, self._key, self._seconds, self._environ = place, key, seconds, per_pod
         self._line: Line | None = None
         self._said: list[Message] = []
+        self._told = 0.0
 
     def fileno(self) -> int:
         """Readable when the first pod has said something."""
@@ -218,6 +239,13 @@ class Follower:
         self._said += self._line.receive()
         over = self._line.closed or any(message.get("do") == "stop" for message in self._said)
         return Word.ABORT if over else Word.GO_ON
+
+    def beat(self) -> None:
+        """Told now and then: whether anything hangs is judged by the first pod."""
+        now = time.monotonic()
+        if self._line is not None and now - self._told >= BEAT_SECONDS:
+            self._told = now
+            self._line.send(beat=True)
 
     def follow(self, command: Sequence[str], folder: Path, stop_seconds: float, stop: Stop) -> None:
         """Until the first pod says that all is done.
@@ -272,10 +300,23 @@ class Follower:
                 continue
             self._said = []
             self._line.send(index=self._place.index, key=self._key)
-            return
+            if self._welcome(stop):
+                return
+            problem = OSError("the connection was closed unheard")
+            wait_for(None, time.monotonic() + RETRY_SECONDS, stop)
         raise StageError(
             Reason.PODS_MISSING, f"after {self._seconds:.0f} s the first pod ({where[0]}) cannot be reached: {problem}"
         )
+
+    def _welcome(self, stop: Stop) -> bool:
+        """Whether who answers is this run's first pod."""
+        assert self._line is not None
+        due = time.monotonic() + INTRODUCTION_SECONDS
+        while not self._said and not self._line.closed and wait_for(self._line, due, stop):
+            self._said += self._line.receive()
+        if not self._said:
+            self._line.close()
+        return bool(self._said)
 
 
 def wait_for(what: Leader | Line | None, due: float | None, stop: Stop | None = None) -> bool:

@@ -167,7 +167,7 @@ class Fit:
         """A checkpoint that the first rank has restored, on this node's disk.
 
         Raises:
-            StageError: VerificationFailed, if it has become incomplete meanwhile; what the store raises.
+            StageError: RankFailure, if it has become incomplete meanwhile; what the store raises.
         """
         if restored is None or self.ranks.node is None:
             return restored
@@ -175,7 +175,7 @@ class Fit:
         found = self.ranks.on_node(lambda: self.patiently(lambda: self.checkpoints.restore(name, marker)))
         if found is None:
             raise StageError(
-                Reason.VERIFICATION_FAILED, f"checkpoint {name} was whole on the first node, and is not any more."
+                Reason.RANK_FAILURE, f"checkpoint {name} was whole on the first node, and is not any more."
             )
         return found
 

@@ -123,8 +123,8 @@ def bring(ctx: StageContext, source: ModelSource) -> BaseFiles:
     moved = ctx.reporter.transfer("download", sum(f.size for f in source.list_files()))
     cache = cache_of(ctx)
     while cache is not None and (folder := cache.fetch(source, moved)) is not None:
-        files = hash_files(folder, names)
-        if files == cache.records(folder):
+        files = cache.hashed(folder, names)
+        if files is not None:
             return BaseFiles(folder, files)
         log.warning("the model cache has other bytes of %s than were fetched into it", source.uri)
         if not cache.drop(folder):

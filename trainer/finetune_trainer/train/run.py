@@ -55,6 +55,8 @@ from finetune_trainer.waiting import wait_until_available
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+CLAIMED_FILE = "claimed"
+"""On the pod's disk: this execution has taken the job over."""
 CHECK_ROWS = 32
 CHECK_TOKENS = 8192
 """Publish compares its own measurement with this stage's on the first held-out rows, at most so many of them and their tokens."""
@@ -243,10 +245,12 @@ def begin_execution(ctx: StageContext) -> int | TrainResult:
     output, workspace, done = patiently(ctx, lambda: open_stores(ctx))
     if done is not None:
         return done
-    again = bool(given_restarts())
+    claimed = ctx.work_dir / CLAIMED_FILE
+    again = claimed.exists()
     if not again:
         note_begin(ctx, workspace)
     owner = patiently(ctx, lambda: claim(workspace, ctx.execution_id, again))
+    claimed.touch()
     for store in (output, workspace):
         patiently(ctx, store.abort_orphans)
     compute = pick_compute(ctx.snapshot.spec.training.use_cpu)
