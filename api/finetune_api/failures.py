@@ -30,8 +30,8 @@ MAX_FRUITLESS = 20
 MAX_RETURNS = 3
 """How often training may hand its GPU back and start at prepare again because something that it waited for did not appear."""
 MAX_RESTARTS = 2
-"""How often training is started again in its pod after it hung or a process died. The next failure ends the pod, and another node may
-do better."""
+"""How often training is started again in its pod after it hung or a process died, before it has worked for an hour. The next failure
+ends the pod, and another node may do better."""
 GPU_PATIENCE_SECONDS = 600
 """How long a stage that holds a GPU waits for a store or the Hub before it fails and gives the GPU back."""
 

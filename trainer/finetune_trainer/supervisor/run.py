@@ -90,7 +90,7 @@ def _lead(
             given[ENV_SPLIT] = json.dumps(split.to_json_dict())
         began = time.monotonic()
         ended = team.run(command, {**environ, **given}, ctx.work_dir, patience, stop)
-        if time.monotonic() - began >= FRUITFUL_SECONDS:
+        if time.monotonic() - began - (ended.silent_seconds or 0.0) >= FRUITFUL_SECONDS:
             tally = Tally()
         decision = decide(ended, split or used_split(ctx), limits, tally)
         if isinstance(decision, Succeeded):
