@@ -560,9 +560,10 @@ class Recovery(ApiModel):
         120, description="How long a training pod that is told to stop may take to save a checkpoint."
     )
     placement_timeout_seconds: Annotated[int, Field(ge=10, le=86_400)] = Field(
-        300,
+        600,
         description=(
-            "With compute.nodes above 1: so long, and at random up to half as long again, pods that have a place wait for the others. Then "
+            "With compute.nodes above 1: so long, and at random up to half as long again, pods that run wait for the others (an image that "
+            "must be pulled counts). Then "
             "all give their GPUs back, and the job starts at prepare again, so that two jobs never hold each other up for ever."
         ),
     )

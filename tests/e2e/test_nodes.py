@@ -70,7 +70,7 @@ def test_two_pods_learn_what_one_process_learns_although_one_is_deleted_on_the_w
 def test_two_jobs_that_hold_each_other_up_let_go_one_after_the_other(space: Space) -> None:
     """Two GPUs, two jobs that need both: the pod of the first that is deleted loses its GPU to the second, which has waited longer."""
     data = space.put(rows(40))
-    patience = {"placementTimeoutSeconds": 10, "checkpoint": {"interval": {"steps": 25}}}
+    patience = {"placementTimeoutSeconds": 40, "checkpoint": {"interval": {"steps": 25}}}
     two = {"compute": {"nodes": 2}, "recovery": patience}
     space.apply("first", spec_for(data, **two, training={"length": {"steps": 300}}))
     space.until("first", lambda job: step(job) >= 3, 600, "three steps")
