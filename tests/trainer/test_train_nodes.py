@@ -17,7 +17,7 @@ from tests.support.train_process import TrainPod, kill_all, pod_of, steps
 from tests.trainer.test_train_resume import curve, result
 from tests.trainer.test_train_sharded import answers, weights
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 SPEC: dict[str, Any] = {
     "training": {"length": {"epochs": 5}, "globalBatchSequences": 7, "microBatchSequences": 2, "parallelism": "DDP"},
     "recovery": {"checkpoint": {"interval": {"steps": 3}}, "placementTimeoutSeconds": 60},

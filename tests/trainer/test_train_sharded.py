@@ -30,7 +30,7 @@ from tests.support.train_container import ENV_CHUNK_BYTES
 from tests.support.train_process import kill_all, pod_of, steps
 from tests.trainer.test_train_resume import curve, result
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 CPU = Compute(torch.device("cpu"), torch.float32, "cpu")
 # 24 rows, 7 to a step: on two ranks some micro-batches are empty, and the ranks must compute all the same.
 SPEC: dict[str, Any] = {
