@@ -64,6 +64,7 @@ PROOFS: dict[Reason, str] = {
     Reason.STORAGE_FULL: "trainer/test_base_s3_uploads.py",
     Reason.HUB_UNAVAILABLE: "trainer/test_prepare_healing.py",
     Reason.SECRET_MISSING: "e2e/test_bad_input.py",
+    Reason.PODS_MISSING: "trainer/test_train_nodes.py",
     Reason.IMAGE_UNAVAILABLE: "e2e/test_bad_input.py",
     Reason.UNSCHEDULABLE: "e2e/test_bad_input.py",
     Reason.VOLUME_UNAVAILABLE: "operator/test_bad_input.py",

@@ -62,7 +62,7 @@ class TrainPod:
             self._ended = True
             self._news.notify_all()
 
-    def until(self, reached: Callable[[list[str]], bool], seconds: float = 240) -> None:
+    def until(self, reached: Callable[[list[str]], bool], seconds: float = 480) -> None:
         """Wait until the log says so."""
         with self._news:
             ok = self._news.wait_for(lambda: reached(self.lines) or self._ended, seconds)
@@ -82,7 +82,7 @@ class TrainPod:
         """Process id of the process that trains now."""
         return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[-1])
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """Its exit code."""
         code = self.process.wait(seconds)
         self._reader.join(10)

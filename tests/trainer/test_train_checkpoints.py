@@ -19,7 +19,6 @@ from finetune_api.results import CHECKPOINTS_DIR, TRAIN_OWNER
 from finetune_trainer import waiting
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.s3 import S3Store
-from finetune_trainer.supervisor.run import ENV_RESTARTS
 from finetune_trainer.train import checkpoints as module
 from finetune_trainer.train import evaluate
 from finetune_trainer.train import run as train
@@ -220,9 +219,10 @@ def test_a_process_that_was_started_again_does_not_take_the_job_back(
     claim(store, "execution-2")
     aborted: list[str] = []
     monkeypatch.setattr(S3Store, "abort_orphans", lambda self, *_: aborted.append(self.uri()) or 0)
-    monkeypatch.setenv(ENV_RESTARTS, json.dumps([{"at": "2026-01-01T00:00:00Z", "reason": "Hung", "message": "m"}]))
+    ctx = job.context(execution="execution-1")
+    (ctx.work_dir / train.CLAIMED_FILE).touch()
     with pytest.raises(StageError, match="execution-2") as caught:
-        train.run(job.context(execution="execution-1"))
+        train.run(ctx)
     assert caught.value.reason is Reason.SUPERSEDED
     owner = read_owner(store)
     assert owner is not None

@@ -19,7 +19,7 @@ from tests.trainer.test_train_sharded import answers, weights
 
 pytestmark = pytest.mark.timeout(1200)
 SPEC: dict[str, Any] = {
-    "training": {"length": {"epochs": 5}, "globalBatchSequences": 7, "microBatchSequences": 2, "parallelism": "DDP"},
+    "training": {"length": {"epochs": 4}, "globalBatchSequences": 7, "microBatchSequences": 2, "parallelism": "DDP"},
     "recovery": {"checkpoint": {"interval": {"steps": 3}}, "placementTimeoutSeconds": 60},
     "method": {"lora": {"rank": 4, "dropout": 0.2}},
 }
