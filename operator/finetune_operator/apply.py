@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_api.names import FINALIZER_DELETE_OUTPUT, Stage, stage_job_name
+from finetune_api.names import FINALIZER_DELETE_OUTPUT, Stage
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import STATUS_MANAGER, Api, ApiError, Raw, jobs_path, services_path
@@ -148,32 +148,29 @@ class Applier:
             await self._create_service(job)
             self._check_leading(job)
         body = stage_job(Owner.of(job), record, stage, self._settings, allotment)
-        path = jobs_path(job.namespace)
-        try:
-            self._cache.put_job(await self._api.create(path, body))
-        except ApiError as problem:
-            if problem.status != 409:
-                raise
-            there = await self._api.get(f"{path}/{stage_job_name(job.name, job.uid, stage)}")
-            if owner_uid(there["metadata"]) != job.uid:
-                raise Conflict(
-                    f"Job {there['metadata']['name']} exists and is not controlled by this FineTuneJob."
-                ) from None
-            self._cache.put_job(there)
+        self._cache.put_job(await self._create_or_take(job, jobs_path(job.namespace), body))
 
     async def _create_service(self, job: JobView) -> None:
         """Once: it stays as long as the FineTuneJob does, and whoever deletes it gets it back with the next training Job."""
-        body, path = train_service(Owner.of(job)), services_path(job.namespace)
+        await self._create_or_take(job, services_path(job.namespace), train_service(Owner.of(job)))
+
+    async def _create_or_take(self, job: JobView, path: str, body: Raw) -> Raw:
+        """What is there now: created, or on 409 what a POST before this one has left.
+
+        Raises:
+            Conflict: it belongs to something else.
+        """
         try:
-            await self._api.create(path, body)
+            return await self._api.create(path, body)
         except ApiError as problem:
             if problem.status != 409:
                 raise
             there = await self._api.get(f"{path}/{body['metadata']['name']}")
             if owner_uid(there["metadata"]) != job.uid:
                 raise Conflict(
-                    f"Service {body['metadata']['name']} exists and is not controlled by this FineTuneJob."
+                    f"{body['kind']} {body['metadata']['name']} exists and is not controlled by this FineTuneJob."
                 ) from None
+            return there
 
     async def delete_job(self, job: JobView, delete: DeleteJob) -> None:
         """Delete a Job; gone or replaced since is as good."""
