@@ -30,7 +30,7 @@ from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import MethodType, Parallelism
+from finetune_api.spec import CpuOffload, MethodType, Parallelism
 
 PREPARED_VERSION = 1
 RESULT_VERSION = 1
@@ -146,7 +146,7 @@ class RunPlan(ApiModel):
     split: Split
     """With the largest efficient micro-batch that fits."""
     layout: Layout = Layout.SINGLE
-    """How several GPUs hold the base: each all of it (DDP), or a part (FSDP)."""
+    """How the base is held: whole on one GPU (Single) or on each (DDP), in parts on several (FSDP), or in host memory (CPUOffload)."""
     gpus_per_node: int | None = None
     """How many; absent in plans of versions that did not choose them."""
     gpu: str | None = None
@@ -158,7 +158,7 @@ class RunPlan(ApiModel):
     usable_bytes: int | None = None
     """What a process can allocate."""
     peak_allocated_bytes: int
-    """What torch.cuda.max_memory_allocated should show after training."""
+    """What torch.cuda.max_memory_allocated should show after loading, evaluation and training (``metrics.peakGpuBytes``)."""
     estimated_seconds: float | None = None
     """Of the optimization; an estimate, and only for products whose speed is known."""
     verified: bool
@@ -201,6 +201,13 @@ def is_sharded(snapshot: Snapshot, prepared: PrepareResult) -> bool:
     if prepared.plan is not None:
         return prepared.plan.layout is Layout.FSDP
     return snapshot.spec.training.parallelism is Parallelism.FSDP
+
+
+def is_offloaded(snapshot: Snapshot, prepared: PrepareResult) -> bool:
+    """Whether the base, or a rank's part of it, lies in host memory, decided likewise."""
+    if prepared.plan is not None:
+        return prepared.plan.layout is Layout.CPU_OFFLOAD
+    return snapshot.spec.training.cpu_offload is CpuOffload.ALWAYS
 
 
 class Verification(ApiModel):

@@ -364,6 +364,14 @@ class Parallelism(StrEnum):
     FSDP = "FSDP"
 
 
+class CpuOffload(StrEnum):
+    """When the frozen base model lies in host memory, from where layers come to the GPU one at a time."""
+
+    NEVER = "Never"
+    IF_NEEDED = "IfNeeded"
+    ALWAYS = "Always"
+
+
 class Training(ApiModel):
     """The optimization. Batch sizes are global, in sequences, whatever the number of GPUs."""
 
@@ -391,6 +399,13 @@ class Training(ApiModel):
             "Auto takes DDP if that fits (or nothing is known of the GPU), otherwise FSDP."
         ),
     )
+    cpu_offload: CpuOffload = Field(
+        CpuOffload.NEVER,
+        description=(
+            "Keep the frozen base model in the training pod's host memory and copy it to the GPU a layer at a time, twice a micro-batch: it "
+            "fits small GPUs, and takes several times as long. IfNeeded does so if nothing else fits by the memory plan."
+        ),
+    )
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
     use_cpu: bool = Field(
         False,
@@ -402,6 +417,10 @@ class Training(ApiModel):
             (
                 "!has(self.microBatchSequences) || self.microBatchSequences <= self.globalBatchSequences",
                 "microBatchSequences must not exceed globalBatchSequences",
+            ),
+            (
+                "self.cpuOffload == 'Never' || self.parallelism != 'DDP'",
+                "cpuOffload leaves no whole copy of the model on a GPU, as parallelism: DDP asks for: set parallelism: Auto",
             ),
         )
     )
@@ -762,9 +781,9 @@ class FineTuneJobSpec(ApiModel):
                 "compute.gpusPerNode: Auto plans for GPUs: set a number with training.useCpu: true",
             ),
             (
-                "self.training.parallelism != 'FSDP' || self.compute.nodes > 1 || self.compute.gpusPerNode == 'Auto' || "
-                "self.compute.gpusPerNode > 1",
-                "training.parallelism: FSDP needs compute.gpusPerNode of at least 2, or several nodes",
+                "self.training.parallelism != 'FSDP' || self.training.cpuOffload != 'Never' || self.compute.nodes > 1 || "
+                "self.compute.gpusPerNode == 'Auto' || self.compute.gpusPerNode > 1",
+                "training.parallelism: FSDP needs compute.gpusPerNode of at least 2, several nodes, or training.cpuOffload",
             ),
             (
                 "!has(self.recovery.outOfMemory.maxMemory) || has(self.compute.memory)",

@@ -21,11 +21,12 @@ from finetune_api.planner import (
     choose,
     find_gpu,
     gpu_counts,
+    host_memory_misfit,
     misfit_sentence,
     plan,
     plan_sentence,
     request_of,
-    several_of,
+    rounds,
 )
 from finetune_api.spec import MethodType
 from finetune_cli.job_file import BadInput, read_job
@@ -72,8 +73,8 @@ def plan_command(
         asked = spec.compute.gpu
         device = read_gpu(gpu, gpu_memory) if gpu or gpu_memory else read_gpu(asked.product, asked.memory)
         wanted = method.value if method else spec.method.type.value
-        several = several_of(spec, shardable=arch.known and not arch.experts)
-        for count in [gpus] if gpus else gpu_counts(spec, several):
+        tries = rounds(spec, shardable=arch.known and not arch.experts)
+        for count, several in [(n, may) for may in tries for n in ([gpus] if gpus else gpu_counts(spec, may))]:
             choice = choose(
                 request_of(
                     spec, arch, shapes, gpus=count * spec.compute.nodes, attention=attention, run_tokens=train_tokens
@@ -82,6 +83,7 @@ def plan_command(
                 spec.training.global_batch_sequences,
                 None if wanted == Method.AUTO.value else MethodType(wanted),
                 spec.training.micro_batch_sequences,
+                evaluation_follows=True,
                 several=several,
             )
             if choice.fit.fits:
@@ -91,11 +93,12 @@ def plan_command(
         raise typer.Exit(Exit.BAD_INPUT) from error
     planned = plan(choice.request, device.peak_tflops, tflops)
     settled = choice.model_copy(update={"planned": planned})
+    host = host_memory_misfit(spec, choice)
     if as_json:
         sys.stdout.write(as_json_text(settled) + "\n")
     else:
-        show(name, settled, device)
-    raise typer.Exit(Exit.FITS if settled.fit.fits else Exit.DOES_NOT_FIT)
+        show(name, settled, device, host)
+    raise typer.Exit(Exit.FITS if settled.fit.fits and not host else Exit.DOES_NOT_FIT)
 
 
 def read_model(config: Path | None, folder: Path | None) -> tuple[Architecture, Shapes]:
@@ -138,7 +141,7 @@ def as_json_text(choice: Choice) -> str:
     )
 
 
-def show(name: str, choice: Choice, gpu: Gpu) -> None:
+def show(name: str, choice: Choice, gpu: Gpu, host_misfit: str) -> None:
     """Table and sentences."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(plan_table(name, choice, gpu))
@@ -146,3 +149,5 @@ def show(name: str, choice: Choice, gpu: Gpu) -> None:
     console.print(choice.reason)
     if not choice.fit.fits:
         console.print(misfit_sentence(name, choice.request, choice.fit, gpu))
+    if host_misfit:
+        console.print(host_misfit)

@@ -369,7 +369,10 @@ def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Se
         values["KUBEFLOW_TRAINER_SERVER_CA_CERT"] = f"{SNAPSHOT_MOUNT}/{CA_KEY}"
         values["KUBEFLOW_TRAINER_SERVER_TOKEN"] = f"{TOKEN_MOUNT}/{TOKEN_KEY}"
     fields = {ENV_POD_UID: "metadata.uid", ENV_POD_NAME: "metadata.name"}
-    user = {e.name: e.value for e in spec.runtime.env or [] if e.name not in values and e.name not in fields}
+    # NCCL says in the log why a collective failed; runtime.env may ask for more, and name interfaces.
+    defaults = {"NCCL_DEBUG": "WARN"} if stage is Stage.TRAIN else {}
+    asked = {e.name: e.value for e in spec.runtime.env or [] if e.name not in values and e.name not in fields}
+    user = {**defaults, **asked}
     return [
         *({"name": k, "value": v} for k, v in values.items()),
         *({"name": k, "valueFrom": {"fieldRef": {"fieldPath": v}}} for k, v in fields.items()),

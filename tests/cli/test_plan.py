@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 from finetune_cli.__main__ import app
 from tests.planner.cases import model
 from tests.planner.simulator.golden import read_config
+from tests.planner.test_examples import CONFIGS, PLANS
 
 FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -56,6 +58,7 @@ def test_a_job_that_fits_exits_0_with_a_table_and_a_sentence(tmp_path: Path, con
     assert "LoRA on 1 × NVIDIA A100 SXM4 80GB: peak " in result.stdout
     assert "41,943,040 trainable parameters (0.52 %)" in result.stdout
     assert "GPU-hours" in result.stdout
+    assert re.search(r"About \d+ minutes by estimate", result.stdout)
 
 
 def test_a_job_that_does_not_fit_exits_3_and_says_what_would(tmp_path: Path, config: Path) -> None:
@@ -92,6 +95,16 @@ def test_auto_takes_the_fewest_gpus_that_it_fits_on(tmp_path: Path, config: Path
     assert request["gpus"] > 1
     fewer = run(job(tmp_path), "--config", config, "--gpu-memory", "12Gi", "--gpus", str(request["gpus"] - 1))
     assert fewer.exit_code == DOES_NOT_FIT
+
+
+def test_a_base_in_host_memory_is_planned_and_must_have_room_there(tmp_path: Path, config: Path) -> None:
+    text = JOB.replace("training: {", "training: {cpuOffload: IfNeeded, ") + "  compute: {memory: %s}"
+    roomy = run(job(tmp_path, text % "64Gi"), "--config", config, "--gpu-memory", "12Gi", "--json")
+    assert roomy.exit_code == FITS, roomy.stdout
+    assert json.loads(roomy.stdout)["request"]["layout"] == "CPUOffload"
+    narrow = run(job(tmp_path, text % "8Gi"), "--config", config, "--gpu-memory", "12Gi")
+    assert narrow.exit_code == DOES_NOT_FIT
+    assert "compute.memory: 8Gi is" in narrow.stdout
 
 
 def test_a_learning_rate_of_1e_4_is_a_number_as_kubectl_reads_it(tmp_path: Path, config: Path) -> None:
@@ -178,3 +191,15 @@ def test_a_file_that_is_not_safetensors_exits_2(tmp_path: Path, config: Path) ->
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_can_be_planned(example: Path, config: Path) -> None:
     assert run(example, "--config", config, "--gpu", "H100-80GB-HBM3").exit_code == FITS
+
+
+@pytest.mark.parametrize("name", sorted(PLANS))
+def test_an_example_of_a_70b_fits_the_gpus_that_it_names(tmp_path: Path, name: str) -> None:
+    """Offline as in the prepare stage."""
+    example = EXAMPLES / f"{name}.yaml"
+    [config] = {file for uri, file in CONFIGS.items() if uri in example.read_text()}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(read_config(config.removesuffix(".json"))))
+    result = run(example, "--config", path)
+    assert result.exit_code == FITS, result.stdout
+    assert f"peak {PLANS[name]['needsGiB']} GiB of {PLANS[name]['usableGiB']} usable" in result.stdout

@@ -132,6 +132,19 @@ def test_several_training_pods_are_one_indexed_job_and_find_the_first_by_name() 
         )
 
 
+def test_training_processes_get_shared_memory_of_their_own_and_a_log_that_says_why_a_collective_failed() -> None:
+    """A container's own /dev/shm has 64 MiB."""
+    pod = pod_spec(Stage.TRAIN, runtime={"env": [{"name": "NCCL_SOCKET_IFNAME", "value": "eth0"}]})
+    [mount] = [m for m in pod["containers"][0]["volumeMounts"] if m["mountPath"] == "/dev/shm"]
+    assert {"name": mount["name"], "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+    env = pod["containers"][0]["env"]
+    assert {"name": "NCCL_DEBUG", "value": "WARN"} in env
+    assert {"name": "NCCL_SOCKET_IFNAME", "value": "eth0"} in env
+    louder = pod_spec(Stage.TRAIN, runtime={"env": [{"name": "NCCL_DEBUG", "value": "INFO"}]})["containers"][0]["env"]
+    assert [e["value"] for e in louder if e["name"] == "NCCL_DEBUG"] == ["INFO"]
+    assert "NCCL_DEBUG" not in str(pod_spec(Stage.PREPARE))
+
+
 def test_the_last_training_pods_hostname_is_short_enough() -> None:
     assert len(f"{stage_job_name('a' * MAX_JOB_NAME, UID, Stage.TRAIN)}-{MOST_NODES - 1}") <= 63
 

@@ -21,7 +21,7 @@ def request(name: str, **batch: int | bool) -> Request:
 def changed(base: Request, alternative: Alternative) -> Request:
     if alternative.method == "QLoRA":
         base = four_bit(base)
-        if alternative.gpus:
+        if alternative.gpus or alternative.cpu_offload:
             base = with_batch(base, micro_batch_sequences=1, gradient_checkpointing=True)
     settings = {
         "sequence_tokens": alternative.sequence_tokens,
@@ -31,6 +31,8 @@ def changed(base: Request, alternative: Alternative) -> Request:
     base = with_batch(base, **{k: v for k, v in settings.items() if v is not None})
     if alternative.gpus:
         base = base.model_copy(update={"gpus": alternative.gpus, "layout": Layout.FSDP})
+    if alternative.cpu_offload:
+        base = base.model_copy(update={"layout": Layout.CPU_OFFLOAD})
     return base
 
 

@@ -87,6 +87,29 @@ def test_shards_hold_their_part_of_weights_and_constants() -> None:
     assert not four.verified
 
 
+def test_an_offloaded_base_is_on_the_host_and_takes_its_time_to_come() -> None:
+    asked = request(
+        "llama-3-70b", tuning=Tuning(four_bit=True), batch=Batch(sequence_tokens=1024), run_tokens=1_024_000
+    )
+    here = plan(asked, sustained_tflops=100.0)
+    there = plan(asked.model_copy(update={"layout": Layout.CPU_OFFLOAD}), sustained_tflops=100.0)
+    base = here.weight_bytes + here.quantization_constant_bytes
+    assert there.weight_bytes == there.quantization_constant_bytes == 0
+    assert base <= there.offloaded_bytes < 2 * base, "pinned memory is taken in powers of two"
+    assert there.host_memory_bytes - here.host_memory_bytes == there.offloaded_bytes
+    assert here.work.seconds is not None
+    # 1,000 micro-batches, each with two passes over the whole base at 12 GB/s
+    assert there.work.seconds == pytest.approx(here.work.seconds + 1000 * 2 * base / 12e9)
+    half = plan(asked.model_copy(update={"layout": Layout.CPU_OFFLOAD, "gpus": 2}))
+    assert half.offloaded_bytes < there.offloaded_bytes
+    assert not there.verified
+
+
+def test_tied_embeddings_stay_on_the_gpu() -> None:
+    planned = plan(request("llama-3.2-1b", layout=Layout.CPU_OFFLOAD))
+    assert planned.weight_bytes == 2 * 128256 * 2048 + 2 * 2048, "and so does the last norm"
+
+
 def test_the_constants_of_a_70b_are_a_gigabyte() -> None:
     """Measured: about 1.1 GB with double quantization, which bitsandbytes and FSDP alone would leave whole on every rank."""
     planned = plan(request("llama-3-70b", tuning=Tuning(four_bit=True)))

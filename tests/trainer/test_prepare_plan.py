@@ -195,12 +195,56 @@ def test_sharding_is_what_the_spec_says_and_only_for_models_that_can_be() -> Non
     assert unknown is not None
     assert unknown.layout is Layout.FSDP
     for name in ("mixtral-8x7b", "gpt2"):  # experts are fused as they are loaded; its files leave a prefix out
-        with pytest.raises(StageError, match="none that can be loaded and sharded") as refused:
+        with pytest.raises(StageError, match="parallelism: FSDP: this model is none that can be loaded") as refused:
             planned(name, **two, training={"parallelism": "FSDP"})
         assert refused.value.reason is Reason.INVALID_CONFIG
         auto = planned(name, compute=gpu(count=2), method={"type": "LoRA"})
         assert auto is not None
         assert auto.layout is Layout.DDP
+
+
+def test_the_base_goes_to_host_memory_only_if_nothing_else_fits() -> None:
+    def offloading(name: str, when: str, method: str = "Auto", **compute: Any) -> RunPlan:
+        asked = {**gpu("NVIDIA-A10G"), **compute}
+        plan = planned(name, compute=asked, method={"type": method}, training={"cpuOffload": when})
+        assert plan is not None
+        return plan
+
+    small = offloading("llama-3-8b", "IfNeeded", gpu={"memory": "12Gi"})
+    assert (small.layout, small.method) == (Layout.SINGLE, MethodType.QLORA), "4 bit on the GPU before 16 bit beside it"
+    large = offloading("llama-2-70b", "IfNeeded", "QLoRA")
+    assert large.layout is Layout.CPU_OFFLOAD
+    assert large.needed_bytes < 22 * GIB
+    assert "CPU offload: " in large.summary
+    assert "of the base in host memory" in large.summary
+    counted = offloading("llama-2-13b", "IfNeeded", "LoRA", gpusPerNode="Auto")
+    assert counted.layout is Layout.FSDP, "more GPUs before host memory"
+    always = offloading("llama-3-8b", "Always", "LoRA")
+    assert (always.layout, always.gpus_per_node) == (Layout.CPU_OFFLOAD, 1)
+    assert always.estimated_seconds is not None
+    with pytest.raises(StageError, match=r"training\.cpuOffload: IfNeeded \(") as refused:
+        planned("llama-2-70b", compute=gpu("NVIDIA-A10G"), method={"type": "QLoRA"})
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+
+
+def test_host_memory_must_hold_the_base() -> None:
+    asked = {**gpu("NVIDIA-A10G"), "memory": "16Gi"}
+    job = {"method": {"type": "QLoRA"}, "training": {"cpuOffload": "Always"}}
+    with pytest.raises(
+        StageError, match=r"host memory in each training pod by plan; compute\.memory: 16Gi is"
+    ) as refused:
+        planned("llama-2-70b", compute=asked, **job)
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+    assert planned("llama-2-70b", compute={**asked, "memory": "128Gi"}, **job) is not None
+
+
+def test_only_a_base_that_is_loaded_by_layers_goes_to_host_memory() -> None:
+    with pytest.raises(StageError, match="cpuOffload: Always: this model is none that can be loaded") as refused:
+        planned("gpt2", compute=gpu("NVIDIA-A10G"), training={"cpuOffload": "Always"})
+    assert refused.value.reason is Reason.INVALID_CONFIG
+    plan = planned("gpt2", compute=gpu("NVIDIA-A10G"), training={"cpuOffload": "IfNeeded"})
+    assert plan is not None
+    assert plan.layout is Layout.SINGLE
 
 
 def test_what_cannot_fit_is_refused_with_how_much_is_missing_and_what_would_fit() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune_api.failures import FAILURES, Reason
 from finetune_trainer.train import run as train
+from finetune_trainer.train.device import cpu_dtype
 from tests.support.prepared import PreparedJob, prepare_job
 from tests.support.train_process import kill_all, pod_of, steps
 from tests.trainer.test_train_resume import adapter, curve, forget_the_result, markers, result
@@ -23,6 +25,8 @@ SPEC: dict[str, Any] = {
     "training": {"length": {"epochs": 3}, "globalBatchSequences": 7, "microBatchSequences": 2},
     "recovery": {"checkpoint": {"interval": {"steps": 3}}},
 }
+ROUNDING = 1e-4 if cpu_dtype() is torch.float32 else 2e-2
+"""What another order of sums may change, after 11 steps. In bfloat16 one rounding is 2⁻⁸."""
 TWO = {"compute": {"gpusPerNode": 2}}
 
 
@@ -39,9 +43,8 @@ def test_two_ranks_train_as_one_does(s3: Any, tiny_model: Path, tmp_path: Path) 
     pod = pod_of(together).start()
     assert pod.wait() == 0, pod.log
     assert len(curve(together)) == len(curve(alone)) == 11
-    # Products are in bfloat16: 2⁻⁸ is one rounding of it.
-    assert curve(together) == pytest.approx(curve(alone), rel=2e-2)
-    assert result(together).metrics.held_out_loss == pytest.approx(result(alone).metrics.held_out_loss, rel=2e-2)
+    assert curve(together) == pytest.approx(curve(alone), rel=ROUNDING)
+    assert result(together).metrics.held_out_loss == pytest.approx(result(alone).metrics.held_out_loss, rel=ROUNDING)
     assert result(together).metrics.tokens == result(alone).metrics.tokens
 
 
@@ -63,7 +66,7 @@ def test_ranks_that_die_or_are_told_to_stop_end_with_the_same_bytes(disturbed: P
     pod = pod_of(job).start()
     pod.until_step(8)
     os.kill(pod.worker(), signal.SIGKILL)
-    pod.until(lambda lines: any("rank 1 was ended by SIGKILL" in line for line in lines))
+    pod.until(lambda lines: any("rank 1 was ended by SIGKILL" in line for line in lines), seconds=60)
     made = len(steps(pod.lines))
     pod.until(lambda lines: len(steps(lines)) > made + 4)
 
@@ -94,4 +97,4 @@ def test_another_world_size_goes_on_with_the_same_rows_and_normaliser_and_says_s
     assert pod.wait() == FAILURES[Reason.INTERRUPTED].exit_code, pod.log
     train.run(job.context(execution="execution-2"))  # one process
     assert "made by 2 ranks, this run has 1: same rows, same normaliser" in caplog.text
-    assert curve(job) == pytest.approx(curve(alone), rel=2e-2)
+    assert curve(job) == pytest.approx(curve(alone), rel=ROUNDING)

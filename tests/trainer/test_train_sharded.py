@@ -13,12 +13,14 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import distributed
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from finetune_api.failures import FAILURES, Reason
 from finetune_trainer.errors import StageError
 from finetune_trainer.train import model, sharded
+from finetune_trainer.train import run as train
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.quantized import quantized_modules
 from finetune_trainer.train.ranks import Ranks
@@ -28,6 +30,7 @@ from tests.support.tiny_model import build_tiny_model
 from tests.support.tiny_model import weights as stored_weights
 from tests.support.train_container import ENV_CHUNK_BYTES
 from tests.support.train_process import kill_all, pod_of, steps
+from tests.trainer.test_train_ranks import ROUNDING
 from tests.trainer.test_train_resume import curve, result
 
 pytestmark = pytest.mark.timeout(1200)
@@ -55,18 +58,27 @@ def answers(job: PreparedJob) -> Any:
     return json.loads(job.context().output_store().get_bytes("reports/answers.json"))
 
 
-def test_four_shards_give_the_bytes_that_four_whole_copies_give(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
-    training = {**SPEC["training"], "length": {"steps": 3}}
-    spec = {**SPEC, "compute": {"gpusPerNode": 4}, "evaluation": {"generation": {"prompts": 1}}}
-    jobs = []
-    for parallelism in ("DDP", "FSDP"):
-        changed = {**spec, "training": {**training, "parallelism": parallelism}}
-        jobs.append(prepare_job(s3, tmp_path / parallelism, tiny_model, **changed))
-        pod = pod_of(jobs[-1])
-        assert pod.start().wait() == 0, pod.log
-    whole, shards = jobs
-    assert weights(shards) == weights(whole)
-    assert curve(shards) == curve(whole)
+def test_four_ranks_with_a_quarter_each_train_as_one_process_does(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
+    method = {"type": "QLoRA", "lora": {"rank": 4, "dropout": 0.0}}
+    training = {**SPEC["training"], "length": {"steps": 4}}
+    alone = prepare_job(
+        s3, tmp_path / "one", tiny_model, method=method, training=training, evaluation={"generation": {"prompts": 1}}
+    )
+    train.run(alone.context())
+    shards = prepare_job(
+        s3,
+        tmp_path / "four",
+        tiny_model,
+        method=method,
+        training={**training, "parallelism": "FSDP"},
+        compute={"gpusPerNode": 4},
+        evaluation={"generation": {"prompts": 1}},
+    )
+    pod = pod_of(shards)
+    assert pod.start().wait() == 0, pod.log
+    assert len(curve(shards)) == 4
+    assert curve(shards) == pytest.approx(curve(alone), rel=ROUNDING)
+    assert result(shards).metrics.held_out_loss == pytest.approx(result(alone).metrics.held_out_loss, rel=ROUNDING)
 
 
 @pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
@@ -92,6 +104,24 @@ def test_shards_give_the_bytes_that_whole_copies_give_also_after_an_interruption
     assert answers(shards) == answers(whole)
     assert result(shards).metrics.held_out_loss == result(whole).metrics.held_out_loss
     assert result(shards).selected_step == result(whole).selected_step
+
+
+@pytest.mark.parametrize(("method", "gpus"), [("LoRA", 1), ("QLoRA", 2)])
+def test_a_base_in_host_memory_gives_the_bytes_that_one_on_the_device_gives(
+    s3: Any, tiny_model: Path, tmp_path: Path, method: str, gpus: int
+) -> None:
+    """One rank has it all there, two have a part each."""
+    spec = {**SPEC, "compute": {"gpusPerNode": gpus}, "method": {"type": method, "lora": {"rank": 4, "dropout": 0.2}}}
+    jobs = []
+    for offload in ("Never", "Always"):
+        training = {**SPEC["training"], "length": {"steps": 6}, "cpuOffload": offload}
+        jobs.append(prepare_job(s3, tmp_path / offload, tiny_model, **{**spec, "training": training}))
+        pod = pod_of(jobs[-1])
+        assert pod.start().wait() == 0, pod.log
+    here, there = jobs
+    assert weights(there) == weights(here)
+    assert curve(there) == curve(here)
+    assert answers(there) == answers(here)
 
 
 def test_ranks_whose_heads_have_different_numbers_of_chunks_do_not_wait_for_each_other(
@@ -141,6 +171,39 @@ def test_no_rank_ever_holds_more_than_its_part_and_two_units(two: Ranks, tmp_pat
 
 def weights_of_layer() -> list[tuple[str, Any]]:
     return [(name, w) for name, w in stored_weights(layers=1).items() if ".layers.0." in name]
+
+
+def test_an_offloaded_base_leaves_the_device_unit_by_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU both are the same memory: that FSDP was told so, for each unit, is what can be seen here."""
+    policies = []
+
+    def told(module: Any, **arguments: Any) -> Any:
+        policies.append(arguments.get("offload_policy"))
+        return fully_shard(module, **arguments)
+
+    monkeypatch.setattr(sharded, "fully_shard", told)
+    folder = build_tiny_model(tmp_path / "model", layers=2)
+    snapshot = snapshot_of(job_spec(None, "bucket", method={"type": "QLoRA"}), "u" * 32)
+    try:
+        loaded, records = sharded.load_sharded(folder, snapshot, CPU, Ranks(sharded=True, offloaded=True))
+    finally:
+        distributed.destroy_process_group()
+    assert [isinstance(policy, CPUOffloadPolicy) for policy in policies] == [True] * 4 + [False], "root: nothing left"
+    whole = model.load_base(folder, snapshot, CPU)
+    assert records == quantized_modules(whole)
+    matrices = [p for p in loaded.parameters() if p.dim() >= 2]
+    assert matrices
+    assert all(isinstance(p, DTensor) and p.to_local().device.type == "cpu" for p in matrices)
+
+
+def test_a_matrix_that_was_not_sharded_is_noticed(two: Ranks, tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path / "model", layers=2)
+    loaded, _ = sharded.load_sharded(folder, snapshot_of(job_spec(None, "bucket"), "u" * 32), CPU, two)
+    layer = loaded.model.layers[1]
+    sharded.must_be_sharded([("layer", layer)], two)
+    layer.mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+    with pytest.raises(AssertionError, match=r"layer\.mlp\.up_proj\.weight is not sharded"):
+        sharded.must_be_sharded([("layer", layer)], two)
 
 
 def test_tied_embeddings_are_whole_on_every_rank(two: Ranks, tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def choose_among(
 
 
 def layouts(request: Request, several: Sequence[Layout] = SEVERAL) -> list[Layout]:
-    """One GPU alone; several each with a whole copy if that fits, which is fastest, sharded if not."""
-    return [Layout.SINGLE] if request.gpus == 1 else list(several)
+    """One GPU alone; several each with a whole copy if that fits, which is fastest, sharded if not. Offloading is for any number."""
+    return [Layout.SINGLE] if request.gpus == 1 and Layout.CPU_OFFLOAD not in several else list(several)
 
 
 def micro_batches(per_gpu: int, sequence_tokens: int, most: int | None) -> Iterator[int]:

@@ -15,6 +15,10 @@ DEFAULT_UTILIZATION = 0.35
 (7B on 2 × RTX 4090) by the formula below; the lower end is taken."""
 
 
+HOST_LINK_BYTES_PER_SECOND = 12e9
+"""What pinned host memory sends to a GPU: PCIe 3.0 ×16 (15.8 GB/s by its standard, less its protocol); 4.0 does twice that."""
+
+
 class Work(ApiModel):
     """Operations of training, in FLOP (a multiplication and an addition are two)."""
 
@@ -44,13 +48,22 @@ def training_flop_per_token(
 
 
 def work(
-    flop_per_token: float, tokens: int, gpus: int, peak_tflops: float | None, sustained_tflops: float | None
+    flop_per_token: float,
+    tokens: int,
+    gpus: int,
+    peak_tflops: float | None,
+    sustained_tflops: float | None,
+    offloaded_bytes: float = 0,
 ) -> Work:
     """A run's operations, and its time on ``gpus`` GPUs of ``peak_tflops`` (bf16, dense), or of the ``sustained_tflops``
-    measured. Loading, evaluation and saving come on top."""
+    measured. Loading, evaluation and saving come on top.
+
+    Args:
+        offloaded_bytes: what each GPU copies from host memory in the whole run, which it waits for.
+    """
     total = flop_per_token * tokens
     speed = sustained_tflops or (peak_tflops * DEFAULT_UTILIZATION if peak_tflops else None)
-    seconds = total / (speed * 1e12 * gpus) if speed else None
+    seconds = total / (speed * 1e12 * gpus) + offloaded_bytes / HOST_LINK_BYTES_PER_SECOND if speed else None
     return Work(
         flop_per_token=flop_per_token,
         flop_total=total,

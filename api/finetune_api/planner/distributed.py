@@ -19,6 +19,8 @@ class Layout(StrEnum):
     SINGLE = "Single"
     DDP = "DDP"
     FSDP = "FSDP"
+    CPU_OFFLOAD = "CPUOffload"
+    """As FSDP, also with one GPU, and the GPU's part of the base lies in host memory."""
 
 
 class Communication(ApiModel):
@@ -56,9 +58,19 @@ def communication(layout: Layout, weights: dict[str, int], trainable: int) -> Co
 
 
 def sharded(weights: dict[str, int], layout: Layout, gpus: int, tied: bool) -> int:
-    """A GPU's part of the base. Tied embeddings are needed at both ends, and are whole on every GPU; vectors are too, which are too
+    """A GPU's part of the base, as far as it stays there. Tied embeddings are needed at both ends, and are whole on every GPU; vectors are too, which are too
     small to show."""
-    if layout is not Layout.FSDP:
+    if layout not in (Layout.FSDP, Layout.CPU_OFFLOAD):
         return sum(weights.values())
     whole = sum(size for name, size in weights.items() if tied and not LAYER.search(name))
-    return whole + -(-(sum(weights.values()) - whole) // gpus)
+    return whole + (0 if layout is Layout.CPU_OFFLOAD else -(-(sum(weights.values()) - whole) // gpus))
+
+
+def offloaded(weights: dict[str, int], gpus: int, tied: bool) -> list[int]:
+    """Bytes of each tensor of a GPU's part of the base that lies in host memory."""
+    return [-(-size // gpus) for name, size in weights.items() if LAYER.search(name) or not tied]
+
+
+def pinned(sizes: list[int]) -> int:
+    """Host memory that tensors of these sizes take when it is pinned: torch takes a power of two for each (CachingHostAllocator)."""
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)

@@ -24,6 +24,7 @@ class Alternative(ApiModel):
     micro_batch_sequences: int | None = None
     gradient_checkpointing: bool | None = None
     gpus: int | None = None
+    cpu_offload: bool | None = None
     gpu_products: list[str] = []
     needed_bytes: int
     """On one GPU; of products, on the first."""
@@ -65,7 +66,7 @@ def fit(request: Request, planned: MemoryPlan, usable_bytes: int) -> Fit:
 
 
 def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[Alternative]:
-    """Single changes, then QLoRA with a shorter row, then more GPUs, then other GPUs."""
+    """Single changes, then QLoRA with a shorter row, then more GPUs, then other GPUs, and at last the slow way."""
 
     def needed(changed: Request) -> int:
         return plan(changed).needed_bytes
@@ -90,6 +91,12 @@ def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[
     products = [gpu.product for gpu in known_gpus() if planned.needed_bytes <= limit(gpu.usable_bytes)]
     if products:
         yield Alternative(gpu_products=products[:GPUS_NAMED], needed_bytes=planned.needed_bytes)
+    if request.layout is not Layout.CPU_OFFLOAD:
+        for candidate, method in ((request, None), (lean, None if request.tuning.four_bit else "QLoRA")):
+            size = needed(candidate.model_copy(update={"layout": Layout.CPU_OFFLOAD}))
+            if size <= bound:
+                yield Alternative(method=method, cpu_offload=True, needed_bytes=size)
+                return
 
 
 def shorter(request: Request, lean: Request, bound: int) -> Iterator[Alternative]:

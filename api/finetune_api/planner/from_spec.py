@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune_api.planner.architecture import Architecture
-from finetune_api.planner.choose import SEVERAL
+from finetune_api.planner.choose import SEVERAL, Choice
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.plan import Request
+from finetune_api.planner.sentences import gib
 from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
-from finetune_api.spec import MOST_GPUS_PER_NODE, FineTuneJobSpec, Parallelism
+from finetune_api.quantity import parse_quantity
+from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, Parallelism
 
 
 def request_of(
@@ -54,15 +56,26 @@ def request_of(
     )
 
 
-def several_of(spec: FineTuneJobSpec, shardable: bool = True) -> tuple[Layout, ...]:
-    """What several GPUs may do, the best first.
+def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, ...]]:
+    """What several GPUs may do, the best first; in a second round, where nothing of the first fits by any method and number of GPUs, with
+    the base in host memory.
 
     Args:
         shardable: whether the model can be loaded and sharded a layer at a time.
     """
+    first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:
-        return SEVERAL if shardable else (Layout.DDP,)
-    return (Layout(spec.training.parallelism.value),)
+        first = SEVERAL if shardable else (Layout.DDP,)
+    else:
+        first = (Layout(spec.training.parallelism.value),)
+    offload: list[tuple[Layout, ...]] = [(Layout.CPU_OFFLOAD,)] if shardable else []
+    match spec.training.cpu_offload:
+        case CpuOffload.NEVER:
+            return [first]
+        case CpuOffload.IF_NEEDED:
+            return [first, *offload]
+        case CpuOffload.ALWAYS:
+            return offload or [first]
 
 
 def gpu_counts(spec: FineTuneJobSpec, several: Sequence[Layout]) -> Sequence[int]:
@@ -75,3 +88,17 @@ def gpu_counts(spec: FineTuneJobSpec, several: Sequence[Layout]) -> Sequence[int
         return [1]
     alone = Layout.DDP in several or spec.compute.nodes > 1
     return range(1 if alone else 2, MOST_GPUS_PER_NODE + 1)
+
+
+def host_memory_misfit(spec: FineTuneJobSpec, choice: Choice) -> str:
+    """By how much ``compute.memory`` is too little for a base in host memory, in a sentence; empty where it is not, or not given."""
+    if spec.compute.memory is None or not choice.planned.offloaded_bytes:
+        return ""
+    has = int(parse_quantity(spec.compute.memory))
+    needs = choice.planned.host_memory_bytes * choice.request.gpus // spec.compute.nodes
+    if needs <= has:
+        return ""
+    return (
+        f"training.cpuOffload needs {gib(needs)} of host memory in each training pod by plan; compute.memory: {spec.compute.memory} is "
+        f"{gib(needs - has)} too little."
+    )

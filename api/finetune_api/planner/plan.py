@@ -12,7 +12,7 @@ from finetune_api.base import ApiModel
 from finetune_api.planner import activations, weights
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.compute import Work, training_flop_per_token, work
-from finetune_api.planner.distributed import Layout, communication, sharded
+from finetune_api.planner.distributed import Layout, communication, offloaded, pinned, sharded
 from finetune_api.planner.layer_memory import layer_memory
 from finetune_api.planner.linears import adapted_layers, linear_layers, trainable_parameters
 from finetune_api.planner.loss_memory import evaluated_tokens
@@ -25,7 +25,10 @@ allowance; nvidia-smi shows 400 to 600 MiB for an idle process that has multipli
 FRAGMENTATION = 0.05
 """Share of what comes and goes within a step that the caching allocator cannot reuse: an allowance."""
 HOST_BYTES = 4 << 30
-"""A process with torch and CUDA loaded, and the data loader: an allowance."""
+"""A process with torch and CUDA loaded, and the data loader: an allowance. A checkpoint's copy of the adapter and the optimizer's moments
+comes on top."""
+PASSES = 2
+"""How often a layer comes from host memory for a micro-batch: forward and backward; recomputing its activations is part of the latter."""
 EVALUATION_TOKENS = 16384
 """Most tokens of a batch of held-out rows on a GPU."""
 ANSWERED_AT_ONCE, ANSWER_TOKENS = 8, 8192
@@ -93,6 +96,8 @@ class MemoryPlan(ApiModel):
     """While the base is read (and quantized, a tensor at a time), context included."""
     host_memory_bytes: int
     """Of one process; an estimate."""
+    offloaded_bytes: int = 0
+    """The base in host memory, part of ``host_memory_bytes``."""
     disk_bytes: int
     """Of the training pod: the model's files and the adapter twice (saved, and fetched back)."""
     trainable_parameters: int
@@ -105,6 +110,12 @@ class MemoryPlan(ApiModel):
     def needed_bytes(self) -> int:
         """What a GPU must have."""
         return max(self.peak_training_bytes, self.peak_loading_bytes)
+
+    @property
+    def measurable_bytes(self) -> int:
+        """What torch.cuda.max_memory_allocated should show after loading, evaluation and training: tensors only."""
+        loading = self.peak_loading_bytes - self.context_bytes
+        return max(loading, self.peak_allocated_bytes, self.peak_evaluation_bytes)
 
     @property
     def decisive(self) -> Decisive:
@@ -132,6 +143,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     adapter, optimizer = 4 * trainable, weights.optimizer_bytes(request.optimizer, trainable)
     weight = sharded(base, request.layout, request.gpus, arch.tied_embeddings)
     constants = sharded(with_weights, request.layout, request.gpus, tied=False)
+    offload = offloaded(units, request.gpus, arch.tied_embeddings) if request.layout is Layout.CPU_OFFLOAD else []
     held = weight + constants + 2 * adapter + optimizer + shared.gathered_bytes + shared.buffer_bytes
     steps = {
         checkpointing: _step(request, batch.model_copy(update={"gradient_checkpointing": checkpointing}), trainable)
@@ -161,11 +173,22 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         peak_evaluation_bytes=held + evaluation,
         peak_training_bytes=held + max(step.peak_bytes, evaluation) + fragmentation + CONTEXT_BYTES,
         peak_loading_bytes=weight + constants + shared.gathered_bytes + largest + CONTEXT_BYTES,
-        host_memory_bytes=HOST_BYTES + max(2 * math.prod(shape) for shape in shapes.values()) + 2 * 4 * trainable,
+        host_memory_bytes=HOST_BYTES
+        + max(2 * math.prod(shape) for shape in shapes.values())
+        + 3 * 4 * trainable
+        + pinned(offload),
+        offloaded_bytes=pinned(offload),
         disk_bytes=weights.checkpoint_bytes(shapes) + 2 * 4 * trainable,
         trainable_parameters=trainable,
         total_parameters=parameters(shapes),
-        work=work(flop, request.run_tokens, request.gpus, peak_tflops, sustained_tflops),
+        work=work(
+            flop,
+            request.run_tokens,
+            request.gpus,
+            peak_tflops,
+            sustained_tflops,
+            PASSES * sum(offload) * request.run_tokens / (batch.tokens * request.gpus),
+        ),
         verified=arch.known and not arch.experts and request.layout is Layout.SINGLE,
     )
 

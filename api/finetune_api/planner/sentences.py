@@ -20,6 +20,11 @@ def number(size: int) -> str:
     return f"{size / GIB:.1f}"
 
 
+def duration(seconds: float) -> str:
+    """``2.3 hours``, ``14 minutes``."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} minutes"
+
+
 def plan_sentence(request: Request, planned: MemoryPlan, gpu: Gpu) -> str:
     """What runs where, and what its memory is spent on."""
     overhead = (
@@ -29,14 +34,18 @@ def plan_sentence(request: Request, planned: MemoryPlan, gpu: Gpu) -> str:
     weights = planned.weight_bytes + planned.quantization_constant_bytes
     rest = planned.needed_bytes - weights - training - overhead
     shards = " (FSDP)" if request.layout is Layout.FSDP else ""
+    if request.layout is Layout.CPU_OFFLOAD:
+        shards = f" (CPU offload: {gib(planned.offloaded_bytes)} of the base in host memory for each)"
     share = 100 * planned.trainable_parameters / planned.total_parameters
     estimate = (
         "" if planned.verified else " An estimate: this family or layout has not been compared with simulated runs."
     )
+    work = planned.work
+    time = f" About {duration(work.seconds)} by estimate." if work.seconds is not None and request.run_tokens else ""
     return (
         f"{request.tuning.name} on {request.gpus} × {gpu.name}{shards}: peak {gib(planned.needed_bytes)} of {number(gpu.usable_bytes)} usable "
         f"(weights {number(weights)}, activations and logits {number(rest)}, adapter and optimizer {number(training)}, "
-        f"overhead {number(overhead)}). {planned.trainable_parameters:,} trainable parameters ({share:.2f} %).{estimate}"
+        f"overhead {number(overhead)}). {planned.trainable_parameters:,} trainable parameters ({share:.2f} %).{time}{estimate}"
     )
 
 
@@ -67,6 +76,8 @@ def alternative_phrase(alternative: Alternative) -> str:
         parts.append(f"training.microBatchSequences: {alternative.micro_batch_sequences}")
     if alternative.gpus:
         parts.append(f"compute.gpusPerNode: {alternative.gpus} (FSDP)")
+    if alternative.cpu_offload:
+        parts.append("training.cpuOffload: IfNeeded")
     if alternative.gpu_products:
         parts.append("one of " + ", ".join(alternative.gpu_products))
     return f"{' and '.join(parts)} ({gib(alternative.needed_bytes)})"

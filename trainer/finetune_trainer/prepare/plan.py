@@ -18,6 +18,7 @@ from finetune_api.planner import (
     choose_among,
     describe,
     gpu_counts,
+    host_memory_misfit,
     labelled_gpu,
     misfit_sentence,
     parameter_shapes,
@@ -25,7 +26,7 @@ from finetune_api.planner import (
     plan,
     plan_sentence,
     request_of,
-    several_of,
+    rounds,
 )
 from finetune_api.planner.choose import layouts
 from finetune_api.planner.plan import EVALUATION_TOKENS, Request
@@ -34,7 +35,7 @@ from finetune_api.progress import Split
 from finetune_api.quantity import parse_quantity
 from finetune_api.results import DataSummary, RunPlan
 from finetune_api.snapshot import NodeGpu, largest_divisor, rank_count
-from finetune_api.spec import MOST_GPUS_PER_NODE, FineTuneJobSpec, MethodType, Parallelism
+from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, MethodType, Parallelism
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.model import BaseModel
 
@@ -64,16 +65,14 @@ def plan_run(
         arch = parse_config(model.config)
         shapes = parameter_shapes(model.shapes, arch)
         request = request_for(spec, arch, shapes, data)
-        return from_request(spec, split, request, found, layouts_of(spec, arch, model.shapes), model.uri)
+        return from_request(spec, split, request, found, rounds_of(spec, arch, model.shapes), model.uri)
     except (UnknownArchitecture, UnknownTarget) as error:
         if automatic := left_to_the_plan(spec):
             raise StageError(
                 Reason.INVALID_CONFIG, f"{automatic}: the memory of this model cannot be planned ({error})."
             ) from error
-        if spec.training.parallelism is Parallelism.FSDP:
-            raise StageError(
-                Reason.INVALID_CONFIG, f"training.parallelism: FSDP: this model is not known ({error})."
-            ) from error
+        if layerwise := loaded_by_layers(spec):
+            raise StageError(Reason.INVALID_CONFIG, f"{layerwise}: this model is not known ({error}).") from error
         log.warning("the memory of this model cannot be planned: %s", error)
         return None
 
@@ -159,18 +158,20 @@ def request_for(spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data:
 
 
 def from_request(
-    spec: FineTuneJobSpec, split: Split, request: Request, found: Candidates, several: tuple[Layout, ...], uri: str
+    spec: FineTuneJobSpec, split: Split, request: Request, found: Candidates, tries: list[tuple[Layout, ...]], uri: str
 ) -> RunPlan:
     """Choose, where the GPU is known; otherwise only tell what will be needed.
+
+    Args:
+        tries: what several GPUs may do, in rounds.
 
     Raises:
         StageError: DoesNotFit.
     """
     if not found.gpus:
-        return _of_unknown(spec, spec.method.type, split, request, several, [])
+        return _of_unknown(spec, spec.method.type, split, request, tries[0], [])
     fewer = ""
-    may_be = gpu_counts(spec, several)
-    for gpus in [n for n in may_be if found.with_count(n)] or may_be[:1]:
+    for gpus, several in [(n, may) for may in tries for n in counts_of(spec, may, found)]:
         able = (found.with_count(gpus) if spec.compute.gpus() is None else []) or found.gpus
         choice, suitable = choose_among(
             request.model_copy(update={"gpus": gpus * spec.compute.nodes}),
@@ -182,14 +183,17 @@ def from_request(
             several=several,
         )
         if choice.fit.fits:
+            if misfit := host_memory_misfit(spec, choice):
+                raise StageError(Reason.DOES_NOT_FIT, misfit)
             return _chosen(spec, split, choice, suitable[0], [gpu for gpu in able if gpu not in suitable], fewer)
         fewer = f" {gpus} would not do: {gib(choice.planned.needed_bytes)} on each."
     if not (choice.planned.verified or (request.architecture.known and not request.architecture.experts)):
         return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
     if found.others and spec.compute.gpus() is not None:
-        return _of_unknown(spec, choice.method, split, request, several, found.gpus)
-    more = Layout.FSDP in several and spec.compute.gpus() is not None and spec.compute.nodes == 1
-    here = [a for a in choice.fit.alternatives if a.gpus is None or more]
+        return _of_unknown(spec, choice.method, split, request, tries[-1], found.gpus)
+    sharding = Layout.FSDP in tries[0]
+    more = sharding and spec.compute.gpus() is not None and spec.compute.nodes == 1
+    here = [a for a in choice.fit.alternatives if (a.gpus is None or more) and (a.cpu_offload is None or sharding)]
     words = misfit_sentence(uri, choice.request, choice.fit.model_copy(update={"alternatives": here}), suitable[0])
     if spec.compute.gpus() is None:
         words += f" No node that it may use has more GPUs than {gpus}." if found.per_node else ""
@@ -198,23 +202,36 @@ def from_request(
     raise StageError(Reason.DOES_NOT_FIT, words)
 
 
-def layouts_of(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str]) -> tuple[Layout, ...]:
-    """What several GPUs may do: what the spec says, and sharding only for a model that can be loaded a layer at a time.
+def counts_of(spec: FineTuneJobSpec, several: tuple[Layout, ...], found: Candidates) -> Sequence[int]:
+    """How many GPUs of each node to try: those numbers that a node has, or else the first."""
+    may_be = gpu_counts(spec, several)
+    return [n for n in may_be if found.with_count(n)] or may_be[:1]
+
+
+def loaded_by_layers(spec: FineTuneJobSpec) -> str:
+    """The setting that asks for it; empty if none does."""
+    if spec.training.cpu_offload is CpuOffload.ALWAYS:
+        return "training.cpuOffload: Always"
+    return "training.parallelism: FSDP" if spec.training.parallelism is Parallelism.FSDP else ""
+
+
+def rounds_of(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str]) -> list[tuple[Layout, ...]]:
+    """What several GPUs may do: what the spec says, and sharding and offloading only for a model that can be loaded a layer at a time.
 
     Args:
         stored: names of the tensors in the model's files: sharded, they are read one by one under the names that transformers has.
 
     Raises:
-        StageError: InvalidConfig, where the spec asks to shard another model.
+        StageError: InvalidConfig, where the spec asks for that with another model.
     """
-    asked = spec.training.parallelism
+    asked = loaded_by_layers(spec)
     shardable = arch.known and not arch.experts and set(describe(arch)) <= set(stored)
-    if asked is Parallelism.FSDP and not shardable:
+    if asked and not shardable:
         raise StageError(
             Reason.INVALID_CONFIG,
-            "training.parallelism: FSDP: this model is none that can be loaded and sharded layer by layer. Set DDP.",
+            f"{asked}: this model is none that can be loaded layer by layer. Leave it out, and several GPUs hold whole copies (DDP).",
         )
-    return several_of(spec, shardable)
+    return rounds(spec, shardable)
 
 
 def _of_unknown(
@@ -236,7 +253,7 @@ def _of_unknown(
         gpus_per_node=request.gpus // spec.compute.nodes,
         unsuitable_gpu_products=[gpu.product for gpu in unsuitable] or None,
         needed_bytes=planned.needed_bytes,
-        peak_allocated_bytes=planned.peak_allocated_bytes,
+        peak_allocated_bytes=planned.measurable_bytes,
         verified=planned.verified,
         summary=f"needs {gib(planned.needed_bytes)} of GPU memory by plan; whether the GPU has it is not known.{_avoided(unsuitable)}",
     )
@@ -273,7 +290,7 @@ def _chosen(
         unsuitable_gpu_products=[each.product for each in unsuitable] or None,
         needed_bytes=planned.needed_bytes,
         usable_bytes=gpu.usable_bytes,
-        peak_allocated_bytes=planned.peak_allocated_bytes,
+        peak_allocated_bytes=planned.measurable_bytes,
         estimated_seconds=planned.work.seconds,
         verified=planned.verified,
         summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{fewer}{misfit}{_avoided(unsuitable)}",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from finetune_trainer.supervisor.place import ENV_RANK, ENV_RANKS, ENV_RANKS_PER_NODE, ENV_RENDEZVOUS
 
@@ -36,7 +37,9 @@ class Ranks:
     """Those of this node, where there are several nodes."""
     per_node: int = 1
     sharded: bool = False
-    """The base is shared out: nobody can compute without the others."""
+    """The base comes a layer at a time (sharded.py): nobody can compute without the others."""
+    offloaded: bool = False
+    """It comes from host memory."""
 
     @property
     def first(self) -> bool:
@@ -129,7 +132,14 @@ def join(use_cpu: bool, environ: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks(rank, size, data, node, per_node)
 
 
-def leave(ranks: Ranks) -> None:
+def alone() -> distributed.ProcessGroup:
+    """A group of this process only, for what needs a group."""
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    assert distributed.group.WORLD is not None
+    return distributed.group.WORLD
+
+
+def leave() -> None:
     """Training is over; the first rank goes on alone."""
-    if ranks.size > 1:
+    if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -27,6 +27,7 @@ from finetune_api.results import (
     TrainReport,
     TrainResult,
     chosen,
+    is_offloaded,
     is_sharded,
 )
 from finetune_api.snapshot import Snapshot
@@ -94,7 +95,9 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     used = verify.check_tokenizer_files(tokenizer, base_files.files, prepared.result)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     pad_id = evaluate.pad_token_id(tokenizer)
-    ranks = replace(ranks, sharded=ranks.size > 1 and is_sharded(snapshot, prepared.result))
+    offloaded = is_offloaded(snapshot, prepared.result)
+    sharded = offloaded or (ranks.size > 1 and is_sharded(snapshot, prepared.result))
+    ranks = replace(ranks, sharded=sharded, offloaded=offloaded)
     base, quantized = load(base_files.folder, snapshot, compute, ranks)
     asked = prepared.prompts[: spec.evaluation.generation.prompts]
     answering = Answering(
@@ -154,9 +157,9 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         ranks=ranks,
     )
     fit.run()
-    peak_gpu_bytes = compute.peak_bytes()
+    peak_gpu_bytes = max((peak for peak in ranks.gather(compute.peak_bytes()) if peak is not None), default=None)
     if not ranks.sharded:
-        leave(ranks)
+        leave()
         if not ranks.first:
             return RankDone()
         fit.ranks = ranks = Ranks()
@@ -195,7 +198,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
         for p, b, t in zip(asked, measured.answers, answering.answers(tuned, tokenizer), strict=True)
     ]
-    leave(ranks)
+    leave()
     if not ranks.first:
         return RankDone()
 

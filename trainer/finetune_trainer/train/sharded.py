@@ -1,5 +1,5 @@
 """The frozen base shared out over the ranks with FSDP2 (Zhao et al. 2023; torch.distributed.fsdp.fully_shard), read, quantized and
-sharded a layer at a time.
+sharded a layer at a time. With CPU offload each rank's part, on one rank the whole, lies in pinned host memory.
 
 What is trained is not sharded: every rank holds the whole adapter, and its gradients are added up as without sharding (ranks.py). So
 checkpoints, resumption and the saved adapter are those of any other run, for 4 to 16 bytes a trainable weight on every GPU.
@@ -23,7 +23,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import replace_with_bnb_linear
@@ -37,7 +37,7 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.model import bits_and_bytes, blaming_the_model
 from finetune_trainer.train.quantized import describe
-from finetune_trainer.train.ranks import Ranks
+from finetune_trainer.train.ranks import Ranks, alone
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +73,10 @@ def load_sharded(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Rank
     model.requires_grad_(False)
     model.config.use_cache = False
     move_buffers(model, compute.device)
-    group = ranks.data or distributed.group.WORLD
+    group = alone() if ranks.size == 1 else ranks.data or distributed.group.WORLD
     assert group is not None
     mesh = DeviceMesh.from_group(group, compute.device.type)
+    policy = CPUOffloadPolicy(pin_memory=compute.device.type != "cpu") if ranks.offloaded else OffloadPolicy()
     records: list[QuantizedModule] = []
     with blaming_the_model(), ExitStack() as opened:
         stored = Stored(folder, opened)
@@ -85,7 +86,7 @@ def load_sharded(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Rank
             for own, module, key in parameters(unit):
                 full = f"{name}.{own}"
                 records += fill(module, key, stored.read(full), compute, quantization, full)
-            shard(unit, mesh)
+            shard(unit, mesh, policy)
         for own, module, key in parameters(model):
             if module.get_parameter(key).is_meta:
                 records += fill(module, key, stored.read(own), compute, quantization, own)
@@ -177,10 +178,10 @@ def share_constants(module: Linear4bit) -> None:
     module.register_forward_pre_hook(put_back)
 
 
-def shard(unit: nn.Module, mesh: DeviceMesh) -> None:
+def shard(unit: nn.Module, mesh: DeviceMesh, policy: OffloadPolicy) -> None:
     """Keep this rank's part of the unit's matrices, and let go of the rest."""
     vectors = {p for p in unit.parameters() if p.dim() < 2}
-    fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=vectors)
+    fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=vectors, offload_policy=policy)
 
 
 def ready_for_adapter(model: nn.Module) -> None:
@@ -252,5 +253,5 @@ class Stored:
         if what:
             raise StageError(
                 Reason.UNSUPPORTED_MODEL,
-                f"{type(model).__name__} cannot be sharded layer by layer: {what}. Set training.parallelism: DDP.",
+                f"{type(model).__name__} cannot be loaded layer by layer: {what}. Set training.parallelism: DDP, without training.cpuOffload.",
             )
