@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finetune_api.failures import Reason
+from finetune_api.results import TrainMetrics
 from finetune_api.spec import Quantization
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish import nf4, safetensors_stream, written
 from finetune_trainer.publish.adapter import read_adapter
-from finetune_trainer.publish.check import TRAINED_ABSOLUTE, TRAINED_TOLERANCE, must_agree
+from finetune_trainer.publish.check import TRAINED_ABSOLUTE, TRAINED_TOLERANCE, may_be_rounded_away, must_agree
 from finetune_trainer.publish.merge import BaseWeights, merge, merged_config, write_companions
 from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.publish.streamed import StreamedModel
@@ -278,6 +279,19 @@ def test_low_losses_may_differ_by_what_a_device_rounds(found: float, expected: f
         return
     with pytest.raises(StageError, match="allowed"):
         must_agree("training measured", found, expected, TRAINED_TOLERANCE, 8, TRAINED_ABSOLUTE)
+
+
+@pytest.mark.parametrize(
+    ("base_loss", "loss", "allowed"),
+    [(4.2, 3.98, 0.22), (4.0, 1.0, 0.1), (1.0, 1.2, 0.0)],
+    ids=["a short training", "a long one", "nothing learned"],
+)
+def test_rounding_may_take_what_was_learned_and_not_much(base_loss: float, loss: float, allowed: float) -> None:
+    metrics = TrainMetrics(
+        held_out_loss_base=base_loss, held_out_loss=loss, perplexity_base=1, perplexity=1, final_train_loss=1, steps=1,
+        epochs=1, tokens=1, tokens_per_second=1, train_seconds=1,
+    )  # fmt: skip
+    assert may_be_rounded_away(metrics, loss) == pytest.approx(allowed)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma2"])
