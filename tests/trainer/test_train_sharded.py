@@ -81,16 +81,34 @@ def test_four_ranks_with_a_quarter_each_train_as_one_process_does(s3: Any, tiny_
     assert result(shards).metrics.held_out_loss == pytest.approx(result(alone).metrics.held_out_loss, rel=ROUNDING)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
-def test_shards_give_the_bytes_that_whole_copies_give_also_after_an_interruption(
-    s3: Any, tiny_model: Path, tmp_path: Path, method: str
-) -> None:
+def as_whole_copies(s3: Any, base: Path, folder: Path, method: str) -> tuple[PreparedJob, dict[str, Any]]:
+    """What two ranks with a whole copy each make of a job, and its spec."""
     spec = {**SPEC, "method": {"type": method, "lora": {"rank": 4, "dropout": 0.2}}}
-    whole = prepare_job(s3, tmp_path / "whole", tiny_model, **spec)
-    assert pod_of(whole).start().wait() == 0
-    shards = prepare_job(
-        s3, tmp_path / "shards", tiny_model, **{**spec, "training": {**spec["training"], "parallelism": "FSDP"}}
-    )
+    whole = prepare_job(s3, folder, base, **spec)
+    pod = pod_of(whole)
+    assert pod.start().wait() == 0, pod.log
+    return whole, spec
+
+
+def with_training(spec: dict[str, Any], **training: Any) -> dict[str, Any]:
+    return {**spec, "training": {**spec["training"], **training}}
+
+
+def test_shards_give_the_bytes_that_whole_copies_give(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
+    whole, spec = as_whole_copies(s3, tiny_model, tmp_path / "whole", "LoRA")
+    shards = prepare_job(s3, tmp_path / "shards", tiny_model, **with_training(spec, parallelism="FSDP"))
+    pod = pod_of(shards)
+    assert pod.start().wait() == 0, pod.log
+    assert weights(shards) == weights(whole)
+    assert curve(shards) == curve(whole)
+    assert answers(shards) == answers(whole)
+
+
+def test_quantized_shards_give_them_too_interrupted_and_in_host_memory(
+    s3: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    whole, spec = as_whole_copies(s3, tiny_model, tmp_path / "whole", "QLoRA")
+    shards = prepare_job(s3, tmp_path / "shards", tiny_model, **with_training(spec, parallelism="FSDP"))
     pod = pod_of(shards).start()
     pod.until_step(6)
     pod.process.send_signal(15)
@@ -105,19 +123,21 @@ def test_shards_give_the_bytes_that_whole_copies_give_also_after_an_interruption
     assert result(shards).metrics.held_out_loss == result(whole).metrics.held_out_loss
     assert result(shards).selected_step == result(whole).selected_step
 
+    on_host = prepare_job(s3, tmp_path / "host", tiny_model, **with_training(spec, cpuOffload="Always"))
+    pod = pod_of(on_host)
+    assert pod.start().wait() == 0, pod.log
+    assert weights(on_host) == weights(whole)
+    assert curve(on_host) == curve(whole)
 
-@pytest.mark.parametrize(("method", "gpus"), [("LoRA", 1), ("QLoRA", 2)])
-def test_a_base_in_host_memory_gives_the_bytes_that_one_on_the_device_gives(
-    s3: Any, tiny_model: Path, tmp_path: Path, method: str, gpus: int
+
+def test_one_rank_with_its_base_in_host_memory_gives_the_bytes_that_one_without_gives(
+    s3: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """One rank has it all there, two have a part each."""
-    spec = {**SPEC, "compute": {"gpusPerNode": gpus}, "method": {"type": method, "lora": {"rank": 4, "dropout": 0.2}}}
     jobs = []
     for offload in ("Never", "Always"):
         training = {**SPEC["training"], "length": {"steps": 6}, "cpuOffload": offload}
-        jobs.append(prepare_job(s3, tmp_path / offload, tiny_model, **{**spec, "training": training}))
-        pod = pod_of(jobs[-1])
-        assert pod.start().wait() == 0, pod.log
+        jobs.append(prepare_job(s3, tmp_path / offload, tiny_model, training=training))
+        train.run(jobs[-1].context())
     here, there = jobs
     assert weights(there) == weights(here)
     assert curve(there) == curve(here)
@@ -128,7 +148,7 @@ def test_ranks_whose_heads_have_different_numbers_of_chunks_do_not_wait_for_each
     s3: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Ragged steps of rows with different numbers of learned tokens, four of them a chunk."""
-    spec = {**SPEC, "training": {**SPEC["training"], "parallelism": "FSDP"}, "evaluation": {}}
+    spec = {**with_training(SPEC, parallelism="FSDP", length={"steps": 4}), "evaluation": {}}
     curves = []
     for chunk in (4 * 4 * 400, 1 << 28):
         job = prepare_job(s3, tmp_path / str(chunk), tiny_model, **spec)
