@@ -22,7 +22,7 @@ the row's last learned turn; 0 for text); file metadata ``finetune.prepared_vers
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -129,8 +129,10 @@ class PreparedPrompt(ApiModel):
     """What a person wrote: the last user turn, the prompt, or the beginning of a text."""
     reference: str
     """The answer that the data has."""
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     """The turns before the answer, where the row has turns: the chat template, with a generation prompt, makes ``text`` of them."""
+    tools: list[dict[str, Any]] | None = None
+    """What may be called, for the chat template."""
     text: str
     """What the tokenizer is given (without adding special tokens, if ``messages`` is present)."""
     input_ids: list[int]

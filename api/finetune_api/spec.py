@@ -103,13 +103,15 @@ class DataFormat(StrEnum):
 
     AUTO = "Auto"
     MESSAGES = "Messages"
+    SHAREGPT = "ShareGPT"
     PROMPT_COMPLETION = "PromptCompletion"
     ALPACA = "Alpaca"
+    TOKENIZED = "Tokenized"
     TEXT = "Text"
 
 
 class DataSource(RemoteSource):
-    """One file, or one prefix or repository of files (json, jsonl, csv, parquet; also .gz)."""
+    """One file, or one prefix or repository of files (json, jsonl, csv, parquet; also .gz, .bz2, .xz, .zst)."""
 
     uri: Annotated[str, StringConstraints(pattern=DATA_URI_PATTERN, max_length=2048)] = Field(
         description="s3://bucket/key, hf://org/dataset[/path], https://… or pvc://claim/path; a trailing / means all files below."
@@ -121,10 +123,17 @@ class DataSource(RemoteSource):
     columns: dict[str, ColumnName] | None = Field(
         None,
         description=(
-            "Maps the format's field names (messages, prompt, completion, instruction, input, output, system, text) to this "
-            "source's column names."
+            "Maps the format's field names (messages, conversations, tools, prompt, completion, instruction, input, output, system, text, "
+            "input_ids, labels) to this source's column names."
         ),
         json_schema_extra={"maxProperties": 16},
+    )
+    weight: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None,
+        description=(
+            "How often each of this source's training rows stands in an epoch: 2 twice, 0.25 a quarter of the rows (drawn with "
+            "training.seed, the same rows in every epoch). The default is 1. Held-out rows have none."
+        ),
     )
 
     model_config = ConfigDict(
@@ -144,7 +153,15 @@ class HeldOut(ApiModel):
         None, description="Held-out data of their own.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
     )
 
-    model_config = ConfigDict(json_schema_extra=cel(exactly_one("fraction", "sources")))
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            exactly_one("fraction", "sources"),
+            (
+                "!has(self.sources) || self.sources.all(source, !has(source.weight))",
+                "every held-out row counts once: leave weight out",
+            ),
+        )
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> HeldOut:
@@ -200,7 +217,7 @@ class SupervisedFineTuning(ApiModel):
         LossOn.ASSISTANT,
         description=(
             "Assistant: every assistant turn (or the completion). Completion: the last assistant turn only. All: every token. "
-            "Text rows are always learned whole."
+            "Text rows are always learned whole, Tokenized rows by their labels."
         ),
     )
 

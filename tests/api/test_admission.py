@@ -93,6 +93,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("both epochs and steps", {"training": {"length": {"epochs": 1, "steps": 1}}}, "exactly one of epochs, steps"),
     ("neither epochs nor steps", {"training": {"length": {}}}, "exactly one of epochs, steps"),
     ("both kinds of held-out data", {"data": {"heldOut": {"fraction": 0.1, "sources": [{"uri": "s3://bucket/h.jsonl"}]}}}, "exactly one of fraction, sources"),
+    ("a weight of held-out rows", {"data": {"heldOut": {"sources": [{"uri": "s3://bucket/h.jsonl", "weight": 2}]}}}, "every held-out row counts once"),
+    ("a weight of zero", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "weight": 0}]}}, "spec.data.train[0].weight"),
     ("a held-out fraction above one half", {"data": {"heldOut": {"fraction": 0.6}}}, "spec.data.heldOut.fraction"),
     ("a revision of a bucket", {"model": {"uri": "s3://models/llama", "revision": "main"}}, "revision applies to hf:// models only"),
     ("all-linear beside a name", {"method": {"lora": {"targetModules": ["all-linear", "q_proj"]}}}, "all-linear already names every linear layer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,14 +11,30 @@ from finetune_api.failures import Reason
 from finetune_api.spec import DataFormat, DataSource
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.detect import check_columns, detect
-from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text, to_example
+from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text, Tokenized, to_example
 from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.rows import RawRow
 
 M, P, A, T = DataFormat.MESSAGES, DataFormat.PROMPT_COMPLETION, DataFormat.ALPACA, DataFormat.TEXT
+S, K = DataFormat.SHAREGPT, DataFormat.TOKENIZED
 USER: dict[str, Any] = {"role": "user", "content": "q"}
 BOT: dict[str, Any] = {"role": "assistant", "content": "a"}
 SYSTEM: dict[str, Any] = {"role": "system", "content": "s"}
+CALL: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+}
+RESULT: dict[str, Any] = {"role": "tool", "content": "2"}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def called(arguments: Any, **outside: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{**outside, "function": {"name": "add", "arguments": arguments}}]}
+
+
+def shared(*turns: tuple[Any, Any], **row: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": speaker, "value": value} for speaker, value in turns], **row}
 
 
 @pytest.mark.parametrize(
@@ -43,8 +60,22 @@ SYSTEM: dict[str, Any] = {"role": "system", "content": "s"}
             Conversation([{"role": "user", "content": "q\n\ni"}, BOT]),
         ),
         (T, {"text": "t", "other": 1}, Text("t")),
+        (M, {"messages": [USER, called('{"a": 1}', type="function"), RESULT, BOT], "tools": [TOOL]},
+            Conversation([USER, CALL, RESULT, BOT], tools=[TOOL])),
+        (M, {"messages": [USER, called({"a": 1, "b": None}), RESULT, BOT], "tools": json.dumps([TOOL])},
+            Conversation([USER, CALL, RESULT, BOT], tools=[TOOL])),
+        (M, {"messages": [USER, BOT], "tools": None}, Conversation([USER, BOT])),
+        (S, shared(("human", "q"), ("gpt", "a")), Conversation([USER, BOT])),
+        (S, shared(("system", "s"), ("user", "q"), ("chatgpt", "a"), system="t"), Conversation([SYSTEM, USER, BOT])),
+        (S, shared(("human", "q"), ("gpt", "a"), system="s"), Conversation([SYSTEM, USER, BOT])),
+        (S, shared(("human", "q"), ("function_call", '{"name": "add", "arguments": {"a": 1}}'), ("observation", "2"),
+            ("gpt", "a"), tools=json.dumps([TOOL])), Conversation([USER, CALL, RESULT, BOT], tools=[TOOL])),
+        (S, {"conversations": [USER, BOT]}, Conversation([USER, BOT])),
+        (K, {"input_ids": [5, 6, 7]}, Tokenized([5, 6, 7], [5, 6, 7])),
+        (K, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, Tokenized([5, 6, 7], [-100, 6, 7])),
+        (K, {"input_ids": [5, 6, 7], "labels": None}, Tokenized([5, 6, 7], [5, 6, 7])),
     ],
-)
+)  # fmt: skip
 def test_a_good_row_becomes_an_example(fmt: DataFormat, row: dict[str, Any], wanted: Example) -> None:
     assert to_example(row, fmt, {}, True) == wanted
 
@@ -75,7 +106,25 @@ def say(*contents: Any) -> dict[str, Any]:
         (M, {"messages": "hi"}, 'messages: expected a list of messages, found "hi"'),
         (M, {"messages": ["hi"]}, 'messages[0]: expected an object with role and content, found "hi"'),
         (M, {"messages": [{"content": "x"}]}, "messages[0].role: missing; the message has content"),
-        (M, {"messages": [{"from": "human", "value": "x"}]}, "ShareGPT"),
+        (M, {"messages": [{"from": "human", "value": "x"}]}, "set format: ShareGPT and columns: {conversations: messages}"),
+        (M, {"messages": [USER, called("{")]}, 'messages[1].tool_calls[0].arguments: expected an object as JSON, found "{"'),
+        (M, {"messages": [USER, called([1])]}, "messages[1].tool_calls[0].arguments: expected an object, found a list of 1"),
+        (M, {"messages": [USER, {"role": "assistant", "tool_calls": ["add"]}]}, "tool_calls[0]: expected a call"),
+        (M, {"messages": [USER, BOT], "tools": "add"}, 'tools: expected a list of tools as JSON, found "add"'),
+        (M, {"messages": [USER, BOT], "tools": [3]}, "tools[0]: expected a tool: an object with a function, found the number 3"),
+        (S, {"conversations": ["hi"]}, "conversations[0]: expected an object with from and value"),
+        (S, shared(("alien", "q")), 'conversations[0].from: expected one of system, human'),
+        (S, shared(("human", "q"), ("gpt", None)), "conversations[1].value: expected text, found null"),
+        (S, {"conversations": [{"from": "human"}]}, "conversations[0].value: missing; the turn has from"),
+        (S, shared(("human", "q")), 'conversations: last turn is "user", nothing to learn'),
+        (S, shared(("human", "q"), ("function_call", "add(1)")), "conversations[1].value: expected a function call"),
+        (P, {"prompt": "q", "completion": "a", "tools": [TOOL]}, "tools: expected with lists of messages only"),
+        (K, {"input_ids": []}, "input_ids: expected a list of token ids, found an empty list"),
+        (K, {"input_ids": [1, 2.5]}, "input_ids[1]: expected a token id, found the number 2.5"),
+        (K, {"input_ids": [1, -1]}, "input_ids[1]: expected a token id, found the number -1"),
+        (K, {"input_ids": [True]}, "input_ids[0]: expected a token id, found true"),
+        (K, {"input_ids": [1, 2], "labels": [1]}, "labels: expected as many as input_ids (2), found 1"),
+        (K, {"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "labels[0]: expected -100 or the token itself (1), found 2; labels are not to be shifted"),
         (M, {"messages": [{"role": "human", "content": "x"}]}, 'messages[0].role: expected one of system, developer, user, assistant, '
             'tool, found "human"'),
         (M, {"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role: expected one of"),
@@ -114,6 +163,8 @@ def source(**fields: Any) -> DataSource:
         ({"prompt": "", "completion": "", "text": ""}, P),
         ({"instruction": "", "output": "", "text": "x"}, A),
         ({"id": 1, "text": "x"}, T),
+        ({"conversations": [], "text": "x"}, S),
+        ({"input_ids": [], "attention_mask": []}, K),
     ],
 )
 def test_the_format_is_detected_by_its_columns(row: dict[str, Any], fmt: DataFormat) -> None:

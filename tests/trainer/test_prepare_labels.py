@@ -15,8 +15,9 @@ from finetune_api.spec import LossOn, Overlength
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
 from finetune_trainer.prepare.encode import IGNORED, Dropped, Encoded, Encoder, fit
-from finetune_trainer.prepare.examples import Completion, Conversation, Message, Text
+from finetune_trainer.prepare.examples import Completion, Conversation, Text, Tokenized
 from finetune_trainer.prepare.problems import RowProblem
+from finetune_trainer.prepare.turns import Message
 from tests.support.tiny_model import CHATML, write_tokenizer
 
 LLAMA3 = (
@@ -75,7 +76,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def encode(
-    tokenizer: Any, template: str, messages: list[Message], loss_on: LossOn = LossOn.ASSISTANT, **kw: int
+    tokenizer: Any, template: str, messages: list[Message], loss_on: LossOn = LossOn.ASSISTANT, **kw: Any
 ) -> Encoded:
     return Encoder(tokenizer, ChatRenderer(tokenizer, template), loss_on).encode(Conversation(messages, **kw))
 
@@ -116,7 +117,7 @@ def test_all_answers_are_learned_with_their_ending_and_nothing_else(tokenizer: A
 def test_the_prompt_is_exactly_what_a_model_is_asked(tokenizer: Any, template: str) -> None:
     encoded = encode(tokenizer, template, TALK)
     frozen = ChatRenderer(tokenizer, template)
-    asked = frozen._text(TALK[:-1], prompt=True)[0]
+    asked = frozen.question(TALK[:-1])
     assert encoded.ids[: encoded.prompt_tokens].tolist() == tokenizer(asked, add_special_tokens=False)["input_ids"]
 
 
@@ -137,6 +138,46 @@ def test_whatever_is_said_exactly_the_answers_are_learned(
     talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     answers = [text.strip() if template == LLAMA3 else text for text in said[1::2]]
     assert learned(tokenizer, encode(tokenizer, template, talk)) == [answer + end for answer in answers]
+
+
+# As Hermes and Qwen: tools first, calls as JSON in the answer.
+CALLING = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}{{ '<tool_call>' + (call['function']['arguments'] | tojson) + '</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALLS: list[Message] = [
+    {"role": "user", "content": "Add."},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "Two."},
+]
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+def test_calls_are_learned_results_are_not_and_tools_stand_in_the_prompt(tokenizer: Any) -> None:
+    encoded = encode(tokenizer, CALLING, CALLS, tools=TOOLS)
+    call = '<tool_call>{"a": 1}</tool_call><|im_end|>'
+    assert learned(tokenizer, encoded) == [call, "Two.<|im_end|>"]
+    assert '"name": "add"' in tokenizer.decode(encoded.ids[: encoded.prompt_tokens])
+    assert learned(tokenizer, encode(tokenizer, CALLING, CALLS, LossOn.COMPLETION, tools=TOOLS)) == ["Two.<|im_end|>"]
+
+
+def test_tools_that_a_template_leaves_out_are_no_row(tokenizer: Any) -> None:
+    with pytest.raises(RowProblem, match="the chat template has no place for them"):
+        encode(tokenizer, CHATML, TALK, tools=TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "prompt_tokens"),
+    [([5, 6, 7, 8], 0), ([-100, -100, 7, 8], 2), ([-100, 6, -100, 8], 3), ([-100, 6, 7, -100], 1)],
+)
+def test_tokens_are_learned_by_their_labels(tokenizer: Any, labels: list[int], prompt_tokens: int) -> None:
+    encoded = Encoder(tokenizer, None, LossOn.ASSISTANT).encode(Tokenized([5, 6, 7, 8], labels))
+    assert encoded.ids.tolist() == [5, 6, 7, 8]
+    assert encoded.labels.tolist() == labels
+    assert encoded.prompt_tokens == prompt_tokens
 
 
 def test_todays_date_never_gets_into_the_tokens(tokenizer: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,13 @@ def parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return bytes(sink.getvalue())
+
+
 A, B = {"text": "é"}, {"text": "b\nc"}
 CSV = 'text,n\né,1\n"b\nc",2\n'
 
@@ -52,11 +61,14 @@ CSV = 'text,n\né,1\n"b\nc",2\n'
         ("t.json", json.dumps(A) + "\n" + json.dumps(B), ["t.json:1", "t.json:2"]),
         ("t.json", json.dumps(A, indent=1) + "\n" + json.dumps(B, indent=1), ["t.json:1", "t.json:4"]),
         ("t.jsonl.gz", gzip.compress((json.dumps(A) + "\n" + json.dumps(B)).encode(), mtime=0), ["t.jsonl.gz:1", "t.jsonl.gz:2"]),
+        ("t.jsonl.bz2", bz2.compress((json.dumps(A) + "\n" + json.dumps(B)).encode()), ["t.jsonl.bz2:1", "t.jsonl.bz2:2"]),
+        ("t.json.xz", lzma.compress(json.dumps([A, B]).encode()), ["t.json.xz:1", "t.json.xz:1"]),
+        ("t.jsonl.zst", zstd((json.dumps(A) + "\n" + json.dumps(B)).encode()), ["t.jsonl.zst:1", "t.jsonl.zst:2"]),
         ("t.parquet", parquet_bytes([A, B]), ["t.parquet:1", "t.parquet:2"]),
         ("download", json.dumps([A, B]), ["download:1", "download:1"]),
     ],
     ids=["jsonl with a blank line", "jsonl with BOM and CRLF", "json", "json indented", "jsonl named json", "objects named json",
-         "jsonl.gz", "parquet", "json without an ending"],
+         "jsonl.gz", "jsonl.bz2", "json.xz", "jsonl.zst", "parquet", "json without an ending"],
 )  # fmt: skip
 def test_every_kind_of_file_gives_the_same_rows(
     tmp_path: Path, name: str, data: bytes | str, sources: list[str]
@@ -103,6 +115,9 @@ def test_a_broken_row_is_named_and_the_next_is_read(
         ("t.csv", "a,b,a\n", "names 'a' more than once"),
         ("t.parquet", b"PAR1 and then nothing", "not a readable Parquet file"),
         ("t.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "gzip stream is damaged"),
+        ("t.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 1000)[:-20], "bz2 stream is damaged"),
+        ("t.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 1000)[:-20], "xz stream is damaged"),
+        ("t.jsonl.zst", zstd(b'{"a": 1}\n' * 1000)[:-20], "zstd stream is damaged"),
         ("page", "<!DOCTYPE html>", "expected JSON lines.*DOCTYPE"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.split import group_of, held_out_rows
+from finetune_trainer.prepare.split import copies, group_of, held_out_rows
 
 GROUPS = st.lists(st.integers(0, 12), min_size=2, max_size=80).filter(lambda groups: len(set(groups)) > 1)
 
@@ -52,3 +52,13 @@ def test_fewer_than_two_prompts_are_too_few_rows(groups: list[int]) -> None:
 def test_prompts_that_differ_in_case_space_or_unicode_form_are_one_group(other: str) -> None:
     assert group_of("What is Kubernetes?") == group_of(other)
     assert group_of("What is Kubernetes?") != group_of("What is Docker?")
+
+
+def test_a_weight_is_how_often_rows_stand_there_on_average_and_the_seed_decides_which() -> None:
+    assert {copies(None, 1, row) for row in range(100)} == {copies(1.0, 1, row) for row in range(100)} == {1}
+    assert {copies(3.0, 1, row) for row in range(100)} == {3}
+    halves = [copies(2.5, 1, row) for row in range(10_000)]
+    assert set(halves) == {2, 3}
+    assert abs(sum(halves) - 25_000) < 200  # four standard deviations
+    assert halves == [copies(2.5, 1, row) for row in range(10_000)]
+    assert halves != [copies(2.5, 2, row) for row in range(10_000)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from finetune_api.failures import Reason
 from finetune_api.results import PrepareReport, PrepareResult
 from finetune_trainer.prepare.chat import load_tokenizer
-from tests.support.prepare_bench import REF, ROWS, WORKSPACE, Bench, row
+from tests.support.prepare_bench import REF, ROWS, WORKSPACE, Bench, lines, row
 from tests.support.tiny_model import write_tokenizer
 
 
@@ -145,6 +146,50 @@ def test_sources_of_several_formats_are_joined_and_said_to_be(bench: Bench) -> N
     assert any("formats are mixed" in w for w in report.warnings)
     assert not any("usable row" in w for w in report.warnings)
     assert any(s.startswith("x.csv:") for s in bench.table("train")["source"].to_pylist())
+
+
+def test_a_sources_weight_counts_in_training_and_never_among_held_out_rows(bench: Bench) -> None:
+    bench.put(ROWS)
+    bench.put([row(f"Other {i}?", "yes") for i in range(60)], "other.jsonl")
+    bench.s3.write_secret(bench.pod.secrets / "train-1")
+    first = bench.spec["data"]["train"][0]
+    other = {**first, "uri": f"s3://{bench.bucket}/other.jsonl", "weight": 0.25}
+    report = bench.run(data={"train": [{**first, "weight": 2}, other]})
+    train, held = bench.table("train")["row"].to_pylist(), bench.table("held_out")["row"].to_pylist()
+    assert report.data.train_rows == len(train)
+    assert (len(held), len(set(held))) == (10, 10), "as without weights"
+    assert not set(train) & set(held)
+    twice = [number for number in train if number < 40]
+    assert len(twice) == 2 * len(set(twice)) == 2 * len(set(range(40)) - set(held))
+    few = [number for number in train if number >= 40]
+    assert 0 < len(few) == len(set(few)) < 30
+    assert "raise them" in bench.fails(data={"train": [{**first, "weight": 1e-9}]}).message
+
+
+def test_rows_of_the_newer_formats_arrive(bench: Bench, tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model, False)
+    shared = [
+        {"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}]} for i in range(20)
+    ]
+    bench.put(shared)
+    ids = [tokenizer(f"What is {i}? It is {i}.")["input_ids"] for i in range(20)]
+    tokens = [{"input_ids": each, "labels": [-100] * 4 + each[4:]} for each in ids]
+    bench.s3.put(bench.bucket, "tokens.jsonl.xz", lzma.compress(lines(tokens).encode()))
+    bench.s3.write_secret(bench.pod.secrets / "train-1")
+    first = bench.spec["data"]["train"][0]
+    report = bench.run(data={"train": [first, {**first, "uri": f"s3://{bench.bucket}/tokens.jsonl.xz"}]})
+    assert report.data.formats == {"ShareGPT": 20, "Tokenized": 20}
+    prompts = {p["row"]: p for p in json.loads(bench.object("prepare/prompts.json"))}
+    for number, prompt in prompts.items():
+        if number < 20:
+            assert (prompt["prompt"], prompt["reference"]) == (f"q{number}", f"a{number}")
+        else:
+            assert prompt["prompt"] == tokenizer.decode(ids[number - 20][:4])
+    bench.s3.put(bench.bucket, "tokens.jsonl.xz", lzma.compress(lines([{"input_ids": [1, 10**6]}]).encode()))
+    sources = [first, {**first, "uri": f"s3://{bench.bucket}/tokens.jsonl.xz"}]
+    failed = bench.fails(data={"train": sources}, training={"seed": 2})  # another run than the one before
+    assert failed.reason is Reason.INVALID_DATA
+    assert "tokens.jsonl.xz:1 input_ids: token 1000000" in failed.message
 
 
 def test_steps_are_taken_as_asked_for(bench: Bench) -> None:

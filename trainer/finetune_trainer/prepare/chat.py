@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.examples import Message
 from finetune_trainer.prepare.problems import RowProblem
+from finetune_trainer.prepare.turns import Message, Tool
 from finetune_trainer.text import is_utf8, shorten
 
 FROZEN_NOW = datetime.datetime(2024, 7, 26)
@@ -80,21 +82,28 @@ class ChatRenderer:
         except jinja2.TemplateError as error:
             raise StageError(Reason.UNSUPPORTED_MODEL, f"the chat template is broken: {error}") from error
         compiled.environment.globals["strftime_now"] = FROZEN_NOW.strftime
+        self._takes_tools = "tools" in jinja2.meta.find_undeclared_variables(compiled.environment.parse(template))
 
-    def render(self, messages: list[Message], learn_from: int = 0) -> Rendered:
+    def render(self, messages: list[Message], learn_from: int = 0, tools: Sequence[Tool] = ()) -> Rendered:
         """Text and answers of a conversation that ends with an assistant turn.
+
+        Args:
+            tools: what may be called.
 
         Raises:
             RowProblem: if the template refuses the conversation, or drops or changes turns so that answers cannot be found.
         """
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= learn_from]
-        text, marks = self._text(messages, marked=self._marked)
+        text, marks = self._text(messages, tools, marked=self._marked)
         if self._marked and marks:
             every = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
             if len(marks) == len(every):
                 answers = [mark for i, mark in zip(every, marks, strict=True) if i >= learn_from]
                 return Rendered(text, answers)
-        spans = [self._by_prefix(messages, turn, text) or self._by_sentinel(messages, turn, text) for turn in turns]
+        spans = [
+            self._by_prefix(messages, tools, turn, text) or self._by_sentinel(messages, tools, turn, text)
+            for turn in turns
+        ]
         found = [span for span in spans if span is not None]
         if len(found) < len(turns):
             lost = next(turn for turn, span in zip(turns, spans, strict=True) if span is None)
@@ -104,34 +113,34 @@ class ChatRenderer:
             )
         return Rendered(text, found)
 
-    def plain(self, messages: list[Message]) -> str:
+    def plain(self, messages: list[Message], tools: Sequence[Tool] = ()) -> str:
         """The conversation's text alone."""
-        return self._text(messages)[0]
+        return self._text(messages, tools)[0]
 
-    def question(self, messages: list[Message]) -> str:
+    def question(self, messages: list[Message], tools: Sequence[Tool] = ()) -> str:
         """The conversation's text and the beginning of an answer: what a model is asked with."""
-        return self._text(messages, prompt=True)[0]
+        return self._text(messages, tools, prompt=True)[0]
 
-    def _by_prefix(self, messages: list[Message], turn: int, text: str) -> Span | None:
+    def _by_prefix(self, messages: list[Message], tools: Sequence[Tool], turn: int, text: str) -> Span | None:
         """An answer starts where the rendering of what comes before it, with the generation prompt, ends: so a model is asked."""
         if turn == 0:
             return None
         last = turn == len(messages) - 1
         try:
-            before = self._text(messages[:turn], prompt=True)[0]
-            through = text if last else self._text(messages[: turn + 1])[0]
+            before = self._text(messages[:turn], tools, prompt=True)[0]
+            through = text if last else self._text(messages[: turn + 1], tools)[0]
         except RowProblem:
             return None
         if through.startswith(before) and text.startswith(through) and len(through) > len(before):
             return len(before), len(through)
         return None
 
-    def _by_sentinel(self, messages: list[Message], turn: int, text: str) -> Span | None:
+    def _by_sentinel(self, messages: list[Message], tools: Sequence[Tool], turn: int, text: str) -> Span | None:
         """For templates that write earlier turns differently (Qwen 3 drops their thoughts): put a mark in the answer's place;
         what stands before and after the mark must stand there in the whole text too."""
         marked = [{**m, "content": SENTINEL} if i == turn else m for i, m in enumerate(messages)]
         try:
-            before, found, after = self._text(marked)[0].partition(SENTINEL)
+            before, found, after = self._text(marked, tools)[0].partition(SENTINEL)
         except RowProblem:
             return None
         end = len(text) - len(after)
@@ -143,11 +152,18 @@ class ChatRenderer:
             return len(before), end
         return None
 
-    def _text(self, messages: list[Message], *, prompt: bool = False, marked: bool = False) -> tuple[str, list[Span]]:
+    def _text(
+        self, messages: list[Message], tools: Sequence[Tool], *, prompt: bool = False, marked: bool = False
+    ) -> tuple[str, list[Span]]:
+        if tools and not self._takes_tools:
+            raise RowProblem(
+                "tools: the chat template has no place for them; take the column out, or use a model that calls tools"
+            )
         try:
             texts, marks = render_jinja_template(
                 conversations=[messages],
                 chat_template=self._template,
+                tools=list(tools) or None,
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt,
                 **self._variables,

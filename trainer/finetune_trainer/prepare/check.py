@@ -19,11 +19,18 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import special_token_pattern
 from finetune_trainer.prepare.detect import LOOKED_AT, check_columns, detect
 from finetune_trainer.prepare.encode import Dropped, Encoded, Encoder, fit
-from finetune_trainer.prepare.examples import ALL_FIELDS, Conversation, Example, Text, to_example
+from finetune_trainer.prepare.examples import (
+    ALL_FIELDS,
+    Completion,
+    Conversation,
+    Example,
+    Tokenized,
+    to_example,
+)
 from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.problems import LOGGED, Problems, RowProblem
 from finetune_trainer.prepare.rows import RawRow, read_rows
-from finetune_trainer.prepare.split import group_of
+from finetune_trainer.prepare.split import copies, group_of
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Index, RowWriter
 from finetune_trainer.sources.data import DataFile, fetch_data
 from finetune_trainer.text import plural
@@ -112,6 +119,7 @@ class _RowChecker:
 
     def __init__(self, spec: FineTuneJobSpec, model: BaseModel, checked: Checked, writer: RowWriter) -> None:
         self._limit = spec.training.max_sequence_tokens
+        self._seed = spec.training.seed
         self._overlength = spec.data.checks.overlength
         self._model = model
         self._encoder = Encoder(model.tokenizer, model.renderer, spec.objective.sft.loss_on)
@@ -138,7 +146,7 @@ class _RowChecker:
             if checked.dropped <= LOGGED:
                 log.warning("%s dropped: %s", raw.source, reason.text)
         else:
-            self._keep(row, raw.source, example, whole, encoded, source.held_out)
+            self._keep(row, raw.source, example, whole, encoded, source)
             checked.formats[str(fmt)] += 1
 
     def _example(self, raw: RawRow, fmt: DataFormat | None, columns: Mapping[str, str]) -> Example:
@@ -150,24 +158,33 @@ class _RowChecker:
                 Reason.CHAT_TEMPLATE_MISSING,
                 f"{raw.source}: the rows are conversations, and the tokenizer of {self._model.uri} has no chat template",
             )
+        if isinstance(example, Tokenized) and (largest := max(example.ids)) >= self._model.vocabulary:
+            raise RowProblem(
+                f"{columns.get('input_ids', 'input_ids')}: token {largest}, and the model's embedding has {self._model.vocabulary:,} rows: "
+                "another tokenizer made them"
+            )
         return example
 
-    def _keep(self, row: int, source: str, example: Example, whole: Encoded, encoded: Encoded, held_out: bool) -> None:
+    def _keep(self, row: int, line: str, example: Example, whole: Encoded, encoded: Encoded, source: Source) -> None:
         content = int.from_bytes(hashlib.blake2b(whole.ids.tobytes(), digest_size=8).digest(), "little")
-        self._checked.index.add(group_of(example.group), content, whole.length, held_out)
+        self._checked.index.add(group_of(example.group), content, whole.length, source.held_out)
         self._checked.truncated += whole.length > len(encoded.ids)
-        if not isinstance(example, Text):
-            self._checked.with_special_tokens += bool(self._special.search(f"{example.group} {example.reference}"))
+        asked = example if isinstance(example, Conversation | Completion) else None
+        if asked is not None:
+            self._checked.with_special_tokens += bool(self._special.search(f"{asked.group} {asked.reference}"))
         self._writer.write(
             {
                 "row": row,
-                "source": source,
+                "source": line,
                 "input_ids": encoded.ids,
                 "labels": encoded.labels,
                 "prompt_tokens": encoded.prompt_tokens,
-                "prompt": None if isinstance(example, Text) else example.prompt,
-                "reference": None if isinstance(example, Text) else example.reference,
-                "context": json.dumps(example.messages[:-1]) if isinstance(example, Conversation) else None,
+                "prompt": asked.prompt if asked is not None else None,
+                "reference": asked.reference if asked is not None else None,
+                "context": json.dumps([example.messages[:-1], example.tools])
+                if isinstance(example, Conversation)
+                else None,
+                "copies": copies(source.spec.weight, self._seed, row),
             },
             len(encoded.ids),
         )

@@ -12,7 +12,7 @@ from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.text import is_utf8
 
 LOOKED_AT = 100
-CHOICES = "messages | prompt + completion | instruction + output | text"
+CHOICES = " | ".join(" + ".join(required) for required, _ in FIELDS.values())
 
 
 def check_columns(source: DataSource, field: str) -> dict[str, str]:

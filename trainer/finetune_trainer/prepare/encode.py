@@ -10,11 +10,8 @@ import numpy.typing as npt
 
 from finetune_api.spec import LossOn, Overlength
 from finetune_trainer.prepare.chat import ChatRenderer, Span, end_of_turn_ids
-from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text
+from finetune_trainer.prepare.examples import IGNORED, Completion, Conversation, Example, Text, Tokenized
 from finetune_trainer.prepare.problems import RowProblem
-
-IGNORED = -100
-"""PyTorch's cross entropy skips this label."""
 
 Ids = npt.NDArray[np.int32]
 
@@ -61,6 +58,8 @@ class Encoder:
         if isinstance(example, Text):
             ids = self._closed(self._plain(example.text))
             return _encoded(ids, ids.copy(), 0)
+        if isinstance(example, Tokenized):
+            return _encoded(np.array(example.ids, np.int32), np.array(example.labels, np.int32), example.prompt_tokens)
         if isinstance(example, Completion):
             return self._completion(example)
         return self._conversation(example)
@@ -81,11 +80,10 @@ class Encoder:
     def _conversation(self, example: Conversation) -> Encoded:
         assert self._renderer is not None  # whoever has no template was told so before
         if self._loss_on is LossOn.ALL:
-            return self._whole(self._renderer.plain(example.messages))
-        if self._loss_on is LossOn.COMPLETION:
-            rendered = self._renderer.render(example.messages, len(example.messages) - 1)
-        else:
-            rendered = self._renderer.render(example.messages, example.learn_from)
+            return self._whole(self._renderer.plain(example.messages, example.tools))
+        last_only = self._loss_on is LossOn.COMPLETION
+        learn_from = len(example.messages) - 1 if last_only else example.learn_from
+        rendered = self._renderer.render(example.messages, learn_from, example.tools)
         # The template writes BOS and EOS itself.
         coded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(coded["input_ids"], np.int32)

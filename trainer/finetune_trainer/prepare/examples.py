@@ -1,21 +1,32 @@
-"""From a row of any format to an example: a conversation, a prompt with its completion, or a text."""
+"""From a row of any format to an example: a conversation, a prompt with its completion, a text, or tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_api.spec import DataFormat
 from finetune_trainer.prepare.problems import RowProblem, expected
+from finetune_trainer.prepare.turns import (
+    Message,
+    Tool,
+    ends_with_answer,
+    messages_of,
+    sharegpt_turns,
+    system_of,
+    text_of,
+    tools_of,
+)
 
-Message = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
+IGNORED = -100
+"""PyTorch's cross entropy skips this label."""
 FIELDS: dict[DataFormat, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    DataFormat.MESSAGES: (("messages",), ()),
-    DataFormat.PROMPT_COMPLETION: (("prompt", "completion"), ("system",)),
+    DataFormat.MESSAGES: (("messages",), ("tools",)),
+    DataFormat.SHAREGPT: (("conversations",), ("system", "tools")),
+    DataFormat.PROMPT_COMPLETION: (("prompt", "completion"), ("system", "tools")),
     DataFormat.ALPACA: (("instruction", "output"), ("input", "system")),
+    DataFormat.TOKENIZED: (("input_ids",), ("labels",)),
     DataFormat.TEXT: (("text",), ()),
 }
 """Required and optional fields per format, in the order in which they are looked for."""
@@ -40,6 +51,8 @@ class Conversation:
 
     messages: list[Message]
     learn_from: int = 0
+    tools: list[Tool] = field(default_factory=list)
+    """What may be called, for the chat template."""
 
     @property
     def prompt(self) -> str:
@@ -90,7 +103,30 @@ class Text:
         return self.text
 
 
-Example = Conversation | Completion | Text
+@dataclass(frozen=True)
+class Tokenized:
+    """Token ids, and for each what is learned there: itself or IGNORED."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many come before the last stretch that is learned."""
+        position = len(self.labels)
+        while position and self.labels[position - 1] == IGNORED:
+            position -= 1
+        while position and self.labels[position - 1] != IGNORED:
+            position -= 1
+        return position
+
+    @property
+    def group(self) -> str:
+        """What comes before the last answer; all, where all is learned."""
+        return " ".join(map(str, self.ids[: self.prompt_tokens] or self.ids))
+
+
+Example = Conversation | Completion | Text | Tokenized
 
 
 def to_example(row: Mapping[str, Any], fmt: DataFormat, columns: Mapping[str, str], has_template: bool) -> Example:
@@ -100,119 +136,85 @@ def to_example(row: Mapping[str, Any], fmt: DataFormat, columns: Mapping[str, st
         RowProblem: naming the column as it is called in the file.
     """
     required, _ = FIELDS[fmt]
-    for field in required:
-        if columns.get(field, field) not in row:
+    for needed in required:
+        if columns.get(needed, needed) not in row:
             raise RowProblem(
-                f"{columns.get(field, field)}: missing; the row has {', '.join(map(str, row)) or 'no columns'}"
+                f"{columns.get(needed, needed)}: missing; the row has {', '.join(map(str, row)) or 'no columns'}"
             )
 
-    def name(field: str) -> str:
-        return columns.get(field, field)
+    def name(of: str) -> str:
+        return columns.get(of, of)
 
-    def text(field: str) -> str:
-        return _text(row[name(field)], name(field))
+    def optional(of: str) -> str:
+        value = row.get(name(of))
+        return "" if value is None else text_of(value, name(of), may_be_empty=True)
 
-    def optional(field: str) -> str:
-        value = row.get(name(field))
-        return "" if value is None else _text(value, name(field), may_be_empty=True)
+    def tools() -> list[Tool]:
+        return tools_of(row.get(name("tools")), name("tools"))
 
-    if fmt is DataFormat.MESSAGES:
-        messages = _messages(row[name("messages")], name("messages"))
-        return Conversation(_ends_with_answer(messages, name("messages")))
-    if fmt is DataFormat.PROMPT_COMPLETION:
-        return _prompt_completion(row, name("prompt"), name("completion"), optional("system"))
-    if fmt is DataFormat.TEXT:
-        return Text(text("text"))
-    instruction, given, output, system = text("instruction"), optional("input"), text("output"), optional("system")
+    match fmt:
+        case DataFormat.MESSAGES:
+            messages = messages_of(row[name("messages")], name("messages"))
+            return Conversation(ends_with_answer(messages, name("messages")), tools=tools())
+        case DataFormat.SHAREGPT:
+            turns = sharegpt_turns(row[name("conversations")], name("conversations"))
+            head = [] if turns[0]["role"] == "system" else system_of(optional("system"))
+            return Conversation(ends_with_answer([*head, *turns], name("conversations")), tools=tools())
+        case DataFormat.PROMPT_COMPLETION:
+            return _prompt_completion(row, name("prompt"), name("completion"), optional("system"), tools())
+        case DataFormat.TOKENIZED:
+            return _tokenized(row[name("input_ids")], row.get(name("labels")), name("input_ids"), name("labels"))
+        case DataFormat.TEXT:
+            return Text(text_of(row[name("text")], name("text")))
+    instruction = text_of(row[name("instruction")], name("instruction"))
+    given, system = optional("input"), optional("system")
+    output = text_of(row[name("output")], name("output"))
     if not has_template:
         template = ALPACA_WITH_INPUT if given.strip() else ALPACA
         return Completion(template.format(instruction=instruction, input=given), output)
     question = f"{instruction}\n\n{given}" if given.strip() else instruction
     return Conversation(
-        [*_system(system), {"role": "user", "content": question}, {"role": "assistant", "content": output}]
+        [*system_of(system), {"role": "user", "content": question}, {"role": "assistant", "content": output}]
     )
 
 
-def _prompt_completion(row: Mapping[str, Any], prompt: str, completion: str, system: str) -> Example:
+def _prompt_completion(
+    row: Mapping[str, Any], prompt: str, completion: str, system: str, tools: list[Tool]
+) -> Conversation | Completion:
     chat = [isinstance(row[column], list) for column in (prompt, completion)]
     if all(chat):
-        before = _messages(row[prompt], prompt)
-        after = _ends_with_answer(_messages(row[completion], completion), completion)
-        head = [] if before[0]["role"] == "system" else _system(system)
-        return Conversation([*head, *before, *after], learn_from=len(head) + len(before))
+        before = messages_of(row[prompt], prompt)
+        after = ends_with_answer(messages_of(row[completion], completion), completion)
+        head = [] if before[0]["role"] == "system" else system_of(system)
+        return Conversation([*head, *before, *after], learn_from=len(head) + len(before), tools=tools)
     if any(chat):
         raise RowProblem(f"{prompt}, {completion}: expected two texts or two lists of messages, found one of each")
-    asked = _text(row[prompt], prompt)
-    return Completion(f"{system}\n\n{asked}" if system.strip() else asked, _text(row[completion], completion))
+    if tools:
+        raise RowProblem("tools: expected with lists of messages only, found with texts")
+    asked = text_of(row[prompt], prompt)
+    return Completion(f"{system}\n\n{asked}" if system.strip() else asked, text_of(row[completion], completion))
 
 
-def _system(text: str) -> list[Message]:
-    return [{"role": "system", "content": text}] if text.strip() else []
-
-
-def _messages(value: object, where: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise expected(where, "a list of messages", value)
-    if not value:
-        raise expected(where, "at least one message", value)
-    return [_message(item, f"{where}[{index}]") for index, item in enumerate(value)]
-
-
-def _message(value: object, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise expected(where, "an object with role and content", value)
-    if "role" not in value:
-        hint = " (ShareGPT's from/value? rename them to role/content)" if "from" in value else ""
-        raise RowProblem(f"{where}.role: missing; the message has {', '.join(map(str, value)) or 'no fields'}{hint}")
-    role = value["role"]
-    if role not in ROLES:
-        raise expected(f"{where}.role", f"one of {', '.join(ROLES)}", role)
-    # Parquet fills absent fields with null; templates would print them.
-    message = {k: v for k, v in value.items() if v is not None and k not in ("role", "content")}
-    calls = message.get("tool_calls")
-    content = value.get("content")
-    if content is None and role == "assistant" and calls:
-        content = ""
-    elif "content" not in value:
-        raise RowProblem(f"{where}.content: missing; the message has {', '.join(map(str, value))}")
-    else:
-        content = _content(content, f"{where}.content", may_be_empty=role in ("system", "tool") or bool(calls))
-    return {"role": role, "content": content, **message}
-
-
-def _content(value: object, where: str, may_be_empty: bool) -> str:
-    """A text, or the texts of a list of parts."""
-    if not isinstance(value, list):
-        return _text(value, where, may_be_empty=may_be_empty)
-    texts = []
-    for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type", "text") != "text":
-            raise expected(
-                f"{where}[{index}]", "a part of type text", part.get("type") if isinstance(part, dict) else part
+def _tokenized(ids: object, labels: object, ids_name: str, labels_name: str) -> Tokenized:
+    tokens = _integers(ids, ids_name, least=0)
+    if labels is None:
+        return Tokenized(tokens, tokens)
+    learned = _integers(labels, labels_name, least=IGNORED)
+    if len(learned) != len(tokens):
+        raise RowProblem(f"{labels_name}: expected as many as {ids_name} ({len(tokens)}), found {len(learned)}")
+    for position, (token, label) in enumerate(zip(tokens, learned, strict=True)):
+        if label not in (token, IGNORED):
+            raise RowProblem(
+                f"{labels_name}[{position}]: expected {IGNORED} or the token itself ({token}), found {label}; "
+                "labels are not to be shifted, training does that"
             )
-        texts.append(_text(part.get("text"), f"{where}[{index}].text", may_be_empty=True))
-    return _text("".join(texts), where, may_be_empty=may_be_empty)
+    return Tokenized(tokens, learned)
 
 
-def _ends_with_answer(messages: list[Message], where: str) -> list[Message]:
-    if messages[-1]["role"] != "assistant":
-        raise RowProblem(f'{where}: last turn is "{messages[-1]["role"]}", nothing to learn')
-    return messages
-
-
-def _text(value: object, where: str, *, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise expected(where, "text", value)
-    if not may_be_empty and not value.strip():
-        raise expected(where, "text", value)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        bad = ord(value[error.start])
-        what = (
-            f"a byte that is not UTF-8 (0x{bad - 0xDC00:02x})"
-            if 0xDC80 <= bad <= 0xDCFF
-            else f"half a character (\\u{bad:04x})"
-        )
-        raise RowProblem(f"{where}: expected text, found {what} at position {error.start + 1}") from None
+def _integers(value: object, where: str, least: int) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise expected(where, "a list of token ids", value)
+    for position, item in enumerate(value):
+        if type(item) is not int or not least <= item < 1 << 31:
+            raise expected(f"{where}[{position}]", "a token id", item)
     return value

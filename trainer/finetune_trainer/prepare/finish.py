@@ -62,9 +62,12 @@ def finish(
             encoded = Encoded(row["input_ids"], row["labels"], row["prompt_tokens"], len(row["input_ids"]))
             if is_held_out and len(prompts) < max(spec.evaluation.generation.prompts, TOKENIZER_PROMPTS):
                 prompts.append(_prompt(row, encoded, tokenizer, renderer))
-            sides[is_held_out].add(encoded)
-            data_hash.add(is_held_out, row["row"], encoded.ids, encoded.labels)
-            (held if is_held_out else train).write({name: row[name] for name in SCHEMA.names}, len(encoded.ids))
+            for _ in range(1 if is_held_out else row["copies"]):
+                sides[is_held_out].add(encoded)
+                data_hash.add(is_held_out, row["row"], encoded.ids, encoded.labels)
+                (held if is_held_out else train).write({name: row[name] for name in SCHEMA.names}, len(encoded.ids))
+    if not sides[0].rows:
+        raise StageError(Reason.TOO_FEW_ROWS, "no training row is left by the weights of data.train: raise them")
     (folder / PREPARED_PROMPTS).write_text(
         json.dumps([p.to_json_dict() for p in prompts], ensure_ascii=False, indent=1), encoding="utf-8"
     )
@@ -114,23 +117,25 @@ def _losses(checked: Checked) -> str:
 
 
 def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any, renderer: ChatRenderer | None) -> PreparedPrompt:
-    """What the models are asked, and the answer that stands in the data. Of a text: its first quarter, and the rest."""
+    """What the models are asked, and the answer that stands in the data. Of tokens: what comes before the last answer. Of a text: its
+    first quarter, and the rest."""
     if row["context"] is not None:
         assert renderer is not None  # the row was rendered with it
-        messages = json.loads(row["context"])
-        text = renderer.question(messages)
+        messages, tools = json.loads(row["context"])
+        text = renderer.question(messages, tools)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return PreparedPrompt(
             row=row["row"],
             prompt=row["prompt"],
             reference=row["reference"],
             messages=messages,
+            tools=tools or None,
             text=text,
             input_ids=ids,
         )
     prompt, reference = row["prompt"], row["reference"]
     if prompt is None:
-        count = max(1, len(encoded.ids) // 4)
+        count = encoded.prompt_tokens or max(1, len(encoded.ids) // 4)
         prompt = tokenizer.decode(encoded.ids[:count].tolist(), skip_special_tokens=True)
         reference = tokenizer.decode(encoded.ids[count:].tolist(), skip_special_tokens=True)
     return PreparedPrompt(

@@ -1,18 +1,17 @@
-"""Rows of json, jsonl, csv and parquet files (also .gz), read as a stream: memory does not grow with the file."""
+"""Rows of json, jsonl, csv and parquet files (also compressed), read as a stream: memory does not grow with the file."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.compressed import LONGEST, SUFFIXES, blaming_the_file, compression, opened
 from finetune_trainer.prepare.json_stream import BrokenJson, Unusable, json_values
 from finetune_trainer.prepare.parquet_rows import parquet_rows
 from finetune_trainer.prepare.problems import describe
@@ -41,34 +40,31 @@ def read_rows(file: DataFile, wanted: Collection[str] = ()) -> Iterator[RawRow]:
     Raises:
         StageError: InvalidData, where the rest of the file cannot be read at all.
     """
-    try:
-        yield from _reader(file, wanted)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise StageError(
-            Reason.INVALID_DATA, f"{file.name}: the gzip stream is damaged ({error}). Upload the file again."
-        ) from error
-
-
-def _reader(file: DataFile, wanted: Collection[str]) -> Iterator[RawRow]:
-    name = file.name.lower()
     with file.path.open("rb") as raw:
-        head = raw.read(4)
-    packed = head[:2] == b"\x1f\x8b"
-    kind = name.removesuffix(".gz").rpartition(".")[2]
-    if head == b"PAR1" or kind == "parquet":
+        head = raw.read(LONGEST)
+    packed = compression(head)
+    with blaming_the_file(file.name, packed):
+        yield from _reader(file, wanted, head, packed)
+
+
+def _reader(file: DataFile, wanted: Collection[str], head: bytes, packed: str | None) -> Iterator[RawRow]:
+    stem, _, kind = file.name.lower().rpartition(".")
+    if kind in SUFFIXES:
+        kind = stem.rpartition(".")[2]
+    if head[:4] == b"PAR1" or kind == "parquet":
         if packed:
             raise StageError(
                 Reason.INVALID_DATA,
-                f"{file.name}: Parquet inside gzip; Parquet is compressed already: upload it as it is",
+                f"{file.name}: Parquet inside {packed}; Parquet is compressed already: upload it as it is",
             )
         for number, value in parquet_rows(file, wanted):
             yield _checked(f"{file.name}:{number}", value)
         return
-    with _open(file, packed) as stream:
+    with opened(file.path, packed) as stream:
         start = _peek(stream)
     if kind not in ("jsonl", "ndjson", "json", "csv"):
         kind = "json" if start[:1] in (b"[", b"{") else "unknown"
-    with _open(file, packed) as stream:
+    with opened(file.path, packed) as stream:
         if kind == "csv":
             yield from _csv(file.name, stream)
         elif kind in ("jsonl", "ndjson"):
@@ -81,10 +77,6 @@ def _reader(file: DataFile, wanted: Collection[str]) -> Iterator[RawRow]:
                 Reason.INVALID_DATA,
                 f"{file.name}: expected JSON lines, a JSON array, CSV or Parquet, found {found!r} at the start",
             )
-
-
-def _open(file: DataFile, packed: bool) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(file.path)) if packed else file.path.open("rb")
 
 
 def _peek(stream: IO[bytes]) -> bytes:

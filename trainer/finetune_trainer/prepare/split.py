@@ -25,6 +25,15 @@ def group_of(prompt: str) -> int:
     return fingerprint(_SPACE.sub(" ", unicodedata.normalize("NFKC", prompt)).strip().casefold())
 
 
+def copies(weight: float | None, seed: int, row: int) -> int:
+    """How often a row of a source stands in the training data: its weight, whose fraction is drawn from seed and row number."""
+    if weight is None:
+        return 1
+    whole = int(weight)
+    digest = hashlib.blake2b(f"{seed}:weight:{row}".encode(), digest_size=8).digest()
+    return whole + (int.from_bytes(digest, "little") / 2**64 < weight - whole)
+
+
 def held_out_rows(groups: npt.NDArray[np.uint64], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
     """Per row, whether it is held out: whole groups, about ``fraction`` of the rows, at least one row on each side.
 

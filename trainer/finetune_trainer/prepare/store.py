@@ -27,8 +27,10 @@ FIELDS = [
     ("prompt_tokens", pa.int32()),
 ]
 SCHEMA = pa.schema(FIELDS, metadata={"finetune.prepared_version": str(PREPARED_VERSION)})
-# context: JSON of the turns before the answer, where the row has turns.
-SPOOL_SCHEMA = pa.schema([*FIELDS, ("prompt", pa.string()), ("reference", pa.string()), ("context", pa.string())])
+# context: JSON of the turns before the answer and of the tools, where the row has turns. copies: how often it is trained on in an epoch.
+SPOOL_SCHEMA = pa.schema(
+    [*FIELDS, ("prompt", pa.string()), ("reference", pa.string()), ("context", pa.string()), ("copies", pa.int32())]
+)
 
 
 class RowWriter:

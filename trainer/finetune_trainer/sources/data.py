@@ -22,7 +22,7 @@ from finetune_trainer.sources.pvc import pvc_path
 from finetune_trainer.sources.web import download_url
 from finetune_trainer.text import readable
 
-DATA_FILE = re.compile(r".+\.(jsonl|ndjson|json|csv|parquet)(\.gz)?$", re.IGNORECASE)
+DATA_FILE = re.compile(r".+\.(jsonl|ndjson|json|csv|parquet)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 # A dataset repository's own notes, which end in .json too.
 NO_DATA = re.compile(r"(^|/)(dataset_infos?\.json|\.[^/]*|state\.json|README[^/]*)$", re.IGNORECASE)
 
@@ -118,7 +118,8 @@ def _choose(names: list[str], uri: str) -> list[str]:
         raise StageError(Reason.DATASET_NOT_FOUND, f"there is nothing at {uri}")
     found = ", ".join(sorted(names)[:5])
     raise StageError(
-        Reason.DATASET_NOT_FOUND, f"no .jsonl, .json, .csv or .parquet file (also .gz) at {uri}; it has {found}"
+        Reason.DATASET_NOT_FOUND,
+        f"no .jsonl, .json, .csv or .parquet file (also .gz, .bz2, .xz, .zst) at {uri}; it has {found}",
     )
 
 

@@ -96,7 +96,7 @@ def check_tokenizer(tokenizer: Any, prompts: Sequence[PreparedPrompt]) -> None:
         text = prompt.text
         if prompt.messages is not None:
             # Through the same renderer as prepare's: it freezes templates that write today's date.
-            text = renderer.question(prompt.messages) if renderer else ""
+            text = renderer.question(prompt.messages, prompt.tools or ()) if renderer else ""
         ids = tokenizer(text, add_special_tokens=prompt.messages is None)["input_ids"]
         if text != prompt.text or list(ids) != prompt.input_ids:
             raise StageError(
