@@ -45,6 +45,9 @@ class ResolvedLora(ApiModel):
     dropout: float
     bias: LoraBias
     target_modules: list[str]
+    exclude_modules: list[str] = []
+    layers_to_transform: list[int] | None = None
+    use_rslora: bool = False
 
 
 class ResolvedMethod(ApiModel):
@@ -197,6 +200,9 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
                 dropout=lora.dropout,
                 bias=lora.bias,
                 target_modules=list(lora.target_modules),
+                exclude_modules=list(lora.exclude_modules or []),
+                layers_to_transform=lora.layers_to_transform,
+                use_rslora=lora.use_rslora,
             ),
             quantization=method.quantization if method.type is MethodType.QLORA else None,
         ),

@@ -29,6 +29,7 @@ from finetune_api.fieldtypes import (
 from finetune_api.optimizers import OptimizerName
 from finetune_api.uris import DATA_URI_PATTERN, MODEL_URI_PATTERN, OUTPUT_URI_PATTERN
 
+LayerIndex = Annotated[int, Field(ge=0, le=9999)]
 MOST_GPUS_PER_NODE = 8
 MOST_NODES = 64
 
@@ -267,6 +268,19 @@ class Lora(ApiModel):
         description="Names of the linear layers to adapt, or all-linear. A name that matches nothing fails the job before a GPU is used.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
+    exclude_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] | None = Field(
+        None,
+        description="Names of layers that targetModules names and that are left as they are.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    layers_to_transform: Annotated[list[LayerIndex], Field(min_length=1, max_length=256)] | None = Field(
+        None,
+        description="Indices of the decoder layers that are adapted, from 0; the default is all of them.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    use_rslora: bool = Field(
+        False, description="Scale updates by alpha / √rank instead of alpha / rank (Kalajdzievski, 2023)."
+    )
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -366,11 +380,16 @@ class Optimizer(ApiModel):
 
 
 class Scheduler(StrEnum):
-    """Learning-rate schedules."""
+    """Learning-rate schedules, all after the warm-up. CosineWithMinLR ends at a tenth of the peak; WarmupStableDecay is constant and
+    falls to zero over the last tenth of the steps."""
 
     COSINE = "Cosine"
+    COSINE_WITH_MIN_LR = "CosineWithMinLR"
     LINEAR = "Linear"
+    POLYNOMIAL = "Polynomial"
     CONSTANT = "Constant"
+    INVERSE_SQRT = "InverseSqrt"
+    WARMUP_STABLE_DECAY = "WarmupStableDecay"
 
 
 class Parallelism(StrEnum):
@@ -404,7 +423,17 @@ class Training(ApiModel):
         2048, description="Longest sequence trained on, in tokens."
     )
     optimizer: Optimizer = Field(default_factory=Optimizer)
-    scheduler: Scheduler = Field(Scheduler.COSINE)
+    scheduler: Scheduler = Field(
+        Scheduler.COSINE,
+        description=(
+            "Learning rate after the warm-up. CosineWithMinLR ends at a tenth of the peak; WarmupStableDecay is constant and falls to zero over "
+            "the last tenth of the steps."
+        ),
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None,
+        description="Noise on the embeddings while training (NEFTune, Jain et al., 2023); 5 to 15 are usual. Evaluation has none.",
+    )
     warmup: Warmup = Field(default=Warmup(fraction=0.03))
     gradient_checkpointing: bool = Field(
         True, description="Recompute activations in the backward pass: less memory, about 30 % slower."

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_api.planner import Request, Tuning, UnknownTarget, describe, parameter_shapes, parse_config, plan
-from finetune_api.planner.linears import trainable_parameters
+from finetune_api.planner.linears import linear_layers, trainable_parameters
 from finetune_api.spec import LoraBias
 from tests.planner.cases import model
 from tests.planner.simulator.golden import read_config
@@ -34,8 +34,8 @@ def parameters_on_meta(name: str) -> dict[str, torch.nn.Parameter]:
     return dict(on_meta(name).named_parameters())
 
 
-def trainable_by_peft(base: Any, targets: list[str] | str, rank: int, bias: str) -> int:
-    lora = LoraConfig(r=rank, target_modules=targets, bias=bias, task_type="CAUSAL_LM")
+def trainable_by_peft(base: Any, targets: list[str] | str, rank: int, bias: str, **settings: Any) -> int:
+    lora = LoraConfig(r=rank, target_modules=targets, bias=bias, task_type="CAUSAL_LM", **settings)
     return sum(p.numel() for p in get_peft_model(base, lora).parameters() if p.requires_grad)
 
 
@@ -57,7 +57,7 @@ def test_weight_bytes_are_those_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_trainable_parameters_are_those_of_peft(name: str) -> None:
     arch, shapes = model(name)
-    ours = trainable_parameters(shapes, arch, 16, ["all-linear"], LoraBias.NONE)
+    ours = trainable_parameters(shapes, arch, Tuning())
     assert ours == trainable_by_peft(on_meta(name), "all-linear", 16, "none")
 
 
@@ -65,15 +65,38 @@ def test_trainable_parameters_are_those_of_peft(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "pythia-1.4b", "qwen2.5-0.5b"])
 def test_trained_biases_are_counted_as_peft_counts_them(name: str, bias: LoraBias) -> None:
     arch, shapes = model(name)
-    ours = trainable_parameters(shapes, arch, 8, ["all-linear"], bias)
+    ours = trainable_parameters(shapes, arch, Tuning(rank=8, bias=bias))
     assert ours == trainable_by_peft(on_meta(name), "all-linear", 8, BIASES[bias])
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "mixtral-8x7b", "qwen3-0.6b"])
 def test_named_targets_are_counted_as_peft_counts_them(name: str) -> None:
     arch, shapes = model(name)
-    ours = trainable_parameters(shapes, arch, 16, QKVO, LoraBias.NONE)
+    ours = trainable_parameters(shapes, arch, Tuning(target_modules=QKVO))
     assert ours == trainable_by_peft(on_meta(name), QKVO, 16, "none")
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        {"exclude_modules": ["down_proj", "layers.1.self_attn.q_proj"]},
+        {"layers_to_transform": [0, 3]},
+        {"exclude_modules": ["o_proj"], "layers_to_transform": [1]},
+    ],
+)
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "gpt2"])
+def test_what_is_left_out_is_not_counted_as_peft_does_not(name: str, left_out: dict[str, Any]) -> None:
+    arch, shapes = model(name)
+    ours = trainable_parameters(shapes, arch, Tuning(**left_out))
+    every = sorted({layer.kind for layer in linear_layers(shapes, arch)})  # peft takes no all-linear for some layers
+    assert ours == trainable_by_peft(on_meta(name), every, 16, "none", **left_out)
+    assert ours < trainable_parameters(shapes, arch, Tuning()) or name == "gpt2"
+
+
+def test_something_must_be_left_to_adapt() -> None:
+    arch, shapes = model("smollm2-135m")
+    with pytest.raises(UnknownTarget, match="leave no layer to adapt"):
+        trainable_parameters(shapes, arch, Tuning(layers_to_transform=[30]))
 
 
 def test_llama_3_8b_at_rank_16_over_the_attention_trains_13_631_488_parameters() -> None:

@@ -27,10 +27,17 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(
-    ("method", "base_weights"), [("LoRA", "Quantized"), ("QLoRA", "Quantized"), ("QLoRA", "Original")]
+    ("method", "base_weights", "variant"),
+    [
+        ("LoRA", "Quantized", {}),
+        ("QLoRA", "Quantized", {}),
+        ("QLoRA", "Original", {}),
+        ("LoRA", "Quantized", {"useRslora": True, "excludeModules": ["gate_proj"], "layersToTransform": [1]}),
+    ],
+    ids=["LoRA", "QLoRA", "QLoRA into the original", "rsLoRA of some layers"],
 )
 def test_a_job_ends_in_an_adapter_and_a_merged_model_that_others_can_load(
-    s3: Any, hub: HubServer, tmp_path: Path, method: str, base_weights: str
+    s3: Any, hub: HubServer, tmp_path: Path, method: str, base_weights: str, variant: dict[str, Any]
 ) -> None:
     base = build_tiny_model(tmp_path / "base", shards=2)
     hub.add_model("org/tiny", base)
@@ -42,7 +49,7 @@ def test_a_job_ends_in_an_adapter_and_a_merged_model_that_others_can_load(
     spec = deep_merge(
         job_spec(s3, bucket),
         {
-            "method": {"type": method},
+            "method": {"type": method, "lora": variant},
             "output": {"merged": {"enabled": True, "dtype": "float32", "base": base_weights}},
             "training": {"length": {"epochs": 4}, "microBatchSequences": 3},
         },

@@ -18,8 +18,8 @@ Q_V = ["q_proj", "v_proj"]
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def lora(rank: int, modules: list[str], bias: LoraBias = LoraBias.NONE) -> ResolvedLora:
-    return ResolvedLora(rank=rank, alpha=2 * rank, dropout=0, bias=bias, target_modules=modules)
+def lora(rank: int, modules: list[str], bias: LoraBias = LoraBias.NONE, **left_out: Any) -> ResolvedLora:
+    return ResolvedLora(rank=rank, alpha=2 * rank, dropout=0, bias=bias, target_modules=modules, **left_out)
 
 
 def llama(
@@ -102,10 +102,32 @@ def test_a_module_that_cannot_be_adapted_is_named_with_those_that_can(module: st
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in info.value.message
 
 
+def test_something_must_be_left_to_adapt() -> None:
+    with pytest.raises(StageError, match="leave none of 32 layers to adapt") as info:
+        count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], exclude_modules=["q_proj"]))
+    assert info.value.reason is Reason.INVALID_CONFIG
+
+
+def test_a_setting_that_leaves_nothing_out_is_refused() -> None:
+    with pytest.raises(StageError, match="excludeModules: lm_head is none of the layers") as info:
+        count_parameters(LLAMA_3_8B, lora(8, ["all-linear"], exclude_modules=["lm_head"]))
+    assert info.value.reason is Reason.UNKNOWN_TARGET_MODULE
+    with pytest.raises(StageError, match="layersToTransform: no layer 32 would be adapted") as info:
+        count_parameters(LLAMA_3_8B, lora(8, ["all-linear"], layers_to_transform=[31, 32]))
+    assert info.value.reason is Reason.INVALID_CONFIG
+
+
 @pytest.mark.parametrize(
-    ("modules", "bias"), [(["all-linear"], "none"), (Q_V, "none"), (["up_proj"], "all"), (QKVO, "lora_only")]
+    ("modules", "bias", "left_out"),
+    [
+        (["all-linear"], "none", {}),
+        (Q_V, "none", {}),
+        (["up_proj"], "all", {}),
+        (QKVO, "lora_only", {}),
+        (["all-linear"], "none", {"exclude_modules": ["gate_proj"], "layers_to_transform": [1]}),
+    ],
 )
-def test_counts_equal_pefts_own(tiny_model: Path, modules: list[str], bias: Any) -> None:
+def test_counts_equal_pefts_own(tiny_model: Path, modules: list[str], bias: Any, left_out: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
     import torch
     from safetensors import safe_open
@@ -114,14 +136,16 @@ def test_counts_equal_pefts_own(tiny_model: Path, modules: list[str], bias: Any)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
         total = model.num_parameters()
-        target: Any = modules[0] if modules == ["all-linear"] else modules
+        target: Any = modules
+        if modules == ["all-linear"]:
+            target = [*QKVO, "gate_proj", "up_proj", "down_proj"] if left_out else "all-linear"
         wrapped = peft.get_peft_model(
-            model, peft.LoraConfig(r=8, target_modules=target, bias=bias, task_type="CAUSAL_LM")
+            model, peft.LoraConfig(r=8, target_modules=target, bias=bias, task_type="CAUSAL_LM", **left_out)
         )
     with safe_open(tiny_model / "model.safetensors", "np") as file:
         headers = {name: ("F32", tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
     bias_name = {"none": LoraBias.NONE, "all": LoraBias.ALL, "lora_only": LoraBias.LORA_ONLY}[bias]
-    counted = count_parameters(headers, lora(8, modules, bias_name))
+    counted = count_parameters(headers, lora(8, modules, bias_name, **left_out))
     assert counted.trainable == wrapped.get_nb_trainable_parameters()[0]
     assert counted.total == total
 

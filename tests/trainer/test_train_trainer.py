@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import Trainer
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
@@ -68,6 +69,68 @@ def test_the_loss_curve_does_not_depend_on_the_micro_batch(tiny_model: Path, tmp
     for trained, _ in runs[1:]:
         for name, weight in weights_of(trained).items():
             torch.testing.assert_close(weight, first[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rates"),
+    [
+        ("Cosine", [0.0, 1.0, 0.75, 0.5, 0.0]),
+        ("CosineWithMinLR", [0.0, 1.0, 0.775, 0.55, 0.1]),
+        ("Linear", [0.0, 1.0, 2 / 3, 0.5, 0.0]),
+        ("Polynomial", [0.0, 1.0, 2 / 3, 0.5, 0.0]),
+        ("Constant", [0.0, 1.0, 1.0, 1.0, 1.0]),
+        ("InverseSqrt", [0.0, 1.0, 0.5, (10 / 55) ** 0.5, 0.1**0.5]),
+        ("WarmupStableDecay", [0.0, 1.0, 1.0, 1.0, 0.0]),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule(tmp_path: Path, scheduler: str, rates: list[float]) -> None:
+    """As a share of the peak, after 0, 10 (the warm-up), 40, 55 and 100 steps of 100."""
+    run = snapshot(training={"scheduler": scheduler, "warmup": {"steps": 10}, "optimizer": {"learningRate": 1.0}})
+    arguments = training_arguments(run, CPU32, 100, tmp_path)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    trainer = Trainer(model=torch.nn.Linear(1, 1), args=arguments, optimizers=(optimizer, None))
+    following = trainer.create_scheduler(100, optimizer)
+    seen = []
+    for _ in range(101):
+        seen.append(following.get_last_lr()[0])
+        optimizer.step()
+        following.step()
+    assert [seen[step] for step in (0, 10, 40, 55, 100)] == pytest.approx(rates, abs=1e-3)
+
+
+def test_noise_on_the_embeddings_is_drawn_in_training_only(tiny_model: Path, tmp_path: Path) -> None:
+    rows = rows_of(tiny_model, 20)
+    plain, noisy = (
+        fit(tiny_model, tmp_path, snapshot(training={"length": {"steps": 3}, **noise}), rows=rows)
+        for noise in ({}, {"neftuneNoiseAlpha": 10.0})
+    )
+    losses = [[step["loss"] for step in log.steps] for _, log in (plain, noisy)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    tuned = noisy[0].get_base_model()
+    assert len({evaluate.held_out_loss(tuned, rows, 0, CPU32).loss for _ in range(2)}) == 1, "no noise"
+    assert not tuned.get_input_embeddings()._forward_hooks, "nothing is left of it"
+
+
+def test_updates_and_layers_are_those_that_were_asked_for(tiny_model: Path) -> None:
+    run = snapshot(
+        method={
+            "lora": {
+                "rank": 4,
+                "alpha": 8,
+                "useRslora": True,
+                "excludeModules": ["gate_proj"],
+                "layersToTransform": [1],
+            }
+        }
+    )
+    adapted = model.attach_adapter(model.load_base(tiny_model, run, CPU32), run)
+    updates = {n: m for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    assert {name.split(".")[4] for name in updates} == {"1"}
+    assert {name.rpartition(".")[2] for name in updates} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert {m.scaling["default"] for m in updates.values()} == {8 / 4**0.5}
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def request_of(
             dropout=lora.dropout,
             bias=lora.bias,
             target_modules=list(lora.target_modules),
+            exclude_modules=list(lora.exclude_modules or []),
+            layers_to_transform=lora.layers_to_transform,
             double_quantization=spec.method.quantization.double_quantization,
         ),
         batch=Batch(

@@ -8,7 +8,9 @@ import re
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture, Family
 from finetune_api.planner.tensors import EMBEDDING, HEAD, Shapes
+from finetune_api.planner.workload import Tuning
 from finetune_api.spec import LoraBias
+from finetune_api.targets import is_left_out, is_named
 
 ALL_LINEAR = "all-linear"
 ROUTER = re.compile(r"\.mlp\.gate\.weight$")
@@ -51,19 +53,25 @@ def linear_layers(shapes: Shapes, arch: Architecture) -> list[Linear]:
     return found
 
 
-def adapted_layers(linears: list[Linear], target_modules: list[str]) -> list[Linear]:
-    """PEFT's rule: ``all-linear``, or layers whose name is, or ends with a dot and, one of the given.
+def adapted_layers(linears: list[Linear], tuning: Tuning) -> list[Linear]:
+    """PEFT's rule: ``all-linear``, or layers whose name is, or ends with a dot and, one of the given; without those left out.
 
     Raises:
-        UnknownTarget: a name that matches nothing.
+        UnknownTarget: a name that matches nothing, or nothing is left.
     """
-    if target_modules == [ALL_LINEAR]:
-        return list(linears)
-    for module in target_modules:
-        if not any(_matches(layer.name, module) for layer in linears):
-            choices = ", ".join(sorted({layer.kind for layer in linears}))
-            raise UnknownTarget(f"{module} is none of this model's linear layers, which are {choices}")
-    return [layer for layer in linears if any(_matches(layer.name, m) for m in target_modules)]
+    named = linears
+    if tuning.target_modules != [ALL_LINEAR]:
+        for module in tuning.target_modules:
+            if not any(is_named(layer.name, [module]) for layer in linears):
+                choices = ", ".join(sorted({layer.kind for layer in linears}))
+                raise UnknownTarget(f"{module} is none of this model's linear layers, which are {choices}")
+        named = [layer for layer in linears if is_named(layer.name, tuning.target_modules)]
+    adapted = [
+        layer for layer in named if not is_left_out(layer.name, tuning.exclude_modules, tuning.layers_to_transform)
+    ]
+    if not adapted:
+        raise UnknownTarget("excludeModules and layersToTransform leave no layer to adapt")
+    return adapted
 
 
 def quantized_layers(linears: list[Linear], arch: Architecture) -> list[Linear]:
@@ -72,19 +80,21 @@ def quantized_layers(linears: list[Linear], arch: Architecture) -> list[Linear]:
     return [] if arch.family is Family.FALCON else linears
 
 
-def trainable_parameters(
-    shapes: Shapes, arch: Architecture, rank: int, target_modules: list[str], bias: LoraBias
-) -> int:
+def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> int:
     """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), and the biases PEFT's ``bias`` names.
 
     With all-linear, PEFT 0.21 adapts a mixture of experts too: its router, each expert's down projection, and each expert's
     fused gate and up projection with twice the rank.
     """
-    targets = adapted_layers(linear_layers(shapes, arch), target_modules)
-    count = sum(rank * (layer.inputs + layer.outputs) for layer in targets)
-    if target_modules == [ALL_LINEAR]:
-        count += sum(rank * _expert_features(name, shape) for name, shape in shapes.items())
-    return count + _biases(shapes, targets, bias)
+    targets = adapted_layers(linear_layers(shapes, arch), tuning)
+    count = sum(tuning.rank * (layer.inputs + layer.outputs) for layer in targets)
+    if tuning.target_modules == [ALL_LINEAR]:
+        count += sum(
+            tuning.rank * _expert_features(name, shape)
+            for name, shape in shapes.items()
+            if not is_left_out(name.removesuffix(".weight"), tuning.exclude_modules, tuning.layers_to_transform)
+        )
+    return count + _biases(shapes, targets, tuning.bias)
 
 
 def _expert_features(name: str, shape: tuple[int, ...]) -> int:
@@ -102,7 +112,3 @@ def _biases(shapes: Shapes, targets: list[Linear], bias: LoraBias) -> int:
     if bias is LoraBias.ALL:
         return sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(".bias"))
     return sum(math.prod(shapes[f"{t.name}.bias"]) for t in targets if f"{t.name}.bias" in shapes)
-
-
-def _matches(name: str, module: str) -> bool:
-    return name == module or name.endswith(f".{module}")

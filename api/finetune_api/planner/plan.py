@@ -135,8 +135,8 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     quantized = weights.quantized_names(shapes, arch, tuning)
     base = weights.tensor_bytes(shapes, quantized)
     with_weights = weights.quantization_bytes(shapes, quantized, tuning.double_quantization)
-    trainable = trainable_parameters(shapes, arch, tuning.rank, tuning.target_modules, tuning.bias)
-    targets = adapted_layers(linear_layers(shapes, arch), tuning.target_modules)
+    trainable = trainable_parameters(shapes, arch, tuning)
+    targets = adapted_layers(linear_layers(shapes, arch), tuning)
     units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
     shared = communication(request.layout, units, trainable)
 
@@ -196,8 +196,9 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
 def _step(request: Request, batch: Batch, trainable: int) -> activations.StepMemory:
     arch, tuning, shapes = request.architecture, request.tuning, request.shapes
     linears = linear_layers(shapes, arch)
-    targets = adapted_layers(linears, tuning.target_modules)
-    first = min(layer.layer for layer in linears)
+    targets = adapted_layers(linears, tuning)
+    # All layers are taken to be as one that is adapted.
+    first = min(layer.layer for layer in targets)
     layer = layer_memory(
         arch,
         tuning,

@@ -28,6 +28,8 @@ class Tuning(ApiModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     bias: LoraBias = LoraBias.NONE
     target_modules: list[str] = ["all-linear"]
+    exclude_modules: list[str] = []
+    layers_to_transform: list[int] | None = None
     four_bit: bool = False
     double_quantization: bool = True
 

@@ -13,6 +13,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
+from finetune_api.targets import is_left_out, is_named
 from finetune_trainer.errors import StageError
 from finetune_trainer.sources.model import TensorHeaders
 
@@ -78,7 +79,7 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
         if name.endswith(".weight") and len(shape) == 2
     }
     linear = {name: shape for name, shape in matrices.items() if _is_linear(name)}
-    targets = _match(lora.target_modules, linear, matrices)
+    targets = _remaining(_match(lora.target_modules, linear, matrices), lora)
     trainable = sum(lora.rank * sum(linear[name]) for name in targets) + _biases(tensors, targets, lora.bias)
     return Parameters(trainable, sum(math.prod(shape) for shape in tensors.values()), targets)
 
@@ -105,16 +106,40 @@ def _match(wanted: list[str], linear: Mapping[str, Any], matrices: Mapping[str, 
         return sorted(linear)
     targets: set[str] = set()
     for module in wanted:
-        found = [name for name in linear if name == module or name.endswith(f".{module}")]
+        found = [name for name in linear if is_named(name, [module])]
         if not found:
             raise _unknown(module, linear, matrices)
         targets |= set(found)
     return sorted(targets)
 
 
+def _remaining(named: list[str], lora: ResolvedLora) -> list[str]:
+    """Those that are not left out. A setting that leaves nothing out is a slip of the pen: peft would only warn, or adapt fewer layers."""
+    for module in lora.exclude_modules:
+        if not any(is_named(name, [module]) for name in named):
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in named}))
+            raise StageError(
+                Reason.UNKNOWN_TARGET_MODULE,
+                f"method.lora.excludeModules: {module} is none of the layers that would be adapted, which are {kinds}",
+            )
+    for layer in lora.layers_to_transform or []:
+        if all(is_left_out(name, [], [layer]) for name in named):
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"method.lora.layersToTransform: no layer {layer} would be adapted; the last is such as {named[-1]}",
+            )
+    targets = [name for name in named if not is_left_out(name, lora.exclude_modules, lora.layers_to_transform)]
+    if not targets:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"method.lora.excludeModules and layersToTransform leave none of {len(named)} layers to adapt",
+        )
+    return targets
+
+
 def _unknown(module: str, linear: Mapping[str, Any], matrices: Mapping[str, Any]) -> StageError:
     choices = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-    if any(name == module or name.endswith(f".{module}") for name in matrices):
+    if any(is_named(name, [module]) for name in matrices):
         return StageError(
             Reason.INVALID_CONFIG,
             f"method.lora.targetModules: {module} is the output head, an embedding or an expert, which cannot be adapted; "

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from finetune_api.failures import Reason
@@ -118,7 +119,10 @@ def attach_adapter(base: Any, snapshot: Snapshot) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         bias=BIAS[lora.bias],
-        target_modules=ALL_LINEAR if lora.target_modules == [ALL_LINEAR] else list(lora.target_modules),
+        target_modules=target_modules(base, lora),
+        exclude_modules=list(lora.exclude_modules) or None,
+        layers_to_transform=lora.layers_to_transform,
+        use_rslora=lora.use_rslora,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(snapshot.spec.training.seed)
@@ -126,7 +130,7 @@ def attach_adapter(base: Any, snapshot: Snapshot) -> PeftModel:
         model = get_peft_model(base, config)
     except ValueError as error:
         raise StageError(
-            Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {linear_names(base)}."
+            Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {', '.join(linear_names(base))}."
         ) from error
     make_trainables_float32(model)
     config.base_model_name_or_path = public_name(snapshot)
@@ -150,10 +154,18 @@ def refuse_tied_head(base: Any, lora: ResolvedLora) -> None:
         )
 
 
-def linear_names(base: Any) -> str:
-    """The names that targetModules may use."""
-    names = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-    return ", ".join(sorted(names))
+def target_modules(base: Any, lora: ResolvedLora) -> str | list[str]:
+    """In peft's words, which takes all-linear only for all layers."""
+    if lora.target_modules != [ALL_LINEAR]:
+        return list(lora.target_modules)
+    return ALL_LINEAR if lora.layers_to_transform is None else linear_names(base)
+
+
+def linear_names(base: Any) -> list[str]:
+    """The names of the linear layers but the output head."""
+    head = base.get_output_embeddings()
+    linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def make_trainables_float32(model: Any) -> None:

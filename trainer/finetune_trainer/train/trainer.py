@@ -30,7 +30,16 @@ from finetune_trainer.train.stop import TrainingStopped
 # Ours reports; transformers' own callback for the same purpose serves users' images.
 os.environ["DISABLE_KUBEFLOW_INTEGRATION"] = "TRUE"
 
-SCHEDULERS = {Scheduler.COSINE: "cosine", Scheduler.LINEAR: "linear", Scheduler.CONSTANT: "constant_with_warmup"}
+SCHEDULERS = {
+    Scheduler.COSINE: "cosine",
+    Scheduler.COSINE_WITH_MIN_LR: "cosine_with_min_lr",
+    Scheduler.LINEAR: "linear",
+    Scheduler.POLYNOMIAL: "polynomial",
+    Scheduler.CONSTANT: "constant_with_warmup",
+    Scheduler.INVERSE_SQRT: "inverse_sqrt",
+    Scheduler.WARMUP_STABLE_DECAY: "warmup_stable_decay",
+}
+A_TENTH = 0.1
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]
@@ -173,6 +182,15 @@ class StepEnds(TrainerCallback):  # type: ignore[misc]
         self.trainer.updating = False
 
 
+def scheduler_settings(scheduler: Scheduler, steps: int) -> dict[str, Any] | None:
+    """What transformers must be told of a schedule beside its name, as the spec's documentation has it."""
+    if scheduler is Scheduler.COSINE_WITH_MIN_LR:
+        return {"min_lr_rate": A_TENTH}
+    if scheduler is Scheduler.WARMUP_STABLE_DECAY:
+        return {"num_decay_steps": max(1, round(A_TENTH * steps))}
+    return None
+
+
 def training_arguments(
     snapshot: Snapshot,
     compute: Compute,
@@ -197,6 +215,8 @@ def training_arguments(
         gradient_accumulation_steps=math.ceil(training.global_batch_sequences / together),
         learning_rate=snapshot.plan.learning_rate,
         lr_scheduler_type=SCHEDULERS[training.scheduler],
+        lr_scheduler_kwargs=scheduler_settings(training.scheduler, steps),
+        neftune_noise_alpha=training.neftune_noise_alpha,
         # Rounded down: transformers rounds a share up, which makes a run of few steps waste its first one at rate 0.
         warmup_steps=warmup.steps if warmup.steps is not None else int((warmup.fraction or 0.0) * steps),
         optim=optimizer.name,
