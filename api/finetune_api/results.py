@@ -4,7 +4,7 @@ Layout below ``<output.uri>/<name>-<uid8>/``::
 
     adapter/            adapter_config.json, adapter_model.safetensors, tokenizer, chat template, README.md (model card)
     merged/             merged model folder, if asked for
-    reports/            metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned)
+    reports/            index.html, metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned)
     manifest.json       written last: no manifest, no result
 
 and below the workspace (``workspace/`` there by default)::
@@ -47,6 +47,7 @@ MERGED_DIR = "merged"
 REPORTS_DIR = "reports"
 METRICS_FILE = "reports/metrics.jsonl"
 ANSWERS_FILE = "reports/answers.json"
+REPORT_FILE = "reports/index.html"
 MANIFEST = "manifest.json"
 ATTEMPTS_DIR = "attempts"
 CHECKPOINTS_DIR = "checkpoints"

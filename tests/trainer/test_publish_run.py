@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def test_the_manifest_lists_every_file_with_its_hash(published: PreparedJob, s3:
         "merged/README.md",
         "merged/model.safetensors.index.json",
         "reports/metrics.jsonl",
+        "reports/index.html",
     } <= listed
     folder = published.context(Stage.PUBLISH).work_dir
     for record in manifest.files:
@@ -105,6 +107,19 @@ def test_the_merged_model_answers_as_base_and_adapter_do(published: PreparedJob,
     answers = evaluate.greedy_answers(merged.to(compute.dtype), [p.input_ids for p in prompts], tokenizer, compute, 8)
     assert answers == [a["tuned"] for a in json.loads(store.get_bytes("reports/answers.json"))]
     assert tokenizer.chat_template
+
+
+def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(published: PreparedJob) -> None:
+    store = published.context(Stage.PUBLISH).output_store()
+    page = store.get_bytes("reports/index.html").decode()
+    manifest = manifest_of(published)
+    assert f"{manifest.metrics.held_out_loss_base:.4f} → {manifest.metrics.held_out_loss:.4f}" in page
+    assert manifest.data_hash in page
+    assert page.count("<svg") == 3
+    for answer in json.loads(store.get_bytes("reports/answers.json")):
+        assert escape(answer["tuned"]) in page
+    head = store._client.head_object(Bucket=published.bucket, Key=f"{store.location.key}/reports/index.html")
+    assert head["ContentType"] == "text/html; charset=utf-8"
 
 
 def test_the_card_has_front_matter_and_numbers(published: PreparedJob) -> None:

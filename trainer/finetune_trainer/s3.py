@@ -177,11 +177,15 @@ class S3Store:
         """A small object."""
         return read_object(self._client, self.location.bucket, self._key(key))
 
-    def put_bytes(self, key: str, data: bytes) -> FileRecord:
+    def put_bytes(self, key: str, data: bytes, content_type: str = "binary/octet-stream") -> FileRecord:
         """Write a small object; the store checks the MD5."""
         with translated(self.uri(key)):
             self._client.put_object(
-                Bucket=self.location.bucket, Key=self._key(key), Body=PacedBody(data), ContentMD5=md5_base64(data)
+                Bucket=self.location.bucket,
+                Key=self._key(key),
+                Body=PacedBody(data),
+                ContentMD5=md5_base64(data),
+                ContentType=content_type,
             )
         return FileRecord(path=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 

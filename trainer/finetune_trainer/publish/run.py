@@ -10,11 +10,14 @@ from pydantic import ValidationError
 from finetune_api.names import Stage
 from finetune_api.results import (
     ADAPTER_DIR,
+    ANSWERS_FILE,
     ATTEMPTS_DIR,
     CHECKPOINTS_DIR,
     MANIFEST,
     MERGED_DIR,
+    METRICS_FILE,
     PREPARE_RESULT,
+    REPORT_FILE,
     ExecutionRecord,
     FileRecord,
     Manifest,
@@ -27,6 +30,7 @@ from finetune_trainer.attempts import attempts, note_begin, read_notes
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.publish.card import model_card
+from finetune_trainer.publish.report import html_report
 from finetune_trainer.publish.whole import check_tokenizer_hash, fetch_published, read_train_result
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
@@ -79,6 +83,8 @@ def run(ctx: StageContext) -> PublishReport:
     files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
     manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(update={"merge_check": check})
+    page = wait_until_available(ctx, lambda: publish_page(ctx, manifest, trained, output))
+    manifest = manifest.model_copy(update={"files": sorted([*manifest.files, page], key=lambda f: f.path)})
     wait_until_available(ctx, lambda: output.put_model(MANIFEST, manifest))
     clean_up(ctx, output, workspace)
     return report(manifest)
@@ -145,6 +151,13 @@ def make_manifest(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         files=sorted(files, key=lambda f: f.path),
     )
+
+
+def publish_page(ctx: StageContext, manifest: Manifest, trained: TrainResult, output: S3Store) -> FileRecord:
+    """``reports/index.html``."""
+    metrics, answers = output.get_bytes(METRICS_FILE), output.get_bytes(ANSWERS_FILE)
+    page = html_report(ctx.snapshot, manifest, trained, metrics, answers)
+    return output.put_bytes(REPORT_FILE, page.encode(), content_type="text/html; charset=utf-8")
 
 
 def clean_up(ctx: StageContext, output: S3Store, workspace: S3Store) -> None:

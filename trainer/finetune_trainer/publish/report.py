@@ -1,0 +1,130 @@
+"""``reports/index.html``: what was asked, what came of it, and how far it can be trusted, on one page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from finetune_api.names import Stage
+from finetune_api.results import Answer, ExecutionRecord, Manifest, TrainResult
+from finetune_api.snapshot import Snapshot
+from finetune_trainer.publish.chart import Point, Series, line_chart
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+PRIVATE = ("runtime",)
+"""Of the specification, what a page that is passed around leaves out: environment variables may hold keys."""
+SMOOTHED_STEPS = 20
+"""A run of more steps than this also shows the mean of so many neighbours."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The lines of ``reports/metrics.jsonl`` as points over steps."""
+
+    loss: list[Point]
+    held_out: list[Point]
+    learning_rate: list[Point]
+    grad_norm: list[Point]
+
+
+def html_report(snapshot: Snapshot, manifest: Manifest, trained: TrainResult, metrics: bytes, answers: bytes) -> str:
+    """The page.
+
+    Args:
+        manifest: all but the record of this page.
+        metrics: ``reports/metrics.jsonl``.
+        answers: ``reports/answers.json``.
+    """
+    curves = read_curves(metrics)
+    # Rows and answers may hold anything: everything that is not markup of ours is escaped.
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
+    environment.filters |= {"size": size, "duration": duration}
+    return environment.from_string(TEMPLATE.read_text()).render(
+        snapshot=snapshot,
+        manifest=manifest,
+        metrics=manifest.metrics,
+        data=manifest.data,
+        trained=trained,
+        planned=manifest.plan,
+        method=(manifest.plan.method if manifest.plan is not None else snapshot.plan.method.type).value,
+        charts=charts(curves),
+        smoothed_steps=SMOOTHED_STEPS,
+        answers=[Answer.model_validate(a) for a in json.loads(answers)],
+        stages=stage_seconds(manifest.attempts, manifest.created_at),
+        asked=json.dumps({k: v for k, v in snapshot.spec.to_json_dict().items() if k not in PRIVATE}, indent=2),
+        sizes={
+            kind: sum(f.size for f in manifest.files if f.path.startswith(f"{kind}/")) for kind in ("adapter", "merged")
+        },
+    )
+
+
+def read_curves(metrics: bytes) -> Curves:
+    """Points by step; a line of metrics holds a step's numbers or an evaluation's."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in metrics.splitlines() if line.strip()]
+
+    def of(name: str) -> list[Point]:
+        return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+    return Curves(of("loss"), of("held_out_loss"), of("learning_rate"), of("grad_norm"))
+
+
+def charts(curves: Curves) -> dict[str, str]:
+    """SVG by name; those without points are left out."""
+    losses = [Series("training", curves.loss)]
+    if len(curves.loss) > SMOOTHED_STEPS:
+        losses.append(Series(f"training, mean of {SMOOTHED_STEPS} steps", smoothed(curves.loss)))
+    found = {
+        "loss": line_chart("Loss", [Series("held out", curves.held_out, dots=True), *losses]),
+        "rate": line_chart("Learning rate", [Series("learning rate", curves.learning_rate)]),
+        "norm": line_chart("Gradient norm", [Series("gradient norm", curves.grad_norm)]),
+    }
+    return {name: svg for name, svg in found.items() if svg}
+
+
+def smoothed(points: list[Point]) -> list[Point]:
+    """The mean of each point and those before it, SMOOTHED_STEPS in all."""
+    values = [y for _, y in points]
+    return [
+        (points[end][0], sum(values[end + 1 - SMOOTHED_STEPS : end + 1]) / SMOOTHED_STEPS)
+        for end in range(SMOOTHED_STEPS - 1, len(points))
+    ]
+
+
+def stage_seconds(attempts: Sequence[ExecutionRecord], end: str) -> list[tuple[str, float]]:
+    """How long each stage took, from its first execution's beginning to the next stage's, waiting included."""
+    begun = {}
+    for stage in (Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH):
+        times = [a.started_at for a in attempts if a.stage == stage.value and a.started_at is not None]
+        if times:
+            begun[stage.value] = datetime.fromisoformat(min(times))
+    if not begun:
+        return []
+    ends = [*list(begun.values())[1:], datetime.fromisoformat(end)]
+    return [
+        (stage, max(0.0, (last - first).total_seconds()))
+        for (stage, first), last in zip(begun.items(), ends, strict=True)
+    ]
+
+
+def size(count: int) -> str:
+    """``168 MiB``."""
+    amount, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """``1 h 02 min``, ``4 min 10 s``, ``12 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
