@@ -48,6 +48,7 @@ class ResolvedLora(ApiModel):
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
 
 
 class ResolvedMethod(ApiModel):
@@ -203,6 +204,7 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
                 exclude_modules=list(lora.exclude_modules or []),
                 layers_to_transform=lora.layers_to_transform,
                 use_rslora=lora.use_rslora,
+                use_dora=lora.use_dora,
             ),
             quantization=method.quantization if method.type is MethodType.QLORA else None,
         ),

@@ -278,6 +278,13 @@ class Lora(ApiModel):
         description="Indices of the decoder layers that are adapted, from 0; the default is all of them.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
+    use_dora: bool = Field(
+        False,
+        description=(
+            "Train the magnitude of each output beside its direction (DoRA, Liu et al., 2024): better at low ranks, slower, and more memory. "
+            "Needs the whole base model on each GPU."
+        ),
+    )
     use_rslora: bool = Field(
         False, description="Scale updates by alpha / √rank instead of alpha / rank (Kalajdzievski, 2023)."
     )
@@ -821,6 +828,10 @@ class FineTuneJobSpec(ApiModel):
             (
                 "self.compute.gpusPerNode == 'Auto' || self.compute.gpusPerNode > 0 || self.training.useCpu",
                 "compute.gpusPerNode: 0 needs training.useCpu: true",
+            ),
+            (
+                "!self.method.lora.useDora || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                "method.lora.useDora needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
             ),
             (
                 "self.compute.gpusPerNode != 'Auto' || !self.training.useCpu",

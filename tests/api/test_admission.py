@@ -109,6 +109,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("GPUs by plan for a run on the CPU", {"compute": {"gpusPerNode": "Auto"}, "training": {"useCpu": True}}, "gpusPerNode: Auto plans for GPUs"),
     ("shards on one GPU", {"training": {"parallelism": "FSDP"}}, "FSDP needs compute.gpusPerNode of at least 2"),
     ("whole copies on GPUs from host memory", {"training": {"parallelism": "DDP", "cpuOffload": "Always"}}, "cpuOffload leaves no whole copy"),
+    ("DoRA with shards", {"method": {"lora": {"useDora": True}}, "training": {"parallelism": "FSDP"}, "compute": {"gpusPerNode": 2}}, "useDora needs the whole base model"),
     ("a learning rate of zero", {"training": {"optimizer": {"learningRate": 0}}}, "spec.training.optimizer.learningRate"),
     ("a label's key with a blank", {"runtime": {"labels": {"a b": "c"}}}, "every key must be a name such as team"),
     ("a label's key without a name", {"runtime": {"labels": {"example.com/": "c"}}}, "every key must be a name such as team"),

@@ -82,6 +82,7 @@ def test_named_targets_are_counted_as_peft_counts_them(name: str) -> None:
         {"exclude_modules": ["down_proj", "layers.1.self_attn.q_proj"]},
         {"layers_to_transform": [0, 3]},
         {"exclude_modules": ["o_proj"], "layers_to_transform": [1]},
+        {"layers_to_transform": [2], "dora": True},
     ],
 )
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "gpt2"])
@@ -89,7 +90,8 @@ def test_what_is_left_out_is_not_counted_as_peft_does_not(name: str, left_out: d
     arch, shapes = model(name)
     ours = trainable_parameters(shapes, arch, Tuning(**left_out))
     every = sorted({layer.kind for layer in linear_layers(shapes, arch)})  # peft takes no all-linear for some layers
-    assert ours == trainable_by_peft(on_meta(name), every, 16, "none", **left_out)
+    settings = {"use_dora" if key == "dora" else key: value for key, value in left_out.items()}
+    assert ours == trainable_by_peft(on_meta(name), every, 16, "none", **settings)
     assert ours < trainable_parameters(shapes, arch, Tuning()) or name == "gpt2"
 
 

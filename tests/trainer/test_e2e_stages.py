@@ -32,9 +32,11 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, "cpu")
         ("LoRA", "Quantized", {}),
         ("QLoRA", "Quantized", {}),
         ("QLoRA", "Original", {}),
+        ("LoRA", "Quantized", {"useDora": True}),
+        ("QLoRA", "Quantized", {"useDora": True}),
         ("LoRA", "Quantized", {"useRslora": True, "excludeModules": ["gate_proj"], "layersToTransform": [1]}),
     ],
-    ids=["LoRA", "QLoRA", "QLoRA into the original", "rsLoRA of some layers"],
+    ids=["LoRA", "QLoRA", "QLoRA into the original", "DoRA", "QLoRA with DoRA", "rsLoRA of some layers"],
 )
 def test_a_job_ends_in_an_adapter_and_a_merged_model_that_others_can_load(
     s3: Any, hub: HubServer, tmp_path: Path, method: str, base_weights: str, variant: dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from finetune_api.results import TrainMetrics
 from finetune_api.spec import Quantization
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish import nf4, safetensors_stream, written
-from finetune_trainer.publish.adapter import read_adapter
+from finetune_trainer.publish.adapter import Lora, read_adapter
 from finetune_trainer.publish.check import TRAINED_ABSOLUTE, TRAINED_TOLERANCE, may_be_rounded_away, must_agree
 from finetune_trainer.publish.merge import BaseWeights, merge, merged_config, write_companions
 from finetune_trainer.publish.safetensors_stream import Checkpoint
@@ -70,7 +71,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(written, "CHECK_BYTES", 3 * 64 * 4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=["LoRA", "rsLoRA"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
 def test_the_merge_is_pefts_merge(base: Path, tmp_path: Path, settings: dict[str, Any], small_chunks: None) -> None:
     adapter = adapter_for(base, tmp_path / "adapter", **settings)
     ours = merged(BaseWeights(Checkpoint(base), None), adapter, torch.float32, tmp_path / "merged")
@@ -216,7 +217,7 @@ def small_gain(base: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_was_merged_passes_as_written(base: Path, tmp_path: Path, dtype: torch.dtype, small_chunks: None) -> None:
-    for number, make in enumerate((adapter_for, small_gain)):
+    for number, make in enumerate((adapter_for, small_gain, partial(adapter_for, use_dora=True))):
         adapter = make(base, tmp_path / f"adapter-{number}")
         folder = tmp_path / f"merged-{number}"
         weights = BaseWeights(Checkpoint(base), None)
@@ -254,6 +255,27 @@ def test_a_merge_that_loses_even_a_little_of_a_small_adapter_fails(
     assert caught.value.reason is Reason.VERIFICATION_FAILED
     if lost in ("the adapter", "one module"):
         assert " 0 % of its update arrived" in caught.value.message.replace("-0 %", "0 %")
+
+
+def test_a_merge_without_doras_magnitudes_fails(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = adapter_for(base, tmp_path / "adapter", use_dora=True)
+    weights = BaseWeights(Checkpoint(base), None)
+    with monkeypatch.context() as forgetful:
+        forgetful.setattr(Lora, "merged", Lora.sum_with)
+        merged(weights, adapter, torch.bfloat16, tmp_path / "merged")
+    write_companions(base, sorted(p.name for p in base.iterdir()), adapter, torch.bfloat16, tmp_path / "merged")
+    with pytest.raises(StageError, match=r"not base \+ adapter within rounding"):
+        check_written(weights, read_adapter(adapter), tmp_path / "merged")
+
+
+def test_an_adapter_that_lost_a_magnitude_is_not_whole(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_for(base, tmp_path / "adapter", use_dora=True)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if name.endswith("lora_magnitude_vector")))
+    save_file(tensors, file)
+    with pytest.raises(StageError, match=r"the adapter is not whole: 14 lora_A, 14 lora_B and 13 magnitude tensors"):
+        read_adapter(adapter)
 
 
 def test_a_merged_file_without_a_tensor_fails(base: Path, tmp_path: Path) -> None:

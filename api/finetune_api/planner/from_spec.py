@@ -43,6 +43,7 @@ def request_of(
             target_modules=list(lora.target_modules),
             exclude_modules=list(lora.exclude_modules or []),
             layers_to_transform=lora.layers_to_transform,
+            dora=lora.use_dora,
             double_quantization=spec.method.quantization.double_quantization,
         ),
         batch=Batch(
@@ -65,6 +66,7 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
     Args:
         shardable: whether the model can be loaded and sharded a layer at a time.
     """
+    shardable = shardable and not spec.method.lora.use_dora  # its norms are of whole weights
     first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:
         first = SEVERAL if shardable else (Layout.DDP,)

@@ -47,6 +47,8 @@ def layer_memory(
     adapters = sum(_adapter(target, arch, tuning, quantized) for target in targets)
     if quantized and not tuning.dropout and not arch.layer_norm:
         adapters += _shared_inputs(arch, batch, targets)
+    if tuning.dora:
+        adapters += sum(2 * HALF * target.outputs for target in targets)
     kept = _norms(arch, wide) + attention + mlp + adapters
     down = _last(arch, linears)
     adapted = any(t.name == down.name for t in targets) or (
@@ -56,11 +58,19 @@ def layer_memory(
     tokens = batch.tokens
     weight = _expert_weights(arch, adapted) if arch.experts else (_dequantized(down) if quantized else 0)
     working = max(tokens * last + weight, tokens * (_scores(arch, batch) - mlp))
+    if tuning.dora:
+        working += max((_dora_weights(target) for target in targets), default=0)
     return LayerMemory(
         input_bytes=tokens * (FULL if wide else HALF) * arch.hidden_size,
         kept_bytes=int(tokens * kept),
         working_bytes=int(working),
     )
+
+
+def _dora_weights(target: Linear) -> int:
+    """PEFT 0.21 makes the update as a matrix in each pass, from the identity, and the norms of its sum with the weight. Unverified, as is
+    what DoRA keeps: the base's result and the adapter's."""
+    return FULL * (target.inputs**2 + 3 * target.inputs * target.outputs)
 
 
 def _last(arch: Architecture, linears: list[Linear]) -> Linear:

@@ -81,13 +81,13 @@ def quantized_layers(linears: list[Linear], arch: Architecture) -> list[Linear]:
 
 
 def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> int:
-    """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), and the biases PEFT's ``bias`` names.
+    """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), with DoRA its outputs once more, and the biases PEFT's ``bias`` names.
 
     With all-linear, PEFT 0.21 adapts a mixture of experts too: its router, each expert's down projection, and each expert's
     fused gate and up projection with twice the rank.
     """
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
-    count = sum(tuning.rank * (layer.inputs + layer.outputs) for layer in targets)
+    count = sum(tuning.rank * (layer.inputs + layer.outputs) + tuning.dora * layer.outputs for layer in targets)
     if tuning.target_modules == [ALL_LINEAR]:
         count += sum(
             tuning.rank * _expert_features(name, shape)

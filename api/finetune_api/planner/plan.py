@@ -189,7 +189,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
             sustained_tflops,
             PASSES * sum(offload) * request.run_tokens / (batch.tokens * request.gpus),
         ),
-        verified=arch.known and not arch.experts and request.layout is Layout.SINGLE,
+        verified=arch.known and not arch.experts and not tuning.dora and request.layout is Layout.SINGLE,
     )
 
 

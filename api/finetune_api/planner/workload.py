@@ -30,13 +30,14 @@ class Tuning(ApiModel):
     target_modules: list[str] = ["all-linear"]
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
+    dora: bool = False
     four_bit: bool = False
     double_quantization: bool = True
 
     @property
     def name(self) -> str:
         """As a person says it."""
-        return "QLoRA" if self.four_bit else "LoRA"
+        return ("QLoRA" if self.four_bit else "LoRA") + (" with DoRA" if self.dora else "")
 
 
 class Batch(ApiModel):

@@ -22,6 +22,7 @@ EMBEDDING = re.compile(r"(^|\.)(wte|wpe|[a-z_]*embed[a-z_]*)$")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)$")
 BLOCK = re.compile(r"\.\d+\.")
 EXPERT = re.compile(r"\.experts\.\d+\.")
+CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|c_fc|c_proj|q_attn)$")
 BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|\.attention\.masked_bias)$")
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
@@ -67,7 +68,8 @@ def check_config(folder: Path, uri: str) -> dict[str, Any]:
 
 
 def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
-    """Trainable parameters of LoRA, rank × (in + out) per adapted layer (Hu et al., 2021) and the chosen biases; and all parameters.
+    """Trainable parameters of LoRA, rank × (in + out) per adapted layer (Hu et al., 2021), with DoRA its outputs, and the chosen biases; and
+    all parameters.
 
     Raises:
         StageError: UnknownTargetModule, InvalidConfig for output head or embeddings.
@@ -80,8 +82,14 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
     }
     linear = {name: shape for name, shape in matrices.items() if _is_linear(name)}
     targets = _remaining(_match(lora.target_modules, linear, matrices), lora)
-    trainable = sum(lora.rank * sum(linear[name]) for name in targets) + _biases(tensors, targets, lora.bias)
+    trainable = sum(lora.rank * sum(linear[name]) + lora.use_dora * _outputs(name, linear[name]) for name in targets)
+    trainable += _biases(tensors, targets, lora.bias)
     return Parameters(trainable, sum(math.prod(shape) for shape in tensors.values()), targets)
+
+
+def _outputs(name: str, shape: tuple[int, ...]) -> int:
+    """Of a linear layer; GPT-2's are Conv1D, stored the other way round."""
+    return shape[1] if CONV1D.search(name) else shape[0]
 
 
 def is_mixture_of_experts(headers: TensorHeaders) -> bool:

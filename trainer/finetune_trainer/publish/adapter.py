@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from finetune_trainer.errors import StageError
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+MAGNITUDE = ".lora_magnitude_vector"
 UNKNOWN_SETTINGS = (
-    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
+    "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
     "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
 )  # fmt: skip
 """Settings that change what the tensors mean. The operator sets none of them; a file that has one is refused, not misread."""
@@ -26,11 +27,34 @@ UNKNOWN_SETTINGS = (
 
 @dataclass(frozen=True)
 class Lora:
-    """One module's update, ΔW = scaling · B · A, both float32: A (rank, inputs), B (outputs, rank)."""
+    """One module's update, ΔW = scaling · B · A, both float32: A (rank, inputs), B (outputs, rank). With DoRA (Liu et al., 2024) each row of
+    W + ΔW is brought to its trained magnitude (outputs)."""
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    magnitude: torch.Tensor | None = None
+
+    def rows(self, start: int, count: int) -> Lora:
+        """The update of some rows of the weight."""
+        part = slice(start, start + count)
+        return replace(self, b=self.b[part], magnitude=None if self.magnitude is None else self.magnitude[part])
+
+    def sum_with(self, weight: torch.Tensor) -> torch.Tensor:
+        """W + ΔW, in float32."""
+        return weight.float() + (self.b @ self.a).mul_(self.scaling)
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """What takes the weight's place, in float32."""
+        total = self.sum_with(weight)
+        return total if self.magnitude is None else total.mul_(self.factor(total)[:, None])
+
+    def factor(self, total: torch.Tensor) -> torch.Tensor:
+        """By what each row of W + ΔW is multiplied; ones without DoRA."""
+        if self.magnitude is None:
+            return torch.ones(len(total))
+        norms: torch.Tensor = torch.linalg.norm(total, dim=1)
+        return self.magnitude / norms
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,9 @@ class Adapter:
 
     def lora(self, module: str) -> Lora:
         """The update of a module."""
-        return Lora(self._read(f"{module}.lora_A.weight"), self._read(f"{module}.lora_B.weight"), self.scaling)
+        magnitude = self._read(f"{module}{MAGNITUDE}") if f"{module}{MAGNITUDE}" in self.keys else None
+        a, b = self._read(f"{module}.lora_A.weight"), self._read(f"{module}.lora_B.weight")
+        return Lora(a, b, self.scaling, magnitude)
 
     def replacement(self, tensor: str) -> torch.Tensor:
         """The trained values of a base tensor."""
@@ -81,11 +107,13 @@ def read_adapter(folder: Path) -> Adapter:
     keys = {name: key for key, name in names.items()}
     modules = {n.removesuffix(".lora_A.weight") for n in keys if n.endswith(".lora_A.weight")}
     halves = {n.removesuffix(".lora_B.weight") for n in keys if n.endswith(".lora_B.weight")}
-    if not modules or modules != halves or ranks != {rank}:
+    magnitudes = {n.removesuffix(MAGNITUDE) for n in keys if n.endswith(MAGNITUDE)}
+    wanted = modules if config.get("use_dora") else set()
+    if not modules or modules != halves or ranks != {rank} or magnitudes != wanted:
         raise StageError(
             Reason.VERIFICATION_FAILED,
-            f"the adapter is not whole: {len(modules)} lora_A and {len(halves)} lora_B tensors, ranks {sorted(ranks)}, "
-            f"configured rank {rank}.",
+            f"the adapter is not whole: {len(modules)} lora_A, {len(halves)} lora_B and {len(magnitudes)} magnitude tensors, ranks "
+            f"{sorted(ranks)}, configured rank {rank}{', with DoRA' if wanted else ''}.",
         )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Adapter(folder, scaling, frozenset(modules), frozenset(n for n in keys if ".lora_" not in n), keys)

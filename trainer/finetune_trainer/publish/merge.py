@@ -62,7 +62,8 @@ def module_of(tensor: str) -> str:
 def merge(
     base: BaseWeights, adapter: Adapter, dtype: torch.dtype, folder: Path, on_bytes: Callable[[int], None]
 ) -> list[FileRecord]:
-    """Write the merged weights into ``folder``, sharded as the base is. Floats become ``dtype``; W' = cast(float32(W) + scaling·B·A).
+    """Write the merged weights into ``folder``, sharded as the base is. Floats become ``dtype``; W' = cast(float32(W) + scaling·B·A), with
+    DoRA each row of the sum at its magnitude.
 
     Raises:
         StageError: UnsupportedModel, if no tensor of the adapter fits the base; VerificationFailed, if one is left over.
@@ -115,8 +116,7 @@ def merged_parts(base: BaseWeights, adapter: Adapter, info: TensorInfo) -> Any:
                 f"{info.name} is {list(info.shape)} in the base; the adapter's update is {[lora.b.shape[0], lora.a.shape[1]]}.",
             )
         for start, rows in base.rows(info.name):
-            delta = lora.b[start : start + len(rows)] @ lora.a
-            yield (rows.float() + delta.mul_(lora.scaling)).to(dtype)
+            yield lora.rows(start, len(rows)).merged(rows).to(dtype)
     else:
         for _, rows in base.rows(info.name):
             yield rows.to(dtype)

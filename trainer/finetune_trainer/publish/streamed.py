@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.publish.adapter import Adapter
+from finetune_trainer.publish.adapter import Adapter, Lora
+from finetune_trainer.publish.safetensors_stream import rows_per_chunk
 from finetune_trainer.train.loss import LearnedTokenLoss, head_stands_apart
 from finetune_trainer.train.rows import Rows, collate
 
@@ -35,7 +36,7 @@ class StreamedModel:
     Args:
         config_folder: folder with config.json (and the model's code, if trusted).
         names: tensors that ``read`` can give.
-        adapter: added unmerged, as W·x + scaling · B·(A·x).
+        adapter: added unmerged, as W·x + scaling · B·(A·x), with DoRA each output at its magnitude.
 
     Raises:
         StageError: UnsupportedModel, if the weights' names are not those of the model's modules.
@@ -130,10 +131,21 @@ def _emptier(module: nn.Module, _inputs: Any, output: Any) -> Any:
     return output
 
 
+def row_factors(lora: Lora, weight: torch.Tensor) -> torch.Tensor:
+    """By what DoRA multiplies each output, a few rows of W + ΔW in memory at a time."""
+    step = rows_per_chunk(tuple(weight.shape))
+    parts = ((lora.rows(start, step), weight[start : start + step]) for start in range(0, len(weight), step))
+    return torch.cat([part.factor(part.sum_with(rows)) for part, rows in parts])
+
+
 def _adapter_hook(adapter: Adapter, name: str) -> Callable[..., torch.Tensor]:
-    def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         lora = adapter.lora(name)
         update = nn.functional.linear(nn.functional.linear(inputs[0], lora.a), lora.b) * lora.scaling
-        return (output + update).to(output.dtype)
+        if lora.magnitude is None:
+            return (output + update).to(output.dtype)
+        bias = module._parameters.get("bias")
+        bias = output.new_zeros(1) if bias is None else bias
+        return ((output - bias + update) * row_factors(lora, module.get_parameter("weight")) + bias).to(output.dtype)
 
     return add

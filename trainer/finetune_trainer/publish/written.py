@@ -85,21 +85,23 @@ def compare_tensor(base: BaseWeights, adapter: Adapter, merged: Checkpoint, info
         step = rows_per_chunk(tuple(rows.shape), CHECK_BYTES)
         for at in range(0, len(rows), step):
             weight = rows[at : at + step].float()
-            b = lora.b[start + at : start + at + len(weight)] if lora else None
-            _compare(result, weight, found[at : at + step], b, lora)
+            part = lora.rows(start + at, len(weight)) if lora else None
+            _compare(result, weight, found[at : at + step], part)
     return result
 
 
-def _compare(
-    result: Written, weight: torch.Tensor, found: torch.Tensor, b: torch.Tensor | None, lora: Lora | None
-) -> None:
-    """Add some rows to the result: W (float32), W', and the rows of B that make their update."""
-    delta, summands = torch.zeros_like(weight), weight.abs()
-    if b is not None and lora is not None:
+def _compare(result: Written, weight: torch.Tensor, found: torch.Tensor, lora: Lora | None) -> None:
+    """Add some rows to the result: W (float32), W', and their update."""
+    exact, summands = weight, weight.abs()
+    if lora is not None:
         a = lora.scaling * lora.a
-        delta = b @ a
-        summands += b.abs() @ a.abs()
-    exact = weight + delta
+        exact = weight + lora.b @ a
+        summands += lora.b.abs() @ a.abs()
+        if lora.magnitude is not None:
+            size = exact.double().pow(2).sum(dim=1).sqrt().float()
+            factor = (lora.magnitude / size)[:, None]
+            exact, summands = exact * factor, summands * factor.abs()
+    delta = exact - weight
     off = (found.float() - exact).abs()
     nearest = (exact.to(found.dtype).float() - exact).abs()
     # "not …": NaN counts as wrong.

@@ -123,6 +123,7 @@ def attach_adapter(base: Any, snapshot: Snapshot) -> PeftModel:
         exclude_modules=list(lora.exclude_modules) or None,
         layers_to_transform=lora.layers_to_transform,
         use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(snapshot.spec.training.seed)
