@@ -144,8 +144,8 @@ def _adapter_hook(adapter: Adapter, name: str) -> Callable[..., torch.Tensor]:
         update = nn.functional.linear(nn.functional.linear(inputs[0], lora.a), lora.b) * lora.scaling
         if lora.magnitude is None:
             return (output + update).to(output.dtype)
-        bias = module._parameters.get("bias")
-        bias = output.new_zeros(1) if bias is None else bias
+        own = module._parameters.get("bias")
+        bias = output.new_zeros(1) if own is None else own
         return ((output - bias + update) * row_factors(lora, module.get_parameter("weight")) + bias).to(output.dtype)
 
     return add
