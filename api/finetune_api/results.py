@@ -134,6 +134,8 @@ class PreparedPrompt(ApiModel):
     """The turns before the answer, where the row has turns: the chat template, with a generation prompt, makes ``text`` of them."""
     tools: list[dict[str, Any]] | None = None
     """What may be called, for the chat template."""
+    from_tokens: bool = False
+    """``input_ids`` stand in the data: no tokenizer made them, and none is checked on them."""
     text: str
     """What the tokenizer is given (without adding special tokens, if ``messages`` is present)."""
     input_ids: list[int]

@@ -393,7 +393,6 @@ class Scheduler(StrEnum):
     COSINE = "Cosine"
     COSINE_WITH_MIN_LR = "CosineWithMinLR"
     LINEAR = "Linear"
-    POLYNOMIAL = "Polynomial"
     CONSTANT = "Constant"
     INVERSE_SQRT = "InverseSqrt"
     WARMUP_STABLE_DECAY = "WarmupStableDecay"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-_LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")
-"""peft's own (0.21, tuners_utils.check_target_module_exists): the last number in the name."""
+_LAYER = re.compile(r"(?:.*?\.)?[^.]+\.(\d+)\.")
+"""The first number in the name, as in peft (0.21, tuners_utils.check_target_module_exists); files may leave the model's own name out."""
 
 
 def is_named(module: str, names: Collection[str]) -> bool:

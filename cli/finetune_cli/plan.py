@@ -25,6 +25,7 @@ from finetune_api.planner import (
     misfit_sentence,
     plan,
     plan_sentence,
+    possible,
     request_of,
     rounds,
 )
@@ -92,7 +93,9 @@ def plan_command(
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(Exit.BAD_INPUT) from error
     planned = plan(choice.request, device.peak_tflops, tflops)
-    settled = choice.model_copy(update={"planned": planned})
+    offered = possible(spec, tries, choice.fit.alternatives)
+    verdict = choice.fit.model_copy(update={"alternatives": offered})
+    settled = choice.model_copy(update={"planned": planned, "fit": verdict})
     host = host_memory_misfit(spec, choice)
     if as_json:
         sys.stdout.write(as_json_text(settled) + "\n")

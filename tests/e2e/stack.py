@@ -187,6 +187,27 @@ def spec_for(data_uri: str, **overrides: Any) -> dict[str, Any]:
     return spec
 
 
+def claim_on(space: Space, name: str, folder: Path, mode: str) -> str:
+    """A claim on a folder of this machine; the name of its volume."""
+    storage = {"accessModes": [mode], "storageClassName": ""}
+    volume = f"{space.name}-{name}"
+    space.target.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolume",
+            "metadata": {"name": volume},
+            "spec": {**storage, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder)}},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": name, "namespace": space.name},
+            "spec": {**storage, "volumeName": volume, "resources": {"requests": {"storage": "1Gi"}}},
+        },
+    )
+    return volume
+
+
 def rows(count: int) -> str:
     """Good rows in messages format."""
     lines = [

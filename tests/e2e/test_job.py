@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from demo.target import SYSTEM_NAMESPACE
-from tests.e2e.stack import BUCKET, Space, condition, finished, is_true, rows, spec_for
+from tests.e2e.stack import BUCKET, Space, claim_on, condition, finished, is_true, rows, spec_for
 from tests.support.hub_server import COMMIT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -100,27 +100,6 @@ def test_the_operator_killed_in_the_middle_changes_nothing(space: Space) -> None
     job = space.until("steady", finished, 300, "finished")
     assert is_true(job, "Complete"), json.dumps(job["status"], indent=1)
     assert [a["stage"] for a in job["status"]["attempts"]] == ["prepare", "train", "publish"]
-
-
-def claim_on(space: Space, name: str, folder: Path, mode: str) -> str:
-    """A claim on a folder of this machine; the name of its volume."""
-    storage = {"accessModes": [mode], "storageClassName": ""}
-    volume = f"{space.name}-{name}"
-    space.target.apply(
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolume",
-            "metadata": {"name": volume},
-            "spec": {**storage, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder)}},
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": name, "namespace": space.name},
-            "spec": {**storage, "volumeName": volume, "resources": {"requests": {"storage": "1Gi"}}},
-        },
-    )
-    return volume
 
 
 def test_model_from_the_hub_through_a_cache_and_data_from_a_volume(space: Space, hub_url: str, tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import re
 import socket
 import ssl
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
+CHUNK = 1 << 16
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 VALID_TOKEN = "hf_valid"
 WEAK_TOKEN = "hf_weak"  # valid, but not on any gated repository's list
@@ -49,6 +51,9 @@ class Faults:
     """So many bodies have a flipped byte."""
     ignore_ranges: bool = False
     change_etag: bool = False
+    bytes_per_second: float | None = None
+    """Of all connections together."""
+    line: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass
@@ -237,8 +242,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self._headers(status, len(body), headers)
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        faults = self.hub.faults
+        if faults.bytes_per_second is None:
             self.wfile.write(body)
+            return
+        for start in range(0, len(body), CHUNK):
+            with faults.line:
+                self.wfile.write(body[start : start + CHUNK])
+                time.sleep(CHUNK / faults.bytes_per_second)
 
     def _headers(self, status: int, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -25,6 +25,11 @@ CALL: dict[str, Any] = {
     "content": "",
     "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
 }
+NULL_CALL: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": None}}}],
+}
 RESULT: dict[str, Any] = {"role": "tool", "content": "2"}
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
@@ -74,6 +79,10 @@ def shared(*turns: tuple[Any, Any], **row: Any) -> dict[str, Any]:
         (K, {"input_ids": [5, 6, 7]}, Tokenized([5, 6, 7], [5, 6, 7])),
         (K, {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, Tokenized([5, 6, 7], [-100, 6, 7])),
         (K, {"input_ids": [5, 6, 7], "labels": None}, Tokenized([5, 6, 7], [5, 6, 7])),
+        (K, {"input_ids": [0, 5, 6, 0], "attention_mask": [0, 1, 1, 0]}, Tokenized([5, 6], [5, 6])),
+        (M, {"messages": [USER, {**BOT, "tool_calls": []}]}, Conversation([USER, BOT])),
+        (M, {"messages": [USER, called('{"a": null}'), RESULT, BOT]}, Conversation([USER, NULL_CALL, RESULT, BOT])),
+        (P, {"prompt": "q", "completion": "a", "tools": "a hammer"}, Completion("q", "a")),
     ],
 )  # fmt: skip
 def test_a_good_row_becomes_an_example(fmt: DataFormat, row: dict[str, Any], wanted: Example) -> None:
@@ -118,7 +127,8 @@ def say(*contents: Any) -> dict[str, Any]:
         (S, {"conversations": [{"from": "human"}]}, "conversations[0].value: missing; the turn has from"),
         (S, shared(("human", "q")), 'conversations: last turn is "user", nothing to learn'),
         (S, shared(("human", "q"), ("function_call", "add(1)")), "conversations[1].value: expected a function call"),
-        (P, {"prompt": "q", "completion": "a", "tools": [TOOL]}, "tools: expected with lists of messages only"),
+        (K, {"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask: expected as many as input_ids (2), found 1"),
+        (K, {"input_ids": [1, 2], "attention_mask": [0, 0]}, "attention_mask: expected at least one token that is not masked"),
         (K, {"input_ids": []}, "input_ids: expected a list of token ids, found an empty list"),
         (K, {"input_ids": [1, 2.5]}, "input_ids[1]: expected a token id, found the number 2.5"),
         (K, {"input_ids": [1, -1]}, "input_ids[1]: expected a token id, found the number -1"),
@@ -165,6 +175,7 @@ def source(**fields: Any) -> DataSource:
         ({"id": 1, "text": "x"}, T),
         ({"conversations": [], "text": "x"}, S),
         ({"input_ids": [], "attention_mask": []}, K),
+        ({"input_ids": [], "text": "x"}, T),
     ],
 )
 def test_the_format_is_detected_by_its_columns(row: dict[str, Any], fmt: DataFormat) -> None:

@@ -164,6 +164,14 @@ def test_calls_are_learned_results_are_not_and_tools_stand_in_the_prompt(tokeniz
     assert learned(tokenizer, encode(tokenizer, CALLING, CALLS, LossOn.COMPLETION, tools=TOOLS)) == ["Two.<|im_end|>"]
 
 
+def test_a_call_that_a_template_rewrites_later_is_no_row_and_never_half_learned(tokenizer: Any) -> None:
+    """Only its text would be found by looking for it."""
+    later = CALLING.replace("message['content'] }}", "('' if loop.last else '(earlier) ') + message['content'] }}")
+    talking = [CALLS[0], {**CALLS[1], "content": "Let me see."}, *CALLS[2:]]
+    with pytest.raises(RowProblem, match="drops or rewrites this answer"):
+        encode(tokenizer, later, talking, tools=TOOLS)
+
+
 def test_tools_that_a_template_leaves_out_are_no_row(tokenizer: Any) -> None:
     with pytest.raises(RowProblem, match="the chat template has no place for them"):
         encode(tokenizer, CHATML, TALK, tools=TOOLS)

@@ -10,6 +10,7 @@ import pytest
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
+from finetune_api.targets import is_left_out
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.shapes import check_mergeable, count_parameters
 from finetune_trainer.sources.model import TensorHeaders
@@ -106,6 +107,15 @@ def test_something_must_be_left_to_adapt() -> None:
     with pytest.raises(StageError, match="leave none of 32 layers to adapt") as info:
         count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], exclude_modules=["q_proj"]))
     assert info.value.reason is Reason.INVALID_CONFIG
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [("model.layers.3.self_attn.q_proj", 3), ("h.0.attn.c_attn", 0), ("a.layers.2.experts.7.w1", 2)],
+)
+def test_a_modules_layer_is_the_first_number_in_its_name(module: str, layer: int) -> None:
+    assert not is_left_out(module, [], [layer])
+    assert is_left_out(module, [], [layer + 1])
 
 
 def test_a_setting_that_leaves_nothing_out_is_refused() -> None:

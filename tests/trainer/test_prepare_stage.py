@@ -184,6 +184,7 @@ def test_rows_of_the_newer_formats_arrive(bench: Bench, tiny_model: Path) -> Non
         if number < 20:
             assert (prompt["prompt"], prompt["reference"]) == (f"q{number}", f"a{number}")
         else:
+            assert (prompt["inputIds"], prompt["fromTokens"]) == (ids[number - 20][:4], True)
             assert prompt["prompt"] == tokenizer.decode(ids[number - 20][:4])
     bench.s3.put(bench.bucket, "tokens.jsonl.xz", lzma.compress(lines([{"input_ids": [1, 10**6]}]).encode()))
     sources = [first, {**first, "uri": f"s3://{bench.bucket}/tokens.jsonl.xz"}]

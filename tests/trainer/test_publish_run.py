@@ -22,6 +22,7 @@ from finetune_api.results import MANIFEST, TRAIN_RESULT, Manifest, TrainResult
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap
+from finetune_trainer.publish.report import html_report, without_credentials
 from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
 from finetune_trainer.train.device import pick_compute
@@ -120,6 +121,18 @@ def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(publis
         assert escape(answer["tuned"]) in page
     head = store._client.head_object(Bucket=published.bucket, Key=f"{store.location.key}/reports/index.html")
     assert head["ContentType"] == "text/html; charset=utf-8"
+    trained = published.context().workspace_store().get_model(TRAIN_RESULT, TrainResult)
+    bare = html_report(published.snapshot, manifest, trained, b"", b"[]")
+    assert "<svg" not in bare, "and a run without a single finite number has a page, too"
+
+
+def test_addresses_in_the_report_hold_no_credentials() -> None:
+    signed = "https://user:pass@example.com/a.jsonl?X-Amz-Signature=abc#f"
+    assert without_credentials({"uri": signed, "n": 1, "list": ["s3://a/b?c"]}) == {
+        "uri": "https://example.com/a.jsonl",
+        "n": 1,
+        "list": ["s3://a/b?c"],
+    }
 
 
 def test_the_card_has_front_matter_and_numbers(published: PreparedJob) -> None:

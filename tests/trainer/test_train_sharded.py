@@ -24,6 +24,7 @@ from finetune_trainer.train import run as train
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.quantized import quantized_modules
 from finetune_trainer.train.ranks import Ranks
+from finetune_trainer.train.trainer import training_arguments
 from tests.planner.simulator.tracker import LiveStorages
 from tests.support.prepared import PreparedJob, job_spec, prepare_job, snapshot_of
 from tests.support.tiny_model import build_tiny_model
@@ -224,6 +225,15 @@ def test_a_matrix_that_was_not_sharded_is_noticed(two: Ranks, tmp_path: Path) ->
     layer.mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(4, 4), requires_grad=False)
     with pytest.raises(AssertionError, match=r"layer\.mlp\.up_proj\.weight is not sharded"):
         sharded.must_be_sharded([("layer", layer)], two)
+
+
+def test_the_adapter_of_an_offloaded_base_goes_where_products_are_computed(tmp_path: Path) -> None:
+    run = snapshot_of(job_spec(None, "bucket"), "u" * 32)
+    adapted = model.attach_adapter(model.load_base(build_tiny_model(tmp_path / "model", layers=2), run, CPU), run)
+    sharded.adapter_to(adapted, torch.device("meta"))
+    assert {(p.is_meta, p.requires_grad) for p in adapted.parameters()} == {(True, True), (False, False)}
+    assert training_arguments(run, CPU, 3, tmp_path, ranks=Ranks(sharded=True)).place_model_on_device is False
+    assert training_arguments(run, CPU, 3, tmp_path).place_model_on_device is None
 
 
 def test_tied_embeddings_are_whole_on_every_rank(two: Ranks, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from finetune_api.planner.architecture import Architecture, UnknownArchitecture,
 from finetune_api.planner.choose import Choice, choose, choose_among
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import Alternative, Fit, fit
-from finetune_api.planner.from_spec import gpu_counts, host_memory_misfit, request_of, rounds
+from finetune_api.planner.from_spec import gpu_counts, host_memory_misfit, possible, request_of, rounds
 from finetune_api.planner.gpus import Gpu, UnknownGpu, find_gpu, known_gpus, labelled_gpu
 from finetune_api.planner.linears import UnknownTarget
 from finetune_api.planner.plan import MemoryPlan, Request, plan
@@ -46,6 +46,7 @@ __all__ = [
     "parse_config",
     "plan",
     "plan_sentence",
+    "possible",
     "request_of",
     "rounds",
 ]

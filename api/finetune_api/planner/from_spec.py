@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.choose import SEVERAL, Choice
 from finetune_api.planner.distributed import Layout
+from finetune_api.planner.fit import Alternative
 from finetune_api.planner.plan import Request
 from finetune_api.planner.sentences import gib
 from finetune_api.planner.tensors import Shapes
@@ -92,6 +93,15 @@ def gpu_counts(spec: FineTuneJobSpec, several: Sequence[Layout]) -> Sequence[int
         return [1]
     alone = Layout.DDP in several or spec.compute.nodes > 1
     return range(1 if alone else 2, MOST_GPUS_PER_NODE + 1)
+
+
+def possible(
+    spec: FineTuneJobSpec, tries: Sequence[tuple[Layout, ...]], offered: Sequence[Alternative]
+) -> list[Alternative]:
+    """Those alternatives that this job may take: sharding and offloading are for models that are loaded a layer at a time."""
+    sharding = Layout.FSDP in tries[0]
+    more = sharding and spec.compute.gpus() is not None and spec.compute.nodes == 1
+    return [a for a in offered if (a.gpus is None or more) and (a.cpu_offload is None or sharding)]
 
 
 def host_memory_misfit(spec: FineTuneJobSpec, choice: Choice) -> str:

@@ -197,8 +197,11 @@ def _step(request: Request, batch: Batch, trainable: int) -> activations.StepMem
     arch, tuning, shapes = request.architecture, request.tuning, request.shapes
     linears = linear_layers(shapes, arch)
     targets = adapted_layers(linears, tuning)
-    # All layers are taken to be as one that is adapted.
-    first = min(layer.layer for layer in targets)
+    # All layers are taken to be as the one that is adapted the most.
+    adapted: dict[int, int] = {}
+    for target in targets:
+        adapted[target.layer] = adapted.get(target.layer, 0) + target.inputs + target.outputs
+    first = max(sorted(adapted), key=adapted.__getitem__)
     layer = layer_memory(
         arch,
         tuning,

@@ -137,7 +137,10 @@ class ChatRenderer:
 
     def _by_sentinel(self, messages: list[Message], tools: Sequence[Tool], turn: int, text: str) -> Span | None:
         """For templates that write earlier turns differently (Qwen 3 drops their thoughts): put a mark in the answer's place;
-        what stands before and after the mark must stand there in the whole text too."""
+        what stands before and after the mark must stand there in the whole text too. Calls stand outside the mark, where they would be left
+        out without a word."""
+        if messages[turn].get("tool_calls"):
+            return None
         marked = [{**m, "content": SENTINEL} if i == turn else m for i, m in enumerate(messages)]
         try:
             before, found, after = self._text(marked, tools)[0].partition(SENTINEL)
@@ -157,7 +160,7 @@ class ChatRenderer:
     ) -> tuple[str, list[Span]]:
         if tools and not self._takes_tools:
             raise RowProblem(
-                "tools: the chat template has no place for them; take the column out, or use a model that calls tools"
+                "tools: the chat template has no place for them; take the column out (columns: {tools: none}), or use a model that calls tools"
             )
         try:
             texts, marks = render_jinja_template(

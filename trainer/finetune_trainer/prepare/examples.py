@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,8 @@ FIELDS: dict[DataFormat, tuple[tuple[str, ...], tuple[str, ...]]] = {
     DataFormat.SHAREGPT: (("conversations",), ("system", "tools")),
     DataFormat.PROMPT_COMPLETION: (("prompt", "completion"), ("system", "tools")),
     DataFormat.ALPACA: (("instruction", "output"), ("input", "system")),
-    DataFormat.TOKENIZED: (("input_ids",), ("labels",)),
     DataFormat.TEXT: (("text",), ()),
+    DataFormat.TOKENIZED: (("input_ids",), ("labels", "attention_mask")),
 }
 """Required and optional fields per format, in the order in which they are looked for."""
 ALL_FIELDS = sorted({f for required, optional in FIELDS.values() for f in required + optional})
@@ -161,9 +161,9 @@ def to_example(row: Mapping[str, Any], fmt: DataFormat, columns: Mapping[str, st
             head = [] if turns[0]["role"] == "system" else system_of(optional("system"))
             return Conversation(ends_with_answer([*head, *turns], name("conversations")), tools=tools())
         case DataFormat.PROMPT_COMPLETION:
-            return _prompt_completion(row, name("prompt"), name("completion"), optional("system"), tools())
+            return _prompt_completion(row, name("prompt"), name("completion"), optional("system"), tools)
         case DataFormat.TOKENIZED:
-            return _tokenized(row[name("input_ids")], row.get(name("labels")), name("input_ids"), name("labels"))
+            return _tokenized(row, name("input_ids"), name("labels"), name("attention_mask"))
         case DataFormat.TEXT:
             return Text(text_of(row[name("text")], name("text")))
     instruction = text_of(row[name("instruction")], name("instruction"))
@@ -179,29 +179,33 @@ def to_example(row: Mapping[str, Any], fmt: DataFormat, columns: Mapping[str, st
 
 
 def _prompt_completion(
-    row: Mapping[str, Any], prompt: str, completion: str, system: str, tools: list[Tool]
+    row: Mapping[str, Any], prompt: str, completion: str, system: str, tools: Callable[[], list[Tool]]
 ) -> Conversation | Completion:
     chat = [isinstance(row[column], list) for column in (prompt, completion)]
     if all(chat):
         before = messages_of(row[prompt], prompt)
         after = ends_with_answer(messages_of(row[completion], completion), completion)
         head = [] if before[0]["role"] == "system" else system_of(system)
-        return Conversation([*head, *before, *after], learn_from=len(head) + len(before), tools=tools)
+        return Conversation([*head, *before, *after], learn_from=len(head) + len(before), tools=tools())
     if any(chat):
         raise RowProblem(f"{prompt}, {completion}: expected two texts or two lists of messages, found one of each")
-    if tools:
-        raise RowProblem("tools: expected with lists of messages only, found with texts")
     asked = text_of(row[prompt], prompt)
     return Completion(f"{system}\n\n{asked}" if system.strip() else asked, text_of(row[completion], completion))
 
 
-def _tokenized(ids: object, labels: object, ids_name: str, labels_name: str) -> Tokenized:
-    tokens = _integers(ids, ids_name, least=0)
-    if labels is None:
-        return Tokenized(tokens, tokens)
-    learned = _integers(labels, labels_name, least=IGNORED)
-    if len(learned) != len(tokens):
-        raise RowProblem(f"{labels_name}: expected as many as {ids_name} ({len(tokens)}), found {len(learned)}")
+def _tokenized(row: Mapping[str, Any], ids_name: str, labels_name: str, mask_name: str) -> Tokenized:
+    tokens = _integers(row[ids_name], ids_name, least=0)
+    columns = {}
+    for name, least in ((labels_name, IGNORED), (mask_name, 0)):
+        columns[name] = tokens if row.get(name) is None else _integers(row[name], name, least=least)
+        if len(columns[name]) != len(tokens):
+            raise RowProblem(f"{name}: expected as many as {ids_name} ({len(tokens)}), found {len(columns[name])}")
+    learned = columns[labels_name]
+    if row.get(mask_name) is not None:  # what is masked is padding
+        kept = [position for position, seen in enumerate(columns[mask_name]) if seen]
+        tokens, learned = [tokens[i] for i in kept], [learned[i] for i in kept]
+        if not tokens:
+            raise RowProblem(f"{mask_name}: expected at least one token that is not masked, found none")
     for position, (token, label) in enumerate(zip(tokens, learned, strict=True)):
         if label not in (token, IGNORED):
             raise RowProblem(

@@ -134,8 +134,15 @@ def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any, renderer: Cha
             input_ids=ids,
         )
     prompt, reference = row["prompt"], row["reference"]
+    if prompt is None and encoded.prompt_tokens:
+        ids = encoded.ids[: encoded.prompt_tokens].tolist()
+        asked = tokenizer.decode(ids, skip_special_tokens=True)
+        answer = tokenizer.decode(encoded.ids[encoded.prompt_tokens :].tolist(), skip_special_tokens=True)
+        return PreparedPrompt(
+            row=row["row"], prompt=asked, reference=answer, text=tokenizer.decode(ids), input_ids=ids, from_tokens=True
+        )
     if prompt is None:
-        count = encoded.prompt_tokens or max(1, len(encoded.ids) // 4)
+        count = max(1, len(encoded.ids) // 4)
         prompt = tokenizer.decode(encoded.ids[:count].tolist(), skip_special_tokens=True)
         reference = tokenizer.decode(encoded.ids[count:].tolist(), skip_special_tokens=True)
     return PreparedPrompt(
@@ -158,9 +165,9 @@ def _percentiles(index: Index) -> LengthPercentiles:
 def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_out: Mask) -> list[str]:
     limit = spec.training.max_sequence_tokens
     warnings = []
-    if data.train_rows + data.held_out_rows < FEW_ROWS:
+    if len(checked.index.groups) < FEW_ROWS:
         warnings.append(
-            f"only {plural(data.train_rows + data.held_out_rows, 'usable row')}: under {FEW_ROWS} a prompt with examples often does as "
+            f"only {plural(len(checked.index.groups), 'usable row')}: under {FEW_ROWS} a prompt with examples often does as "
             "well; else train 5 to 10 epochs and watch the held-out loss"
         )
     if data.bad_rows:

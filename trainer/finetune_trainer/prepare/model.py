@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_api.failures import Reason
 from finetune_api.results import SourceFile
+from finetune_api.snapshot import ResolvedLora
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
@@ -78,6 +79,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
             f"training.maxSequenceTokens {limit:,} is beyond the {positions:,} positions the model was trained for"
         )
     if is_mixture_of_experts(headers):
+        refuse_for_experts(ctx.snapshot.plan.method.lora)
         warnings.append(
             "mixture of experts: only layers outside the experts are adapted; the parameter count is an estimate"
         )
@@ -94,6 +96,24 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         shapes={name: shape for name, (_, shape) in headers.items()},
         warnings=warnings,
     )
+
+
+def refuse_for_experts(lora: ResolvedLora) -> None:
+    """What peft ignores for fused experts, or fails at when a GPU is held.
+
+    Raises:
+        StageError: InvalidConfig.
+    """
+    asked = {
+        "useDora": lora.use_dora,
+        "excludeModules": bool(lora.exclude_modules),
+        "layersToTransform": lora.layers_to_transform is not None,
+    }
+    if found := [name for name, is_set in asked.items() if is_set]:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"method.lora.{', '.join(found)}: not for a mixture of experts, whose experts are one fused parameter. Leave it out.",
+        )
 
 
 def _vocabulary(config: dict[str, Any], headers: TensorHeaders, uri: str) -> int:

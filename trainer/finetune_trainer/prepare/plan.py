@@ -25,6 +25,7 @@ from finetune_api.planner import (
     parse_config,
     plan,
     plan_sentence,
+    possible,
     request_of,
     rounds,
 )
@@ -191,9 +192,7 @@ def from_request(
         return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
     if found.others and spec.compute.gpus() is not None:
         return _of_unknown(spec, choice.method, split, request, tries[-1], found.gpus)
-    sharding = Layout.FSDP in tries[0]
-    more = sharding and spec.compute.gpus() is not None and spec.compute.nodes == 1
-    here = [a for a in choice.fit.alternatives if (a.gpus is None or more) and (a.cpu_offload is None or sharding)]
+    here = possible(spec, tries, choice.fit.alternatives)
     words = misfit_sentence(uri, choice.request, choice.fit.model_copy(update={"alternatives": here}), suitable[0])
     if spec.compute.gpus() is None:
         words += f" No node that it may use has more GPUs than {gpus}." if found.per_node else ""

@@ -136,7 +136,7 @@ def _message(value: object, where: str) -> Message:
         raise expected(f"{where}.role", f"one of {', '.join(ROLES)}", role)
     # Parquet fills absent fields with null; templates would print them.
     message = {k: v for k, v in value.items() if v is not None and k not in ("role", "content")}
-    calls = message.get("tool_calls")
+    calls = message.pop("tool_calls", None)
     if calls:
         message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
     content = value.get("content")
@@ -180,11 +180,15 @@ def _tool_call(value: object, where: str) -> Message:
     if not isinstance(value, dict) or not isinstance(function, Mapping) or not function.get("name"):
         raise expected(where, "a call, an object with name and arguments", value)
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _json(arguments or "{}", f"{where}.arguments", "an object")
+    # A null in a text was written by somebody; in an object it may be Parquet's.
+    arguments = (
+        _json(arguments or "{}", f"{where}.arguments", "an object")
+        if isinstance(arguments, str)
+        else without_nulls(arguments)
+    )
     if not isinstance(arguments, dict | None):
         raise expected(f"{where}.arguments", "an object", arguments)
-    called = {**without_nulls(dict(function)), "arguments": without_nulls(arguments or {})}
+    called = {**without_nulls({k: v for k, v in function.items() if k != "arguments"}), "arguments": arguments or {}}
     outside = {k: v for k, v in value.items() if v is not None} if "function" in value else {}
     return {"type": "function", **outside, "function": called}
 

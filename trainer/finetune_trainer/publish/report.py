@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from jinja2 import Environment, StrictUndefined
 
@@ -57,7 +58,10 @@ def html_report(snapshot: Snapshot, manifest: Manifest, trained: TrainResult, me
         smoothed_steps=SMOOTHED_STEPS,
         answers=[Answer.model_validate(a) for a in json.loads(answers)],
         stages=stage_seconds(manifest.attempts, manifest.created_at),
-        asked=json.dumps({k: v for k, v in snapshot.spec.to_json_dict().items() if k not in PRIVATE}, indent=2),
+        sources=[without_credentials(source.uri) for source in snapshot.spec.data.train],
+        asked=json.dumps(
+            without_credentials({k: v for k, v in snapshot.spec.to_json_dict().items() if k not in PRIVATE}), indent=2
+        ),
         sizes={
             kind: sum(f.size for f in manifest.files if f.path.startswith(f"{kind}/")) for kind in ("adapter", "merged")
         },
@@ -110,6 +114,18 @@ def stage_seconds(attempts: Sequence[ExecutionRecord], end: str) -> list[tuple[s
         (stage, max(0.0, (last - first).total_seconds()))
         for (stage, first), last in zip(begun.items(), ends, strict=True)
     ]
+
+
+def without_credentials(value: Any) -> Any:
+    """The same, with every web address without user and query: those of signed URLs are secrets."""
+    if isinstance(value, dict):
+        return {k: without_credentials(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    if not isinstance(value, str) or not value.startswith(("http://", "https://")):
+        return value
+    parts = urlsplit(value)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def size(count: int) -> str:

@@ -47,7 +47,7 @@ from finetune_trainer.train.quantized import quantized_modules
 from finetune_trainer.train.ranks import Ranks, join, leave
 from finetune_trainer.train.rows import Rows, read_rows
 from finetune_trainer.train.schedule import make_schedule
-from finetune_trainer.train.sharded import load_sharded, ready_for_adapter
+from finetune_trainer.train.sharded import adapter_to, load_sharded, ready_for_adapter
 from finetune_trainer.train.split import choose_split, given_restarts, planned_split
 from finetune_trainer.train.step_log import StepLog
 from finetune_trainer.train.versions import library_versions
@@ -120,6 +120,8 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     if ranks.sharded:
         ready_for_adapter(base)
     peft_model = model.attach_adapter(base, snapshot)
+    if ranks.offloaded:
+        adapter_to(peft_model, compute.device)
     trained_base = model.trained_base_weights(peft_model)
     trainable = model.assert_trainables_float32(peft_model)
     schedule = make_schedule(
@@ -189,7 +191,10 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     verify.check_tokenizer(tokenizer, prepared.prompts)
     if ranks.sharded:
         ready_for_adapter(base)
-    tuned = verify.load_freshly(base, fetched).get_base_model()
+    reloaded = verify.load_freshly(base, fetched)
+    if ranks.offloaded:
+        adapter_to(reloaded, compute.device)
+    tuned = reloaded.get_base_model()
     pad_id = evaluate.pad_token_id(tokenizer)
     measure = partial(evaluate.held_out_loss, tuned, held_out, pad_id, compute, divisor=split.evaluation_divisor)
     loss_reloaded = ranks.together(measure)

@@ -192,6 +192,13 @@ def ready_for_adapter(model: nn.Module) -> None:
             module.weight.compress_statistics = module.quant_state.nested
 
 
+def adapter_to(model: nn.Module, device: torch.device) -> None:
+    """Put the adapter where products are computed: peft puts it where the base lies, which is host memory for one that is offloaded."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].startswith("lora_"):
+            module.to(device)
+
+
 def must_be_sharded(parts: list[tuple[str, nn.Module]], ranks: Ranks) -> None:
     """bitsandbytes and FSDP have failed at this with a warning at most.
 

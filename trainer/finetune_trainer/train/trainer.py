@@ -34,7 +34,6 @@ SCHEDULERS = {
     Scheduler.COSINE: "cosine",
     Scheduler.COSINE_WITH_MIN_LR: "cosine_with_min_lr",
     Scheduler.LINEAR: "linear",
-    Scheduler.POLYNOMIAL: "polynomial",
     Scheduler.CONSTANT: "constant_with_warmup",
     Scheduler.INVERSE_SQRT: "inverse_sqrt",
     Scheduler.WARMUP_STABLE_DECAY: "warmup_stable_decay",
@@ -182,12 +181,25 @@ class StepEnds(TrainerCallback):  # type: ignore[misc]
         self.trainer.updating = False
 
 
-def scheduler_settings(scheduler: Scheduler, steps: int) -> dict[str, Any] | None:
+class LayerwiseArguments(TrainingArguments):  # type: ignore[misc]
+    """For a base that comes a layer at a time: it says itself where its parameters lie, and moving them fails, or undoes an offload."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Trainer must not."""
+        return False
+
+
+def scheduler_settings(scheduler: Scheduler, steps: int, warmup_steps: int) -> dict[str, Any] | None:
     """What transformers must be told of a schedule beside its name, as the spec's documentation has it."""
     if scheduler is Scheduler.COSINE_WITH_MIN_LR:
         return {"min_lr_rate": A_TENTH}
     if scheduler is Scheduler.WARMUP_STABLE_DECAY:
         return {"num_decay_steps": max(1, round(A_TENTH * steps))}
+    if scheduler is Scheduler.INVERSE_SQRT:
+        return {
+            "timescale": max(1, warmup_steps)
+        }  # without a warm-up transformers takes 10,000: a constant rate for most runs
     return None
 
 
@@ -208,17 +220,18 @@ def training_arguments(
     warmup = training.warmup
     split, ranks = split or snapshot.split, ranks or Ranks()
     together = split.micro_batch_sequences * ranks.size
-    return TrainingArguments(
+    warmup_steps = warmup.steps if warmup.steps is not None else int((warmup.fraction or 0.0) * steps)
+    return (LayerwiseArguments if ranks.sharded else TrainingArguments)(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=split.micro_batch_sequences,
         gradient_accumulation_steps=math.ceil(training.global_batch_sequences / together),
         learning_rate=snapshot.plan.learning_rate,
         lr_scheduler_type=SCHEDULERS[training.scheduler],
-        lr_scheduler_kwargs=scheduler_settings(training.scheduler, steps),
+        lr_scheduler_kwargs=scheduler_settings(training.scheduler, steps, warmup_steps),
         neftune_noise_alpha=training.neftune_noise_alpha,
         # Rounded down: transformers rounds a share up, which makes a run of few steps waste its first one at rate 0.
-        warmup_steps=warmup.steps if warmup.steps is not None else int((warmup.fraction or 0.0) * steps),
+        warmup_steps=warmup_steps,
         optim=optimizer.name,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,

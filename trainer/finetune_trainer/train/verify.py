@@ -92,7 +92,7 @@ def check_tokenizer(tokenizer: Any, prompts: Sequence[PreparedPrompt]) -> None:
     """
     template = chat_template(tokenizer)
     renderer = ChatRenderer(tokenizer, template) if template else None
-    for prompt in prompts:
+    for prompt in (p for p in prompts if not p.from_tokens):
         text = prompt.text
         if prompt.messages is not None:
             # Through the same renderer as prepare's: it freezes templates that write today's date.
