@@ -9,7 +9,7 @@ Layout below ``<output.uri>/<name>-<uid8>/``::
 
 and below the workspace (``workspace/`` there by default)::
 
-    prepare/train.parquet, prepare/held_out.parquet, prepare/prompts.json, prepare/result.json (last)
+    prepare/train.parquet, prepare/held_out.parquet, prepare/prompts.json, prepare/preview.json, prepare/result.json (last)
     train/owner.json (the execution that may write), train/base.json (evaluation of the base), train/split.json
     train/result.json (last)
     checkpoints/<step, 8 digits>-<execution id>/… and complete.json (last)
@@ -41,6 +41,7 @@ PREPARE_RESULT = "prepare/result.json"
 PREPARED_TRAIN = "prepare/train.parquet"
 PREPARED_HELD_OUT = "prepare/held_out.parquet"
 PREPARED_PROMPTS = "prepare/prompts.json"
+PREPARED_PREVIEW = "prepare/preview.json"
 TRAIN_RESULT = "train/result.json"
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
@@ -140,6 +141,21 @@ class PreparedPrompt(ApiModel):
     """What the tokenizer is given (without adding special tokens, if ``messages`` is present)."""
     input_ids: list[int]
     """What it must make of it, in every later stage."""
+
+
+class PreviewRow(ApiModel):
+    """The tokens of a training row, as the model sees them. ``prepare/preview.json`` is a JSON array of the first few rows."""
+
+    source: str
+    """file:line"""
+    length: int
+    """Tokens of the whole row."""
+    input_ids: list[int]
+    """The first of them."""
+    tokens: list[str]
+    """Each one's text."""
+    learned: list[bool]
+    """Whether it is learned. The first token never is: nothing comes before it."""
 
 
 class RunPlan(ApiModel):

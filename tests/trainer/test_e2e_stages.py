@@ -90,6 +90,9 @@ def test_a_job_ends_in_an_adapter_and_a_merged_model_that_others_can_load(
             AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), got / "adapter"
         )
         assert said == evaluate.greedy_answers(tuned.get_base_model(), prompts, tokenizer, COMPUTE, 8)
+    page = (got / "reports" / "index.html").read_text()
+    assert "<h2>What is learned</h2>" in page
+    assert "&lt;|im_end|&gt;</b>" in page, "the end of a turn, escaped and learned"
     lines = [json.loads(line) for line in (got / "reports" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, trained.metrics.steps + 1))
     assert [line["held_out_loss"] for line in lines if "held_out_loss" in line] == [

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from finetune_api.failures import Reason
-from finetune_api.results import PrepareReport, PrepareResult
+from finetune_api.results import PrepareReport, PrepareResult, PreviewRow
 from finetune_trainer.prepare.chat import load_tokenizer
 from tests.support.prepare_bench import REF, ROWS, WORKSPACE, Bench, lines, row
 from tests.support.tiny_model import write_tokenizer
@@ -29,7 +29,12 @@ def test_prepared_rows_results_and_prompts_agree(bench: Bench, tiny_model: Path)
     assert train.schema.metadata[b"finetune.prepared_version"] == b"1"
     assert [(f.path, f.size, f.sha256) for f in result.files] == [
         (name, len(bench.object(name)), hashlib.sha256(bench.object(name)).hexdigest())
-        for name in ("prepare/train.parquet", "prepare/held_out.parquet", "prepare/prompts.json")
+        for name in (
+            "prepare/train.parquet",
+            "prepare/held_out.parquet",
+            "prepare/prompts.json",
+            "prepare/preview.json",
+        )
     ]
     targets = sum(label != -100 for labels in held["labels"].to_pylist() for label in labels[1:])
     assert report.data.held_out_target_tokens == targets
@@ -45,6 +50,22 @@ def test_prepared_rows_results_and_prompts_agree(bench: Bench, tiny_model: Path)
         assert prompt["text"] == f"<|im_start|>user\n{prompt['prompt']}<|im_end|>\n<|im_start|>assistant\n"
         assert tokenizer.decode(prompt["inputIds"]) == prompt["text"]
         assert prompt["messages"] == [{"role": "user", "content": prompt["prompt"]}]
+
+
+def test_the_preview_shows_the_first_training_rows_token_by_token(bench: Bench) -> None:
+    bench.put(ROWS)
+    bench.run()
+    preview = [PreviewRow.model_validate(p) for p in json.loads(bench.object("prepare/preview.json"))]
+    train = bench.table("train").to_pylist()
+    assert [p.source for p in preview] == [stored["source"] for stored in train[:3]]
+    for shown, stored in zip(preview, train, strict=False):
+        assert (shown.length, shown.input_ids) == (len(stored["input_ids"]), stored["input_ids"])
+        number = stored["row"]
+        assert "".join(shown.tokens) == (
+            f"<|im_start|>user\nWhat is {number} plus {number}?<|im_end|>\n<|im_start|>assistant\nIt is {2 * number}.<|im_end|>\n"
+        )
+        learned = "".join(text for text, is_learned in zip(shown.tokens, shown.learned, strict=True) if is_learned)
+        assert learned == f"It is {2 * number}.<|im_end|>"
 
 
 def test_every_file_of_the_model_is_recorded_with_what_is_known_of_it(bench: Bench, tiny_model: Path) -> None:
@@ -98,7 +119,7 @@ def test_the_write_test_leaves_nothing_behind(bench: Bench) -> None:
     bench.put(ROWS)
     bench.run()
     assert sorted(k.removeprefix(WORKSPACE) for k in bench.s3.keys(bench.bucket, "out")) == [
-        "attempts/prepare-pod-1.json", "prepare/held_out.parquet", "prepare/prompts.json", "prepare/result.json", "prepare/train.parquet",
+        "attempts/prepare-pod-1.json", "prepare/held_out.parquet", "prepare/preview.json", "prepare/prompts.json", "prepare/result.json", "prepare/train.parquet",
     ]  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
-from finetune_api.results import MANIFEST, TRAIN_RESULT, Manifest, TrainResult
+from finetune_api.results import MANIFEST, TRAIN_RESULT, Manifest, PreviewRow, TrainResult
+from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap
@@ -27,7 +28,7 @@ from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
 from finetune_trainer.train.device import pick_compute
 from tests.support.fault_proxy import FaultProxy
-from tests.support.prepared import PreparedJob, prepare_job
+from tests.support.prepared import PreparedJob, deep_merge, prepare_job
 from tests.support.tiny_model import build_tiny_model
 
 MERGED = {"output": {"merged": {"enabled": True}, "workspace": {"retention": "Keep"}}}
@@ -47,8 +48,6 @@ def trained(request: pytest.FixtureRequest, s3: Any, tmp_path_factory: Any) -> P
 @pytest.fixture
 def copy(trained: PreparedJob, s3: Any, tmp_path: Path) -> PreparedJob:
     """The trained job's bucket once more, to tamper with."""
-    from finetune_api.snapshot import Snapshot
-
     bucket = s3.new_bucket()
     for key in s3.keys(trained.bucket):
         if key.endswith(MANIFEST) or "/attempts/publish-" in key:
@@ -122,8 +121,19 @@ def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(publis
     head = store._client.head_object(Bucket=published.bucket, Key=f"{store.location.key}/reports/index.html")
     assert head["ContentType"] == "text/html; charset=utf-8"
     trained = published.context().workspace_store().get_model(TRAIN_RESULT, TrainResult)
-    bare = html_report(published.snapshot, manifest, trained, b"", b"[]")
+    bare = html_report(published.snapshot, manifest, trained, b"", b"[]", b"[]")
     assert "<svg" not in bare, "and a run without a single finite number has a page, too"
+
+
+@pytest.mark.parametrize("prompts", [0, 2])
+def test_rows_stand_in_the_report_only_where_answers_do(published: PreparedJob, prompts: int) -> None:
+    trained = published.context().workspace_store().get_model(TRAIN_RESULT, TrainResult)
+    preview = PreviewRow(source="f:1", length=9, input_ids=[7], tokens=["<secret>"], learned=[True])
+    run = deep_merge(published.snapshot.to_json_dict(), {"spec": {"evaluation": {"generation": {"prompts": prompts}}}})
+    rows = json.dumps([preview.to_json_dict()]).encode()
+    page = html_report(Snapshot.model_validate(run), manifest_of(published), trained, b"", b"[]", rows)
+    assert page.count("&lt;secret&gt;</b>") == min(1, prompts)
+    assert ("and 8 tokens more" in page) is bool(prompts)
 
 
 def test_addresses_in_the_report_hold_no_credentials() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune_api.base import ApiModel
 from finetune_api.failures import Reason
 from finetune_api.results import (
     PREPARED_HELD_OUT,
+    PREPARED_PREVIEW,
     PREPARED_PROMPTS,
     PREPARED_TRAIN,
     DataSummary,
     LengthPercentiles,
     PreparedPrompt,
+    PreviewRow,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer
 from finetune_trainer.prepare.check import Checked
 from finetune_trainer.prepare.encode import Encoded
+from finetune_trainer.prepare.examples import IGNORED
 from finetune_trainer.prepare.split import held_out_rows
 from finetune_trainer.prepare.store import SCHEMA, DataHash, Index, RowWriter, Side, read_spool
 from finetune_trainer.text import plural
 
 FEW_ROWS = 100
+PREVIEW_ROWS, PREVIEW_TOKENS = 3, 512
 TOKENIZER_PROMPTS = 3
 """Prompts that are kept however few are to be answered: on them later stages check that their tokenizer is this one."""
 Mask = npt.NDArray[np.bool_]
@@ -57,20 +63,22 @@ def finish(
     data_hash = DataHash()
     sides = (Side(), Side())
     prompts: list[PreparedPrompt] = []
+    preview: list[PreviewRow] = []
     with RowWriter(folder / PREPARED_TRAIN, SCHEMA) as train, RowWriter(folder / PREPARED_HELD_OUT, SCHEMA) as held:
         for row, is_held_out in zip(read_spool(checked.spool), held_out.tolist(), strict=True):
             encoded = Encoded(row["input_ids"], row["labels"], row["prompt_tokens"], len(row["input_ids"]))
             if is_held_out and len(prompts) < max(spec.evaluation.generation.prompts, TOKENIZER_PROMPTS):
                 prompts.append(_prompt(row, encoded, tokenizer, renderer))
+            if not is_held_out and row["copies"] and len(preview) < PREVIEW_ROWS:
+                preview.append(_preview(row["source"], encoded, tokenizer))
             for _ in range(1 if is_held_out else row["copies"]):
                 sides[is_held_out].add(encoded)
                 data_hash.add(is_held_out, row["row"], encoded.ids, encoded.labels)
                 (held if is_held_out else train).write({name: row[name] for name in SCHEMA.names}, len(encoded.ids))
     if not sides[0].rows:
         raise StageError(Reason.TOO_FEW_ROWS, "no training row is left by the weights of data.train: raise them")
-    (folder / PREPARED_PROMPTS).write_text(
-        json.dumps([p.to_json_dict() for p in prompts], ensure_ascii=False, indent=1), encoding="utf-8"
-    )
+    _write(folder / PREPARED_PROMPTS, prompts)
+    _write(folder / PREPARED_PREVIEW, preview)
     data = DataSummary(
         rows=checked.rows,
         train_rows=sides[0].rows,
@@ -88,6 +96,23 @@ def finish(
         tokens=_percentiles(checked.index),
     )
     return Prepared(folder, data, data_hash.hexdigest(), _warnings(spec, data, checked, held_out))
+
+
+def _write(path: Path, items: Sequence[ApiModel]) -> None:
+    text = json.dumps([item.to_json_dict() for item in items], ensure_ascii=False, indent=1)
+    path.write_text(text, encoding="utf-8")
+
+
+def _preview(source: str, encoded: Encoded, tokenizer: Any) -> PreviewRow:
+    ids = encoded.ids[:PREVIEW_TOKENS].tolist()
+    learned = (encoded.labels[: len(ids)] != IGNORED).tolist()
+    return PreviewRow(
+        source=source,
+        length=len(encoded.ids),
+        input_ids=ids,
+        tokens=[tokenizer.decode([token]) for token in ids],
+        learned=[False, *learned[1:]],
+    )
 
 
 def total_steps(spec: FineTuneJobSpec, train_rows: int) -> int:

@@ -17,6 +17,7 @@ from finetune_api.failures import Reason
 from finetune_api.results import (
     PREPARE_RESULT,
     PREPARED_HELD_OUT,
+    PREPARED_PREVIEW,
     PREPARED_PROMPTS,
     PREPARED_TRAIN,
     TRAIN_RESULT,
@@ -43,7 +44,7 @@ R = TypeVar("R", PrepareResult, TrainResult)
 
 log = logging.getLogger(__name__)
 
-PREPARED_FILES = (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS)
+PREPARED_FILES = (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS, PREPARED_PREVIEW)
 WRITE_TEST = "prepare/.write-test"
 
 

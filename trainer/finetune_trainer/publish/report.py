@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 from jinja2 import Environment, StrictUndefined
 
 from finetune_api.names import Stage
-from finetune_api.results import Answer, ExecutionRecord, Manifest, TrainResult
+from finetune_api.results import Answer, ExecutionRecord, Manifest, PreviewRow, TrainResult
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.publish.chart import Point, Series, line_chart
 
@@ -34,15 +34,20 @@ class Curves:
     grad_norm: list[Point]
 
 
-def html_report(snapshot: Snapshot, manifest: Manifest, trained: TrainResult, metrics: bytes, answers: bytes) -> str:
+def html_report(
+    snapshot: Snapshot, manifest: Manifest, trained: TrainResult, metrics: bytes, answers: bytes, preview: bytes
+) -> str:
     """The page.
 
     Args:
         manifest: all but the record of this page.
         metrics: ``reports/metrics.jsonl``.
         answers: ``reports/answers.json``.
+        preview: ``prepare/preview.json``.
     """
     curves = read_curves(metrics)
+    # Who wants no answers to held-out prompts in the bucket wants no other rows there either.
+    shown = snapshot.spec.evaluation.generation.prompts
     # Rows and answers may hold anything: everything that is not markup of ours is escaped.
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
     environment.filters |= {"size": size, "duration": duration}
@@ -57,6 +62,7 @@ def html_report(snapshot: Snapshot, manifest: Manifest, trained: TrainResult, me
         charts=charts(curves),
         smoothed_steps=SMOOTHED_STEPS,
         answers=[Answer.model_validate(a) for a in json.loads(answers)],
+        preview=[tokens_of(PreviewRow.model_validate(row)) for row in json.loads(preview)][:shown],
         stages=stage_seconds(manifest.attempts, manifest.created_at),
         sources=[without_credentials(source.uri) for source in snapshot.spec.data.train],
         asked=json.dumps(
@@ -66,6 +72,22 @@ def html_report(snapshot: Snapshot, manifest: Manifest, trained: TrainResult, me
             kind: sum(f.size for f in manifest.files if f.path.startswith(f"{kind}/")) for kind in ("adapter", "merged")
         },
     )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row's tokens for the page: (text, id, learned) each, and how many are left out."""
+
+    source: str
+    tokens: list[tuple[str, int, bool]]
+    more: int
+
+
+def tokens_of(row: PreviewRow) -> Tokens:
+    """Line breaks are shown, and break the line."""
+    texts = [text.replace("\n", "⏎\n") for text in row.tokens]
+    each = list(zip(texts, row.input_ids, row.learned, strict=True))
+    return Tokens(row.source, each, row.length - len(each))
 
 
 def read_curves(metrics: bytes) -> Curves:

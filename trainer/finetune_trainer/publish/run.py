@@ -17,6 +17,7 @@ from finetune_api.results import (
     MERGED_DIR,
     METRICS_FILE,
     PREPARE_RESULT,
+    PREPARED_PREVIEW,
     REPORT_FILE,
     ExecutionRecord,
     FileRecord,
@@ -83,7 +84,7 @@ def run(ctx: StageContext) -> PublishReport:
     files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
     manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(update={"merge_check": check})
-    page = wait_until_available(ctx, lambda: publish_page(ctx, manifest, trained, output))
+    page = wait_until_available(ctx, lambda: publish_page(ctx, manifest, trained, output, workspace))
     manifest = manifest.model_copy(update={"files": sorted([*manifest.files, page], key=lambda f: f.path)})
     wait_until_available(ctx, lambda: output.put_model(MANIFEST, manifest))
     clean_up(ctx, output, workspace)
@@ -153,10 +154,16 @@ def make_manifest(
     )
 
 
-def publish_page(ctx: StageContext, manifest: Manifest, trained: TrainResult, output: S3Store) -> FileRecord:
+def publish_page(
+    ctx: StageContext, manifest: Manifest, trained: TrainResult, output: S3Store, workspace: S3Store
+) -> FileRecord:
     """``reports/index.html``."""
     metrics, answers = output.get_bytes(METRICS_FILE), output.get_bytes(ANSWERS_FILE)
-    page = html_report(ctx.snapshot, manifest, trained, metrics, answers)
+    try:
+        preview = workspace.get_bytes(PREPARED_PREVIEW)
+    except NotFound:
+        preview = b"[]"  # prepared by an image that made none
+    page = html_report(ctx.snapshot, manifest, trained, metrics, answers, preview)
     return output.put_bytes(REPORT_FILE, page.encode(), content_type="text/html; charset=utf-8")
 
 
