@@ -16,12 +16,12 @@ import json
 import re
 import statistics
 import tempfile
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from demo import images, store
 from demo.install import dataset_folder, model_folder
+from demo.show import seconds_between
 from finetune_cluster.instance import require
 from finetune_trainer.train.device import cpu_dtype
 from tests.e2e.stack import BUCKET, GPU, Space, claim_on, finished, is_true, new_space, whole_stack
@@ -60,7 +60,7 @@ def fine_tune_job(space: Space, name: str, hub: str, claim: str, data: dict[str,
     status = job["status"]
     assert is_true(job, "Complete"), json.dumps(status, indent=1)
     used = status["gpuTime"]
-    stages = {a["stage"]: between(a["startedAt"], a["finishedAt"]) for a in status["attempts"]}
+    stages = {a["stage"]: seconds_between(a["startedAt"], a["finishedAt"]) for a in status["attempts"]}
     return {
         "held_seconds": used["heldSeconds"],
         "training_seconds": used["trainingSeconds"],
@@ -123,7 +123,7 @@ def one_pod(space: Space, name: str, hub: str, image: str, data: dict[str, str],
     assert found, log
     told = json.loads(found[1])
     bound = next(c["lastTransitionTime"] for c in pod["conditions"] if c["type"] == "PodScheduled")
-    held = between(bound, ended["finishedAt"])
+    held = seconds_between(bound, ended["finishedAt"])
     space.target.kubectl("delete", "pod", name, "-n", space.name)
     return {
         "held_seconds": held,
@@ -133,12 +133,6 @@ def one_pod(space: Space, name: str, hub: str, image: str, data: dict[str, str],
         "held_out_loss": told["held_out_loss"],
         "part_seconds": {k: round(v, 1) for k, v in told["seconds"].items()},
     }
-
-
-def between(since: str, until: str) -> float:
-    """Seconds between two times of the API."""
-    first, last = (datetime.fromisoformat(t) for t in (since, until))
-    return (last - first).total_seconds()
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ from finetune_api.progress import Restart, Split
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import CpuOffload, MethodType, Parallelism
 
+IGNORED = -100
+"""Label of a token that is not learned, in ``prepare/*.parquet``: PyTorch's cross entropy skips it."""
 PREPARED_VERSION = 1
 RESULT_VERSION = 1
 MANIFEST_VERSION = 1

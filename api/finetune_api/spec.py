@@ -125,7 +125,7 @@ class DataSource(RemoteSource):
         None,
         description=(
             "Maps the format's field names (messages, conversations, tools, prompt, completion, instruction, input, output, system, text, "
-            "input_ids, labels) to this source's column names."
+            "input_ids, labels, attention_mask) to this source's column names."
         ),
         json_schema_extra={"maxProperties": 16},
     )

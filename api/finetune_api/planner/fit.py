@@ -92,7 +92,7 @@ def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[
     if products:
         yield Alternative(gpu_products=products[:GPUS_NAMED], needed_bytes=planned.needed_bytes)
     if request.layout is not Layout.CPU_OFFLOAD:
-        for candidate, method in ((request, None), (lean, None if request.tuning.four_bit else "QLoRA")):
+        for candidate, method in as_it_is_and_lean(request, lean):
             size = needed(candidate.model_copy(update={"layout": Layout.CPU_OFFLOAD}))
             if size <= bound:
                 yield Alternative(method=method, cpu_offload=True, needed_bytes=size)
@@ -115,12 +115,17 @@ def shorter(request: Request, lean: Request, bound: int) -> Iterator[Alternative
 
 def more_gpus(request: Request, lean: Request, bound: int) -> Iterator[Alternative]:
     """The fewest GPUs of the same kind over which the run fits when it is sharded, as it is or as QLoRA."""
-    for candidate, method in ((request, None), (lean, None if request.tuning.four_bit else "QLoRA")):
+    for candidate, method in as_it_is_and_lean(request, lean):
         for count in range(request.gpus + 1, MOST_GPUS_PER_NODE + 1):
             size = plan(candidate.model_copy(update={"layout": Layout.FSDP, "gpus": count})).needed_bytes
             if size <= bound:
                 yield Alternative(method=method, gpus=count, needed_bytes=size)
                 return
+
+
+def as_it_is_and_lean(request: Request, lean: Request) -> list[tuple[Request, str | None]]:
+    """Both, each with the method that it would change to."""
+    return [(request, None), (lean, None if request.tuning.four_bit else "QLoRA")]
 
 
 def smaller(value: int, least: int) -> Iterator[int]:

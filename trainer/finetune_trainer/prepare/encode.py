@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune_api.results import IGNORED
 from finetune_api.spec import LossOn, Overlength
 from finetune_trainer.prepare.chat import ChatRenderer, Span, end_of_turn_ids
-from finetune_trainer.prepare.examples import IGNORED, Completion, Conversation, Example, Text, Tokenized
+from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text, Tokenized
 from finetune_trainer.prepare.problems import RowProblem
 
 Ids = npt.NDArray[np.int32]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune_api.results import IGNORED
 from finetune_api.spec import DataFormat
 from finetune_trainer.prepare.problems import RowProblem, expected
 from finetune_trainer.prepare.turns import (
@@ -19,8 +20,6 @@ from finetune_trainer.prepare.turns import (
     tools_of,
 )
 
-IGNORED = -100
-"""PyTorch's cross entropy skips this label."""
 FIELDS: dict[DataFormat, tuple[tuple[str, ...], tuple[str, ...]]] = {
     DataFormat.MESSAGES: (("messages",), ("tools",)),
     DataFormat.SHAREGPT: (("conversations",), ("system", "tools")),

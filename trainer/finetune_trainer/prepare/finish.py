@@ -15,6 +15,7 @@ import numpy.typing as npt
 from finetune_api.base import ApiModel
 from finetune_api.failures import Reason
 from finetune_api.results import (
+    IGNORED,
     PREPARED_HELD_OUT,
     PREPARED_PREVIEW,
     PREPARED_PROMPTS,
@@ -29,7 +30,6 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer
 from finetune_trainer.prepare.check import Checked
 from finetune_trainer.prepare.encode import Encoded
-from finetune_trainer.prepare.examples import IGNORED
 from finetune_trainer.prepare.split import held_out_rows
 from finetune_trainer.prepare.store import SCHEMA, DataHash, Index, RowWriter, Side, read_spool
 from finetune_trainer.text import plural

@@ -14,10 +14,11 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from finetune_api.planner.plan import ANSWER_TOKENS, ANSWERED_AT_ONCE, EVALUATION_TOKENS
+from finetune_api.results import IGNORED
 from finetune_trainer import heartbeat
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss
-from finetune_trainer.train.rows import IGNORED, Rows, batches_by_length, collate
+from finetune_trainer.train.rows import Rows, batches_by_length, collate
 from finetune_trainer.train.stop import TrainingStopped
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune_api.planner.architecture import LOGIT_SETTINGS, SOFTCAP
 from finetune_api.planner.loss_memory import CHUNK_BYTES, WHOLE_LOGITS_BYTES
-from finetune_trainer.train.rows import IGNORED, Batch
+from finetune_api.results import IGNORED
+from finetune_trainer.train.rows import Batch
 
 log = logging.getLogger(__name__)
 

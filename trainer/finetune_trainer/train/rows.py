@@ -9,11 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from finetune_api.results import PREPARED_VERSION
+from finetune_api.results import IGNORED, PREPARED_VERSION
 from finetune_trainer.stored import refuse_newer
-
-IGNORED = -100
-"""Label of a token that is not learned."""
 
 Batch = dict[str, torch.Tensor]
 """``input_ids``, ``attention_mask``, ``labels``: int64, shape (rows, longest row)."""
