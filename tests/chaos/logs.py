@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import re
 import threading
@@ -92,7 +93,8 @@ class StageLogs:
     def _follow(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
             for folder in self._folders:
-                for path in folder.glob(self._pattern):
+                # Not Path.glob: it raises where the kubelet has just removed a pod's folder.
+                for path in map(Path, glob.iglob(str(folder / self._pattern))):
                     if path not in self._files:
                         try:
                             self._files[path] = (path.open("rb"), b"")

@@ -113,6 +113,14 @@ class OperatorProcess:
         lines = self.get("/metrics", self.metrics_port).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
 
+    def until_logged(self, text: str, seconds: float = 60) -> None:
+        """What it does and what it logs of it come one after the other."""
+        end = time.monotonic() + seconds
+        while text not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.01)
+
     def wait_ready(self, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -205,7 +205,7 @@ def test_a_namespace_that_is_being_deleted_is_not_held_up(bench: Bench) -> None:
         bench.until_phase("doomed", "Training")
         bench.api.http.request("DELETE", f"/api/v1/namespaces/{bench.namespace}").raise_for_status()
         bench.until_gone(finetunejobs_of(bench.namespace))
-    assert "OutputLeft" in operator.log.read_text()
+    operator.until_logged("OutputLeft")
     assert "s3://results/here/doomed-" in operator.log.read_text()
 
 

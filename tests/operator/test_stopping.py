@@ -17,24 +17,16 @@ from finetune_operator.handlers import Informer
 from finetune_operator.reconciler import Reconciler
 from finetune_operator.settings import Settings
 from finetune_operator.workqueue import WorkQueue
-from tests.operator.harness import Bench, OperatorProcess, Raw, is_true, proxied
+from tests.operator.harness import Bench, Raw, is_true, proxied
 from tests.operator.manifests import finetunejob
 from tests.support.api_proxy import Plan
-
-
-def until_logged(operator: OperatorProcess, text: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while text not in operator.log.read_text():
-        assert operator.process.poll() is None, operator.log.read_text()
-        assert time.monotonic() < end, operator.log.read_text()
-        threading.Event().wait(0.01)
 
 
 @pytest.mark.light
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.1])
 def test_an_operator_that_is_stopped_while_it_starts_ends_in_order(bench: Bench, delay: float) -> None:
     started = bench.start_operator(wait=False, FINETUNE_LEADER_ELECTION="true")
-    until_logged(started, "Leading as")
+    started.until_logged("Leading as")
     threading.Event().wait(delay)
     started.process.send_signal(signal.SIGTERM)
     assert started.process.wait(30) == 0, started.log.read_text()
@@ -62,7 +54,7 @@ def test_a_leader_whose_watches_fail_goes_on_with_its_lease(bench: Bench) -> Non
         leader = bench.start_operator(
             KUBECONFIG=str(proxy.kubeconfig), FINETUNE_LEADER_ELECTION="true", FINETUNE_LEASE_RETRY_SECONDS="1"
         )
-        until_logged(leader, "begin anew")
+        leader.until_logged("begin anew")
         allowed.set()
         bench.apply(finetunejob("after").build())
         assert is_true(bench.until_finished("after"), "Complete")
