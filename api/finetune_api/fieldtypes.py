@@ -50,5 +50,16 @@ def _qualified_keys(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+MODULE_KEYS: dict[str, Any] = {
+    "maxProperties": MAX_ENTRIES,
+    **cel(
+        (
+            "self.all(k, size(k) <= 128 && k.matches('^[A-Za-z0-9_.-]+$'))",
+            "every key must be a module's name such as q_proj or layers.0.mlp.up_proj",
+        )
+    ),
+}
+"""JSON-schema extra of maps whose keys are names of modules."""
+
 LabelMap = Annotated[dict[str, LabelValue], AfterValidator(_qualified_keys)]
 AnnotationMap = Annotated[dict[str, ShortText], AfterValidator(_qualified_keys)]

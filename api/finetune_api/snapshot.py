@@ -14,6 +14,7 @@ from finetune_api.base import ApiModel
 from finetune_api.names import job_key
 from finetune_api.progress import Split
 from finetune_api.spec import FineTuneJobSpec, LoraBias, MethodType, Quantization
+from finetune_api.targets import most_specific_first
 from finetune_api.uris import S3Location, parse_uri
 
 SNAPSHOT_VERSION = 1
@@ -47,8 +48,17 @@ class ResolvedLora(ApiModel):
     target_modules: list[str]
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
+    rank_pattern: dict[str, int] = {}
+    """In the order in which names are tried."""
+    alpha_pattern: dict[str, int] = {}
+    loraplus_lr_ratio: float | None = None
     use_rslora: bool = False
     use_dora: bool = False
+
+    @property
+    def highest_rank(self) -> int:
+        """Of all modules."""
+        return max(self.rank, *self.rank_pattern.values(), 0)
 
 
 class ResolvedMethod(ApiModel):
@@ -185,6 +195,8 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
     """
     method = spec.method
     lora = method.lora
+    ranks_of = most_specific_first(lora.rank_pattern or {})
+    alphas = {} if lora.alpha is not None else {name: 2 * rank for name, rank in ranks_of.items()}
     training = spec.training
     limit = training.micro_batch_sequences or DEFAULT_MICRO_BATCH
     ranks = rank_count(spec)
@@ -203,6 +215,9 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
                 target_modules=list(lora.target_modules),
                 exclude_modules=list(lora.exclude_modules or []),
                 layers_to_transform=lora.layers_to_transform,
+                rank_pattern=ranks_of,
+                alpha_pattern=most_specific_first({**alphas, **(lora.alpha_pattern or {})}),
+                loraplus_lr_ratio=lora.loraplus_lr_ratio,
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
             ),

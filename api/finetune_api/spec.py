@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import (
     LABEL_KEYS,
+    MODULE_KEYS,
     AnnotationMap,
     ColumnName,
     LabelMap,
@@ -29,6 +30,8 @@ from finetune_api.fieldtypes import (
 from finetune_api.optimizers import OptimizerName
 from finetune_api.uris import DATA_URI_PATTERN, MODEL_URI_PATTERN, OUTPUT_URI_PATTERN
 
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[int, Field(ge=1, le=4096)]
 LayerIndex = Annotated[int, Field(ge=0, le=9999)]
 MOST_GPUS_PER_NODE = 8
 MOST_NODES = 64
@@ -255,9 +258,18 @@ class LoraBias(StrEnum):
 class Lora(ApiModel):
     """Low-rank adaptation (Hu et al., 2021). Defaults follow common practice: rank 16, alpha = 2 × rank, all linear layers."""
 
-    rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank r of the update matrices.")
-    alpha: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        None, description="Scaling numerator; the default is 2 × rank."
+    rank: Rank = Field(16, description="Rank r of the update matrices.")
+    alpha: Alpha | None = Field(None, description="Scaling numerator; the default is 2 × rank.")
+    rank_pattern: dict[ModuleName, Rank] | None = Field(
+        None,
+        description=(
+            "Ranks of single modules, by the end of their names (down_proj, layers.0.self_attn.q_proj; the most specific counts). Without "
+            "alpha and alphaPattern their alpha is twice their rank, too."
+        ),
+        json_schema_extra=MODULE_KEYS,
+    )
+    alpha_pattern: dict[ModuleName, Alpha] | None = Field(
+        None, description="Alphas of single modules, named as in rankPattern.", json_schema_extra=MODULE_KEYS
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="Dropout probability on the adapter's input."
@@ -283,6 +295,14 @@ class Lora(ApiModel):
         description=(
             "Train the magnitude of each output beside its direction (DoRA, Liu et al., 2024): better at low ranks, slower, and more memory. "
             "Needs the whole base model on each GPU."
+        ),
+    )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1000)] | None = Field(
+        None,
+        alias="loraPlusLRRatio",
+        description=(
+            "LoRA+ (Hayou et al., 2024): the matrices B learn so many times as fast as the matrices A, whose rate is "
+            "training.optimizer.learningRate; 16 is usual, with a lower learningRate."
         ),
     )
     use_rslora: bool = Field(

@@ -1,9 +1,9 @@
-"""Which layers an adapter leaves out: peft's ``exclude_modules`` and ``layers_to_transform``."""
+"""Which layers an adapter leaves out, and what is set for single ones: peft's ``exclude_modules``, ``layers_to_transform`` and patterns."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 _LAYER = re.compile(r"(?:.*?\.)?[^.]+\.(\d+)\.")
 """The first number in the name, as in peft (0.21, tuners_utils.check_target_module_exists); files may leave the model's own name out."""
@@ -26,3 +26,13 @@ def is_left_out(module: str, exclude_modules: Collection[str], layers_to_transfo
         return False
     found = _LAYER.match(module)
     return found is None or int(found[1]) not in layers_to_transform
+
+
+def setting_of(module: str, pattern: Mapping[str, int], default: int) -> int:
+    """peft's ``rank_pattern`` and ``alpha_pattern``: what the first name that is the module's says."""
+    return next((value for name, value in pattern.items() if is_named(module, [name])), default)
+
+
+def most_specific_first(pattern: Mapping[str, int]) -> dict[str, int]:
+    """In the order in which names are tried: a map in YAML has none, and ``layers.0.mlp.up_proj`` says more than ``up_proj``."""
+    return {name: pattern[name] for name in sorted(pattern, key=lambda name: (-name.count("."), -len(name), name))}

@@ -94,7 +94,7 @@ class StageLogs:
         while not self._stop.wait(LOOK_SECONDS):
             for folder in self._folders:
                 # Not Path.glob: it raises where the kubelet has just removed a pod's folder.
-                for path in map(Path, glob.iglob(str(folder / self._pattern))):
+                for path in map(Path, glob.iglob(str(folder / self._pattern))):  # noqa: PTH207
                     if path not in self._files:
                         try:
                             self._files[path] = (path.open("rb"), b"")

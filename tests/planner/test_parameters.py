@@ -95,6 +95,18 @@ def test_what_is_left_out_is_not_counted_as_peft_does_not(name: str, left_out: d
     assert ours < trainable_parameters(shapes, arch, Tuning()) or name == "gpt2"
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("qwen3-0.6b", {"layers.1.mlp.up_proj": 2, "up_proj": 4}), ("gpt2", {"mlp.c_fc": 3, "c_attn": 1})],
+)
+def test_ranks_of_single_layers_are_counted_as_peft_counts_them(name: str, pattern: dict[str, int]) -> None:
+    arch, shapes = model(name)
+    ours = trainable_parameters(shapes, arch, Tuning(rank_pattern=pattern))
+    assert ours == trainable_by_peft(on_meta(name), "all-linear", 16, "none", rank_pattern=pattern)
+    with pytest.raises(UnknownTarget, match="rankPattern names lm_head"):
+        trainable_parameters(shapes, arch, Tuning(rank_pattern={"lm_head": 2}))
+
+
 def test_something_must_be_left_to_adapt() -> None:
     arch, shapes = model("smollm2-135m")
     with pytest.raises(UnknownTarget, match="leave no layer to adapt"):

@@ -35,8 +35,17 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, "cpu")
         ("LoRA", "Quantized", {"useDora": True}),
         ("QLoRA", "Quantized", {"useDora": True}),
         ("LoRA", "Quantized", {"useRslora": True, "excludeModules": ["gate_proj"], "layersToTransform": [1]}),
+        ("QLoRA", "Quantized", {"rankPattern": {"up_proj": 2, "layers.1.mlp.up_proj": 5}, "loraPlusLRRatio": 2}),
     ],
-    ids=["LoRA", "QLoRA", "QLoRA into the original", "DoRA", "QLoRA with DoRA", "rsLoRA of some layers"],
+    ids=[
+        "LoRA",
+        "QLoRA",
+        "QLoRA into the original",
+        "DoRA",
+        "QLoRA with DoRA",
+        "rsLoRA of some layers",
+        "ranks and LoRA+",
+    ],
 )
 def test_a_job_ends_in_an_adapter_and_a_merged_model_that_others_can_load(
     s3: Any, hub: HubServer, tmp_path: Path, method: str, base_weights: str, variant: dict[str, Any]

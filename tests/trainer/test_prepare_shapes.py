@@ -176,3 +176,16 @@ def test_a_model_that_publish_could_not_merge_is_refused_before_a_gpu_is_asked_f
     with pytest.raises(StageError, match=r"output\.merged\.enabled: false") as error:
         check_mergeable(headers, "s3://models/other")
     assert error.value.reason is Reason.UNSUPPORTED_MODEL
+
+
+def test_patterns_name_layers_that_are_adapted() -> None:
+    plain, patterned = (
+        count_parameters(LLAMA_3_8B, lora(8, ["q_proj", "v_proj"], **given))
+        for given in ({}, {"rank_pattern": {"v_proj": 16}})
+    )
+    assert patterned.trainable - plain.trainable == 32 * 8 * (4096 + 1024)
+    for field, given in (("rankPattern", "rank_pattern"), ("alphaPattern", "alpha_pattern")):
+        with pytest.raises(
+            StageError, match=f"{field}: k_proj is none of the layers that are adapted, which are q_proj"
+        ):
+            count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], **{given: {"k_proj": 4}}))

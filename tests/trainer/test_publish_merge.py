@@ -71,7 +71,18 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(written, "CHECK_BYTES", 3 * 64 * 4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["LoRA", "rsLoRA", "DoRA"])
+PATTERNS = {
+    "rank_pattern": {"layers.1.mlp.up_proj": 2, "up_proj": 6, "q_proj": 3},
+    "alpha_pattern": {"up_proj": 5, "o_proj": 1},
+    "use_rslora": True,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"use_dora": True}, PATTERNS],
+    ids=["LoRA", "rsLoRA", "DoRA", "patterns"],
+)
 def test_the_merge_is_pefts_merge(base: Path, tmp_path: Path, settings: dict[str, Any], small_chunks: None) -> None:
     adapter = adapter_for(base, tmp_path / "adapter", **settings)
     ours = merged(BaseWeights(Checkpoint(base), None), adapter, torch.float32, tmp_path / "merged")

@@ -47,6 +47,7 @@ def fit(
     LoraTrainer(
         model=peft_model, args=training_arguments(run, compute, schedule.steps, tmp_path), rows=rows, schedule=schedule,
         micro_batch=run.plan.micro_batch_sequences, pad_id=0, compute=compute, callbacks=[log],
+        loraplus_lr_ratio=run.plan.method.lora.loraplus_lr_ratio,
     ).train()  # fmt: skip
     return peft_model, log
 
@@ -130,6 +131,40 @@ def test_updates_and_layers_are_those_that_were_asked_for(tiny_model: Path) -> N
         "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"
     }  # fmt: skip
     assert {m.scaling["default"] for m in updates.values()} == {8 / 4**0.5}
+
+
+def test_ranks_and_alphas_of_single_modules(tiny_model: Path) -> None:
+    """The most specific name counts, in whatever order YAML's map comes; alpha is twice the rank where nothing says otherwise."""
+    pattern = {"down_proj": 6, "layers.1.mlp.down_proj": 3, "up_proj": 5}
+    for given in (pattern, dict(reversed(pattern.items()))):
+        run = snapshot(method={"lora": {"rank": 4, "rankPattern": given, "alphaPattern": {"up_proj": 20}}})
+        adapted = model.attach_adapter(model.load_base(tiny_model, run, CPU32), run)
+        found = {
+            n.partition(".layers.")[2]: (m.r["default"], m.scaling["default"])
+            for n, m in adapted.named_modules()
+            if hasattr(m, "lora_A")
+        }
+        assert found["0.mlp.down_proj"] == (6, 2.0)
+        assert found["1.mlp.down_proj"] == (3, 2.0)
+        assert found["0.mlp.up_proj"] == (5, 4.0)
+        assert found["0.self_attn.q_proj"] == (4, 2.0)
+
+
+def test_with_lora_plus_b_learns_faster_than_a(tiny_model: Path, tmp_path: Path) -> None:
+    """AdamW's first step is the learning rate itself, whatever the gradient, and a step later A moves too (B was zero)."""
+    steps = {
+        "length": {"steps": 2},
+        "scheduler": "Constant",
+        "warmup": {"steps": 0},
+        "optimizer": {"learningRate": 2e-4},
+    }
+    run = snapshot(method={"lora": {"loraPlusLRRatio": 16, "dropout": 0.0}}, training=steps)
+    before = weights_of(model.attach_adapter(model.load_base(tiny_model, run, CPU32), run))
+    trained, log = fit(tiny_model, tmp_path, run)
+    assert [step["learning_rate"] for step in log.steps] == [2e-4, 2e-4]
+    moved = {n: (w - before[n]).abs().max().item() for n, w in weights_of(trained).items()}
+    assert max(v for n, v in moved.items() if "lora_A" in n) <= 2.1 * 2e-4
+    assert min(v for n, v in moved.items() if "lora_B" in n) > 15 * 2e-4
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:

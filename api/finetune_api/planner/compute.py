@@ -8,7 +8,7 @@ from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.linears import Linear
 from finetune_api.planner.tensors import EMBEDDING, Shapes
-from finetune_api.planner.workload import Batch
+from finetune_api.planner.workload import Batch, Tuning
 
 DEFAULT_UTILIZATION = 0.35
 """Share of a GPU's dense peak that a run sustains. fsdp_qlora's published times (2024) come to 0.33 (70B on 4 × H100) to 0.58
@@ -30,7 +30,7 @@ class Work(ApiModel):
 
 
 def training_flop_per_token(
-    arch: Architecture, shapes: Shapes, targets: list[Linear], rank: int, batch: Batch
+    arch: Architecture, shapes: Shapes, targets: list[Linear], tuning: Tuning, batch: Batch
 ) -> float:
     """Forward 2 per weight, gradients of the inputs another 2 (Kaplan et al. 2020, section 2.1), and with checkpointing the
     forward pass again. Frozen weights have no gradient of their own; the adapter's have, so it counts 2 once more.
@@ -42,7 +42,7 @@ def training_flop_per_token(
     weights = sum(_used(name, shape, arch) for name, shape in shapes.items() if not EMBEDDING.search(name))
     if arch.tied_embeddings:
         weights += arch.vocabulary_size * arch.hidden_size
-    adapter = rank * sum(t.inputs + t.outputs for t in targets)
+    adapter = sum(tuning.rank_of(t.name) * (t.inputs + t.outputs) for t in targets)
     attention = arch.layers * 4 * arch.query_size * batch.sequence_tokens / 2
     return 2 * weights * passes + 2 * adapter * (passes + 1) + attention * (passes + 1)
 

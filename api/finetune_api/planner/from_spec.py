@@ -14,6 +14,7 @@ from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
 from finetune_api.quantity import parse_quantity
 from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, Parallelism
+from finetune_api.targets import most_specific_first
 
 
 def request_of(
@@ -44,6 +45,7 @@ def request_of(
             target_modules=list(lora.target_modules),
             exclude_modules=list(lora.exclude_modules or []),
             layers_to_transform=lora.layers_to_transform,
+            rank_pattern=most_specific_first(lora.rank_pattern or {}),
             dora=lora.use_dora,
             double_quantization=spec.method.quantization.double_quantization,
         ),

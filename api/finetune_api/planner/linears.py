@@ -71,6 +71,9 @@ def adapted_layers(linears: list[Linear], tuning: Tuning) -> list[Linear]:
     ]
     if not adapted:
         raise UnknownTarget("excludeModules and layersToTransform leave no layer to adapt")
+    for module in tuning.rank_pattern:
+        if not any(is_named(layer.name, [module]) for layer in adapted):
+            raise UnknownTarget(f"rankPattern names {module}, which is none of the adapted layers")
     return adapted
 
 
@@ -87,7 +90,9 @@ def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> 
     fused gate and up projection with twice the rank.
     """
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
-    count = sum(tuning.rank * (layer.inputs + layer.outputs) + tuning.dora * layer.outputs for layer in targets)
+    count = sum(
+        tuning.rank_of(layer.name) * (layer.inputs + layer.outputs) + tuning.dora * layer.outputs for layer in targets
+    )
     if tuning.target_modules == [ALL_LINEAR]:
         count += sum(
             tuning.rank * _expert_features(name, shape)

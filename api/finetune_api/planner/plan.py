@@ -154,7 +154,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     evaluation = _evaluation(request, quantized, mlp_adapted, trainable)
     fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
     largest = max((2 * math.prod(shapes[name]) for name in quantized), default=0)
-    flop = training_flop_per_token(arch, shapes, targets, tuning.rank, batch)
+    flop = training_flop_per_token(arch, shapes, targets, tuning, batch)
     return MemoryPlan(
         weight_bytes=weight,
         quantization_constant_bytes=constants,

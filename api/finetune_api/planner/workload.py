@@ -10,6 +10,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture
 from finetune_api.spec import LoraBias
+from finetune_api.targets import setting_of
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -30,9 +31,15 @@ class Tuning(ApiModel):
     target_modules: list[str] = ["all-linear"]
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
+    rank_pattern: dict[str, int] = {}
+    """Ranks of single layers, in the order in which names are tried."""
     dora: bool = False
     four_bit: bool = False
     double_quantization: bool = True
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of one layer's adapter."""
+        return setting_of(layer, self.rank_pattern, self.rank)
 
     @property
     def name(self) -> str:

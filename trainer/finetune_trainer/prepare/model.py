@@ -108,6 +108,8 @@ def refuse_for_experts(lora: ResolvedLora) -> None:
         "useDora": lora.use_dora,
         "excludeModules": bool(lora.exclude_modules),
         "layersToTransform": lora.layers_to_transform is not None,
+        "rankPattern": bool(lora.rank_pattern),
+        "alphaPattern": bool(lora.alpha_pattern),
     }
     if found := [name for name, is_set in asked.items() if is_set]:
         raise StageError(

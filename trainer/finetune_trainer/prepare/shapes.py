@@ -13,7 +13,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
-from finetune_api.targets import is_left_out, is_named
+from finetune_api.targets import is_left_out, is_named, setting_of
 from finetune_trainer.errors import StageError
 from finetune_trainer.sources.model import TensorHeaders
 
@@ -82,7 +82,12 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
     }
     linear = {name: shape for name, shape in matrices.items() if _is_linear(name)}
     targets = _remaining(_match(lora.target_modules, linear, matrices), lora)
-    trainable = sum(lora.rank * sum(linear[name]) + lora.use_dora * _outputs(name, linear[name]) for name in targets)
+    _patterns_name(targets, lora)
+    trainable = sum(
+        setting_of(name, lora.rank_pattern, lora.rank) * sum(linear[name])
+        + lora.use_dora * _outputs(name, linear[name])
+        for name in targets
+    )
     trainable += _biases(tensors, targets, lora.bias)
     return Parameters(trainable, sum(math.prod(shape) for shape in tensors.values()), targets)
 
@@ -143,6 +148,18 @@ def _remaining(named: list[str], lora: ResolvedLora) -> list[str]:
             f"method.lora.excludeModules and layersToTransform leave none of {len(named)} layers to adapt",
         )
     return targets
+
+
+def _patterns_name(targets: list[str], lora: ResolvedLora) -> None:
+    """peft takes a rank or an alpha of what is not there for none at all, without a word."""
+    for field, pattern in (("rankPattern", lora.rank_pattern), ("alphaPattern", lora.alpha_pattern)):
+        for module in pattern:
+            if not any(is_named(name, [module]) for name in targets):
+                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+                raise StageError(
+                    Reason.UNKNOWN_TARGET_MODULE,
+                    f"method.lora.{field}: {module} is none of the layers that are adapted, which are {kinds}",
+                )
 
 
 def _unknown(module: str, linear: Mapping[str, Any], matrices: Mapping[str, Any]) -> StageError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from finetune_api.failures import Reason
+from finetune_api.targets import setting_of
 from finetune_trainer.errors import StageError
 
 PREFIX = "base_model.model."
@@ -19,7 +21,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAGNITUDE = ".lora_magnitude_vector"
 UNKNOWN_SETTINGS = (
-    "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
+    "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
     "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
 )  # fmt: skip
 """Settings that change what the tensors mean. The operator sets none of them; a file that has one is refused, not misread."""
@@ -62,8 +64,8 @@ class Adapter:
     """Updates by module name, and base tensors that the adapter replaces (trained biases), by tensor name."""
 
     folder: Path
-    scaling: float
-    modules: frozenset[str]
+    modules: Mapping[str, float]
+    """With the scaling of each."""
     replaced: frozenset[str]
     keys: dict[str, str]
     """Tensor names of the base's vocabulary to the file's keys."""
@@ -72,7 +74,7 @@ class Adapter:
         """The update of a module."""
         magnitude = self._read(f"{module}{MAGNITUDE}") if f"{module}{MAGNITUDE}" in self.keys else None
         a, b = self._read(f"{module}.lora_A.weight"), self._read(f"{module}.lora_B.weight")
-        return Lora(a, b, self.scaling, magnitude)
+        return Lora(a, b, self.modules[module], magnitude)
 
     def replacement(self, tensor: str) -> torch.Tensor:
         """The trained values of a base tensor."""
@@ -103,17 +105,24 @@ def read_adapter(folder: Path) -> Adapter:
     rank, alpha = config["r"], config["lora_alpha"]
     with safe_open(folder / WEIGHTS, "pt") as file:
         names = {k: k.removeprefix(PREFIX).replace(".base_layer.", ".") for k in file.keys()}  # noqa: SIM118 - not a dict
-        ranks = {file.get_slice(k).get_shape()[0] for k in names if k.endswith(".lora_A.weight")}
+        ranks = {
+            n.removesuffix(".lora_A.weight"): file.get_slice(k).get_shape()[0]
+            for k, n in names.items()
+            if n.endswith(".lora_A.weight")
+        }
     keys = {name: key for key, name in names.items()}
-    modules = {n.removesuffix(".lora_A.weight") for n in keys if n.endswith(".lora_A.weight")}
+    modules = ranks.keys()
+    configured = {m: setting_of(m, config.get("rank_pattern") or {}, rank) for m in modules}
     halves = {n.removesuffix(".lora_B.weight") for n in keys if n.endswith(".lora_B.weight")}
     magnitudes = {n.removesuffix(MAGNITUDE) for n in keys if n.endswith(MAGNITUDE)}
     wanted = modules if config.get("use_dora") else set()
-    if not modules or modules != halves or ranks != {rank} or magnitudes != wanted:
+    if not modules or modules != halves or ranks != configured or magnitudes != wanted:
         raise StageError(
             Reason.VERIFICATION_FAILED,
             f"the adapter is not whole: {len(modules)} lora_A, {len(halves)} lora_B and {len(magnitudes)} magnitude tensors, ranks "
-            f"{sorted(ranks)}, configured rank {rank}{', with DoRA' if wanted else ''}.",
+            f"{sorted(set(ranks.values()))}, configured {sorted(set(configured.values()))}{', with DoRA' if wanted else ''}.",
         )
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Adapter(folder, scaling, frozenset(modules), frozenset(n for n in keys if ".lora_" not in n), keys)
+    root = math.sqrt if config.get("use_rslora") else float
+    alphas = {m: setting_of(m, config.get("alpha_pattern") or {}, alpha) for m in modules}
+    scalings = {m: alphas[m] / root(ranks[m]) for m in modules}
+    return Adapter(folder, scalings, frozenset(n for n in keys if ".lora_" not in n), keys)

@@ -70,7 +70,7 @@ def merge(
     """
     tensors = base.checkpoint.tensors
     fitting = {m for m in adapter.modules if f"{m}.weight" in tensors} | {n for n in adapter.replaced if n in tensors}
-    left = (adapter.modules | adapter.replaced) - fitting
+    left = (adapter.modules.keys() | adapter.replaced) - fitting
     if not fitting:
         raise StageError(
             Reason.UNSUPPORTED_MODEL,

@@ -246,6 +246,7 @@ class Fit:
             callbacks=[self.steps, saving],
             start_step=start,
             ranks=self.ranks,
+            loraplus_lr_ratio=self.ctx.snapshot.plan.method.lora.loraplus_lr_ratio,
         )
         saving.trainer = trainer
         return trainer

@@ -122,6 +122,8 @@ def attach_adapter(base: Any, snapshot: Snapshot) -> PeftModel:
         target_modules=target_modules(base, lora),
         exclude_modules=list(lora.exclude_modules) or None,
         layers_to_transform=lora.layers_to_transform,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",

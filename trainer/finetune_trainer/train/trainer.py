@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -54,6 +55,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self, *, model: Any, args: TrainingArguments, rows: Rows, schedule: Schedule, micro_batch: int, pad_id: int,
         compute: Compute, callbacks: list[TrainerCallback], start_step: int = 0,
         should_stop: Callable[[], bool] = lambda: False, ranks: Ranks | None = None,
+        loraplus_lr_ratio: float | None = None,
     ) -> None:  # fmt: skip
         """``start_step`` steps are behind us (see ``train(resume_from_checkpoint)``). ``should_stop`` is asked before each
         micro-batch."""
@@ -72,6 +74,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.start_step = start_step
         self.ranks = ranks or Ranks()
         self.should_stop = should_stop
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.updating = False
         """The optimizer is changing the weights: what an error leaves now is no step's state."""
         self.step_random = random_states()
@@ -89,6 +92,22 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             collate_fn=lambda indices: collate(self.rows, indices, self.pad_id),
             generator=torch.Generator(),
         )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's, or with LoRA+ the same with a learning rate of its own for the matrices B."""
+        if self.loraplus_lr_ratio is None:
+            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+            return optimizer
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+                self.model,
+                kind,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **settings,
+            )
+        return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, unless training is to stop: then what its step has accumulated is thrown away.
