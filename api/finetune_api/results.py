@@ -301,6 +301,8 @@ class TrainMetrics(ApiModel):
     tokens: int
     tokens_per_second: float
     train_seconds: float
+    early_stop_step: int | None = None
+    """The step that evaluation.earlyStopping ended training after; ``steps`` is the same then."""
     peak_gpu_bytes: int | None = None
     """torch.cuda.max_memory_allocated after the optimization, of the execution that ended it; absent on a CPU."""
 
@@ -350,6 +352,8 @@ class TrainResult(ApiModel):
     """How steps were cut at the end."""
     restarts: list[Restart] = []
     """Restarts inside pods, all executions'."""
+    warnings: list[str] = []
+    """What a reader of the result should know, in sentences without a full stop."""
     checkpoint_blocked_seconds: list[float] = []
     """How long each checkpoint held the step loop up (the copy to host memory)."""
 

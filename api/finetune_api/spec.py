@@ -505,6 +505,22 @@ class Generation(ApiModel):
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="Longest answer, in tokens.")
 
 
+class EarlyStopping(ApiModel):
+    """When training ends before its last step, since the held-out loss no longer falls (transformers' ``EarlyStoppingCallback``)."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = Field(
+        3, description="So many evaluations in a row without a lower held-out loss."
+    )
+    threshold: Annotated[float, Field(ge=0, le=100)] = Field(
+        0.0, description="By more than this the loss must fall below the lowest so far to count."
+    )
+
+
+_EARLY_STOPPING_MESSAGE = (
+    "earlyStopping goes by the evaluations on the way: set evaluation.intervalSteps, the number of steps between two"
+)
+
+
 class Evaluation(ApiModel):
     """What is measured on the held-out rows."""
 
@@ -513,6 +529,20 @@ class Evaluation(ApiModel):
         None,
         description="Measure the held-out loss every so many optimizer steps too, not only before and after training.",
     )
+    early_stopping: EarlyStopping | None = Field(
+        None,
+        description="End training when the held-out loss no longer falls. With output.select: Best the lowest one's weights are the result.",
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(("!has(self.earlyStopping) || has(self.intervalSteps)", _EARLY_STOPPING_MESSAGE))
+    )
+
+    @model_validator(mode="after")
+    def _evaluations_to_stop_by(self) -> Evaluation:
+        if self.early_stopping is not None and self.interval_steps is None:
+            raise ValueError(_EARLY_STOPPING_MESSAGE)
+        return self
 
 
 class Gpu(ApiModel):

@@ -15,12 +15,14 @@ import torch
 from finetune_api.failures import Reason
 from finetune_api.progress import Split
 from finetune_api.results import CHECKPOINTS_DIR, TRAIN_RESULT, CheckpointMarker, TrainResult
+from finetune_api.spec import EarlyStopping, Selection
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.supervisor.run import ENV_RESTARTS, ENV_SPLIT
 from finetune_trainer.train import checkpoint_writer, evaluate, fit
 from finetune_trainer.train import run as train
 from finetune_trainer.train.checkpoints import Checkpoints
+from finetune_trainer.train.held_out_curve import is_enough, overfitting
 from finetune_trainer.train.owner import claim
 from finetune_trainer.train.trainer import LoraTrainer
 from tests.support.prepared import PreparedJob, RecordingReporter, prepare_job
@@ -447,6 +449,20 @@ def test_a_run_that_diverges_fails_and_says_so(job: PreparedJob, monkeypatch: py
     assert caught.value.reason is Reason.DIVERGED
 
 
+def spoil_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Noise on the weights before each micro-batch of a step (from 1)."""
+    original = LoraTrainer.compute_loss
+
+    def spoil(self: LoraTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == step - 1:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data += torch.randn_like(parameter)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraTrainer, "compute_loss", spoil)
+
+
 def test_the_best_weights_are_kept_and_chosen(
     s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,16 +474,7 @@ def test_the_best_weights_are_kept_and_chosen(
         "evaluation": {"intervalSteps": 1},
     }
     job = prepare_job(s3, tmp_path, tiny_model, **spec)
-    original = LoraTrainer.compute_loss
-
-    def spoil(self: LoraTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 5:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data += torch.randn_like(parameter)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(LoraTrainer, "compute_loss", spoil)
+    spoil_before(monkeypatch, step=6)
     train.run(job.context())
     found = result(job)
     lines = job.context().output_store().get_bytes("reports/metrics.jsonl").decode().splitlines()
@@ -478,3 +485,66 @@ def test_the_best_weights_are_kept_and_chosen(
     assert found.selected_step == best
     assert found.metrics.held_out_loss == pytest.approx(measured[best], rel=1e-6)
     assert {m.step for m in markers(job).values()} == {best, 8}
+
+
+def test_training_ends_when_the_held_out_loss_no_longer_falls(
+    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are spoilt before step 6 of 12: the evaluations of steps 6 and 7 bring nothing. An execution that finds all that done
+    makes no step more."""
+    spec = {
+        **SPEC,
+        "training": {"length": {"steps": STEPS}, "microBatchSequences": 8},
+        "recovery": {"checkpoint": {"interval": {"steps": 1}, "keep": 1}},
+        "evaluation": {"intervalSteps": 1, "earlyStopping": {"patience": 2}},
+    }
+    job = prepare_job(s3, tmp_path, tiny_model, **spec)
+    spoil_before(monkeypatch, step=6)
+    train.run(job.context())
+    first = result(job)
+    assert first.metrics.early_stop_step == first.metrics.steps == 7
+    assert first.metrics.epochs == pytest.approx(7 / 3)
+    assert first.selected_step == 5
+    assert len(curve(job)) == 7
+    assert "the held-out loss was lowest at step 5" in first.warnings[0]
+
+    job.context().workspace_store().delete(TRAIN_RESULT)
+    train.run(job.context(execution="execution-2"))
+    second = result(job)
+    assert second.metrics.early_stop_step == 7
+    assert second.resumed_from_steps == [7]
+    assert second.adapter_files == first.adapter_files
+    assert len(curve(job)) == 7
+
+
+def losses_at(*losses: float) -> list[dict[str, Any]]:
+    return [{"step": 10 * (n + 1), "held_out_loss": loss} for n, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "rule", "enough"),
+    [
+        ([3.0, 2.0, 2.1], EarlyStopping(patience=2), False),
+        ([3.0, 2.0, 2.1, 2.0], EarlyStopping(patience=2), True),
+        ([3.0, 2.0, 2.1, 1.9], EarlyStopping(patience=2), False),
+        ([3.0, 2.0, 1.95, 1.92], EarlyStopping(patience=2, threshold=0.1), True),
+        ([3.0, 2.0, 1.95, 1.89], EarlyStopping(patience=2, threshold=0.1), False),
+        ([3.0], EarlyStopping(patience=1), False),
+        ([], EarlyStopping(patience=1), False),
+        ([1.0, 2.0, 3.0, 4.0], None, False),
+    ],
+)
+def test_what_is_enough(losses: list[float], rule: EarlyStopping | None, enough: bool) -> None:
+    assert is_enough(losses_at(*losses), rule) is enough
+    assert is_enough(list(reversed(losses_at(*losses))), rule) is enough
+
+
+def test_too_much_training_is_told() -> None:
+    assert overfitting(losses_at(2.0, 1.5, 1.51), 3.0, Selection.BEST) == []
+    [best] = overfitting(losses_at(2.0, 1.5, 1.9), 3.0, Selection.BEST)
+    assert "lowest at step 20 (1.5000) and 1.9000 at step 30; the result is what step 20 gave" in best
+    [last] = overfitting(losses_at(2.0, 1.5, 1.9), 3.0, Selection.LAST)
+    assert "the result is the last step's" in last
+    [worse] = overfitting(losses_at(3.3), 3.0, Selection.BEST)
+    assert "rose from 3.0000 to 3.3000" in worse
+    assert overfitting(losses_at(2.9), 3.0, Selection.BEST) == []

@@ -122,6 +122,12 @@ def data_status(report: PrepareReport, max_tokens: int) -> DataStatus:
     )
 
 
+def _early(metrics: TrainMetrics) -> str:
+    if metrics.early_stop_step is None:
+        return ""
+    return f"; stopped early after step {metrics.early_stop_step:,}: the held-out loss no longer fell"
+
+
 def metrics_status(metrics: TrainMetrics) -> MetricsStatus:
     """Losses before and after."""
     return MetricsStatus(
@@ -134,7 +140,7 @@ def metrics_status(metrics: TrainMetrics) -> MetricsStatus:
         summary=(
             f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
             f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f}); "
-            f"{metrics.tokens_per_second:,.0f} tokens/s"
+            f"{metrics.tokens_per_second:,.0f} tokens/s{_early(metrics)}"
         ),
     )
 

@@ -66,7 +66,7 @@ def run(ctx: StageContext) -> PublishReport:
 
     # Merge.
     files: list[FileRecord] = [*trained.adapter_files, *trained.report_files]
-    warnings: list[str] = list(prepared.warnings)
+    warnings: list[str] = [*prepared.warnings, *trained.warnings]
     check = None
     if ctx.snapshot.spec.output.merged.enabled:
         from finetune_trainer.publish import merged

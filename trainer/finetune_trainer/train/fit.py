@@ -27,6 +27,7 @@ from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.held_out_curve import is_enough
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
@@ -79,12 +80,10 @@ class Fit:
         restored = self.here(self.ranks.share(lambda: self.patiently(self.checkpoints.newest)))
         start = self._take_up(restored)
         self.ctx.reporter.report(resumed_from_step=start, step=start, total_steps=self.schedule.steps)
-        if restored is not None and start == self.schedule.steps:
+        if restored is not None and self._is_complete(restored):
             log.info("all %d steps are made: the adapter is that of the last checkpoint", start)
             load_adapter(self.model, restored)
             return
-        if restored is not None and self.ranks.computes:
-            self._measure(restored)
         writer = CheckpointWriter(self.checkpoints, self._told, self._not_stored) if self.ranks.first else None
         trainer = self._trainer(start, writer)
         try:
@@ -93,10 +92,28 @@ class Fit:
                 self._train(trainer, writer, restored)
                 saved = writer.finish() if writer is not None else None
                 if self.ranks.any(stop.requested):
-                    raise _stopped(self.schedule.steps, saved)
+                    raise _stopped(self.last_step, saved)
         finally:
             if writer is not None:
                 writer.close()
+
+    @property
+    def last_step(self) -> int:
+        """The newest step that was made, the last one once training has ended."""
+        return int(self.steps.steps[-1]["step"])
+
+    def is_enough(self) -> bool:
+        """Whether evaluation.earlyStopping ends training here: by the first rank's evaluations, for all of them."""
+        rule = self.ctx.snapshot.spec.evaluation.early_stopping
+        return rule is not None and self.ranks.any(self.ranks.first and is_enough(self.history.evaluations, rule))
+
+    def _is_complete(self, restored: Restored) -> bool:
+        """Whether a checkpoint is the end of training."""
+        if restored.marker.step == self.schedule.steps:
+            return True
+        if self.ranks.computes:
+            self._measure(restored)
+        return self.is_enough()
 
     def _train(self, trainer: LoraTrainer, writer: CheckpointWriter | None, restored: Restored | None) -> None:
         start = trainer.start_step
@@ -299,6 +316,9 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         fit, step, total = self._fit, state.global_step, self._fit.schedule.steps
         measure = self._evaluate_every is not None and step % self._evaluate_every == 0 and step < total
         held_out = self._evaluate(step) if measure and fit.ranks.computes else None
+        if measure and fit.is_enough():
+            log.info("the held-out loss no longer falls: training ends after step %d of %d", step, total)
+            control.should_training_stop = True
         began = time.monotonic()
         # By the first one's clock.
         due = held_out is not None or is_due(step, total, self._first, self._interval, began - self._last)

@@ -42,6 +42,7 @@ from finetune_trainer.train import evaluate, inputs, model, save, select, verify
 from finetune_trainer.train.checkpoints import Checkpoints
 from finetune_trainer.train.device import Compute, pick_compute
 from finetune_trainer.train.fit import Fit, History
+from finetune_trainer.train.held_out_curve import overfitting
 from finetune_trainer.train.owner import Owner, claim
 from finetune_trainer.train.quantized import quantized_modules
 from finetune_trainer.train.ranks import Ranks, join, leave
@@ -174,6 +175,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         {"step": 0, "held_out_loss": loss_base.loss},
         *sorted([*steps.steps, *fit.history.evaluations], key=lambda line: line["step"]),
     ]
+    total, stopped = fit.last_step, fit.last_step < schedule.steps
     log.info("held-out loss after training: %.4f (perplexity %.2f)", loss_trained.loss, loss_trained.perplexity)
 
     # Save.
@@ -219,8 +221,9 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             perplexity_base=loss_base.perplexity,
             perplexity=loss_trained.perplexity,
             final_train_loss=steps.steps[-1]["loss"],
-            steps=schedule.steps,
-            epochs=schedule.epoch_after(schedule.steps - 1),
+            steps=total,
+            epochs=schedule.epoch_after(total - 1),
+            early_stop_step=total if stopped else None,
             tokens=steps.tokens,
             tokens_per_second=steps.tokens / steps.seconds,
             train_seconds=steps.seconds,
@@ -241,6 +244,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         split=split,
         restarts=history.restarts,
         checkpoint_blocked_seconds=history.blocked_seconds,
+        warnings=overfitting(history.evaluations, loss_base.loss, spec.output.select),
     )
     patiently(ctx, owner.check)
     patiently(ctx, lambda: workspace.put_model(TRAIN_RESULT, result))

@@ -1,0 +1,57 @@
+"""What the held-out losses on the way say: whether more training is of use, and whether there was too much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune_api.spec import EarlyStopping, Selection
+
+OVERFITTED = 1.02
+"""By so much the last held-out loss is above the lowest where it is no noise."""
+
+
+def is_enough(evaluations: Sequence[dict[str, Any]], rule: EarlyStopping | None) -> bool:
+    """Whether the last ``patience`` evaluations brought nothing: as transformers' EarlyStoppingCallback counts, which forgets its count when
+    a run is interrupted.
+
+    Args:
+        evaluations: ``step`` and ``held_out_loss`` of each, in any order.
+    """
+    if rule is None:
+        return False
+    best, without = float("inf"), 0
+    for loss in (e["held_out_loss"] for e in sorted(evaluations, key=lambda e: e["step"])):
+        if loss < best - rule.threshold:
+            best, without = loss, 0
+        else:
+            without += 1
+    return without >= rule.patience
+
+
+def overfitting(evaluations: Sequence[dict[str, Any]], base_loss: float, select: Selection) -> list[str]:
+    """Warnings for people.
+
+    Args:
+        evaluations: as above, the last step's included.
+        base_loss: before training.
+    """
+    last = max(evaluations, key=lambda e: e["step"])
+    best = min(evaluations, key=lambda e: e["held_out_loss"])
+    loss, lowest = last["held_out_loss"], best["held_out_loss"]
+    if loss > OVERFITTED * lowest:
+        result = (
+            f"the result is what step {best['step']} gave"
+            if select is Selection.BEST
+            else "the result is the last step's, as output.select: Last asks for"
+        )
+        return [
+            f"overfitting: the held-out loss was lowest at step {best['step']} ({lowest:.4f}) and {loss:.4f} at step {last['step']}; {result}. "
+            "Train fewer epochs or at a lower learning rate, or set evaluation.earlyStopping"
+        ]
+    if loss > OVERFITTED * base_loss and lowest > base_loss:
+        return [
+            f"the held-out loss rose from {base_loss:.4f} to {loss:.4f}: on rows that it has not seen the tuned model is worse than the base. "
+            "Lower training.optimizer.learningRate or the epochs, and see with evaluation.intervalSteps where it turns"
+        ]
+    return []
