@@ -448,6 +448,14 @@ class Training(ApiModel):
     max_sequence_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = Field(
         2048, description="Longest sequence trained on, in tokens."
     )
+    packing: bool = Field(
+        False,
+        description=(
+            "Lay several rows end to end in one sequence, as long as the longest row at most: less padding and fewer forward passes where rows "
+            "are of unlike length. Rows do not see each other (tried on the model before training; one that mixes them is trained unpacked, "
+            "with a warning), and a step has the same rows: the result is the same but for rounding and dropout."
+        ),
+    )
     optimizer: Optimizer = Field(default_factory=Optimizer)
     scheduler: Scheduler = Field(
         Scheduler.COSINE,
@@ -489,6 +497,10 @@ class Training(ApiModel):
             (
                 "!has(self.microBatchSequences) || self.microBatchSequences <= self.globalBatchSequences",
                 "microBatchSequences must not exceed globalBatchSequences",
+            ),
+            (
+                "!has(self.neftuneNoiseAlpha) || !self.packing",
+                "neftuneNoiseAlpha depends on how long sequences are, which packing changes: leave one of them out",
             ),
             (
                 "self.cpuOffload == 'Never' || self.parallelism != 'DDP'",

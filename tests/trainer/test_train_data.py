@@ -6,18 +6,37 @@ import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    masking_utils,
+)
 
 from finetune_api.spec import Length
 from finetune_trainer.train import evaluate
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
+from finetune_trainer.train.micro_batches import MicroBatches, PackedMicroBatches
+from finetune_trainer.train.packing import collate_packed, keeps_rows_apart, pack
+from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import IGNORED, Batch, Rows, batches_by_length, collate
 from finetune_trainer.train.schedule import make_schedule
 from tests.support.prepared import encode, questions, table
+
+CPU = Compute(torch.device("cpu"), torch.float32, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +80,104 @@ def test_an_epoch_is_a_permutation_of_its_own_and_the_seed_decides_it() -> None:
     assert epoch(1, 0) != epoch(2, 0)
 
 
-def test_steps_do_not_depend_on_the_micro_batch() -> None:
-    schedule = make_schedule(22, Length(epochs=2), 8, seed=3)
+@pytest.mark.parametrize("kind", [MicroBatches, PackedMicroBatches])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_steps_do_not_depend_on_how_they_are_cut(rows: Rows, kind: type[MicroBatches], size: int, ranks: int) -> None:
+    """Each step has its rows once, whatever the micro-batch, the ranks and packing; and all ranks have as many micro-batches."""
+    schedule = make_schedule(len(rows), Length(epochs=2.5), 8, seed=3)
+    made = [list(kind(schedule, rows, size, 0, Ranks(rank, ranks))) for rank in range(ranks)]
+    counts = [len(kind(schedule, rows, size, 0, Ranks(rank, ranks))) for rank in range(ranks)]
+    assert {len(m) for m in made} == set(counts)
+    per_step = math.ceil(8 / (size * ranks))
     for step in range(schedule.steps):
-        for size in (1, 2, 4, 8):
-            assert [i for b in schedule.micro_batches(step, size) for i in b] == schedule.step_rows(step)
+        together = [m[step * per_step : (step + 1) * per_step] for m in made]
+        seen = [i for own in together for batch in own for i in flat(batch)]
+        assert Counter(seen) == Counter(schedule.step_rows(step))
+
+
+def flat(batch: Any) -> list[int]:
+    return [i for part in batch or [] for i in (part if isinstance(part, list) else [part])]
+
+
+def test_rows_of_like_length_share_a_micro_batch(rows: Rows) -> None:
+    schedule = make_schedule(len(rows), Length(epochs=1), len(rows), seed=3)
+    [*batches] = MicroBatches(schedule, rows, 3, 0, Ranks())
+    lengths = [[rows.length(i) for i in batch] for batch in batches]
+    assert [n for batch in lengths for n in batch] == sorted((rows.length(i) for i in range(len(rows))), reverse=True)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(50, 90), st.integers(1, 9))
+def test_packing_keeps_every_row_within_the_capacity(lengths: list[int], capacity: int, together: int) -> None:
+    ids = list(range(100, 100 + len(lengths)))
+    packed = pack(ids, lengths, capacity, together)
+    assert sorted(i for batch in packed for sequence in batch for i in sequence) == ids
+    assert all(len(batch) == together for batch in packed)
+    assert max(sum(lengths[i - 100] for i in sequence) for batch in packed for sequence in batch) <= capacity
+    assert math.ceil(sum(lengths) / (capacity * together)) <= len(packed) <= math.ceil(len(ids) / together)
+
+
+def test_short_rows_need_fewer_micro_batches() -> None:
+    assert len(pack(list(range(16)), [100] * 15 + [800], 800, 1)) == 3
+    assert [len(s) for [s] in pack(list(range(16)), [100] * 16, 800, 1)] == [8, 8], "evenly"
+
+
+FAMILIES = {
+    "llama": LlamaConfig(num_key_value_heads=2),
+    "mistral": MistralConfig(num_key_value_heads=2, sliding_window=16),
+    "qwen2": Qwen2Config(num_key_value_heads=2),
+    "gemma2": Gemma2Config(num_key_value_heads=2, head_dim=16, sliding_window=16),
+    "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "neox": GPTNeoXConfig(),
+}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def family(name: str, rows: Rows) -> Any:
+    config = FAMILIES[name]
+    config.update({"vocab_size": 1 + max(i for n in range(len(rows)) for i in rows.ids(n))})
+    if name != "gpt2":
+        config.update(SIZES)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_rows_have_the_loss_and_the_gradient_of_rows_alone(rows: Rows, name: str) -> None:
+    """Also with the longest first token learned, and beside a shorter sequence that is padded."""
+    causal_lm = family(name, rows)
+    assert keeps_rows_apart(causal_lm, rows, CPU)
+    packed = collate_packed(rows, [[3, 0, 5], [4, 1]], pad_id=2)
+    results = []
+    for batches in ([collate(rows, [i], pad_id=2) for i in (3, 0, 5, 4, 1)], [packed]):
+        causal_lm.zero_grad()
+        total = sum(LearnedTokenLoss(causal_lm)(batch) for batch in batches)
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+        results.append((total.detach(), causal_lm.get_input_embeddings().weight.grad.clone()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    assert learned_tokens(packed["labels"]) == sum(rows.learned_tokens(i) for i in (3, 0, 5, 4, 1))
+
+
+def test_a_model_that_mixes_packed_rows_is_found_out(rows: Rows) -> None:
+    """One that takes no positions, one that has its own (ALiBi), and one whose attention looks at all rows before."""
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=400, hidden_size=64, n_layer=2, n_head=4)).eval()
+    assert not keeps_rows_apart(bloom, rows, CPU)
+    alibi = FalconConfig(vocab_size=400, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+    assert not keeps_rows_apart(AutoModelForCausalLM.from_config(alibi).eval(), rows, CPU)
+    llama = family("llama", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)
+        assert not keeps_rows_apart(llama, rows, CPU)
+    assert keeps_rows_apart(llama, Rows(rows.table.slice(0, 1)), CPU), "one row is enough to try it"
+
+
+def test_what_is_left_over_is_no_batch_and_an_empty_share_is_one(rows: Rows) -> None:
+    cut = PackedMicroBatches(make_schedule(len(rows), Length(epochs=1), 8, 0), rows, 1, 0, Ranks())
+    assert cut.collate(None, 0)["input_ids"].numel() == 0
+    batch = cut.collate([], 0)
+    assert batch["input_ids"].shape == (1, 2)
+    assert learned_tokens(batch["labels"]) == 0
 
 
 def test_length_in_steps_gives_full_steps() -> None:

@@ -100,8 +100,8 @@ def with_training(spec: dict[str, Any], **training: Any) -> dict[str, Any]:
 
 def test_shards_give_the_bytes_that_whole_copies_give(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
     """With an 8-bit optimizer, which a 70B on two GPUs with 24 GB needs: it breaks on sharded weights, and the adapter is whole. And all
-    ranks end early together: no second evaluation can satisfy the threshold."""
-    eight_bit = {"optimizer": {"name": "paged_adamw_8bit"}}
+    ranks pack their rows, and end early together: no second evaluation can satisfy the threshold."""
+    eight_bit = {"optimizer": {"name": "paged_adamw_8bit"}, "packing": True}
     early = {"intervalSteps": 4, "earlyStopping": {"patience": 1, "threshold": 100}}
     whole, spec = as_whole_copies(s3, tiny_model, tmp_path / "whole", "LoRA", early, **eight_bit)
     shards = prepare_job(s3, tmp_path / "shards", tiny_model, **with_training(spec, parallelism="FSDP"))

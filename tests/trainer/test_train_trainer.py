@@ -47,7 +47,7 @@ def fit(
     LoraTrainer(
         model=peft_model, args=training_arguments(run, compute, schedule.steps, tmp_path), rows=rows, schedule=schedule,
         micro_batch=run.plan.micro_batch_sequences, pad_id=0, compute=compute, callbacks=[log],
-        loraplus_lr_ratio=run.plan.method.lora.loraplus_lr_ratio,
+        packing=training.packing, loraplus_lr_ratio=run.plan.method.lora.loraplus_lr_ratio,
     ).train()  # fmt: skip
     return peft_model, log
 
@@ -56,12 +56,14 @@ def weights_of(peft_model: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in peft_model.named_parameters() if p.requires_grad}
 
 
-def test_the_loss_curve_does_not_depend_on_the_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_loss_curve_does_not_depend_on_the_micro_batch_and_packing(tiny_model: Path, tmp_path: Path) -> None:
     # 20 rows of different lengths, 8 to a step: steps cross epochs and the last one is ragged.
     runs = [
         fit(tiny_model, tmp_path, snapshot(training={"microBatchSequences": n, "length": {"epochs": 1.3}}))
         for n in (1, 2, 4, 8)
     ]
+    packed = snapshot(training={"microBatchSequences": 1, "length": {"epochs": 1.3}, "packing": True})
+    runs.append(fit(tiny_model, tmp_path, packed))
     curves = [[step["loss"] for step in log.steps] for _, log in runs]
     assert len(curves[0]) == 4
     for curve in curves[1:]:

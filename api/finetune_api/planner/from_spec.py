@@ -53,6 +53,7 @@ def request_of(
             sequence_tokens=training.max_sequence_tokens,
             gradient_checkpointing=training.gradient_checkpointing,
             attention=attention,
+            packed=training.packing,
         ),
         optimizer=training.optimizer.name,
         gpus=gpus,

@@ -54,6 +54,8 @@ class Batch(ApiModel):
     micro_batch_sequences: Count = 1
     gradient_checkpointing: bool = True
     attention: Attention = Attention.SDPA
+    packed: bool = False
+    """Several rows share a sequence."""
 
     @property
     def tokens(self) -> int:
@@ -62,8 +64,8 @@ class Batch(ApiModel):
 
     @property
     def padded(self) -> bool:
-        """Rows of unlike length share a batch, so attention needs a mask."""
-        return self.micro_batch_sequences > 1
+        """Rows of unlike length share a batch, or a sequence, so attention needs a mask."""
+        return self.micro_batch_sequences > 1 or self.packed
 
     def attention_of(self, arch: Architecture) -> Attention:
         """What transformers will run: models that cap their scores have no sdpa."""

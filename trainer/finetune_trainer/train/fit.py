@@ -28,6 +28,7 @@ from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.held_out_curve import is_enough
+from finetune_trainer.train.packing import keeps_rows_apart
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
@@ -51,6 +52,8 @@ class History:
     restarts: list[Restart] = field(default_factory=list)
     blocked_seconds: list[float] = field(default_factory=list)
     """How long each checkpoint held the step loop up."""
+    warnings: list[str] = field(default_factory=list)
+    """What this execution noticed."""
 
 
 @dataclass
@@ -263,10 +266,24 @@ class Fit:
             callbacks=[self.steps, saving],
             start_step=start,
             ranks=self.ranks,
+            packing=self._packing(),
             loraplus_lr_ratio=self.ctx.snapshot.plan.method.lora.loraplus_lr_ratio,
         )
         saving.trainer = trainer
         return trainer
+
+    def _packing(self) -> bool:
+        """Whether rows are packed: as asked for, if the model keeps them apart."""
+        if not self.ctx.snapshot.spec.training.packing:
+            return False
+        apart = keeps_rows_apart(self.model.get_base_model(), self.rows, self.compute)
+        # On GPUs the last bits may differ, and what follows must not.
+        apart = self.ranks.share(lambda: apart)
+        if not apart:
+            warning = f"training.packing: {type(self.model.get_base_model()).__name__} does not keep packed rows apart, so they were not packed"
+            log.warning("%s", warning)
+            self.history.warnings.append(warning)
+        return apart
 
     def _told(self, saved: Saved) -> None:
         """Called in the writer's thread."""

@@ -54,7 +54,7 @@ class LearnedTokenLoss:
         apart = self._stands_apart(batch["input_ids"])
         labels = batch["labels"][:, 1:]
         learned = labels != IGNORED
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        inputs = {**{name: value for name, value in batch.items() if name != "labels"}, "use_cache": False}
         nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = self._nll_of_hidden if apart else _nll_of_logits
         rows = self.model.base_model(**inputs).last_hidden_state if apart else self.model(**inputs).logits
         rows = rows[:, :-1][learned]

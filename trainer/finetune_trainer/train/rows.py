@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -13,7 +14,7 @@ from finetune_api.results import IGNORED, PREPARED_VERSION
 from finetune_trainer.stored import refuse_newer
 
 Batch = dict[str, torch.Tensor]
-"""``input_ids``, ``attention_mask``, ``labels``: int64, shape (rows, longest row)."""
+"""``input_ids``, ``attention_mask``, ``labels``: int64, shape (rows, longest row); packed, ``position_ids`` instead of the mask."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Rows:
         """Tokens of a row."""
         length = len(self.table["input_ids"][index])
         return length if self.limit is None else min(length, self.limit)
+
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        longest = int(pc.max(pc.list_value_length(self.table["input_ids"])).as_py())
+        return longest if self.limit is None else min(longest, self.limit)
 
     def learned_tokens(self, index: int) -> int:
         """Tokens of a row that are predicted and learned. The first token of a row is never predicted."""

@@ -244,7 +244,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         split=split,
         restarts=history.restarts,
         checkpoint_blocked_seconds=history.blocked_seconds,
-        warnings=overfitting(history.evaluations, loss_base.loss, spec.output.select),
+        warnings=[*history.warnings, *overfitting(history.evaluations, loss_base.loss, spec.output.select)],
     )
     patiently(ctx, owner.check)
     patiently(ctx, lambda: workspace.put_model(TRAIN_RESULT, result))

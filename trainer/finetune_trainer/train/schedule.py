@@ -41,11 +41,6 @@ class Schedule:
             start += len(part)
         return ids
 
-    def micro_batches(self, step: int, size: int) -> list[list[int]]:
-        """The rows of a step in the schedule's order, ``size`` at a time."""
-        ids = self.step_rows(step)
-        return [ids[i : i + size] for i in range(0, len(ids), size)]
-
     def epoch_after(self, step: int) -> float:
         """Passes over the data that are complete once step ``step`` (from 0) is."""
         return min((step + 1) * self.global_batch, self.total_rows) / self.rows

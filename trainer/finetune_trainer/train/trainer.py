@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.optimizers import create_loraplus_optimizer
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finetune_api.failures import Reason
@@ -23,8 +23,9 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.train.capture import random_states, restore_random_states
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
+from finetune_trainer.train.micro_batches import AsDrawn, MicroBatches, PackedMicroBatches
 from finetune_trainer.train.ranks import Ranks
-from finetune_trainer.train.rows import Rows, collate
+from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
 from finetune_trainer.train.stop import TrainingStopped
 
@@ -55,7 +56,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self, *, model: Any, args: TrainingArguments, rows: Rows, schedule: Schedule, micro_batch: int, pad_id: int,
         compute: Compute, callbacks: list[TrainerCallback], start_step: int = 0,
         should_stop: Callable[[], bool] = lambda: False, ranks: Ranks | None = None,
-        loraplus_lr_ratio: float | None = None,
+        loraplus_lr_ratio: float | None = None, packing: bool = False,
     ) -> None:  # fmt: skip
         """``start_step`` steps are behind us (see ``train(resume_from_checkpoint)``). ``should_stop`` is asked before each
         micro-batch."""
@@ -75,6 +76,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.ranks = ranks or Ranks()
         self.should_stop = should_stop
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.packing = packing
         self.updating = False
         """The optimizer is changing the weights: what an error leaves now is no step's state."""
         self.step_random = random_states()
@@ -86,10 +88,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
         With a generator of its own: a DataLoader draws a seed whenever it is iterated, and a run that was resumed iterates anew.
         """
+        kind = PackedMicroBatches if self.packing else MicroBatches
+        batches = kind(self.schedule, self.rows, self.micro_batch, self.start_step, self.ranks)
         return DataLoader(
-            range(self.schedule.rows),  # type: ignore[arg-type]
-            batch_sampler=_MicroBatches(self.schedule, self.micro_batch, self.start_step, self.ranks),
-            collate_fn=lambda indices: collate(self.rows, indices, self.pad_id),
+            AsDrawn(self.schedule.rows),
+            batch_sampler=batches,
+            collate_fn=lambda indices: batches.collate(indices, self.pad_id),
             generator=torch.Generator(),
         )
 
@@ -118,7 +122,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         heartbeat.beat()
         if self.ranks.any(self.should_stop()):
             raise TrainingStopped
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
+        if inputs["input_ids"].numel():  # packed rows may need fewer micro-batches: none of the ranks has rows then
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.ranks.add_gradients(model.parameters())
         return loss
@@ -158,28 +164,6 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                 f"(learning rate {self._get_learning_rate():.3g}).",
             )
         return loss
-
-
-class _MicroBatches(Sampler[list[int]]):
-    """Row ids of each micro-batch from a step on. Every step but the last has the same number of them."""
-
-    def __init__(self, schedule: Schedule, micro_batch: int, start_step: int, ranks: Ranks) -> None:
-        self._schedule = schedule
-        self._micro_batch = micro_batch
-        self._start_step = start_step
-        self._ranks = ranks
-
-    def __len__(self) -> int:
-        together = self._micro_batch * self._ranks.size
-        full = self._schedule.steps - 1 - self._start_step
-        last = len(self._schedule.step_rows(self._schedule.steps - 1))
-        return full * math.ceil(self._schedule.global_batch / together) + math.ceil(last / together)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self._micro_batch
-        for step in range(self._start_step, self._schedule.steps):
-            for together in self._schedule.micro_batches(step, size * self._ranks.size):
-                yield together[self._ranks.rank * size : (self._ranks.rank + 1) * size]
 
 
 class StepEnds(TrainerCallback):  # type: ignore[misc]
