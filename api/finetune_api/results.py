@@ -30,7 +30,7 @@ from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import CpuOffload, MethodType, Parallelism
+from finetune_api.spec import CpuOffload, Lora, MethodType, Parallelism
 
 IGNORED = -100
 """Label of a token that is not learned, in ``prepare/*.parquet``: PyTorch's cross entropy skips it."""
@@ -44,6 +44,7 @@ PREPARED_TRAIN = "prepare/train.parquet"
 PREPARED_HELD_OUT = "prepare/held_out.parquet"
 PREPARED_PROMPTS = "prepare/prompts.json"
 PREPARED_PREVIEW = "prepare/preview.json"
+PREPARED_ADAPTER = "prepare/initial-adapter"
 TRAIN_RESULT = "train/result.json"
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
@@ -190,6 +191,16 @@ class RunPlan(ApiModel):
     """The plan and why it was chosen, in sentences."""
 
 
+class InitialAdapterRecord(ApiModel):
+    """The adapter that training goes on from; its files lie below ``prepare/initial-adapter/``."""
+
+    uri: str
+    commit: str | None = None
+    """On the Hub."""
+    lora: Lora
+    """Its settings, as the spec would have them."""
+
+
 class PrepareResult(ApiModel):
     """``prepare/result.json``."""
 
@@ -210,12 +221,16 @@ class PrepareResult(ApiModel):
     total_steps: int
     plan: RunPlan | None = None
     """Absent on a CPU, and for models whose sizes config.json does not tell."""
+    initial_adapter: InitialAdapterRecord | None = None
     files: list[FileRecord]
     warnings: list[str] = []
 
 
 def chosen(snapshot: Snapshot, prepared: PrepareResult) -> Snapshot:
-    """The snapshot with the method that the memory plan has chosen: what is loaded, merged and told of."""
+    """The snapshot with the method that the memory plan has chosen, and the settings of the adapter that training goes on from: what is
+    loaded, merged and told of."""
+    if prepared.initial_adapter is not None:
+        snapshot = snapshot.with_lora(prepared.initial_adapter.lora)
     return snapshot.resolved(prepared.plan.method if prepared.plan is not None else None)
 
 
@@ -381,6 +396,7 @@ class Manifest(ApiModel):
     """uri, revision, commit (absent for s3:// and pvc://, whose versions ``baseFiles`` tells)."""
     base_files: list[FileRecord] = []
     """Every file of the base model as it was trained on, paths relative to the model folder."""
+    initial_adapter: InitialAdapterRecord | None = None
     data_hash: Sha256
     snapshot_digest: Sha256
     config: dict[str, object]

@@ -13,7 +13,7 @@ import math
 from finetune_api.base import ApiModel
 from finetune_api.names import job_key
 from finetune_api.progress import Split
-from finetune_api.spec import FineTuneJobSpec, LoraBias, MethodType, Quantization
+from finetune_api.spec import FineTuneJobSpec, Lora, LoraBias, MethodType, Quantization
 from finetune_api.targets import most_specific_first
 from finetune_api.uris import S3Location, parse_uri
 
@@ -150,6 +150,13 @@ class Snapshot(ApiModel):
         quantization = self.spec.method.quantization if method is MethodType.QLORA else None
         chosen = self.plan.method.model_copy(update={"type": method, "quantization": quantization})
         return self.model_copy(update={"plan": self.plan.model_copy(update={"method": chosen})})
+
+    def with_lora(self, lora: Lora) -> Snapshot:
+        """With the settings of the adapter that training goes on from. Not for :meth:`digest` either."""
+        method = self.spec.method.model_copy(update={"lora": lora})
+        spec = self.spec.model_copy(update={"method": method})
+        resolved = self.plan.method.model_copy(update={"lora": resolve_plan(spec).method.lora})
+        return self.model_copy(update={"spec": spec, "plan": self.plan.model_copy(update={"method": resolved})})
 
     def canonical_json(self) -> str:
         """One byte form per value: sorted keys, no white space."""

@@ -73,6 +73,25 @@ class ModelCache(ApiModel):
     )
 
 
+class InitialAdapter(RemoteSource):
+    """A LoRA adapter of peft's (adapter_config.json, adapter_model.safetensors) that training goes on from."""
+
+    uri: Annotated[str, StringConstraints(pattern=MODEL_URI_PATTERN, max_length=2048)] = Field(
+        description=(
+            "hf://org/name, s3://bucket/prefix or pvc://claim/path of the adapter's folder, such as the adapter/ of another job's output."
+        )
+    )
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="Branch, tag or commit (hf:// only)."
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("!has(self.revision) || self.uri.startsWith('hf://')", "revision applies to hf:// adapters only"),
+        )
+    )
+
+
 class Model(RemoteSource):
     """The base model."""
 
@@ -81,6 +100,13 @@ class Model(RemoteSource):
     )
     revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
         None, description="Branch, tag or commit (hf:// only). The commit it resolves to is recorded in status."
+    )
+    initial_adapter: InitialAdapter | None = Field(
+        None,
+        description=(
+            "Train on from this adapter's weights instead of fresh ones. Rank, alpha, modules and variant are the adapter's; of method.lora "
+            "only dropout and loraPlusLRRatio apply."
+        ),
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository ships.")
     cache: ModelCache | None = Field(

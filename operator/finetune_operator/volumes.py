@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune_api.names import (
     CACHE_MOUNT,
+    INITIAL_ADAPTER_SLOT,
     MODEL_SLOT,
     OUTPUT_SLOT,
     PVC_MOUNT,
@@ -83,6 +84,8 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
     """Slot → Secret, for the sources that this stage reads or writes."""
     slots: dict[str, RemoteSource] = {MODEL_SLOT: spec.model, OUTPUT_SLOT: spec.output}
     if stage is Stage.PREPARE:
+        if spec.model.initial_adapter is not None:
+            slots[INITIAL_ADAPTER_SLOT] = spec.model.initial_adapter
         slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
     return {slot: source.secret_ref.name for slot, source in slots.items() if source.secret_ref is not None}
@@ -91,6 +94,7 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
 def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
     uris = [spec.model.uri]
     if stage is Stage.PREPARE:
+        uris += [spec.model.initial_adapter.uri] if spec.model.initial_adapter is not None else []
         uris += [s.uri for s in (*spec.data.train, *(spec.data.held_out.sources or []))]
     locations = [parse_uri(uri) for uri in uris]
     return sorted({location.claim for location in locations if isinstance(location, PvcLocation)})

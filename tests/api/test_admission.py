@@ -49,6 +49,15 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("LoRA+", {"method": {"lora": {"loraPlusLRRatio": 16}}}),
     ("early stopping", {"evaluation": {"intervalSteps": 10, "earlyStopping": {}}}),
     ("packing", {"training": {"packing": True}}),
+    (
+        "an adapter to go on from",
+        {
+            "model": {
+                "uri": "hf://org/model",
+                "initialAdapter": {"uri": "s3://bucket/out/job-1a2b3c4d/adapter", "secretRef": {"name": "s3"}},
+            }
+        },
+    ),
     ("names of target modules", {"method": {"lora": {"targetModules": ["q_proj", "v_proj"]}}}),
     ("QLoRA without double quantization", {"method": {"type": "QLoRA", "quantization": {"doubleQuantization": False}}}),
     ("no GPU on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 0}}),
@@ -96,6 +105,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a rank of 0 for one module", {"method": {"lora": {"rankPattern": {"q_proj": 0}}}}, "spec.method.lora.rankPattern.q_proj"),
     ("early stopping without evaluations", {"evaluation": {"earlyStopping": {"patience": 2}}}, "set evaluation.intervalSteps"),
     ("packing with noise", {"training": {"packing": True, "neftuneNoiseAlpha": 5}}, "neftuneNoiseAlpha depends on how long sequences are"),
+    ("a revision of an adapter in a bucket", {"model": {"uri": "hf://org/model", "initialAdapter": {"uri": "s3://b/a", "revision": "x"}}}, "revision applies to hf:// adapters only"),
     ("dropout 1", {"method": {"lora": {"dropout": 1}}}, "spec.method.lora.dropout"),
     ("an unknown method", {"method": {"type": "Full"}}, 'Unsupported value: "Full": supported values: "LoRA", "QLoRA"'),
     ("a model without scheme", {"model": {"uri": "meta-llama/Llama-3.1-8B"}}, "spec.model.uri"),

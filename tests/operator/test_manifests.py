@@ -177,3 +177,18 @@ def test_a_model_cache_is_writable_for_the_stages_that_read_the_base() -> None:
         "publish reads the base only to merge"
     )
     assert not any(mounted(stage, **merged) for stage in PIPELINE)
+
+
+def test_only_prepare_reads_the_adapter_that_training_goes_on_from() -> None:
+    adapter = {"uri": "pvc://adapters/old", "secretRef": {"name": "old-adapter"}}
+    model = {"uri": "s3://models/smol", "initialAdapter": adapter}
+    made = {stage: pod_spec(stage, model=model) for stage in PIPELINE}
+    for stage, pod in made.items():
+        secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
+        claims = [v["persistentVolumeClaim"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+        if stage is Stage.PREPARE:
+            assert secrets["secret-initial-adapter"] == "old-adapter"
+            assert claims == [{"claimName": "adapters", "readOnly": True}]
+        else:
+            assert "secret-initial-adapter" not in secrets
+            assert claims == []

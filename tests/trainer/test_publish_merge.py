@@ -37,7 +37,8 @@ CPU32 = device.Compute(torch.device("cpu"), torch.float32, "cpu")
 def adapter_for(base: Path, folder: Path, **settings: Any) -> Path:
     """A peft adapter with random weights on the base."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+    settings = {"target_modules": "all-linear", **settings}
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
     peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:

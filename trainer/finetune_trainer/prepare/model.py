@@ -13,6 +13,7 @@ from finetune_api.snapshot import ResolvedLora
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
+from finetune_trainer.prepare.initial_adapter import InitialAdapter, fetch_initial_adapter, must_fit
 from finetune_trainer.prepare.shapes import (
     Parameters,
     check_config,
@@ -43,6 +44,8 @@ class BaseModel:
     """config.json."""
     shapes: dict[str, tuple[int, ...]]
     """Of every tensor in the weights' files."""
+    adapter: InitialAdapter | None
+    """What training goes on from."""
     warnings: list[str]
 
 
@@ -78,11 +81,18 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         warnings.append(
             f"training.maxSequenceTokens {limit:,} is beyond the {positions:,} positions the model was trained for"
         )
+    adapter = fetch_initial_adapter(ctx)
+    snapshot = ctx.snapshot if adapter is None else ctx.snapshot.with_lora(adapter.record.lora)
+    lora = snapshot.plan.method.lora
     if is_mixture_of_experts(headers):
-        refuse_for_experts(ctx.snapshot.plan.method.lora)
+        refuse_for_experts(lora)
         warnings.append(
             "mixture of experts: only layers outside the experts are adapted; the parameter count is an estimate"
         )
+    parameters = count_parameters(headers, lora)
+    shapes = {name: shape for name, (_, shape) in headers.items()}
+    if adapter is not None:
+        must_fit(adapter, snapshot.spec, shapes, parameters)
     return BaseModel(
         uri=spec.uri,
         commit=model.commit,
@@ -91,9 +101,10 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         tokenizer_hash=tokenizer_hash({f.path: f.sha256 for f in records if f.sha256}, template),
         renderer=renderer,
         vocabulary=_vocabulary(config, headers, spec.uri),
-        parameters=count_parameters(headers, ctx.snapshot.plan.method.lora),
+        parameters=parameters,
         config=config,
-        shapes={name: shape for name, (_, shape) in headers.items()},
+        shapes=shapes,
+        adapter=adapter,
         warnings=warnings,
     )
 

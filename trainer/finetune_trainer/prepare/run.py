@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from finetune_api.failures import Reason
 from finetune_api.results import (
     PREPARE_RESULT,
+    PREPARED_ADAPTER,
     PREPARED_HELD_OUT,
     PREPARED_PREVIEW,
     PREPARED_PROMPTS,
@@ -29,8 +30,10 @@ from finetune_api.results import (
 from finetune_trainer.attempts import note_begin
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.lora_files import CONFIG, WEIGHTS
 from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import Prepared, finish, total_steps
+from finetune_trainer.prepare.initial_adapter import InitialAdapter
 from finetune_trainer.prepare.model import inspect_model
 from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.s3 import S3Store
@@ -69,13 +72,15 @@ def run(ctx: StageContext) -> PrepareReport:
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
     checked = check_data(ctx, model)
     prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared")
-    planned = plan_run(ctx.snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
+    record = model.adapter.record if model.adapter is not None else None
+    snapshot = ctx.snapshot.with_lora(record.lora) if record is not None else ctx.snapshot
+    planned = plan_run(snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
     if planned is not None:
         log.info("%s", planned.summary)
     for warning in (warnings := model.warnings + prepared.warnings):
         log.warning("%s", warning)
 
-    files = [] if plan_only else upload(ctx, prepared)
+    files = [] if plan_only else upload(ctx, prepared, model.adapter)
     result = PrepareResult(
         snapshot_digest=ctx.snapshot.digest(),
         execution_id=ctx.execution_id,
@@ -88,6 +93,7 @@ def run(ctx: StageContext) -> PrepareReport:
         total_parameters=model.parameters.total,
         total_steps=total_steps(ctx.snapshot.spec, prepared.data.train_rows),
         plan=planned,
+        initial_adapter=record,
         files=files,
         warnings=warnings,
     )
@@ -155,16 +161,19 @@ def check_output(ctx: StageContext) -> None:
             log.info("credentials may write, but not delete: %s stays", store.uri(WRITE_TEST))
 
 
-def upload(ctx: StageContext, prepared: Prepared) -> list[FileRecord]:
-    """The prepared files, to the workspace."""
+def upload(ctx: StageContext, prepared: Prepared, adapter: InitialAdapter | None) -> list[FileRecord]:
+    """The prepared files, and the adapter that training goes on from, to the workspace."""
     ctx.reporter.report(activity="Uploading")
-    total = sum((prepared.folder / name).stat().st_size for name in PREPARED_FILES)
+    paths = {name: prepared.folder / name for name in PREPARED_FILES}
+    if adapter is not None:
+        paths |= {f"{PREPARED_ADAPTER}/{name}": adapter.folder / name for name in (CONFIG, WEIGHTS)}
+    total = sum(path.stat().st_size for path in paths.values())
     moved = ctx.reporter.transfer("upload", total)
 
     def send(name: str) -> FileRecord:
-        return ctx.workspace_store().upload_file(prepared.folder / name, name, moved)
+        return ctx.workspace_store().upload_file(paths[name], name, moved)
 
-    return [wait_until_available(ctx, partial(send, name)) for name in PREPARED_FILES]
+    return [wait_until_available(ctx, partial(send, name)) for name in paths]
 
 
 def report(result: PrepareResult, trained: bool) -> PrepareReport:

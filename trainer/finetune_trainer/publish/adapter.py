@@ -15,16 +15,7 @@ from safetensors import safe_open
 from finetune_api.failures import Reason
 from finetune_api.targets import setting_of
 from finetune_trainer.errors import StageError
-
-PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-MAGNITUDE = ".lora_magnitude_vector"
-UNKNOWN_SETTINGS = (
-    "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
-    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
-)  # fmt: skip
-"""Settings that change what the tensors mean. The operator sets none of them; a file that has one is refused, not misread."""
+from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class Adapter:
     def lora(self, module: str) -> Lora:
         """The update of a module."""
         magnitude = self._read(f"{module}{MAGNITUDE}") if f"{module}{MAGNITUDE}" in self.keys else None
-        a, b = self._read(f"{module}.lora_A.weight"), self._read(f"{module}.lora_B.weight")
+        a, b = self._read(f"{module}{LORA_A}"), self._read(f"{module}{LORA_B}")
         return Lora(a, b, self.modules[module], magnitude)
 
     def replacement(self, tensor: str) -> torch.Tensor:
@@ -96,24 +87,21 @@ def read_adapter(folder: Path) -> Adapter:
         raise StageError(
             Reason.VERIFICATION_FAILED, f"the adapter's peft_type is {config.get('peft_type')!r}, not LORA."
         )
-    strange = [name for name in UNKNOWN_SETTINGS if config.get(name)]
-    if strange:
+    if strange := strange_settings(config):
         raise StageError(
             Reason.VERIFICATION_FAILED,
             f"the adapter's configuration sets {', '.join(strange)}, which cannot be merged.",
         )
     rank, alpha = config["r"], config["lora_alpha"]
     with safe_open(folder / WEIGHTS, "pt") as file:
-        names = {k: k.removeprefix(PREFIX).replace(".base_layer.", ".") for k in file.keys()}  # noqa: SIM118 - not a dict
+        names = {k: tensor_name(k) for k in file.keys()}  # noqa: SIM118 - not a dict
         ranks = {
-            n.removesuffix(".lora_A.weight"): file.get_slice(k).get_shape()[0]
-            for k, n in names.items()
-            if n.endswith(".lora_A.weight")
+            n.removesuffix(LORA_A): file.get_slice(k).get_shape()[0] for k, n in names.items() if n.endswith(LORA_A)
         }
     keys = {name: key for key, name in names.items()}
     modules = ranks.keys()
     configured = {m: setting_of(m, config.get("rank_pattern") or {}, rank) for m in modules}
-    halves = {n.removesuffix(".lora_B.weight") for n in keys if n.endswith(".lora_B.weight")}
+    halves = {n.removesuffix(LORA_B) for n in keys if n.endswith(LORA_B)}
     magnitudes = {n.removesuffix(MAGNITUDE) for n in keys if n.endswith(MAGNITUDE)}
     wanted = modules if config.get("use_dora") else set()
     if not modules or modules != halves or ranks != configured or magnitudes != wanted:

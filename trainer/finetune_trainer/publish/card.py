@@ -39,6 +39,7 @@ def model_card(
         job=snapshot.job,
         method=chosen(snapshot, prepared).plan.method,
         plan=snapshot.plan,
+        initial_adapter=prepared.initial_adapter,
         training=snapshot.spec.training,
         output=snapshot.spec.output,
         sources=[s.uri for s in snapshot.spec.data.train],

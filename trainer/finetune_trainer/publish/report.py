@@ -45,6 +45,8 @@ def html_report(
         answers: ``reports/answers.json``.
         preview: ``prepare/preview.json``.
     """
+    if manifest.initial_adapter is not None:
+        snapshot = snapshot.with_lora(manifest.initial_adapter.lora)
     curves = read_curves(metrics)
     # Who wants no answers to held-out prompts in the bucket wants no other rows there either.
     shown = snapshot.spec.evaluation.generation.prompts

@@ -139,6 +139,7 @@ def make_manifest(
         job={"name": snapshot.job.name, "namespace": snapshot.job.namespace, "uid": snapshot.job.uid},
         base_model={"uri": model.uri, "revision": model.revision, "commit": prepared.model_commit},
         base_files=trained.base_files,
+        initial_adapter=prepared.initial_adapter,
         data_hash=prepared.data_hash,
         snapshot_digest=snapshot.digest(),
         config=snapshot.to_json_dict(),

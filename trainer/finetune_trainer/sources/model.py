@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune_api import names
 from finetune_api.failures import Reason
+from finetune_api.spec import InitialAdapter, Model
 from finetune_api.uris import HubLocation, PvcLocation, S3Location, parse_uri
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
@@ -77,6 +78,20 @@ class ModelSource(ABC):
         dest.mkdir(parents=True, exist_ok=True)
         for file in self.list_files(weights=weights):
             self._fetch_file(file.path, dest, on_bytes)
+        return dest
+
+    def fetch_files(self, files: list[str], dest: Path) -> Path:
+        """The local folder that has these: ``dest``, or where they lie already (pvc://).
+
+        Raises:
+            StageError: ModelNotFound, if one is missing.
+        """
+        missing = set(files) - {f.path for f in self._all_files()}
+        if missing:
+            raise StageError(Reason.MODEL_NOT_FOUND, f"{self.uri} has no {' and no '.join(sorted(missing))}")
+        dest.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            self._fetch_file(file, dest, None)
         return dest
 
     def weight_files(self) -> list[str]:
@@ -227,6 +242,12 @@ class FolderModel(ModelSource):
             self.weight_files()
         return self._folder
 
+    def fetch_files(self, files: list[str], dest: Path) -> Path:  # noqa: ARG002
+        missing = [name for name in files if not (self._folder / name).is_file()]
+        if missing:
+            raise StageError(Reason.MODEL_NOT_FOUND, f"{self.uri} has no {' and no '.join(missing)}")
+        return self._folder
+
     def version(self, path: str) -> str | None:
         size = (self._folder / path).stat().st_size
         digest = hashlib.sha256()
@@ -253,16 +274,27 @@ def resolve_model(ctx: StageContext, commit: str | None = None) -> ModelSource:
     """Find the base model. Later stages pass the ``commit`` that prepare resolved, so that a moved branch changes nothing.
 
     Raises:
+        StageError: as :func:`resolve_source`.
+    """
+    spec = ctx.snapshot.spec.model
+    return resolve_source(ctx, names.MODEL_SLOT, spec, commit or spec.revision, spec.trust_remote_code)
+
+
+def resolve_source(
+    ctx: StageContext, slot: str, source: Model | InitialAdapter, revision: str | None, trust_remote_code: bool = False
+) -> ModelSource:
+    """A folder with a model, or an adapter of one.
+
+    Raises:
         StageError: ModelNotFound, GatedModel, AccessDenied, BucketNotFound, UnsupportedModel for good; HubUnavailable,
             StorageUnavailable, SecretMissing while they last.
     """
-    spec = ctx.snapshot.spec.model
-    credentials = ctx.credentials(names.MODEL_SLOT, spec)
-    location = parse_uri(spec.uri)
+    credentials = ctx.credentials(slot, source)
+    location = parse_uri(source.uri)
     if isinstance(location, HubLocation):
-        repository = HubRepository(location.repo_id, "model", commit or spec.revision, credentials).resolve()
-        return HubModel(spec.uri, spec.trust_remote_code, repository, ctx.work_dir / "scratch")
+        repository = HubRepository(location.repo_id, "model", revision, credentials).resolve()
+        return HubModel(source.uri, trust_remote_code, repository, ctx.work_dir / "scratch")
     if isinstance(location, S3Location):
-        return S3Model(spec.uri, spec.trust_remote_code, connect(location, credentials, ctx.work_dir / "scratch"))
+        return S3Model(source.uri, trust_remote_code, connect(location, credentials, ctx.work_dir / "scratch"))
     assert isinstance(location, PvcLocation)  # the spec's pattern allows nothing else
-    return FolderModel(spec.uri, spec.trust_remote_code, pvc_path(ctx.pvc_dir, location, Reason.MODEL_NOT_FOUND))
+    return FolderModel(source.uri, trust_remote_code, pvc_path(ctx.pvc_dir, location, Reason.MODEL_NOT_FOUND))

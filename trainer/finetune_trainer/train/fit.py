@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -28,6 +28,7 @@ from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.held_out_curve import is_enough
+from finetune_trainer.train.model import take_up
 from finetune_trainer.train.packing import keeps_rows_apart
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
@@ -373,14 +374,8 @@ def is_due(step: int, total: int, first: int, interval: CheckpointInterval, seco
 
 
 def load_adapter(model: PeftModel, restored: Restored) -> None:
-    """A checkpoint's weights into the adapter.
-
-    Raises:
-        AssertionError: tensors of the file that the model has no place for, or the reverse.
-    """
-    weights = load_file(restored.folder / ADAPTER_FILE)
-    found = set_peft_model_state_dict(model, weights)
-    assert not found.unexpected_keys, f"the checkpoint has tensors that the model lacks: {found.unexpected_keys[:3]}"
+    """A checkpoint's weights into the adapter."""
+    take_up(model, load_file(restored.folder / ADAPTER_FILE))
 
 
 def _stopped(step: int, saved: Saved | None) -> Interrupted:

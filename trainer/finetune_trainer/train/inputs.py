@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
 from finetune_api.results import (
     PREPARE_RESULT,
+    PREPARED_ADAPTER,
     PREPARED_HELD_OUT,
     PREPARED_PROMPTS,
     PREPARED_TRAIN,
@@ -22,6 +23,7 @@ from finetune_api.results import (
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.hashing import hash_file, hash_files
+from finetune_trainer.lora_files import WEIGHTS
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.cache import cache_of
 from finetune_trainer.sources.model import ModelSource, resolve_model
@@ -40,6 +42,8 @@ class Prepared:
     train: Path
     held_out: Path
     prompts: list[PreparedPrompt]
+    initial_adapter: Path | None = None
+    """Weights that training goes on from."""
 
 
 def fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
@@ -67,7 +71,8 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
         )
     records = {f.path: f for f in result.files}
     paths = {}
-    for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS):
+    adapter = f"{PREPARED_ADAPTER}/{WEIGHTS}" if result.initial_adapter is not None else None
+    for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS, *([adapter] if adapter else [])):
         paths[name] = ctx.work_dir / name
         if paths[name].is_file() and hash_file(paths[name], name, lambda: None) == records[name]:
             continue  # an earlier try, or process of this pod, has fetched it
@@ -77,7 +82,8 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
             raise StageError(Reason.VERIFICATION_FAILED, f"{workspace.uri(name)} has disappeared.") from error
         must_equal(found, records[name], workspace.uri(name))
     prompts = PROMPTS.validate_json(paths[PREPARED_PROMPTS].read_bytes())
-    return Prepared(result, paths[PREPARED_TRAIN], paths[PREPARED_HELD_OUT], prompts)
+    initial = paths[adapter] if adapter else None
+    return Prepared(result, paths[PREPARED_TRAIN], paths[PREPARED_HELD_OUT], prompts, initial)
 
 
 @dataclass(frozen=True)

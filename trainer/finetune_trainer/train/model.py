@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
@@ -106,8 +107,8 @@ def keep_training_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def attach_adapter(base: Any, snapshot: Snapshot) -> PeftModel:
-    """A fresh LoRA adapter on the base, trainables in float32.
+def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -> PeftModel:
+    """A LoRA adapter on the base, trainables in float32: a fresh one, or with the weights of ``initial``.
 
     Raises:
         StageError: UnknownTargetModule, InvalidConfig.
@@ -136,9 +137,23 @@ def attach_adapter(base: Any, snapshot: Snapshot) -> PeftModel:
             Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {', '.join(linear_names(base))}."
         ) from error
     make_trainables_float32(model)
+    if initial is not None:
+        take_up(model, load_file(initial))
     config.base_model_name_or_path = public_name(snapshot)
     config.revision = None
     return model
+
+
+def take_up(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give an adapter the weights of a file of peft's.
+
+    Raises:
+        AssertionError: tensors that the model has no place for, or the reverse.
+    """
+    missing = get_peft_model_state_dict(model).keys() - weights.keys()
+    assert not missing, f"the file lacks tensors of the adapter: {sorted(missing)[:3]}"
+    found = set_peft_model_state_dict(model, weights)
+    assert not found.unexpected_keys, f"the file has tensors that the model lacks: {found.unexpected_keys[:3]}"
 
 
 def public_name(snapshot: Snapshot) -> str:

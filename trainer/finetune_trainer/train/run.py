@@ -120,7 +120,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     begin(ctx, "Training", held_out_loss=loss_base.loss)
     if ranks.sharded:
         ready_for_adapter(base)
-    peft_model = model.attach_adapter(base, snapshot)
+    peft_model = model.attach_adapter(base, snapshot, prepared.initial_adapter)
     if ranks.offloaded:
         adapter_to(peft_model, compute.device)
     trained_base = model.trained_base_weights(peft_model)

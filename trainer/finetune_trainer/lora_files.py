@@ -1,0 +1,26 @@
+"""peft's files of a LoRA adapter: names, and settings that change what the tensors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+PREFIX = "base_model.model."
+UNKNOWN_SETTINGS = (
+    "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
+)  # fmt: skip
+"""The operator sets none of them; a file that has one is refused, not misread."""
+
+
+def strange_settings(config: Mapping[str, Any]) -> list[str]:
+    """Those that are set."""
+    return [name for name in UNKNOWN_SETTINGS if config.get(name)]
+
+
+def tensor_name(key: str) -> str:
+    """A file's key in the words of the base model."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -1,0 +1,138 @@
+"""The adapter that training goes on from: fetched, checked against the base and the job, and kept beside the prepared data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from finetune_api import names
+from finetune_api.failures import Reason
+from finetune_api.results import InitialAdapterRecord
+from finetune_api.snapshot import resolve_plan
+from finetune_api.spec import FineTuneJobSpec, Lora
+from finetune_api.targets import setting_of
+from finetune_trainer.context import StageContext
+from finetune_trainer.errors import StageError
+from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
+from finetune_trainer.prepare.shapes import Parameters
+from finetune_trainer.sources.model import resolve_source
+from finetune_trainer.waiting import wait_until_available
+
+Shapes = dict[str, tuple[int, ...]]
+OF_THE_JOB = ("dropout", "loraplus_lr_ratio")
+"""What an adapter's file does not decide."""
+
+
+@dataclass(frozen=True)
+class InitialAdapter:
+    """The adapter's files, here, and what stands in them."""
+
+    folder: Path
+    record: InitialAdapterRecord
+    tensors: Shapes
+    """By their names in the base's words."""
+
+
+def fetch_initial_adapter(ctx: StageContext) -> InitialAdapter | None:
+    """None where the job starts afresh.
+
+    Raises:
+        StageError: InvalidConfig for one that cannot be trained on; what its source raises.
+    """
+    asked = ctx.snapshot.spec.model.initial_adapter
+    if asked is None:
+        return None
+
+    def fetch() -> tuple[Path, str | None]:
+        source = resolve_source(ctx, names.INITIAL_ADAPTER_SLOT, asked, asked.revision)
+        return source.fetch_files([CONFIG, WEIGHTS], ctx.work_dir / "initial-adapter"), source.commit
+
+    folder, commit = wait_until_available(ctx, fetch)
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, framework="np") as file:
+            keys = file.keys()
+            tensors: Shapes = {tensor_name(key): tuple(file.get_slice(key).get_shape()) for key in keys}
+    except (ValueError, SafetensorError) as error:
+        raise StageError(
+            Reason.INVALID_CONFIG, f"model.initialAdapter: {asked.uri} is no adapter of peft's ({error})."
+        ) from error
+    lora = settings_of(config, ctx.snapshot.spec.method.lora, asked.uri)
+    return InitialAdapter(folder, InitialAdapterRecord(uri=asked.uri, commit=commit, lora=lora), tensors)
+
+
+def settings_of(config: dict[str, Any], asked: Lora, uri: str) -> Lora:
+    """An adapter's settings in the spec's words.
+
+    Raises:
+        StageError: InvalidConfig, for an adapter that cannot be trained on, or a job that asks for another.
+    """
+    if config.get("peft_type") != "LORA" or (strange := strange_settings(config)) or config.get("bias") != "none":
+        found = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(strange) or "trained biases"
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"model.initialAdapter: {uri} is more than a plain LoRA adapter ({found}), which cannot be trained on.",
+        )
+    layers, targets = config.get("layers_to_transform"), config.get("target_modules")
+    try:
+        lora = Lora(
+            rank=config["r"],
+            alpha=config["lora_alpha"],
+            target_modules=[targets] if isinstance(targets, str) else sorted(targets or []),
+            exclude_modules=config.get("exclude_modules") or None,
+            layers_to_transform=[layers] if isinstance(layers, int) else layers,
+            rank_pattern=config.get("rank_pattern") or None,
+            alpha_pattern=config.get("alpha_pattern") or None,
+            use_rslora=config.get("use_rslora", False),
+            use_dora=config.get("use_dora", False),
+            **{name: getattr(asked, name) for name in OF_THE_JOB},
+        )
+    except (ValidationError, KeyError, TypeError) as error:
+        raise StageError(
+            Reason.INVALID_CONFIG, f"model.initialAdapter: {CONFIG} of {uri} cannot be used: {error}"
+        ) from error
+    default = Lora()
+    for name in Lora.model_fields:
+        mine, theirs = getattr(asked, name), getattr(lora, name)
+        if mine not in (getattr(default, name), theirs):
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"method.lora asks for {name}: {mine}, and the initial adapter has {theirs}. Leave it out: the adapter's own settings are used.",
+            )
+    return lora
+
+
+def must_fit(adapter: InitialAdapter, spec: FineTuneJobSpec, base: Shapes, counted: Parameters) -> None:
+    """Every layer that its settings name is there with the shapes that the base asks for, and nothing besides.
+
+    Args:
+        base: shape (outputs, inputs) of the base's tensors, by name.
+        counted: what would be adapted by its settings.
+
+    Raises:
+        StageError: InvalidConfig.
+    """
+    lora = resolve_plan(spec).method.lora
+    wanted: Shapes = {}
+    for module in counted.targets:
+        rank = setting_of(module, lora.rank_pattern, lora.rank)
+        outputs, inputs = base[f"{module}.weight"]
+        wanted[f"{module}{LORA_A}"], wanted[f"{module}{LORA_B}"] = (rank, inputs), (outputs, rank)
+        if lora.use_dora:
+            wanted[f"{module}{MAGNITUDE}"] = (outputs,)
+    for name in sorted(wanted.keys() | adapter.tensors.keys()):
+        has, needs = adapter.tensors.get(name), wanted.get(name)
+        if has != needs:
+            found = f"is {list(has)} in the adapter" if has else "is not in the adapter"
+            expected = (
+                f"{list(needs)} by its settings and the base" if needs else "not adapted by its settings and the base"
+            )
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"model.initialAdapter: {adapter.record.uri} does not fit {spec.model.uri}: {name} {found}, and {expected}.",
+            )
