@@ -44,9 +44,9 @@ class BaseModel:
     """config.json."""
     shapes: dict[str, tuple[int, ...]]
     """Of every tensor in the weights' files."""
-    adapter: InitialAdapter | None
-    """What training goes on from."""
     warnings: list[str]
+    adapter: InitialAdapter | None = None
+    """What training goes on from."""
 
 
 def inspect_model(ctx: StageContext) -> BaseModel:
