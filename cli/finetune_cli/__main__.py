@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from finetune_cli.inspect import inspect_command
 from finetune_cli.plan import plan_command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tuning jobs from the command line.")
 app.command("plan")(plan_command)
-
-
-@app.callback()
-def callback() -> None:
-    """Keeps ``plan`` a command of its own while it is the only one."""
+app.command("inspect")(inspect_command)
 
 
 def main() -> None:

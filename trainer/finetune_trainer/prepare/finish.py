@@ -48,11 +48,17 @@ class Prepared:
     folder: Path
     data: DataSummary
     data_hash: str
+    preview: list[PreviewRow]
     warnings: list[str]
 
 
 def finish(
-    spec: FineTuneJobSpec, checked: Checked, tokenizer: Any, renderer: ChatRenderer | None, folder: Path
+    spec: FineTuneJobSpec,
+    checked: Checked,
+    tokenizer: Any,
+    renderer: ChatRenderer | None,
+    folder: Path,
+    preview_rows: int = PREVIEW_ROWS,
 ) -> Prepared:
     """Split the rows and write the files.
 
@@ -69,7 +75,7 @@ def finish(
             encoded = Encoded(row["input_ids"], row["labels"], row["prompt_tokens"], len(row["input_ids"]))
             if is_held_out and len(prompts) < max(spec.evaluation.generation.prompts, TOKENIZER_PROMPTS):
                 prompts.append(_prompt(row, encoded, tokenizer, renderer))
-            if not is_held_out and row["copies"] and len(preview) < PREVIEW_ROWS:
+            if not is_held_out and row["copies"] and len(preview) < preview_rows:
                 preview.append(_preview(row["source"], encoded, tokenizer))
             for _ in range(1 if is_held_out else row["copies"]):
                 sides[is_held_out].add(encoded)
@@ -95,7 +101,7 @@ def finish(
         held_out_overlap_rows=_overlap(checked.index.groups, held_out),
         tokens=_percentiles(checked.index),
     )
-    return Prepared(folder, data, data_hash.hexdigest(), _warnings(spec, data, checked, held_out))
+    return Prepared(folder, data, data_hash.hexdigest(), preview, _warnings(spec, data, checked, held_out))
 
 
 def _write(path: Path, items: Sequence[ApiModel]) -> None:

@@ -25,6 +25,7 @@ from finetune_api.results import (
     FileRecord,
     PrepareReport,
     PrepareResult,
+    RunPlan,
     TrainResult,
 )
 from finetune_trainer.attempts import note_begin
@@ -32,9 +33,9 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.lora_files import CONFIG, WEIGHTS
 from finetune_trainer.prepare.check import check_data
-from finetune_trainer.prepare.finish import Prepared, finish, total_steps
+from finetune_trainer.prepare.finish import PREVIEW_ROWS, Prepared, finish, total_steps
 from finetune_trainer.prepare.initial_adapter import InitialAdapter
-from finetune_trainer.prepare.model import inspect_model
+from finetune_trainer.prepare.model import BaseModel, inspect_model
 from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.cache import cache_of
@@ -68,16 +69,11 @@ def run(ctx: StageContext) -> PrepareReport:
     if not plan_only:
         wait_until_available(ctx, lambda: note_begin(ctx, ctx.workspace_store()))
 
-    model = inspect_model(ctx)
-    log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
-    checked = check_data(ctx, model)
-    prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared")
-    record = model.adapter.record if model.adapter is not None else None
-    snapshot = ctx.snapshot.with_lora(record.lora) if record is not None else ctx.snapshot
-    planned = plan_run(snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
+    found = examine(ctx)
+    model, prepared, planned = found.model, found.prepared, found.plan
     if planned is not None:
         log.info("%s", planned.summary)
-    for warning in (warnings := model.warnings + prepared.warnings):
+    for warning in found.warnings:
         log.warning("%s", warning)
 
     files = [] if plan_only else upload(ctx, prepared, model.adapter)
@@ -91,16 +87,15 @@ def run(ctx: StageContext) -> PrepareReport:
         tokenizer_hash=model.tokenizer_hash,
         trainable_parameters=model.parameters.trainable,
         total_parameters=model.parameters.total,
-        total_steps=total_steps(ctx.snapshot.spec, prepared.data.train_rows),
+        total_steps=found.total_steps,
         plan=planned,
-        initial_adapter=record,
+        initial_adapter=model.adapter.record if model.adapter is not None else None,
         files=files,
-        warnings=warnings,
+        warnings=found.warnings,
     )
     if not plan_only:
         wait_until_available(ctx, lambda: ctx.workspace_store().put_model(PREPARE_RESULT, result))
         fetch_ahead(ctx, model.commit)
-    checked.spool.unlink(missing_ok=True)
     log.info(
         "%s checked: %s train, %s held out",
         plural(prepared.data.rows, "row"),
@@ -108,6 +103,39 @@ def run(ctx: StageContext) -> PrepareReport:
         prepared.data.held_out_rows,
     )
     return report(result, earlier.trained)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """All that prepare finds out."""
+
+    model: BaseModel
+    prepared: Prepared
+    plan: RunPlan | None
+    total_steps: int
+    warnings: list[str]
+
+
+def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS) -> Examined:
+    """Check model and data and plan the run. The prepared files lie in the work folder, and nothing is stored anywhere else.
+
+    Args:
+        preview_rows: how many of the first training rows are shown token by token.
+
+    Raises:
+        StageError: whatever makes the job impossible.
+    """
+    model = inspect_model(ctx)
+    log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
+    checked = check_data(ctx, model)
+    prepared = finish(
+        ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared", preview_rows
+    )
+    checked.spool.unlink(missing_ok=True)
+    snapshot = ctx.snapshot if model.adapter is None else ctx.snapshot.with_lora(model.adapter.record.lora)
+    planned = plan_run(snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
+    steps = total_steps(ctx.snapshot.spec, prepared.data.train_rows)
+    return Examined(model, prepared, planned, steps, model.warnings + prepared.warnings)
 
 
 @dataclass(frozen=True)
