@@ -4,7 +4,8 @@ Layout below ``<output.uri>/<name>-<uid8>/``::
 
     adapter/            adapter_config.json, adapter_model.safetensors, tokenizer, chat template, README.md (model card)
     merged/             merged model folder, if asked for
-    reports/            index.html, metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned)
+    reports/            index.html, metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned),
+                        metrics.json (what both score)
     manifest.json       written last: no manifest, no result
 
 and below the workspace (``workspace/`` there by default)::
@@ -29,6 +30,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
+from finetune_api.scores import TextMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import CpuOffload, MethodType, Parallelism
 
@@ -37,6 +39,7 @@ IGNORED = -100
 PREPARED_VERSION = 1
 RESULT_VERSION = 1
 MANIFEST_VERSION = 1
+SCORES_VERSION = 1
 CHECKPOINT_VERSION = 1
 
 PREPARE_RESULT = "prepare/result.json"
@@ -50,6 +53,7 @@ MERGED_DIR = "merged"
 REPORTS_DIR = "reports"
 METRICS_FILE = "reports/metrics.jsonl"
 ANSWERS_FILE = "reports/answers.json"
+SCORES_FILE = "reports/metrics.json"
 REPORT_FILE = "reports/index.html"
 MANIFEST = "manifest.json"
 ATTEMPTS_DIR = "attempts"
@@ -284,6 +288,7 @@ class Answer(ApiModel):
     row: int
     prompt: str
     reference: str
+    """Empty where there is none (an answer that only calls a tool has no text)."""
     base: str
     tuned: str
 
@@ -367,6 +372,35 @@ class MergeCheck(ApiModel):
     rows: int
 
 
+class HeldOutScores(ApiModel):
+    """One model on the learned tokens of the held-out rows."""
+
+    loss: float
+    perplexity: float | None = None
+    """Absent beyond what a float holds."""
+
+
+class HeldOutComparison(ApiModel):
+    """Base and tuned model on the same rows."""
+
+    rows: int
+    base: HeldOutScores
+    tuned: HeldOutScores
+
+
+class Scores(ApiModel):
+    """``reports/metrics.json``: everything that base and tuned model are compared by."""
+
+    version: int = SCORES_VERSION
+    snapshot_digest: Sha256
+    answers_sha256: Sha256
+    """Of ``reports/answers.json``, of which ``text`` is computed."""
+    held_out: HeldOutComparison
+    text: TextMetrics | None = None
+    """Absent where no prompt was answered or no metric asked for."""
+    warnings: list[str] = []
+
+
 class Manifest(ApiModel):
     """``manifest.json``: the proof that a job's output is whole."""
 
@@ -382,6 +416,8 @@ class Manifest(ApiModel):
     config: dict[str, object]
     """The resolved snapshot."""
     metrics: TrainMetrics
+    text_metrics: TextMetrics | None = None
+    """What the answers score; all scores stand in ``reports/metrics.json``."""
     verification: Verification
     merge_check: MergeCheck | None = None
     data: DataSummary
@@ -430,6 +466,7 @@ class PublishReport(ApiModel):
     """``StageReport.result`` of publish. Repeats the metrics, so that a lost train report is made good here."""
 
     metrics: TrainMetrics
+    text_metrics: TextMetrics | None = None
     verification: Verification
     merge_check: MergeCheck | None = None
     adapter_bytes: int

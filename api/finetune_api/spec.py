@@ -478,11 +478,47 @@ class Training(ApiModel):
     )
 
 
+class TextMetric(StrEnum):
+    """What is computed of the answers. ROUGE is ROUGE-1, -2 and -L."""
+
+    EXACT_MATCH = "ExactMatch"
+    ROUGE = "ROUGE"
+    BLEU = "BLEU"
+    CHRF = "ChrF"
+    JSON_VALIDITY = "JSONValidity"
+    REGEX = "Regex"
+
+
+_REGEX_MESSAGE = "regex and the metric Regex need each other: set both or none"
+
+
 class Generation(ApiModel):
     """Answers to held-out prompts by base and tuned model, kept side by side."""
 
     prompts: Annotated[int, Field(ge=0, le=100)] = Field(3, description="How many held-out prompts are answered.")
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="Longest answer, in tokens.")
+    metrics: Annotated[list[TextMetric], Field(max_length=len(TextMetric))] = Field(
+        default=[TextMetric.EXACT_MATCH, TextMetric.ROUGE, TextMetric.BLEU, TextMetric.CHRF],
+        description=(
+            "What is computed of both models' answers. ExactMatch, ROUGE, BLEU and ChrF compare with the reference; JSONValidity is the share of "
+            "answers that are JSON, Regex of those in which regex finds something."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    regex: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = Field(
+        None,
+        description="Regular expression (Python's syntax) that is searched for in every answer; ^ and $ stand for its ends.",
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(("has(self.regex) == self.metrics.exists(m, m == 'Regex')", _REGEX_MESSAGE))
+    )
+
+    @model_validator(mode="after")
+    def _regex_where_it_counts(self) -> Generation:
+        if (self.regex is not None) != (TextMetric.REGEX in self.metrics):
+            raise ValueError(_REGEX_MESSAGE)
+        return self
 
 
 class Evaluation(ApiModel):

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel
 from finetune_api.progress import Restart, Split, StageReport, Transfer
+from finetune_api.scores import TextMetrics
 
 DATE_TIME = {"format": "date-time"}
 
@@ -144,7 +145,7 @@ class DataStatus(ApiModel):
 
 
 class MetricsStatus(ApiModel):
-    """Losses on learned tokens: Σ NLL / Σ tokens."""
+    """Losses on learned tokens: Σ NLL / Σ tokens; and what answers score."""
 
     held_out_loss_base: float
     held_out_loss: float
@@ -152,6 +153,7 @@ class MetricsStatus(ApiModel):
     perplexity: float
     final_train_loss: float
     tokens_per_second: float
+    text: TextMetrics | None = Field(None, description="What the answers of base and tuned model score.")
     summary: str
 
 

@@ -69,6 +69,11 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("several nodes", {"compute": {"nodes": 4, "gpusPerNode": 8}, "recovery": {"placementTimeoutSeconds": 60}}),
     ("shards over two nodes with one GPU each", {"compute": {"nodes": 2}, "training": {"parallelism": "FSDP"}}),
     ("a model that is kept for other jobs", {"model": {"cache": {"claimName": "models"}}}),
+    (
+        "a regular expression to look for",
+        {"evaluation": {"generation": {"metrics": ["JSONValidity", "Regex"], "regex": "^yes"}}},
+    ),
+    ("answers without scores", {"evaluation": {"generation": {"metrics": []}}}),
     ("Auto on a CPU", {"method": {"type": "Auto"}, "training": {"useCpu": True}}),
     ("a revision of hub data", {"data": {"train": [{"uri": "hf://org/name", "revision": "v1"}]}}),
     (
@@ -127,6 +132,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("memory that may grow from nothing", {"recovery": {"outOfMemory": {"maxMemory": "8Gi"}}}, "maxMemory needs compute.memory"),
     ("memory that may grow to less", {"compute": {"memory": "1Gi"}, "recovery": {"outOfMemory": {"maxMemory": "1G"}}}, "maxMemory must not be less than compute.memory"),
     ("more failures than status can hold", {"recovery": {"maxFailures": 51}}, "spec.recovery.maxFailures"),
+    ("the metric Regex without a regular expression", {"evaluation": {"generation": {"metrics": ["Regex"]}}}, "regex and the metric Regex need each other"),
+    ("a regular expression that nothing looks for", {"evaluation": {"generation": {"regex": "x"}}}, "regex and the metric Regex need each other"),
+    ("an unknown metric", {"evaluation": {"generation": {"metrics": ["METEOR"]}}}, 'Unsupported value: "METEOR"'),
+    ("a metric twice", {"evaluation": {"generation": {"metrics": ["BLEU", "BLEU"]}}}, "Duplicate value"),
     ("memory that is no quantity", {"compute": {"memory": "lots"}}, "spec.compute.memory"),
 ]  # fmt: skip
 

@@ -24,6 +24,8 @@ MINIMAL: dict[str, Any] = {
         ({"runtime": {"annotations": {"/x": "c"}}}, "'/x': every key must be a name"),
         ({"runtime": {"nodeSelector": {"a": "b c"}}}, "String should match pattern"),
         ({"training": {"optimizer": {"name": "lomo"}}}, "Input should be 'adamw_torch'"),
+        ({"evaluation": {"generation": {"metrics": ["Regex"]}}}, "regex and the metric Regex need each other"),
+        ({"evaluation": {"generation": {"regex": "x"}}}, "regex and the metric Regex need each other"),
     ],
 )
 def test_refuses(fields: dict[str, Any], words: str) -> None:

@@ -18,12 +18,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
-from finetune_api.results import MANIFEST, TRAIN_RESULT, Manifest, PreviewRow, TrainResult
+from finetune_api.results import (
+    MANIFEST,
+    PREPARE_RESULT,
+    SCORES_FILE,
+    TRAIN_RESULT,
+    Answer,
+    Manifest,
+    PrepareResult,
+    PreviewRow,
+    Scores,
+    TrainResult,
+)
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap
 from finetune_trainer.publish.report import html_report, without_credentials
+from finetune_trainer.publish.scores import publish_scores, score_rows
+from finetune_trainer.publish.text_metrics import text_metrics
 from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
 from finetune_trainer.train.device import pick_compute
@@ -85,6 +98,7 @@ def test_the_manifest_lists_every_file_with_its_hash(published: PreparedJob, s3:
         "merged/README.md",
         "merged/model.safetensors.index.json",
         "reports/metrics.jsonl",
+        "reports/metrics.json",
         "reports/index.html",
     } <= listed
     folder = published.context(Stage.PUBLISH).work_dir
@@ -123,6 +137,42 @@ def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(publis
     trained = published.context().workspace_store().get_model(TRAIN_RESULT, TrainResult)
     bare = html_report(published.snapshot, manifest, trained, b"", b"[]", b"[]")
     assert "<svg" not in bare, "and a run without a single finite number has a page, too"
+
+
+def test_the_scores_of_base_and_tuned_model_stand_in_all_places(published: PreparedJob) -> None:
+    store = published.context(Stage.PUBLISH).output_store()
+    scores, manifest = store.get_model(SCORES_FILE, Scores), manifest_of(published)
+    answers = [Answer.model_validate(a) for a in json.loads(store.get_bytes("reports/answers.json"))]
+    expected, _ = text_metrics(answers, published.snapshot.spec.evaluation.generation.metrics, None)
+    assert expected is not None
+    assert (expected.answers, expected.references) == (2, 2)
+    assert scores.text == manifest.text_metrics == publish.report(manifest).text_metrics == expected
+    assert (scores.held_out.base.loss, scores.held_out.tuned.loss, scores.held_out.rows) == (
+        manifest.metrics.held_out_loss_base, manifest.metrics.held_out_loss, 8,
+    )  # fmt: skip
+    page, card = store.get_bytes("reports/index.html").decode(), store.get_bytes("adapter/README.md").decode()
+    for label, base, tuned in score_rows(expected):
+        assert f"<tr><td>{label}</td><td>{base}</td><td>{tuned}</td></tr>" in page
+        assert f"| {label} | {base} | {tuned} |\n" in card
+    assert "2 prompts, 2 with a reference" in page
+
+
+def test_scores_of_an_earlier_execution_are_taken_only_if_they_are_of_these_answers(copy: PreparedJob) -> None:
+    ctx = copy.context(Stage.PUBLISH)
+    output, workspace = ctx.output_store(), ctx.workspace_store()
+    trained, prepared = (
+        workspace.get_model(TRAIN_RESULT, TrainResult),
+        workspace.get_model(PREPARE_RESULT, PrepareResult),
+    )
+    first, record = publish_scores(ctx, prepared, trained, output)
+    assert record.path == SCORES_FILE
+    output.put_model(SCORES_FILE, first.model_copy(update={"warnings": ["kept"]}))
+    assert publish_scores(ctx, prepared, trained, output)[0].warnings == ["kept"]
+    for change in ({"snapshot_digest": "0" * 64}, {"answers_sha256": "0" * 64}):
+        output.put_model(SCORES_FILE, first.model_copy(update={"warnings": ["kept"], **change}))
+        assert publish_scores(ctx, prepared, trained, output)[0] == first
+    output.put_bytes(SCORES_FILE, b"{torn")
+    assert publish_scores(ctx, prepared, trained, output)[0] == first
 
 
 @pytest.mark.parametrize("prompts", [0, 2])

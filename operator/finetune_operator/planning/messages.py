@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from finetune_api.names import Stage
 from finetune_api.progress import Split
-from finetune_api.results import PrepareReport, TrainMetrics
+from finetune_api.results import PrepareReport, PublishReport, TrainMetrics
+from finetune_api.scores import TextMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import DataStatus, GpuTimeStatus, MetricsStatus, PlanStatus
 
+SUMMARIZED = (
+    ("exact match", "exact_match"),
+    ("ROUGE-L", "rouge_l"),
+    ("BLEU", "bleu"),
+    ("chrF", "chrf"),
+    ("JSON", "json_validity"),
+    ("regex", "regex"),
+)
+"""Scores that stand in the summary: what they are called there, and their fields."""
 NO_GPU_USED = "No GPU was used."
 
 
@@ -122,8 +132,15 @@ def data_status(report: PrepareReport, max_tokens: int) -> DataStatus:
     )
 
 
-def metrics_status(metrics: TrainMetrics) -> MetricsStatus:
-    """Losses before and after."""
+def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None) -> MetricsStatus:
+    """Losses before and after; once published, what answers score."""
+    text = published.text_metrics if published is not None else None
+    told = [
+        f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
+        f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f})",
+        *([text_summary(text)] if text is not None else []),
+        f"{metrics.tokens_per_second:,.0f} tokens/s",
+    ]
     return MetricsStatus(
         held_out_loss_base=metrics.held_out_loss_base,
         held_out_loss=metrics.held_out_loss,
@@ -131,12 +148,16 @@ def metrics_status(metrics: TrainMetrics) -> MetricsStatus:
         perplexity=metrics.perplexity,
         final_train_loss=metrics.final_train_loss,
         tokens_per_second=metrics.tokens_per_second,
-        summary=(
-            f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
-            f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f}); "
-            f"{metrics.tokens_per_second:,.0f} tokens/s"
-        ),
+        text=text,
+        summary="; ".join(told),
     )
+
+
+def text_summary(text: TextMetrics) -> str:
+    """The scores of the answers, base → tuned, in a line."""
+    pairs = [(name, getattr(text.base, field), getattr(text.tuned, field)) for name, field in SUMMARIZED]
+    told = [f"{name} {base:.2f} → {tuned:.2f}" for name, base, tuned in pairs if base is not None and tuned is not None]
+    return f"{', '.join(told) or 'no scores'} on {text.answers} answers"
 
 
 def gpu_time_status(held_seconds: int, training_seconds: int | None) -> GpuTimeStatus:

@@ -48,6 +48,8 @@ class Prepared:
     folder: Path
     data: DataSummary
     data_hash: str
+    references: list[str]
+    """What the prompts' answers are compared with."""
     warnings: list[str]
 
 
@@ -95,7 +97,8 @@ def finish(
         held_out_overlap_rows=_overlap(checked.index.groups, held_out),
         tokens=_percentiles(checked.index),
     )
-    return Prepared(folder, data, data_hash.hexdigest(), _warnings(spec, data, checked, held_out))
+    references = [prompt.reference for prompt in prompts]
+    return Prepared(folder, data, data_hash.hexdigest(), references, _warnings(spec, data, checked, held_out))
 
 
 def _write(path: Path, items: Sequence[ApiModel]) -> None:

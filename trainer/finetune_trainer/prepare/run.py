@@ -29,6 +29,7 @@ from finetune_api.results import (
 from finetune_trainer.attempts import note_begin
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.pattern import check_on, compiled
 from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import Prepared, finish, total_steps
 from finetune_trainer.prepare.model import inspect_model
@@ -61,6 +62,8 @@ def run(ctx: StageContext) -> PrepareReport:
         if not plan_only and not earlier.trained:
             fetch_ahead(ctx, earlier.prepared.model_commit)
         return report(earlier.prepared, earlier.trained)
+    pattern = ctx.snapshot.spec.evaluation.generation.regex
+    search = compiled(pattern) if pattern is not None else None
     wait_until_available(ctx, lambda: check_output(ctx))
     if not plan_only:
         wait_until_available(ctx, lambda: note_begin(ctx, ctx.workspace_store()))
@@ -69,6 +72,8 @@ def run(ctx: StageContext) -> PrepareReport:
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
     checked = check_data(ctx, model)
     prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared")
+    if search is not None:
+        check_on(search, prepared.references)
     planned = plan_run(ctx.snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
     if planned is not None:
         log.info("%s", planned.summary)

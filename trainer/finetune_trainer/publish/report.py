@@ -16,6 +16,7 @@ from finetune_api.names import Stage
 from finetune_api.results import Answer, ExecutionRecord, Manifest, PreviewRow, TrainResult
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.publish.chart import Point, Series, line_chart
+from finetune_trainer.publish.scores import score_rows
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PRIVATE = ("runtime",)
@@ -55,6 +56,8 @@ def html_report(
         snapshot=snapshot,
         manifest=manifest,
         metrics=manifest.metrics,
+        text=manifest.text_metrics,
+        score_rows=score_rows(manifest.text_metrics) if manifest.text_metrics is not None else [],
         data=manifest.data,
         trained=trained,
         planned=manifest.plan,
