@@ -279,6 +279,8 @@ class BaseEvaluation(ApiModel):
     snapshot_digest: Sha256
     nll: list[float]
     tokens: list[int]
+    right: list[int] | None = None
+    """Learned tokens that are the most likely ones; absent of what an older image measured."""
     answers: list[str]
 
 
@@ -300,6 +302,9 @@ class TrainMetrics(ApiModel):
     held_out_loss: float
     perplexity_base: float
     perplexity: float
+    token_accuracy_base: float | None = None
+    """Share of the learned tokens of the held-out rows that the model gives the highest probability; absent from older images."""
+    token_accuracy: float | None = None
     final_train_loss: float
     steps: int
     epochs: float
@@ -378,6 +383,8 @@ class HeldOutScores(ApiModel):
     loss: float
     perplexity: float | None = None
     """Absent beyond what a float holds."""
+    token_accuracy: float | None = None
+    """Share of the learned tokens that the model gives the highest probability."""
 
 
 class HeldOutComparison(ApiModel):

@@ -151,6 +151,11 @@ class MetricsStatus(ApiModel):
     held_out_loss: float
     perplexity_base: float
     perplexity: float
+    token_accuracy_base: float | None = Field(
+        None,
+        description="Share of the learned tokens of the held-out rows that the base gives the highest probability.",
+    )
+    token_accuracy: float | None = Field(None, description="The same of the tuned model.")
     final_train_loss: float
     tokens_per_second: float
     text: TextMetrics | None = Field(None, description="What the answers of base and tuned model score.")

@@ -23,4 +23,7 @@ def test_scores_of_answers_stand_in_the_metrics_once_they_are_published() -> Non
         "BLEU 3.00 → 21.25, JSON 0.50 → 1.00 on 20 answers; 1,052 tokens/s"
     )
     assert metrics_status(METRICS).text is None
+    accurate = METRICS.model_copy(update={"token_accuracy_base": 0.4, "token_accuracy": 0.6125})
+    assert "; token accuracy 40.0% → 61.3%; 1,052 tokens/s" in metrics_status(accurate).summary
+    assert metrics_status(accurate).token_accuracy == 0.6125
     assert "answers" not in metrics_status(METRICS, publish_report()).summary

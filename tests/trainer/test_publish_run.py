@@ -129,7 +129,7 @@ def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(publis
     manifest = manifest_of(published)
     assert f"{manifest.metrics.held_out_loss_base:.4f} → {manifest.metrics.held_out_loss:.4f}" in page
     assert manifest.data_hash in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     for answer in json.loads(store.get_bytes("reports/answers.json")):
         assert escape(answer["tuned"]) in page
     head = store._client.head_object(Bucket=published.bucket, Key=f"{store.location.key}/reports/index.html")
@@ -150,11 +150,15 @@ def test_the_scores_of_base_and_tuned_model_stand_in_all_places(published: Prepa
     assert (scores.held_out.base.loss, scores.held_out.tuned.loss, scores.held_out.rows) == (
         manifest.metrics.held_out_loss_base, manifest.metrics.held_out_loss, 8,
     )  # fmt: skip
+    accuracy = (scores.held_out.base.token_accuracy, scores.held_out.tuned.token_accuracy)
+    assert accuracy == (manifest.metrics.token_accuracy_base, manifest.metrics.token_accuracy) != (None, None)
     page, card = store.get_bytes("reports/index.html").decode(), store.get_bytes("adapter/README.md").decode()
     for label, base, tuned in score_rows(expected):
         assert f"<tr><td>{label}</td><td>{base}</td><td>{tuned}</td></tr>" in page
         assert f"| {label} | {base} | {tuned} |\n" in card
     assert "2 prompts, 2 with a reference" in page
+    assert f"{100 * accuracy[0]:.1f} → {100 * accuracy[1]:.1f} %</b>" in page
+    assert f"| {100 * accuracy[0]:.1f} % | {100 * accuracy[1]:.1f} % |" in card
 
 
 def test_scores_of_an_earlier_execution_are_taken_only_if_they_are_of_these_answers(copy: PreparedJob) -> None:

@@ -135,9 +135,11 @@ def data_status(report: PrepareReport, max_tokens: int) -> DataStatus:
 def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None) -> MetricsStatus:
     """Losses before and after; once published, what answers score."""
     text = published.text_metrics if published is not None else None
+    accuracy = (metrics.token_accuracy_base, metrics.token_accuracy)
     told = [
         f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
         f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f})",
+        *([f"token accuracy {accuracy[0]:.1%} → {accuracy[1]:.1%}"] if None not in accuracy else []),
         *([text_summary(text)] if text is not None else []),
         f"{metrics.tokens_per_second:,.0f} tokens/s",
     ]
@@ -146,6 +148,8 @@ def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None
         held_out_loss=metrics.held_out_loss,
         perplexity_base=metrics.perplexity_base,
         perplexity=metrics.perplexity,
+        token_accuracy_base=metrics.token_accuracy_base,
+        token_accuracy=metrics.token_accuracy,
         final_train_loss=metrics.final_train_loss,
         tokens_per_second=metrics.tokens_per_second,
         text=text,

@@ -31,6 +31,7 @@ class Curves:
 
     loss: list[Point]
     held_out: list[Point]
+    token_accuracy: list[Point]
     learning_rate: list[Point]
     grad_norm: list[Point]
 
@@ -100,7 +101,7 @@ def read_curves(metrics: bytes) -> Curves:
     def of(name: str) -> list[Point]:
         return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
-    return Curves(of("loss"), of("held_out_loss"), of("learning_rate"), of("grad_norm"))
+    return Curves(of("loss"), of("held_out_loss"), of("token_accuracy"), of("learning_rate"), of("grad_norm"))
 
 
 def charts(curves: Curves) -> dict[str, str]:
@@ -110,6 +111,7 @@ def charts(curves: Curves) -> dict[str, str]:
         losses.append(Series(f"training, mean of {SMOOTHED_STEPS} steps", smoothed(curves.loss)))
     found = {
         "loss": line_chart("Loss", [Series("held out", curves.held_out, dots=True), *losses]),
+        "accuracy": line_chart("Token accuracy", [Series("token accuracy", curves.token_accuracy, dots=True)]),
         "rate": line_chart("Learning rate", [Series("learning rate", curves.learning_rate)]),
         "norm": line_chart("Gradient norm", [Series("gradient norm", curves.grad_norm)]),
     }

@@ -80,10 +80,11 @@ def held_out_scores(rows: int, metrics: TrainMetrics) -> HeldOutComparison:
     """What training measured, side by side."""
     return HeldOutComparison(
         rows=rows,
-        base=_side(metrics.held_out_loss_base, metrics.perplexity_base),
-        tuned=_side(metrics.held_out_loss, metrics.perplexity),
+        base=_side(metrics.held_out_loss_base, metrics.perplexity_base, metrics.token_accuracy_base),
+        tuned=_side(metrics.held_out_loss, metrics.perplexity, metrics.token_accuracy),
     )
 
 
-def _side(loss: float, perplexity: float) -> HeldOutScores:
-    return HeldOutScores(loss=loss, perplexity=perplexity if math.isfinite(perplexity) else None)
+def _side(loss: float, perplexity: float, accuracy: float | None) -> HeldOutScores:
+    finite = perplexity if math.isfinite(perplexity) else None
+    return HeldOutScores(loss=loss, perplexity=finite, token_accuracy=accuracy)

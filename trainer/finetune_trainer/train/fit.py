@@ -23,6 +23,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.text import shorten
 from finetune_trainer.train import evaluate
+from finetune_trainer.train.evaluate import HeldOutLoss
 from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured, capture
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
@@ -148,7 +149,7 @@ class Fit:
         }
         return capture(trainer, states, progress, held_out_loss)
 
-    def evaluate(self, stopped: Callable[[], bool] = evaluate.never) -> evaluate.HeldOutLoss:
+    def evaluate(self, stopped: Callable[[], bool] = evaluate.never) -> HeldOutLoss:
         """Held-out loss of the model as it is.
 
         Raises:
@@ -191,17 +192,17 @@ class Fit:
             return
         load_adapter(self.model, restored)
         heartbeat.begin("Evaluating")
-        loss = self.evaluate().loss
+        measured = self.evaluate()
         heartbeat.begin("Training")
-        self.record(step, loss)
+        self.record(step, measured)
         if self.ranks.first:
-            self.patiently(lambda: self.checkpoints.measured(restored, loss))
+            self.patiently(lambda: self.checkpoints.measured(restored, measured.loss))
 
-    def record(self, step: int, loss: float) -> None:
-        """A held-out loss of a step."""
-        self.history.evaluations.append({"step": step, "held_out_loss": loss})
-        self.ctx.reporter.report(held_out_loss=loss)
-        log.info("held-out loss at step %d: %.4f", step, loss)
+    def record(self, step: int, measured: HeldOutLoss) -> None:
+        """What was measured at a step."""
+        self.history.evaluations.append(measured.line(step))
+        self.ctx.reporter.report(held_out_loss=measured.loss)
+        log.info("held-out loss at step %d: %.4f", step, measured.loss)
 
     def _take_up(self, restored: Restored | None) -> int:
         if restored is None:
@@ -314,13 +315,13 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         assert self.trainer is not None
         heartbeat.begin("Evaluating")
         try:
-            loss = self._fit.evaluate(self.trainer.should_stop).loss
+            measured = self._fit.evaluate(self.trainer.should_stop)
         except TrainingStopped:
             return None
         finally:
             heartbeat.begin("Training")
-        self._fit.record(step, loss)
-        return loss
+        self._fit.record(step, measured)
+        return measured.loss
 
 
 def is_due(step: int, total: int, first: int, interval: CheckpointInterval, seconds: float) -> bool:

@@ -112,7 +112,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     # Evaluate the base, once for all executions.
     begin(ctx, "Evaluating")
     measured = evaluate_base(ctx, workspace, base, held_out, pad_id, compute, answering, tokenizer, ranks)
-    loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens)
+    loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens, measured.right)
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
     # Train, from the newest checkpoint on.
@@ -171,7 +171,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     loss_trained, selected_step = select.evaluate_and_select(fit)
     ctx.reporter.report(held_out_loss=loss_trained.loss)
     metrics_lines = [
-        {"step": 0, "held_out_loss": loss_base.loss},
+        loss_base.line(0),
         *sorted([*steps.steps, *fit.history.evaluations], key=lambda line: line["step"]),
     ]
     log.info("held-out loss after training: %.4f (perplexity %.2f)", loss_trained.loss, loss_trained.perplexity)
@@ -218,6 +218,8 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             held_out_loss=loss_trained.loss,
             perplexity_base=loss_base.perplexity,
             perplexity=loss_trained.perplexity,
+            token_accuracy_base=loss_base.token_accuracy,
+            token_accuracy=loss_trained.token_accuracy,
             final_train_loss=steps.steps[-1]["loss"],
             steps=schedule.steps,
             epochs=schedule.epoch_after(schedule.steps - 1),
@@ -312,6 +314,7 @@ def evaluate_base(
             snapshot_digest=ctx.snapshot.digest(),
             nll=loss.nll,
             tokens=loss.tokens,
+            right=loss.right,
             answers=answering.answers(base, tokenizer),
         )
 
