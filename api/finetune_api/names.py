@@ -97,3 +97,8 @@ def train_slot(index: int) -> str:
 def held_out_slot(index: int) -> str:
     """Secret slot of ``data.heldOut.sources[index]``."""
     return f"held-out-{index}"
+
+
+def prompts_slot(index: int) -> str:
+    """Secret slot of ``evaluation.generation.sources[index]``."""
+    return f"prompts-{index}"

@@ -128,15 +128,18 @@ class DataSummary(ApiModel):
 
 
 class PreparedPrompt(ApiModel):
-    """A held-out prompt. ``prepare/prompts.json`` is a JSON array of these: the first evaluation.generation.prompts are answered
-    by base and tuned model, and on all of them, at least three, the tokenizer is checked in later stages."""
+    """A held-out prompt, or one of evaluation.generation.sources. ``prepare/prompts.json`` is a JSON array of these: the first
+    evaluation.generation.prompts that are ``answered`` are answered by base and tuned model, and on all of them, at least three, the
+    tokenizer is checked in later stages."""
 
     row: int
-    """Position in the held-out file's ``row`` column."""
+    """Position in the held-out file's ``row`` column; of a prompt of the sources, its place among their rows."""
+    answered: bool = True
+    """False of held-out prompts beside those of the sources."""
     prompt: str
     """What a person wrote: the last user turn, the prompt, or the beginning of a text."""
     reference: str
-    """The answer that the data has."""
+    """The answer that the data has; empty where it has none."""
     messages: list[dict[str, Any]] | None = None
     """The turns before the answer, where the row has turns: the chat template, with a generation prompt, makes ``text`` of them."""
     tools: list[dict[str, Any]] | None = None
@@ -285,12 +288,12 @@ class BaseEvaluation(ApiModel):
 
 
 class Answer(ApiModel):
-    """One held-out prompt, what was expected, and what base and tuned model answer (greedy)."""
+    """One prompt, what was expected, and what base and tuned model answer (greedy)."""
 
     row: int
     prompt: str
     reference: str
-    """Empty where there is none (an answer that only calls a tool has no text)."""
+    """Empty where there is none: in the sources of prompts, and where an answer only calls a tool."""
     base: str
     tuned: str
 

@@ -489,13 +489,24 @@ class TextMetric(StrEnum):
     REGEX = "Regex"
 
 
+_PROMPTS_MESSAGE = "every prompt is answered once, and token ids hold none: leave weight and format: Tokenized out"
 _REGEX_MESSAGE = "regex and the metric Regex need each other: set both or none"
 
 
 class Generation(ApiModel):
-    """Answers to held-out prompts by base and tuned model, kept side by side."""
+    """Answers to held-out prompts, or to prompts of your own, by base and tuned model, kept side by side."""
 
-    prompts: Annotated[int, Field(ge=0, le=100)] = Field(3, description="How many held-out prompts are answered.")
+    prompts: Annotated[int, Field(ge=0, le=100)] = Field(
+        3, description="How many prompts are answered: the first held-out ones, or the first of the sources."
+    )
+    sources: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = Field(
+        None,
+        description=(
+            "Prompts of your own, answered instead of held-out ones and never trained on: rows as in data.train, whose answers may be missing "
+            "(then only what needs no reference is scored)."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = Field(64, description="Longest answer, in tokens.")
     metrics: Annotated[list[TextMetric], Field(max_length=len(TextMetric))] = Field(
         default=[TextMetric.EXACT_MATCH, TextMetric.ROUGE, TextMetric.BLEU, TextMetric.CHRF],
@@ -511,13 +522,25 @@ class Generation(ApiModel):
     )
 
     model_config = ConfigDict(
-        json_schema_extra=cel(("has(self.regex) == self.metrics.exists(m, m == 'Regex')", _REGEX_MESSAGE))
+        json_schema_extra=cel(
+            ("has(self.regex) == self.metrics.exists(m, m == 'Regex')", _REGEX_MESSAGE),
+            (
+                "!has(self.sources) || self.sources.all(source, !has(source.weight) && source.format != 'Tokenized')",
+                _PROMPTS_MESSAGE,
+            ),
+        )
     )
 
     @model_validator(mode="after")
     def _regex_where_it_counts(self) -> Generation:
         if (self.regex is not None) != (TextMetric.REGEX in self.metrics):
             raise ValueError(_REGEX_MESSAGE)
+        return self
+
+    @model_validator(mode="after")
+    def _sources_of_prompts(self) -> Generation:
+        if any(s.weight is not None or s.format is DataFormat.TOKENIZED for s in self.sources or []):
+            raise ValueError(_PROMPTS_MESSAGE)
         return self
 
 

@@ -17,6 +17,7 @@ from finetune_api.names import (
     WORK_MOUNT,
     Stage,
     held_out_slot,
+    prompts_slot,
     train_slot,
 )
 from finetune_api.spec import FineTuneJobSpec, RemoteSource
@@ -85,12 +86,14 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
     if stage is Stage.PREPARE:
         slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
+        slots |= {prompts_slot(i): source for i, source in enumerate(spec.evaluation.generation.sources or [])}
     return {slot: source.secret_ref.name for slot, source in slots.items() if source.secret_ref is not None}
 
 
 def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
     uris = [spec.model.uri]
     if stage is Stage.PREPARE:
-        uris += [s.uri for s in (*spec.data.train, *(spec.data.held_out.sources or []))]
+        beside = (*(spec.data.held_out.sources or []), *(spec.evaluation.generation.sources or []))
+        uris += [s.uri for s in (*spec.data.train, *beside)]
     locations = [parse_uri(uri) for uri in uris]
     return sorted({location.claim for location in locations if isinstance(location, PvcLocation)})

@@ -25,6 +25,14 @@ MINIMAL: dict[str, Any] = {
         ({"runtime": {"nodeSelector": {"a": "b c"}}}, "String should match pattern"),
         ({"training": {"optimizer": {"name": "lomo"}}}, "Input should be 'adamw_torch'"),
         ({"evaluation": {"generation": {"metrics": ["Regex"]}}}, "regex and the metric Regex need each other"),
+        (
+            {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p", "weight": 2}]}}},
+            "leave weight and format",
+        ),
+        (
+            {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p", "format": "Tokenized"}]}}},
+            "leave weight and",
+        ),
         ({"evaluation": {"generation": {"regex": "x"}}}, "regex and the metric Regex need each other"),
     ],
 )

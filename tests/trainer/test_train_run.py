@@ -49,6 +49,18 @@ def test_training_learns_and_leaves_a_verified_adapter(trained: PreparedJob, s3:
     assert "adapter/README.md" not in names
 
 
+def test_prompts_that_are_there_to_check_the_tokenizer_are_not_answered(
+    s3: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    job = prepare_job(
+        s3, tmp_path, tiny_model, prompts=1, only_checked=3, training={"length": {"steps": 1}},
+        evaluation={"generation": {"prompts": 3}},
+    )  # fmt: skip
+    train.run(job.context())
+    answers = json.loads(job.context().output_store().get_bytes("reports/answers.json"))
+    assert [a["row"] for a in answers] == [0]
+
+
 def test_a_trained_snapshot_is_not_trained_again(trained: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "pick_compute", lambda _: pytest.fail("trained again"))
     assert train.run(trained.context(execution="execution-2")).metrics == result_of(trained).metrics

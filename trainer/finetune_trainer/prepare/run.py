@@ -34,6 +34,7 @@ from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import Prepared, finish, total_steps
 from finetune_trainer.prepare.model import inspect_model
 from finetune_trainer.prepare.plan import plan_run
+from finetune_trainer.prepare.questions import read_questions
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.cache import cache_of
 from finetune_trainer.sources.model import resolve_model
@@ -71,7 +72,8 @@ def run(ctx: StageContext) -> PrepareReport:
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
     checked = check_data(ctx, model)
-    prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared")
+    questions = read_questions(ctx, model)
+    prepared = finish(ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared", questions)
     if search is not None:
         check_on(search, prepared.references)
     planned = plan_run(ctx.snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)

@@ -99,7 +99,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     sharded = offloaded or (ranks.size > 1 and is_sharded(snapshot, prepared.result))
     ranks = replace(ranks, sharded=sharded, offloaded=offloaded)
     base, quantized = load(base_files.folder, snapshot, compute, ranks)
-    asked = prepared.prompts[: spec.evaluation.generation.prompts]
+    asked = [p for p in prepared.prompts if p.answered][: spec.evaluation.generation.prompts]
     answering = Answering(
         [p.input_ids for p in asked],
         compute,
