@@ -87,6 +87,7 @@ def snapshot_name(name: str, uid: str) -> str:
 
 MODEL_SLOT = "model"
 OUTPUT_SLOT = "output"
+JUDGE_SLOT = "judge"
 
 
 def train_slot(index: int) -> str:

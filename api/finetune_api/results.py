@@ -30,7 +30,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
-from finetune_api.scores import TextMetrics
+from finetune_api.scores import JudgeVerdict, TextMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import CpuOffload, MethodType, Parallelism
 
@@ -408,6 +408,8 @@ class Scores(ApiModel):
     held_out: HeldOutComparison
     text: TextMetrics | None = None
     """Absent where no prompt was answered or no metric asked for."""
+    judge: JudgeVerdict | None = None
+    """Absent without evaluation.judge."""
     warnings: list[str] = []
 
 
@@ -428,6 +430,7 @@ class Manifest(ApiModel):
     metrics: TrainMetrics
     text_metrics: TextMetrics | None = None
     """What the answers score; all scores stand in ``reports/metrics.json``."""
+    judge: JudgeVerdict | None = None
     verification: Verification
     merge_check: MergeCheck | None = None
     data: DataSummary
@@ -477,6 +480,7 @@ class PublishReport(ApiModel):
 
     metrics: TrainMetrics
     text_metrics: TextMetrics | None = None
+    judge: JudgeVerdict | None = None
     verification: Verification
     merge_check: MergeCheck | None = None
     adapter_bytes: int

@@ -1,4 +1,4 @@
-"""How the answers of base and tuned model score: in ``reports/metrics.json``, the manifest and the status alike."""
+"""How the answers of base and tuned model score, and which a judge prefers: in ``reports/metrics.json``, the manifest and the status alike."""
 
 from __future__ import annotations
 
@@ -47,3 +47,17 @@ class TextMetrics(ApiModel):
     )
     base: AnswerScores
     tuned: AnswerScores
+
+
+class JudgeVerdict(ApiModel):
+    """What a language model prefers: the tuned model's answers against the base's, each pair asked about in both orders."""
+
+    model: str = Field(description="The judge.")
+    pairs: Annotated[int, Field(ge=0)] = Field(description="Pairs judged: wins + ties + losses + invalid.")
+    wins: Annotated[int, Field(ge=0)] = Field(description="The tuned model's answer was preferred in both orders.")
+    ties: Annotated[int, Field(ge=0)] = Field(
+        description="Neither was, or the order decided, or both answers are the same."
+    )
+    losses: Annotated[int, Field(ge=0)] = Field(description="The base's answer was preferred in both orders.")
+    invalid: Annotated[int, Field(ge=0)] = Field(description="A reply held no verdict.")
+    problem: str | None = Field(None, description="Why not all pairs, or none, were judged.")

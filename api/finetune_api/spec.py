@@ -544,14 +544,51 @@ class Generation(ApiModel):
         return self
 
 
+class Judge(ApiModel):
+    """A language model that compares the answers of base and tuned model. It is asked by the publish stage, without a GPU, over the
+    protocol of OpenAI's chat completions."""
+
+    endpoint_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@?#]+$", max_length=2048)] = Field(
+        alias="endpointURL",
+        description="Below it /chat/completions is asked, for example https://api.openai.com/v1 or http://vllm.models/v1.",
+    )
+    model: Annotated[str, StringConstraints(min_length=1, max_length=256)] = Field(
+        description="Name of the judge there."
+    )
+    secret_ref: LocalObjectReference | None = Field(
+        None, description="Secret in the same namespace with the key OPENAI_API_KEY; without one, no key is sent."
+    )
+    criteria: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = Field(
+        None,
+        description="What makes an answer better, in words; the default is correctness, helpfulness and following instructions.",
+    )
+    max_pairs: Annotated[int, Field(ge=1, le=100)] = Field(
+        50, description="Most pairs of answers that are judged, each with two questions."
+    )
+
+
+_JUDGE_MESSAGE = "a judge compares answers: set generation.prompts above 0, or leave judge out"
+
+
 class Evaluation(ApiModel):
-    """What is measured on the held-out rows."""
+    """What is measured on the held-out rows, and what is made of answers."""
 
     generation: Generation = Field(default_factory=Generation)
+    judge: Judge | None = Field(None, description="Who compares the answers of base and tuned model.")
     interval_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         None,
         description="Measure the held-out loss every so many optimizer steps too, not only before and after training.",
     )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(("!has(self.judge) || self.generation.prompts > 0", _JUDGE_MESSAGE))
+    )
+
+    @model_validator(mode="after")
+    def _judge_of_answers(self) -> Evaluation:
+        if self.judge is not None and not self.generation.prompts:
+            raise ValueError(_JUDGE_MESSAGE)
+        return self
 
 
 class Gpu(ApiModel):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel
 from finetune_api.progress import Restart, Split, StageReport, Transfer
-from finetune_api.scores import TextMetrics
+from finetune_api.scores import JudgeVerdict, TextMetrics
 
 DATE_TIME = {"format": "date-time"}
 
@@ -159,6 +159,7 @@ class MetricsStatus(ApiModel):
     final_train_loss: float
     tokens_per_second: float
     text: TextMetrics | None = Field(None, description="What the answers of base and tuned model score.")
+    judge: JudgeVerdict | None = Field(None, description="Whose answers evaluation.judge prefers.")
     summary: str
 
 

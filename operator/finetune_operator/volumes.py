@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune_api.names import (
     CACHE_MOUNT,
+    JUDGE_SLOT,
     MODEL_SLOT,
     OUTPUT_SLOT,
     PVC_MOUNT,
@@ -20,7 +21,7 @@ from finetune_api.names import (
     prompts_slot,
     train_slot,
 )
-from finetune_api.spec import FineTuneJobSpec, RemoteSource
+from finetune_api.spec import FineTuneJobSpec, LocalObjectReference, RemoteSource
 from finetune_api.uris import PvcLocation, parse_uri
 
 Manifest = dict[str, Any]
@@ -87,7 +88,10 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
         slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
         slots |= {prompts_slot(i): source for i, source in enumerate(spec.evaluation.generation.sources or [])}
-    return {slot: source.secret_ref.name for slot, source in slots.items() if source.secret_ref is not None}
+    named: dict[str, LocalObjectReference | None] = {slot: source.secret_ref for slot, source in slots.items()}
+    if stage is Stage.PUBLISH and spec.evaluation.judge is not None:
+        named[JUDGE_SLOT] = spec.evaluation.judge.secret_ref
+    return {slot: reference.name for slot, reference in named.items() if reference is not None}
 
 
 def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:

@@ -74,6 +74,14 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
         {"evaluation": {"generation": {"metrics": ["JSONValidity", "Regex"], "regex": "^yes"}}},
     ),
     ("prompts of one's own", {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/prompts.jsonl"}]}}}),
+    (
+        "a judge",
+        {
+            "evaluation": {
+                "judge": {"endpointURL": "https://api.example.com/v1", "model": "m", "secretRef": {"name": "openai"}}
+            }
+        },
+    ),
     ("answers without scores", {"evaluation": {"generation": {"metrics": []}}}),
     ("Auto on a CPU", {"method": {"type": "Auto"}, "training": {"useCpu": True}}),
     ("a revision of hub data", {"data": {"train": [{"uri": "hf://org/name", "revision": "v1"}]}}),
@@ -138,6 +146,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a weight of prompts", {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p.jsonl", "weight": 2}]}}}, "every prompt is answered once"),
     ("prompts as token ids", {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p.jsonl", "format": "Tokenized"}]}}}, "token ids hold none"),
     ("no prompts of one's own", {"evaluation": {"generation": {"sources": []}}}, "spec.evaluation.generation.sources"),
+    ("a judge without answers", {"evaluation": {"generation": {"prompts": 0}, "judge": {"endpointURL": "https://x/v1", "model": "m"}}}, "a judge compares answers"),
+    ("a judge's address with a password", {"evaluation": {"judge": {"endpointURL": "https://me:pw@x/v1", "model": "m"}}}, "spec.evaluation.judge.endpointURL"),
+    ("a judge without a name", {"evaluation": {"judge": {"endpointURL": "https://x/v1"}}}, "spec.evaluation.judge.model: Required value"),
     ("an unknown metric", {"evaluation": {"generation": {"metrics": ["METEOR"]}}}, 'Unsupported value: "METEOR"'),
     ("a metric twice", {"evaluation": {"generation": {"metrics": ["BLEU", "BLEU"]}}}, "Duplicate value"),
     ("memory that is no quantity", {"compute": {"memory": "lots"}}, "spec.compute.memory"),

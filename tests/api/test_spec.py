@@ -33,6 +33,11 @@ MINIMAL: dict[str, Any] = {
             {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p", "format": "Tokenized"}]}}},
             "leave weight and",
         ),
+        ({"evaluation": {"judge": {"endpointURL": "https://me:pw@x/v1", "model": "m"}}}, "String should match pattern"),
+        (
+            {"evaluation": {"generation": {"prompts": 0}, "judge": {"endpointURL": "https://x/v1", "model": "m"}}},
+            "a judge compares answers",
+        ),
         ({"evaluation": {"generation": {"regex": "x"}}}, "regex and the metric Regex need each other"),
     ],
 )

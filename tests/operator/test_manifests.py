@@ -171,6 +171,20 @@ def test_secrets_and_claims_of_prompts_are_mounted_where_prompts_are_read() -> N
         assert "prompts" not in str(pod_spec(stage, **asked)["volumes"])
 
 
+def test_the_judges_secret_is_mounted_in_the_stage_that_asks_it_alone() -> None:
+    judge = {"endpointURL": "https://api.example.com/v1", "model": "m", "secretRef": {"name": "openai"}}
+
+    def judges_secret(stage: Stage, **told: object) -> str | None:
+        pod = pod_spec(stage, evaluation={"judge": {**judge, **told}})
+        mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod["volumes"]}
+        name = mounts.get("/etc/finetune/secrets/judge")
+        return volumes[name]["secret"]["secretName"] if name is not None else None
+
+    assert [judges_secret(stage) for stage in PIPELINE] == [None, None, "openai"]
+    assert judges_secret(Stage.PUBLISH, secretRef=None) is None
+
+
 def test_pods_that_train_together_are_near_each_other_where_there_is_room() -> None:
     asked = {"compute": {"nodes": 2}}
     affinity = pod_spec(Stage.TRAIN, **asked)["affinity"]

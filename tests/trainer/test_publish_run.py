@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from finetune_api.results import (
     Scores,
     TrainResult,
 )
+from finetune_api.scores import JudgeVerdict
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish import run as publish
@@ -41,6 +43,7 @@ from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
 from finetune_trainer.train.device import pick_compute
 from tests.support.fault_proxy import FaultProxy
+from tests.support.judge_server import JudgeServer
 from tests.support.prepared import PreparedJob, deep_merge, prepare_job
 from tests.support.tiny_model import build_tiny_model
 
@@ -168,15 +171,70 @@ def test_scores_of_an_earlier_execution_are_taken_only_if_they_are_of_these_answ
         workspace.get_model(TRAIN_RESULT, TrainResult),
         workspace.get_model(PREPARE_RESULT, PrepareResult),
     )
-    first, record = publish_scores(ctx, prepared, trained, output)
+    first, record = publish_scores(ctx, prepared, trained, output, workspace)
     assert record.path == SCORES_FILE
     output.put_model(SCORES_FILE, first.model_copy(update={"warnings": ["kept"]}))
-    assert publish_scores(ctx, prepared, trained, output)[0].warnings == ["kept"]
+    assert publish_scores(ctx, prepared, trained, output, workspace)[0].warnings == ["kept"]
     for change in ({"snapshot_digest": "0" * 64}, {"answers_sha256": "0" * 64}):
         output.put_model(SCORES_FILE, first.model_copy(update={"warnings": ["kept"], **change}))
-        assert publish_scores(ctx, prepared, trained, output)[0] == first
+        assert publish_scores(ctx, prepared, trained, output, workspace)[0] == first
     output.put_bytes(SCORES_FILE, b"{torn")
-    assert publish_scores(ctx, prepared, trained, output)[0] == first
+    assert publish_scores(ctx, prepared, trained, output, workspace)[0] == first
+
+
+KEY = "sk-very-secret"
+
+
+def asking(job: PreparedJob, url: str) -> PreparedJob:
+    """The same training, to be published with a judge and without a merge."""
+    judge = {"endpointURL": url, "model": "judge-1", "secretRef": {"name": "openai"}}
+    asked = job.with_spec(evaluation={"judge": judge}, output={"merged": {"enabled": False}})
+    (job.folder / "secrets" / "judge").mkdir(exist_ok=True)
+    (job.folder / "secrets" / "judge" / "OPENAI_API_KEY").write_text(KEY)
+    store = job.context(Stage.PUBLISH).workspace_store()
+    for key in (PREPARE_RESULT, TRAIN_RESULT):
+        old, new = job.snapshot.digest().encode(), asked.snapshot.digest().encode()
+        store.put_bytes(key, store.get_bytes(key).replace(old, new))
+    return asked
+
+
+def test_the_judges_verdict_stands_in_all_places_and_the_key_in_none(
+    copy: PreparedJob, s3: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    tuned = {a["tuned"] for a in json.loads(copy.context().output_store().get_bytes("reports/answers.json"))}
+    with JudgeServer(lambda a, b: "[[A]]" if a in tuned else "[[B]]") as server:
+        job = asking(copy, server.url)
+        report = publish.run(job.context(Stage.PUBLISH))
+        again = publish.run(job.context(Stage.PUBLISH, execution="execution-9"))
+    store = job.context(Stage.PUBLISH).output_store()
+    expected = JudgeVerdict(model="judge-1", pairs=2, wins=2, ties=0, losses=0, invalid=0)
+    assert (
+        report.judge == again.judge == manifest_of(job).judge == store.get_model(SCORES_FILE, Scores).judge == expected
+    )
+    assert len(server.requests) == 4, "not asked again"
+    assert "user: What about volume 100?" in server.requests[0]["messages"][1]["content"]
+    assert "Judged by judge-1" in store.get_bytes("reports/index.html").decode()
+    assert "`judge-1` compared 2 pairs of answers" in store.get_bytes("adapter/README.md").decode()
+    assert server.keys == [f"Bearer {KEY}"] * 4
+    assert KEY not in caplog.text
+    for key in s3.keys(job.bucket):
+        assert KEY.encode() not in s3.client.get_object(Bucket=job.bucket, Key=key)["Body"].read(), key
+
+
+def test_a_judge_that_is_away_costs_the_verdict_and_not_the_job(
+    copy: PreparedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.waiting.pause", lambda _: None)
+    job = asking(copy, "http://127.0.0.1:1/v1")
+    report = publish.run(job.context(Stage.PUBLISH))
+    manifest = manifest_of(job)
+    assert manifest.judge is not None
+    assert manifest.judge.pairs == 0
+    assert [w for w in manifest.warnings if "the judge gave a verdict on 0 of 2 pairs" in w] == report.warnings
+    assert "cannot be reached" in report.warnings[0]
+    page = job.context(Stage.PUBLISH).output_store().get_bytes("reports/index.html").decode()
+    assert "No verdict: http://127.0.0.1:1/v1/chat/completions cannot be reached" in page
 
 
 @pytest.mark.parametrize("prompts", [0, 2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune_api.names import Stage
 from finetune_api.progress import Split
 from finetune_api.results import PrepareReport, PublishReport, TrainMetrics
-from finetune_api.scores import TextMetrics
+from finetune_api.scores import JudgeVerdict, TextMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import DataStatus, GpuTimeStatus, MetricsStatus, PlanStatus
@@ -135,12 +135,14 @@ def data_status(report: PrepareReport, max_tokens: int) -> DataStatus:
 def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None) -> MetricsStatus:
     """Losses before and after; once published, what answers score."""
     text = published.text_metrics if published is not None else None
+    judge = published.judge if published is not None else None
     accuracy = (metrics.token_accuracy_base, metrics.token_accuracy)
     told = [
         f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
         f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f})",
         *([f"token accuracy {accuracy[0]:.1%} → {accuracy[1]:.1%}"] if None not in accuracy else []),
         *([text_summary(text)] if text is not None else []),
+        *([judge_summary(judge)] if judge is not None else []),
         f"{metrics.tokens_per_second:,.0f} tokens/s",
     ]
     return MetricsStatus(
@@ -153,8 +155,17 @@ def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None
         final_train_loss=metrics.final_train_loss,
         tokens_per_second=metrics.tokens_per_second,
         text=text,
+        judge=judge,
         summary="; ".join(told),
     )
+
+
+def judge_summary(judge: JudgeVerdict) -> str:
+    """How often the judge preferred the tuned model's answer, in a line."""
+    if not judge.pairs:
+        return f"no verdict of {judge.model}"
+    invalid = f", {judge.invalid} invalid" if judge.invalid else ""
+    return f"{judge.model} on {judge.pairs} pairs: {judge.wins} wins, {judge.ties} ties, {judge.losses} losses{invalid}"
 
 
 def text_summary(text: TextMetrics) -> str:

@@ -49,6 +49,7 @@ def model_card(
         data_hash=prepared.data_hash,
         metrics=trained.metrics,
         text=scores.text,
+        judge=scores.judge,
         score_rows=score_rows(scores.text) if scores.text is not None else [],
         verification=trained.verification,
         trained=trained,

@@ -58,6 +58,7 @@ def html_report(
         manifest=manifest,
         metrics=manifest.metrics,
         text=manifest.text_metrics,
+        judge=manifest.judge,
         score_rows=score_rows(manifest.text_metrics) if manifest.text_metrics is not None else [],
         data=manifest.data,
         trained=trained,

@@ -67,7 +67,7 @@ def run(ctx: StageContext) -> PublishReport:
 
     # Score.
     ctx.reporter.report(activity="Scoring")
-    scores, scores_file = publish_scores(ctx, prepared, trained, output)
+    scores, scores_file = publish_scores(ctx, prepared, trained, output, workspace)
 
     # Merge.
     files: list[FileRecord] = [*trained.adapter_files, *trained.report_files, scores_file]
@@ -89,7 +89,7 @@ def run(ctx: StageContext) -> PublishReport:
     files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
     manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(
-        update={"merge_check": check, "text_metrics": scores.text}
+        update={"merge_check": check, "text_metrics": scores.text, "judge": scores.judge}
     )
     page = wait_until_available(ctx, lambda: publish_page(ctx, manifest, trained, output, workspace))
     manifest = manifest.model_copy(update={"files": sorted([*manifest.files, page], key=lambda f: f.path)})
@@ -198,6 +198,7 @@ def report(manifest: Manifest) -> PublishReport:
     return PublishReport(
         metrics=manifest.metrics,
         text_metrics=manifest.text_metrics,
+        judge=manifest.judge,
         verification=manifest.verification,
         merge_check=manifest.merge_check,
         adapter_bytes=sum(f.size for f in manifest.files if f.path.startswith(f"{ADAPTER_DIR}/")),

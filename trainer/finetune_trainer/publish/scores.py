@@ -6,22 +6,28 @@ import math
 
 from pydantic import TypeAdapter, ValidationError
 
+from finetune_api.names import JUDGE_SLOT
 from finetune_api.results import (
     ANSWERS_FILE,
+    PREPARED_PROMPTS,
     SCORES_FILE,
     Answer,
     FileRecord,
     HeldOutComparison,
     HeldOutScores,
+    PreparedPrompt,
     PrepareResult,
     Scores,
     TrainMetrics,
     TrainResult,
 )
-from finetune_api.scores import TextMetrics
+from finetune_api.scores import JudgeVerdict, TextMetrics
 from finetune_trainer.context import StageContext
+from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import NotFound
 from finetune_trainer.pattern import compiled
+from finetune_trainer.publish.judge import judge_answers
+from finetune_trainer.publish.judge_client import JudgeClient
 from finetune_trainer.publish.text_metrics import text_metrics
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.waiting import wait_until_available
@@ -37,10 +43,11 @@ LABELS = (
     ("regular expression found", "regex", "{:.1%}"),
 )
 ANSWERS = TypeAdapter(list[Answer])
+PROMPTS = TypeAdapter(list[PreparedPrompt])
 
 
 def publish_scores(
-    ctx: StageContext, prepared: PrepareResult, trained: TrainResult, output: S3Store
+    ctx: StageContext, prepared: PrepareResult, trained: TrainResult, output: S3Store, workspace: S3Store
 ) -> tuple[Scores, FileRecord]:
     """Compute the scores and store them. What an earlier execution has stored is taken as it is."""
     answers_sha256 = next(f.sha256 for f in trained.report_files if f.path == ANSWERS_FILE)
@@ -51,15 +58,31 @@ def publish_scores(
         generation = ctx.snapshot.spec.evaluation.generation
         search = compiled(generation.regex) if generation.regex is not None else None
         text, warnings = text_metrics(answers, generation.metrics, search)
+        verdict, told = judged(ctx, answers, workspace)
         scores = Scores(
             snapshot_digest=digest,
             answers_sha256=answers_sha256,
             held_out=held_out_scores(prepared.data.held_out_rows, trained.metrics),
             text=text,
-            warnings=warnings,
+            judge=verdict,
+            warnings=[*warnings, *told],
         )
     found = scores
     return found, wait_until_available(ctx, lambda: output.put_model(SCORES_FILE, found))
+
+
+def judged(ctx: StageContext, answers: list[Answer], workspace: S3Store) -> tuple[JudgeVerdict | None, list[str]]:
+    """What the judge says, if there is to be one, and what is worth knowing of it."""
+    judge = ctx.snapshot.spec.evaluation.judge
+    if judge is None:
+        return None, []
+    ctx.reporter.report(activity="Judging")
+    prompts = PROMPTS.validate_json(wait_until_available(ctx, lambda: workspace.get_bytes(PREPARED_PROMPTS)))
+    asked = {prompt.row: prompt for prompt in prompts if prompt.answered}
+    secret = judge.secret_ref.name if judge.secret_ref is not None else None
+    credentials = Credentials(JUDGE_SLOT, secret, ctx.secrets_dir / JUDGE_SLOT if secret is not None else None)
+    with JudgeClient(judge, credentials) as client:
+        return judge_answers(judge, answers, asked, client.ask)
 
 
 def score_rows(text: TextMetrics) -> list[tuple[str, str, str]]:
