@@ -154,6 +154,14 @@ def test_a_pattern_is_refused_that_is_none_or_takes_too_long_on_the_references(m
     check_on(compiled(SLOW), ["aaa"])
 
 
+@pytest.mark.parametrize(
+    "text", ["(?R)", "(yes){e<=1}(?", "(" * 500 + ")" * 500, "a{99999999999999999999}", "[a-", "\\"]
+)
+def test_what_python_does_not_take_for_a_pattern_is_refused(text: str) -> None:
+    with pytest.raises(StageError, match="is not a regular expression"):
+        compiled(text)
+
+
 def test_scores_for_people_stand_side_by_side() -> None:
     found = scores(answer("yes", "no", "yes"), wanted=[TextMetric.EXACT_MATCH, TextMetric.CHRF])
     assert score_rows(found)[0] == ("exact match", "0.0%", "100.0%")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import regex
@@ -22,8 +23,10 @@ def compiled(pattern: str) -> Search:
         StageError: InvalidConfig, if it is not a regular expression.
     """
     try:
+        # regex, for its timeout, knows more than Python does: fuzzy matches, and recursion, which (seen in 2026.11) takes all memory.
+        re.compile(pattern)
         found = regex.compile(pattern)
-    except regex.error as error:
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise StageError(
             Reason.INVALID_CONFIG,
             f"evaluation.generation.regex: {pattern!r} is not a regular expression: {error}. Expected Python's syntax.",

@@ -90,11 +90,11 @@ def finish(
                 (held if is_held_out else train).write({name: row[name] for name in SCHEMA.names}, len(encoded.ids))
     if not sides[0].rows:
         raise StageError(Reason.TOO_FEW_ROWS, "no training row is left by the weights of data.train: raise them")
-    warnings = []
+    about_questions: list[str] = []
     if questions is not None:
         prompts = [*questions.prompts, *(prompt.model_copy(update={"answered": False}) for prompt in prompts)]
         trained = {group for group, held in zip(checked.index.groups, held_out.tolist(), strict=True) if not held}
-        warnings = warnings_of(questions, spec, trained)
+        about_questions = warnings_of(questions, spec, trained)
     _write(folder / PREPARED_PROMPTS, prompts)
     _write(folder / PREPARED_PREVIEW, preview)
     data = DataSummary(
@@ -114,8 +114,8 @@ def finish(
         tokens=_percentiles(checked.index),
     )
     references = [prompt.reference for prompt in prompts if prompt.answered]
-    warnings += _warnings(spec, data, checked, held_out)
-    return Prepared(folder, data, data_hash.hexdigest(), references, warnings)
+    warnings = _warnings(spec, data, checked, held_out)
+    return Prepared(folder, data, data_hash.hexdigest(), references, warnings + about_questions)
 
 
 def _write(path: Path, items: Sequence[ApiModel]) -> None:

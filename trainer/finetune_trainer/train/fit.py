@@ -23,11 +23,11 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.text import shorten
 from finetune_trainer.train import evaluate
-from finetune_trainer.train.evaluate import HeldOutLoss
 from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured, capture
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.evaluate import HeldOutLoss
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
