@@ -144,7 +144,7 @@ FAILURES: dict[Reason, Failure] = {
             13,
             _F,
             "A data source does not exist.",
-            "Check data.train[].uri and data.heldOut.sources[].uri.",
+            "Check data.train[].uri, data.heldOut.sources[].uri and evaluation.generation.sources[].uri.",
         ),
         _row(
             Reason.MODEL_NOT_FOUND,

@@ -88,6 +88,7 @@ def snapshot_name(name: str, uid: str) -> str:
 MODEL_SLOT = "model"
 OUTPUT_SLOT = "output"
 INITIAL_ADAPTER_SLOT = "initial-adapter"
+JUDGE_SLOT = "judge"
 
 
 def train_slot(index: int) -> str:
@@ -98,3 +99,8 @@ def train_slot(index: int) -> str:
 def held_out_slot(index: int) -> str:
     """Secret slot of ``data.heldOut.sources[index]``."""
     return f"held-out-{index}"
+
+
+def prompts_slot(index: int) -> str:
+    """Secret slot of ``evaluation.generation.sources[index]``."""
+    return f"prompts-{index}"

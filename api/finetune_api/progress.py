@@ -61,7 +61,7 @@ class ProgressPost(ApiModel):
     stage: Stage
     sequence: Annotated[int, Field(ge=0)]
     activity: Annotated[str, Field(max_length=64)] | None = None
-    """What the stage does just now: Downloading, Checking, Tokenizing, Loading, Training, Evaluating, Verifying, Merging, Uploading."""
+    """What the stage does just now: Downloading, Checking, Tokenizing, Loading, Training, Evaluating, Verifying, Scoring, Judging, Merging, Uploading."""
     step: Annotated[int, Field(ge=0)] | None = None
     total_steps: Annotated[int, Field(ge=0)] | None = None
     epoch: Annotated[float, Field(ge=0)] | None = None

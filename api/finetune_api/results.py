@@ -4,7 +4,8 @@ Layout below ``<output.uri>/<name>-<uid8>/``::
 
     adapter/            adapter_config.json, adapter_model.safetensors, tokenizer, chat template, README.md (model card)
     merged/             merged model folder, if asked for
-    reports/            index.html, metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned)
+    reports/            index.html, metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned),
+                        metrics.json (what both score)
     manifest.json       written last: no manifest, no result
 
 and below the workspace (``workspace/`` there by default)::
@@ -29,6 +30,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
+from finetune_api.scores import JudgeVerdict, TextMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import CpuOffload, Lora, MethodType, Parallelism
 
@@ -37,6 +39,7 @@ IGNORED = -100
 PREPARED_VERSION = 1
 RESULT_VERSION = 1
 MANIFEST_VERSION = 1
+SCORES_VERSION = 1
 CHECKPOINT_VERSION = 1
 
 PREPARE_RESULT = "prepare/result.json"
@@ -51,6 +54,7 @@ MERGED_DIR = "merged"
 REPORTS_DIR = "reports"
 METRICS_FILE = "reports/metrics.jsonl"
 ANSWERS_FILE = "reports/answers.json"
+SCORES_FILE = "reports/metrics.json"
 REPORT_FILE = "reports/index.html"
 MANIFEST = "manifest.json"
 ATTEMPTS_DIR = "attempts"
@@ -125,15 +129,18 @@ class DataSummary(ApiModel):
 
 
 class PreparedPrompt(ApiModel):
-    """A held-out prompt. ``prepare/prompts.json`` is a JSON array of these: the first evaluation.generation.prompts are answered
-    by base and tuned model, and on all of them, at least three, the tokenizer is checked in later stages."""
+    """A held-out prompt, or one of evaluation.generation.sources. ``prepare/prompts.json`` is a JSON array of these: the first
+    evaluation.generation.prompts that are ``answered`` are answered by base and tuned model, and on all of them, at least three, the
+    tokenizer is checked in later stages."""
 
     row: int
-    """Position in the held-out file's ``row`` column."""
+    """Position in the held-out file's ``row`` column; of a prompt of the sources, its place among their rows."""
+    answered: bool = True
+    """False of held-out prompts beside those of the sources."""
     prompt: str
     """What a person wrote: the last user turn, the prompt, or the beginning of a text."""
     reference: str
-    """The answer that the data has."""
+    """The answer that the data has; empty where it has none."""
     messages: list[dict[str, Any]] | None = None
     """The turns before the answer, where the row has turns: the chat template, with a generation prompt, makes ``text`` of them."""
     tools: list[dict[str, Any]] | None = None
@@ -290,15 +297,18 @@ class BaseEvaluation(ApiModel):
     snapshot_digest: Sha256
     nll: list[float]
     tokens: list[int]
+    right: list[int] | None = None
+    """Learned tokens that are the most likely ones; absent of what an older image measured."""
     answers: list[str]
 
 
 class Answer(ApiModel):
-    """One held-out prompt, what was expected, and what base and tuned model answer (greedy)."""
+    """One prompt, what was expected, and what base and tuned model answer (greedy)."""
 
     row: int
     prompt: str
     reference: str
+    """Empty where there is none: in the sources of prompts, and where an answer only calls a tool."""
     base: str
     tuned: str
 
@@ -310,6 +320,9 @@ class TrainMetrics(ApiModel):
     held_out_loss: float
     perplexity_base: float
     perplexity: float
+    token_accuracy_base: float | None = None
+    """Share of the learned tokens of the held-out rows that the model gives the highest probability; absent from older images."""
+    token_accuracy: float | None = None
     final_train_loss: float
     steps: int
     epochs: float
@@ -386,6 +399,39 @@ class MergeCheck(ApiModel):
     rows: int
 
 
+class HeldOutScores(ApiModel):
+    """One model on the learned tokens of the held-out rows."""
+
+    loss: float
+    perplexity: float | None = None
+    """Absent beyond what a float holds."""
+    token_accuracy: float | None = None
+    """Share of the learned tokens that the model gives the highest probability."""
+
+
+class HeldOutComparison(ApiModel):
+    """Base and tuned model on the same rows."""
+
+    rows: int
+    base: HeldOutScores
+    tuned: HeldOutScores
+
+
+class Scores(ApiModel):
+    """``reports/metrics.json``: everything that base and tuned model are compared by."""
+
+    version: int = SCORES_VERSION
+    snapshot_digest: Sha256
+    answers_sha256: Sha256
+    """Of ``reports/answers.json``, of which ``text`` is computed."""
+    held_out: HeldOutComparison
+    text: TextMetrics | None = None
+    """Absent where no prompt was answered or no metric asked for."""
+    judge: JudgeVerdict | None = None
+    """Absent without evaluation.judge."""
+    warnings: list[str] = []
+
+
 class Manifest(ApiModel):
     """``manifest.json``: the proof that a job's output is whole."""
 
@@ -402,6 +448,9 @@ class Manifest(ApiModel):
     config: dict[str, object]
     """The resolved snapshot."""
     metrics: TrainMetrics
+    text_metrics: TextMetrics | None = None
+    """What the answers score; all scores stand in ``reports/metrics.json``."""
+    judge: JudgeVerdict | None = None
     verification: Verification
     merge_check: MergeCheck | None = None
     data: DataSummary
@@ -450,6 +499,8 @@ class PublishReport(ApiModel):
     """``StageReport.result`` of publish. Repeats the metrics, so that a lost train report is made good here."""
 
     metrics: TrainMetrics
+    text_metrics: TextMetrics | None = None
+    judge: JudgeVerdict | None = None
     verification: Verification
     merge_check: MergeCheck | None = None
     adapter_bytes: int

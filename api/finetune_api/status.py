@@ -9,6 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel
 from finetune_api.progress import Restart, Split, StageReport, Transfer
+from finetune_api.scores import JudgeVerdict, TextMetrics
 
 DATE_TIME = {"format": "date-time"}
 
@@ -144,14 +145,21 @@ class DataStatus(ApiModel):
 
 
 class MetricsStatus(ApiModel):
-    """Losses on learned tokens: Σ NLL / Σ tokens."""
+    """Losses on learned tokens: Σ NLL / Σ tokens; and what answers score."""
 
     held_out_loss_base: float
     held_out_loss: float
     perplexity_base: float
     perplexity: float
+    token_accuracy_base: float | None = Field(
+        None,
+        description="Share of the learned tokens of the held-out rows that the base gives the highest probability.",
+    )
+    token_accuracy: float | None = Field(None, description="The same of the tuned model.")
     final_train_loss: float
     tokens_per_second: float
+    text: TextMetrics | None = Field(None, description="What the answers of base and tuned model score.")
+    judge: JudgeVerdict | None = Field(None, description="Whose answers evaluation.judge prefers.")
     summary: str
 
 

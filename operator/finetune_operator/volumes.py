@@ -7,6 +7,7 @@ from typing import Any
 from finetune_api.names import (
     CACHE_MOUNT,
     INITIAL_ADAPTER_SLOT,
+    JUDGE_SLOT,
     MODEL_SLOT,
     OUTPUT_SLOT,
     PVC_MOUNT,
@@ -18,9 +19,10 @@ from finetune_api.names import (
     WORK_MOUNT,
     Stage,
     held_out_slot,
+    prompts_slot,
     train_slot,
 )
-from finetune_api.spec import FineTuneJobSpec, RemoteSource
+from finetune_api.spec import FineTuneJobSpec, LocalObjectReference, RemoteSource
 from finetune_api.uris import PvcLocation, parse_uri
 
 Manifest = dict[str, Any]
@@ -88,13 +90,18 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
             slots[INITIAL_ADAPTER_SLOT] = spec.model.initial_adapter
         slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
-    return {slot: source.secret_ref.name for slot, source in slots.items() if source.secret_ref is not None}
+        slots |= {prompts_slot(i): source for i, source in enumerate(spec.evaluation.generation.sources or [])}
+    named: dict[str, LocalObjectReference | None] = {slot: source.secret_ref for slot, source in slots.items()}
+    if stage is Stage.PUBLISH and spec.evaluation.judge is not None:
+        named[JUDGE_SLOT] = spec.evaluation.judge.secret_ref
+    return {slot: reference.name for slot, reference in named.items() if reference is not None}
 
 
 def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
     uris = [spec.model.uri]
     if stage is Stage.PREPARE:
         uris += [spec.model.initial_adapter.uri] if spec.model.initial_adapter is not None else []
-        uris += [s.uri for s in (*spec.data.train, *(spec.data.held_out.sources or []))]
+        beside = (*(spec.data.held_out.sources or []), *(spec.evaluation.generation.sources or []))
+        uris += [s.uri for s in (*spec.data.train, *beside)]
     locations = [parse_uri(uri) for uri in uris]
     return sorted({location.claim for location in locations if isinstance(location, PvcLocation)})

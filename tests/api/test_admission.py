@@ -85,6 +85,20 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("several nodes", {"compute": {"nodes": 4, "gpusPerNode": 8}, "recovery": {"placementTimeoutSeconds": 60}}),
     ("shards over two nodes with one GPU each", {"compute": {"nodes": 2}, "training": {"parallelism": "FSDP"}}),
     ("a model that is kept for other jobs", {"model": {"cache": {"claimName": "models"}}}),
+    (
+        "a regular expression to look for",
+        {"evaluation": {"generation": {"metrics": ["JSONValidity", "Regex"], "regex": "^yes"}}},
+    ),
+    ("prompts of one's own", {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/prompts.jsonl"}]}}}),
+    (
+        "a judge",
+        {
+            "evaluation": {
+                "judge": {"endpointURL": "https://api.example.com/v1", "model": "m", "secretRef": {"name": "openai"}}
+            }
+        },
+    ),
+    ("answers without scores", {"evaluation": {"generation": {"metrics": []}}}),
     ("Auto on a CPU", {"method": {"type": "Auto"}, "training": {"useCpu": True}}),
     ("a revision of hub data", {"data": {"train": [{"uri": "hf://org/name", "revision": "v1"}]}}),
     (
@@ -148,6 +162,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("memory that may grow from nothing", {"recovery": {"outOfMemory": {"maxMemory": "8Gi"}}}, "maxMemory needs compute.memory"),
     ("memory that may grow to less", {"compute": {"memory": "1Gi"}, "recovery": {"outOfMemory": {"maxMemory": "1G"}}}, "maxMemory must not be less than compute.memory"),
     ("more failures than status can hold", {"recovery": {"maxFailures": 51}}, "spec.recovery.maxFailures"),
+    ("the metric Regex without a regular expression", {"evaluation": {"generation": {"metrics": ["Regex"]}}}, "regex and the metric Regex need each other"),
+    ("a regular expression that nothing looks for", {"evaluation": {"generation": {"regex": "x"}}}, "regex and the metric Regex need each other"),
+    ("a weight of prompts", {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p.jsonl", "weight": 2}]}}}, "every prompt is answered once"),
+    ("prompts as token ids", {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p.jsonl", "format": "Tokenized"}]}}}, "token ids hold none"),
+    ("no prompts of one's own", {"evaluation": {"generation": {"sources": []}}}, "spec.evaluation.generation.sources"),
+    ("a judge without answers", {"evaluation": {"generation": {"prompts": 0}, "judge": {"endpointURL": "https://x/v1", "model": "m"}}}, "a judge compares answers"),
+    ("a judge's address with a password", {"evaluation": {"judge": {"endpointURL": "https://me:pw@x/v1", "model": "m"}}}, "spec.evaluation.judge.endpointURL"),
+    ("a judge without a name", {"evaluation": {"judge": {"endpointURL": "https://x/v1"}}}, "spec.evaluation.judge.model: Required value"),
+    ("an unknown metric", {"evaluation": {"generation": {"metrics": ["METEOR"]}}}, 'Unsupported value: "METEOR"'),
+    ("a metric twice", {"evaluation": {"generation": {"metrics": ["BLEU", "BLEU"]}}}, "Duplicate value"),
     ("memory that is no quantity", {"compute": {"memory": "lots"}}, "spec.compute.memory"),
 ]  # fmt: skip
 

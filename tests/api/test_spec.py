@@ -24,6 +24,21 @@ MINIMAL: dict[str, Any] = {
         ({"runtime": {"annotations": {"/x": "c"}}}, "'/x': every key must be a name"),
         ({"runtime": {"nodeSelector": {"a": "b c"}}}, "String should match pattern"),
         ({"training": {"optimizer": {"name": "lomo"}}}, "Input should be 'adamw_torch'"),
+        ({"evaluation": {"generation": {"metrics": ["Regex"]}}}, "regex and the metric Regex need each other"),
+        (
+            {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p", "weight": 2}]}}},
+            "leave weight and format",
+        ),
+        (
+            {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p", "format": "Tokenized"}]}}},
+            "leave weight and",
+        ),
+        ({"evaluation": {"judge": {"endpointURL": "https://me:pw@x/v1", "model": "m"}}}, "String should match pattern"),
+        (
+            {"evaluation": {"generation": {"prompts": 0}, "judge": {"endpointURL": "https://x/v1", "model": "m"}}},
+            "a judge compares answers",
+        ),
+        ({"evaluation": {"generation": {"regex": "x"}}}, "regex and the metric Regex need each other"),
     ],
 )
 def test_refuses(fields: dict[str, Any], words: str) -> None:

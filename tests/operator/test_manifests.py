@@ -15,6 +15,7 @@ from finetune_api.names import (
     LABEL_UID,
     MAX_JOB_NAME,
     PIPELINE,
+    PVC_MOUNT,
     Stage,
     stage_job_name,
 )
@@ -147,6 +148,41 @@ def test_training_processes_get_shared_memory_of_their_own_and_a_log_that_says_w
 
 def test_the_last_training_pods_hostname_is_short_enough() -> None:
     assert len(f"{stage_job_name('a' * MAX_JOB_NAME, UID, Stage.TRAIN)}-{MOST_NODES - 1}") <= 63
+
+
+def test_secrets_and_claims_of_prompts_are_mounted_where_prompts_are_read() -> None:
+    sources = [
+        {"uri": "s3://bucket/p.jsonl", "secretRef": {"name": "theirs"}},
+        {"uri": "pvc://prompts/p.jsonl"},
+        {"uri": "https://example.com/p.jsonl"},
+    ]
+    asked = {"evaluation": {"generation": {"sources": sources}}}
+    pod = pod_spec(Stage.PREPARE, **asked)
+    mounts = {m["mountPath"]: m for m in pod["containers"][0]["volumeMounts"]}
+    volumes = {v["name"]: v for v in pod["volumes"]}
+    mounted = mounts["/etc/finetune/secrets/prompts-0"]
+    assert mounted["readOnly"]
+    assert volumes[mounted["name"]]["secret"]["secretName"] == "theirs"
+    assert volumes[mounted["name"]]["secret"]["optional"]
+    claim = volumes[mounts[f"{PVC_MOUNT}/prompts"]["name"]]["persistentVolumeClaim"]
+    assert claim == {"claimName": "prompts", "readOnly": True}
+    assert "/etc/finetune/secrets/prompts-1" not in mounts
+    for stage in (Stage.TRAIN, Stage.PUBLISH):
+        assert "prompts" not in str(pod_spec(stage, **asked)["volumes"])
+
+
+def test_the_judges_secret_is_mounted_in_the_stage_that_asks_it_alone() -> None:
+    judge = {"endpointURL": "https://api.example.com/v1", "model": "m", "secretRef": {"name": "openai"}}
+
+    def judges_secret(stage: Stage, **told: object) -> str | None:
+        pod = pod_spec(stage, evaluation={"judge": {**judge, **told}})
+        mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod["volumes"]}
+        name = mounts.get("/etc/finetune/secrets/judge")
+        return volumes[name]["secret"]["secretName"] if name is not None else None
+
+    assert [judges_secret(stage) for stage in PIPELINE] == [None, None, "openai"]
+    assert judges_secret(Stage.PUBLISH, secretRef=None) is None
 
 
 def test_pods_that_train_together_are_near_each_other_where_there_is_room() -> None:

@@ -128,6 +128,7 @@ def prepare_job(
     train_rows: int = 24,
     held_out_rows: int = 8,
     prompts: int = 2,
+    only_checked: int = 0,
     **updates: Any,
 ) -> PreparedJob:
     """Upload the base and write the prepare stage's files for a spec with ``updates``."""
@@ -136,14 +137,19 @@ def prepare_job(
     for slot in ("model", "output", "train-0"):
         s3.write_secret(folder / "secrets" / slot)
     job = PreparedJob(snapshot_of(job_spec(s3, bucket, **updates), uuid.uuid4().hex), bucket, folder)
-    write_prepared(job, model, questions(train_rows), questions(held_out_rows, seed=100), prompts)
+    write_prepared(job, model, questions(train_rows), questions(held_out_rows, seed=100), prompts, only_checked)
     return job
 
 
 def write_prepared(
-    job: PreparedJob, model: Path, train: list[list[dict[str, str]]], held_out: list[list[dict[str, str]]], prompts: int
+    job: PreparedJob,
+    model: Path,
+    train: list[list[dict[str, str]]],
+    held_out: list[list[dict[str, str]]],
+    prompts: int,
+    only_checked: int = 0,
 ) -> None:
-    """``prepare/`` in the job's workspace."""
+    """``prepare/`` in the job's workspace; ``only_checked`` prompts more stand beside those to be answered."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     store = job.context(Stage.PREPARE).workspace_store()
     files = []
@@ -152,7 +158,10 @@ def write_prepared(
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table([encode(tokenizer, row) for row in rows]), path)
         files.append(store.upload_file(path, name))
-    answers = [prepared_prompt(tokenizer, i, row) for i, row in enumerate(held_out[:prompts])]
+    answers = [
+        prepared_prompt(tokenizer, i, row).model_copy(update={"answered": i < prompts})
+        for i, row in enumerate(held_out[: prompts + only_checked])
+    ]
     files.append(store.put_bytes(results.PREPARED_PROMPTS, json.dumps([a.to_json_dict() for a in answers]).encode()))
     training = job.snapshot.spec.training
     schedule = make_schedule(len(train), training.length, training.global_batch_sequences, training.seed)

@@ -91,6 +91,13 @@ BAD_INPUT: dict[str, tuple[list[Any], dict[str, Any], Reason, str]] = {
         ROWS, {"method": {"lora": {"targetModules": ["q_proj", "query"]}}}, Reason.UNKNOWN_TARGET_MODULE,
         "query does not exist in this model, which has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     ),
+    "what is no regular expression": (
+        ROWS, {"evaluation": {"generation": {"metrics": ["Regex"], "regex": "(yes"}}}, Reason.INVALID_CONFIG, "'(yes' is not a regular expression: missing )",
+    ),
+    "a regular expression that never ends": (
+        [row(f"q{i}?", "a" * 40 + "b") for i in range(20)], {"evaluation": {"generation": {"metrics": ["Regex"], "regex": "(a|a)+$"}}},
+        Reason.INVALID_CONFIG, "takes more than 1 s on a reference of 41 characters",
+    ),
     "the output head": (ROWS, {"method": {"lora": {"targetModules": ["lm_head"]}}}, Reason.INVALID_CONFIG, "cannot be adapted"),
     "no such model": (ROWS, {"model": {"uri": "s3://BUCKET/none"}}, Reason.MODEL_NOT_FOUND, "there is nothing below"),
     "no such bucket": (ROWS, {"output": {"uri": "s3://no-such-bucket/x"}}, Reason.BUCKET_NOT_FOUND, "no-such-bucket"),

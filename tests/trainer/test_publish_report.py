@@ -78,7 +78,7 @@ def test_means_begin_where_there_are_enough_steps() -> None:
 METRICS = b"""{"step": 0, "held_out_loss": 2.0}
 {"step": 1, "loss": 1.9, "learning_rate": 0.0001, "grad_norm": NaN}
 {"step": 2, "loss": 1.5, "learning_rate": 0.0002, "grad_norm": 0.5}
-{"step": 2, "held_out_loss": 1.6}
+{"step": 2, "held_out_loss": 1.6, "token_accuracy": 0.5}
 """
 
 
@@ -87,7 +87,8 @@ def test_curves_are_read_by_step() -> None:
     assert curves.held_out == [(0, 2.0), (2, 1.6)]
     assert curves.loss == [(1, 1.9), (2, 1.5)]
     drawn = charts(curves)
-    assert set(drawn) == {"loss", "rate", "norm"}
+    assert curves.token_accuracy == [(2, 0.5)]
+    assert set(drawn) == {"loss", "accuracy", "rate", "norm"}
     assert drawn["norm"].count("<circle") == 1, "a NaN is left out"
     assert charts(read_curves(b"")) == {}
 

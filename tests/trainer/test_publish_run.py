@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,16 +19,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
-from finetune_api.results import MANIFEST, TRAIN_RESULT, Manifest, PreviewRow, TrainResult
+from finetune_api.results import (
+    MANIFEST,
+    PREPARE_RESULT,
+    SCORES_FILE,
+    TRAIN_RESULT,
+    Answer,
+    Manifest,
+    PrepareResult,
+    PreviewRow,
+    Scores,
+    TrainResult,
+)
+from finetune_api.scores import JudgeVerdict
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap
 from finetune_trainer.publish.report import html_report, without_credentials
+from finetune_trainer.publish.scores import publish_scores, score_rows
+from finetune_trainer.publish.text_metrics import text_metrics
 from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
 from finetune_trainer.train.device import pick_compute
 from tests.support.fault_proxy import FaultProxy
+from tests.support.judge_server import JudgeServer
 from tests.support.prepared import PreparedJob, deep_merge, prepare_job
 from tests.support.tiny_model import build_tiny_model
 
@@ -85,6 +101,7 @@ def test_the_manifest_lists_every_file_with_its_hash(published: PreparedJob, s3:
         "merged/README.md",
         "merged/model.safetensors.index.json",
         "reports/metrics.jsonl",
+        "reports/metrics.json",
         "reports/index.html",
     } <= listed
     folder = published.context(Stage.PUBLISH).work_dir
@@ -115,7 +132,7 @@ def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(publis
     manifest = manifest_of(published)
     assert f"{manifest.metrics.held_out_loss_base:.4f} → {manifest.metrics.held_out_loss:.4f}" in page
     assert manifest.data_hash in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     for answer in json.loads(store.get_bytes("reports/answers.json")):
         assert escape(answer["tuned"]) in page
     head = store._client.head_object(Bucket=published.bucket, Key=f"{store.location.key}/reports/index.html")
@@ -123,6 +140,101 @@ def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(publis
     trained = published.context().workspace_store().get_model(TRAIN_RESULT, TrainResult)
     bare = html_report(published.snapshot, manifest, trained, b"", b"[]", b"[]")
     assert "<svg" not in bare, "and a run without a single finite number has a page, too"
+
+
+def test_the_scores_of_base_and_tuned_model_stand_in_all_places(published: PreparedJob) -> None:
+    store = published.context(Stage.PUBLISH).output_store()
+    scores, manifest = store.get_model(SCORES_FILE, Scores), manifest_of(published)
+    answers = [Answer.model_validate(a) for a in json.loads(store.get_bytes("reports/answers.json"))]
+    expected, _ = text_metrics(answers, published.snapshot.spec.evaluation.generation.metrics, None)
+    assert expected is not None
+    assert (expected.answers, expected.references) == (2, 2)
+    assert scores.text == manifest.text_metrics == publish.report(manifest).text_metrics == expected
+    assert (scores.held_out.base.loss, scores.held_out.tuned.loss, scores.held_out.rows) == (
+        manifest.metrics.held_out_loss_base, manifest.metrics.held_out_loss, 8,
+    )  # fmt: skip
+    accuracy = (scores.held_out.base.token_accuracy, scores.held_out.tuned.token_accuracy)
+    assert accuracy == (manifest.metrics.token_accuracy_base, manifest.metrics.token_accuracy) != (None, None)
+    page, card = store.get_bytes("reports/index.html").decode(), store.get_bytes("adapter/README.md").decode()
+    for label, base, tuned in score_rows(expected):
+        assert f"<tr><td>{label}</td><td>{base}</td><td>{tuned}</td></tr>" in page
+        assert f"| {label} | {base} | {tuned} |\n" in card
+    assert "2 prompts, 2 with a reference" in page
+    assert f"{100 * accuracy[0]:.1f} → {100 * accuracy[1]:.1f} %</b>" in page
+    assert f"| {100 * accuracy[0]:.1f} % | {100 * accuracy[1]:.1f} % |" in card
+
+
+def test_scores_of_an_earlier_execution_are_taken_only_if_they_are_of_these_answers(copy: PreparedJob) -> None:
+    ctx = copy.context(Stage.PUBLISH)
+    output, workspace = ctx.output_store(), ctx.workspace_store()
+    trained, prepared = (
+        workspace.get_model(TRAIN_RESULT, TrainResult),
+        workspace.get_model(PREPARE_RESULT, PrepareResult),
+    )
+    first, record = publish_scores(ctx, prepared, trained, output, workspace)
+    assert record.path == SCORES_FILE
+    output.put_model(SCORES_FILE, first.model_copy(update={"warnings": ["kept"]}))
+    assert publish_scores(ctx, prepared, trained, output, workspace)[0].warnings == ["kept"]
+    for change in ({"snapshot_digest": "0" * 64}, {"answers_sha256": "0" * 64}):
+        output.put_model(SCORES_FILE, first.model_copy(update={"warnings": ["kept"], **change}))
+        assert publish_scores(ctx, prepared, trained, output, workspace)[0] == first
+    output.put_bytes(SCORES_FILE, b"{torn")
+    assert publish_scores(ctx, prepared, trained, output, workspace)[0] == first
+
+
+KEY = "sk-very-secret"
+
+
+def asking(job: PreparedJob, url: str) -> PreparedJob:
+    """The same training, to be published with a judge and without a merge."""
+    judge = {"endpointURL": url, "model": "judge-1", "secretRef": {"name": "openai"}}
+    asked = job.with_spec(evaluation={"judge": judge}, output={"merged": {"enabled": False}})
+    (job.folder / "secrets" / "judge").mkdir(exist_ok=True)
+    (job.folder / "secrets" / "judge" / "OPENAI_API_KEY").write_text(KEY)
+    store = job.context(Stage.PUBLISH).workspace_store()
+    for key in (PREPARE_RESULT, TRAIN_RESULT):
+        old, new = job.snapshot.digest().encode(), asked.snapshot.digest().encode()
+        store.put_bytes(key, store.get_bytes(key).replace(old, new))
+    return asked
+
+
+def test_the_judges_verdict_stands_in_all_places_and_the_key_in_none(
+    copy: PreparedJob, s3: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    tuned = {a["tuned"] for a in json.loads(copy.context().output_store().get_bytes("reports/answers.json"))}
+    with JudgeServer(lambda a, b: "[[A]]" if a in tuned else "[[B]]") as server:
+        job = asking(copy, server.url)
+        report = publish.run(job.context(Stage.PUBLISH))
+        again = publish.run(job.context(Stage.PUBLISH, execution="execution-9"))
+    store = job.context(Stage.PUBLISH).output_store()
+    expected = JudgeVerdict(model="judge-1", pairs=2, wins=2, ties=0, losses=0, invalid=0)
+    assert (
+        report.judge == again.judge == manifest_of(job).judge == store.get_model(SCORES_FILE, Scores).judge == expected
+    )
+    assert len(server.requests) == 4, "not asked again"
+    assert "user: What about volume 100?" in server.requests[0]["messages"][1]["content"]
+    assert "Judged by judge-1" in store.get_bytes("reports/index.html").decode()
+    assert "`judge-1` compared 2 pairs of answers" in store.get_bytes("adapter/README.md").decode()
+    assert server.keys == [f"Bearer {KEY}"] * 4
+    assert KEY not in caplog.text
+    for key in s3.keys(job.bucket):
+        assert KEY.encode() not in s3.client.get_object(Bucket=job.bucket, Key=key)["Body"].read(), key
+
+
+def test_a_judge_that_is_away_costs_the_verdict_and_not_the_job(
+    copy: PreparedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.waiting.pause", lambda _: None)
+    job = asking(copy, "http://127.0.0.1:1/v1")
+    report = publish.run(job.context(Stage.PUBLISH))
+    manifest = manifest_of(job)
+    assert manifest.judge is not None
+    assert manifest.judge.pairs == 0
+    assert [w for w in manifest.warnings if "the judge gave a verdict on 0 of 2 pairs" in w] == report.warnings
+    assert "cannot be reached" in report.warnings[0]
+    page = job.context(Stage.PUBLISH).output_store().get_bytes("reports/index.html").decode()
+    assert "No verdict: http://127.0.0.1:1/v1/chat/completions cannot be reached" in page
 
 
 @pytest.mark.parametrize("prompts", [0, 2])

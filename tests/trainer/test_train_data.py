@@ -216,6 +216,55 @@ def test_the_loss_is_that_of_transformers(rows: Rows, model: torch.nn.Module) ->
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def plain_right(model: torch.nn.Module, batch: Batch) -> list[bool]:
+    """Of each learned token, whether it is the model's first choice, by the model's own forward."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"]
+    places = [(i, j) for i, line in enumerate(labels.tolist()) for j in range(1, len(line)) if line[j] != IGNORED]
+    return [int(logits[i, j - 1].argmax()) == int(labels[i, j]) for i, j in places]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 30, 7 * 4 * 400])
+@torch.no_grad()
+def test_right_tokens_are_the_models_first_choices(
+    rows: Rows, model: torch.nn.Module, tiny_model: Path, chunk_bytes: int
+) -> None:
+    batch = collate(rows, list(range(12)), pad_id=0)
+    # A random model is hardly ever right: let some of the tokens be what it would say.
+    said = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+    batch["labels"][:, 1::2] = torch.where(batch["labels"][:, 1::2] != IGNORED, said[:, :-1][:, ::2], IGNORED)
+    expected = plain_right(model, batch)
+    assert 0.2 < sum(expected) / len(expected) < 0.8
+    loss = LearnedTokenLoss(model, chunk_bytes)
+    nll, right = loss.nll_and_right(batch).unbind(1)
+    assert right.bool().tolist() == expected
+    torch.testing.assert_close(nll, loss.per_token(batch))
+    scaled = LearnedTokenLoss(
+        Scaled(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)), chunk_bytes
+    )
+    assert scaled.nll_and_right(batch)[:, 1].bool().tolist() == expected, "and where logits are changed after the head"
+    assert not scaled.head_apart
+
+
+@torch.no_grad()
+def test_token_accuracy_is_a_share_of_all_learned_tokens_and_needs_no_other_pass(
+    rows: Rows, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = evaluate.HeldOutLoss([1.0, 2.0], [1, 9], [1, 0])
+    assert measured.token_accuracy == 0.1, "not the mean of 1 and 0"
+    assert measured.line(7) == {"step": 7, "held_out_loss": 0.3, "token_accuracy": 0.1}
+    assert evaluate.HeldOutLoss([1.0, 2.0], [1, 9]).line(7) == {"step": 7, "held_out_loss": 0.3}
+    seen: list[int] = []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_hook(lambda *args: seen.append(args[2].shape[:-1].numel()))
+    compute = Compute(torch.device("cpu"), torch.float32, "test")
+    found = evaluate.held_out_loss(model, rows, 0, compute)
+    hook.remove()
+    assert sum(seen) == sum(found.tokens) + 2 * 8, (
+        "the learned tokens once, and the trial of whether the head stands apart"
+    )
+
+
 def assert_chunks_change_nothing(model: torch.nn.Module, weight: torch.nn.Parameter, batch: Batch) -> None:
     """The loss and its gradient by a weight, with logits at once and in chunks of seven tokens."""
     results = []

@@ -480,6 +480,7 @@ def test_the_best_weights_are_kept_and_chosen(
     lines = job.context().output_store().get_bytes("reports/metrics.jsonl").decode().splitlines()
     measured = {e["step"]: e["held_out_loss"] for e in map(json.loads, lines) if "held_out_loss" in e and e["step"] > 0}
     assert sorted(measured) == list(range(1, 9))
+    assert all(0 <= e["token_accuracy"] <= 1 for e in map(json.loads, lines) if "held_out_loss" in e)
     best = min(measured, key=lambda step: measured[step])
     assert best <= 5
     assert found.selected_step == best

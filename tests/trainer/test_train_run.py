@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def trained(request: pytest.FixtureRequest, s3: Any, tiny_model: Path, tmp_path_
 def test_training_learns_and_leaves_a_verified_adapter(trained: PreparedJob, s3: Any) -> None:
     result = result_of(trained)
     assert result.metrics.held_out_loss < 0.8 * result.metrics.held_out_loss_base
+    assert result.metrics.token_accuracy_base is not None
+    assert result.metrics.token_accuracy is not None
+    assert result.metrics.token_accuracy_base + 0.2 < result.metrics.token_accuracy <= 1
+    metrics = trained.context().output_store().get_bytes("reports/metrics.jsonl").decode().splitlines()
+    told = {e["step"]: e["token_accuracy"] for e in map(json.loads, metrics) if "held_out_loss" in e}
+    assert told == {0: result.metrics.token_accuracy_base, result.metrics.steps: result.metrics.token_accuracy}
     assert result.verification.relative_difference < 1e-6
     keys = s3.keys(trained.bucket, trained.snapshot.output.key)
     names = {k.removeprefix(trained.snapshot.output.key + "/") for k in keys}
@@ -40,6 +47,18 @@ def test_training_learns_and_leaves_a_verified_adapter(trained: PreparedJob, s3:
         "reports/answers.json",
     } <= names
     assert "adapter/README.md" not in names
+
+
+def test_prompts_that_are_there_to_check_the_tokenizer_are_not_answered(
+    s3: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    job = prepare_job(
+        s3, tmp_path, tiny_model, prompts=1, only_checked=3, training={"length": {"steps": 1}},
+        evaluation={"generation": {"prompts": 3}},
+    )  # fmt: skip
+    train.run(job.context())
+    answers = json.loads(job.context().output_store().get_bytes("reports/answers.json"))
+    assert [a["row"] for a in answers] == [0]
 
 
 def test_a_trained_snapshot_is_not_trained_again(trained: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,8 @@ def test_shards_give_the_bytes_that_whole_copies_give(s3: Any, tiny_model: Path,
     assert len(curve(shards)) == result(shards).metrics.early_stop_step == 8
     assert curve(shards) == curve(whole)
     assert answers(shards) == answers(whole)
+    accuracies = [(m.token_accuracy_base, m.token_accuracy) for m in (result(shards).metrics, result(whole).metrics)]
+    assert accuracies[0] == accuracies[1] != (None, None)
 
 
 def test_quantized_shards_give_them_too_interrupted_and_in_host_memory(
@@ -130,6 +132,7 @@ def test_quantized_shards_give_them_too_interrupted_and_in_host_memory(
     assert curve(shards) == curve(whole)
     assert answers(shards) == answers(whole)
     assert result(shards).metrics.held_out_loss == result(whole).metrics.held_out_loss
+    assert result(shards).metrics.token_accuracy == result(whole).metrics.token_accuracy
     assert result(shards).selected_step == result(whole).selected_step
 
     on_host = prepare_job(s3, tmp_path / "host", tiny_model, **with_training(spec, cpuOffload="Always"))

@@ -215,7 +215,7 @@ def test_the_held_out_loss_does_not_depend_on_batches_or_padding(tiny_model: Pat
     base = model.load_base(tiny_model, snapshot(method={"type": method}), CPU32)
     rows = rows_of(tiny_model, 12)
     losses = [evaluate.held_out_loss(base, rows, pad, CPU32, budget) for pad, budget in ((0, 1), (2, 64), (7, 100_000))]
-    assert all(one.tokens == losses[0].tokens for one in losses)
+    assert all((one.tokens, one.right) == (losses[0].tokens, losses[0].right) for one in losses)
     assert [one.loss for one in losses] == pytest.approx([losses[0].loss] * 3, rel=1e-5 if method == "LoRA" else 2e-3)
 
 

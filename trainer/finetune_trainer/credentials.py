@@ -21,6 +21,7 @@ KEYS = (
     "AWS_CA_BUNDLE",
     "HF_TOKEN",
     "HF_ENDPOINT",
+    "OPENAI_API_KEY",
 )
 
 

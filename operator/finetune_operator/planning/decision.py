@@ -171,7 +171,7 @@ def _facts(look: Look) -> dict[str, object]:
     )
     published = look.publish_report
     if look.metrics is not None:
-        facts["metrics"] = metrics_status(look.metrics)
+        facts["metrics"] = metrics_status(look.metrics, published)
     uri = str(snapshot.output)
     if published is not None:
         merged = published.merged_bytes

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from finetune_api.names import Stage
 from finetune_api.progress import Split
-from finetune_api.results import PrepareReport, TrainMetrics
+from finetune_api.results import PrepareReport, PublishReport, TrainMetrics
+from finetune_api.scores import JudgeVerdict, TextMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import DataStatus, GpuTimeStatus, MetricsStatus, PlanStatus
 
+SUMMARIZED = (
+    ("exact match", "exact_match"),
+    ("ROUGE-L", "rouge_l"),
+    ("BLEU", "bleu"),
+    ("chrF", "chrf"),
+    ("JSON", "json_validity"),
+    ("regex", "regex"),
+)
+"""Scores that stand in the summary: what they are called there, and their fields."""
 NO_GPU_USED = "No GPU was used."
 
 
@@ -122,27 +132,54 @@ def data_status(report: PrepareReport, max_tokens: int) -> DataStatus:
     )
 
 
-def _early(metrics: TrainMetrics) -> str:
+def _early(metrics: TrainMetrics) -> list[str]:
     if metrics.early_stop_step is None:
-        return ""
-    return f"; stopped early after step {metrics.early_stop_step:,}: the held-out loss no longer fell"
+        return []
+    return [f"stopped early after step {metrics.early_stop_step:,}: the held-out loss no longer fell"]
 
 
-def metrics_status(metrics: TrainMetrics) -> MetricsStatus:
-    """Losses before and after."""
+def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None) -> MetricsStatus:
+    """Losses before and after; once published, what answers score."""
+    text = published.text_metrics if published is not None else None
+    judge = published.judge if published is not None else None
+    accuracy = (metrics.token_accuracy_base, metrics.token_accuracy)
+    told = [
+        f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
+        f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f})",
+        *([f"token accuracy {accuracy[0]:.1%} → {accuracy[1]:.1%}"] if None not in accuracy else []),
+        *([text_summary(text)] if text is not None else []),
+        *([judge_summary(judge)] if judge is not None else []),
+        f"{metrics.tokens_per_second:,.0f} tokens/s",
+        *_early(metrics),
+    ]
     return MetricsStatus(
         held_out_loss_base=metrics.held_out_loss_base,
         held_out_loss=metrics.held_out_loss,
         perplexity_base=metrics.perplexity_base,
         perplexity=metrics.perplexity,
+        token_accuracy_base=metrics.token_accuracy_base,
+        token_accuracy=metrics.token_accuracy,
         final_train_loss=metrics.final_train_loss,
         tokens_per_second=metrics.tokens_per_second,
-        summary=(
-            f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
-            f"(perplexity {metrics.perplexity_base:.2f} → {metrics.perplexity:.2f}); "
-            f"{metrics.tokens_per_second:,.0f} tokens/s{_early(metrics)}"
-        ),
+        text=text,
+        judge=judge,
+        summary="; ".join(told),
     )
+
+
+def judge_summary(judge: JudgeVerdict) -> str:
+    """How often the judge preferred the tuned model's answer, in a line."""
+    if not judge.pairs:
+        return f"no verdict of {judge.model}"
+    invalid = f", {judge.invalid} invalid" if judge.invalid else ""
+    return f"{judge.model} on {judge.pairs} pairs: {judge.wins} wins, {judge.ties} ties, {judge.losses} losses{invalid}"
+
+
+def text_summary(text: TextMetrics) -> str:
+    """The scores of the answers, base → tuned, in a line."""
+    pairs = [(name, getattr(text.base, field), getattr(text.tuned, field)) for name, field in SUMMARIZED]
+    told = [f"{name} {base:.2f} → {tuned:.2f}" for name, base, tuned in pairs if base is not None and tuned is not None]
+    return f"{', '.join(told) or 'no scores'} on {text.answers} answers"
 
 
 def gpu_time_status(held_seconds: int, training_seconds: int | None) -> GpuTimeStatus:

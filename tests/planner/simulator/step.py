@@ -194,7 +194,7 @@ def evaluate(loss: LearnedTokenLoss, model: Any, rows: int, tokens: int) -> None
     model.eval()
     inputs = batch(rows, tokens)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        loss.per_token(inputs)
+        loss.nll_and_right(inputs)
 
 
 @contextmanager

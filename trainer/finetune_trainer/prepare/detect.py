@@ -12,7 +12,7 @@ from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.text import is_utf8
 
 LOOKED_AT = 100
-CHOICES = " | ".join(" + ".join(required) for required, _ in FIELDS.values())
+Fields = Mapping[DataFormat, tuple[tuple[str, ...], tuple[str, ...]]]
 
 
 def check_columns(source: DataSource, field: str) -> dict[str, str]:
@@ -31,30 +31,32 @@ def check_columns(source: DataSource, field: str) -> dict[str, str]:
     return columns
 
 
-def detect(source: DataSource, field: str, columns: Mapping[str, str], first: Sequence[RawRow]) -> DataFormat | None:
+def detect(
+    source: DataSource, field: str, columns: Mapping[str, str], first: Sequence[RawRow], fields: Fields = FIELDS
+) -> DataFormat | None:
     """The declared format, or the first whose required columns one of the first rows has; None if no row could be read.
 
     Raises:
         StageError: InvalidData, if none of the readable first rows has the columns: then the columns are wrong, not the rows.
     """
     rows = [row for row in first if row.value is not None]
-    candidates = list(FIELDS) if source.format is DataFormat.AUTO else [source.format]
+    candidates = list(fields) if source.format is DataFormat.AUTO else [source.format]
     if not rows:
         return None if source.format is DataFormat.AUTO else source.format
     for row in rows:
         assert row.value is not None
         for fmt in candidates:
-            if all(columns.get(name, name) in row.value for name in FIELDS[fmt][0]):
+            if all(columns.get(name, name) in row.value for name in fields[fmt][0]):
                 return fmt
     assert rows[0].value is not None
     found = ", ".join(map(str, rows[0].value)) or "none"
     if not is_utf8(found):
         found += " (the header is not UTF-8: save the file as UTF-8)"
     if source.format is DataFormat.AUTO:
-        wanted = CHOICES
+        wanted = " | ".join(" + ".join(required) for required, _ in fields.values())
     else:
         wanted = (
-            " and ".join(columns.get(name, name) for name in FIELDS[source.format][0]) + f" (format {source.format})"
+            " and ".join(columns.get(name, name) for name in fields[source.format][0]) + f" (format {source.format})"
         )
     raise StageError(
         Reason.INVALID_DATA,

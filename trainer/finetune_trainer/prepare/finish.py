@@ -30,6 +30,8 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer
 from finetune_trainer.prepare.check import Checked
 from finetune_trainer.prepare.encode import Encoded
+from finetune_trainer.prepare.prompts import conversation_prompt, text_prompt
+from finetune_trainer.prepare.questions import Questions, warnings_of
 from finetune_trainer.prepare.split import held_out_rows
 from finetune_trainer.prepare.store import SCHEMA, DataHash, Index, RowWriter, Side, read_spool
 from finetune_trainer.text import plural
@@ -48,6 +50,8 @@ class Prepared:
     folder: Path
     data: DataSummary
     data_hash: str
+    references: list[str]
+    """What the prompts' answers are compared with."""
     preview: list[PreviewRow]
     warnings: list[str]
 
@@ -58,9 +62,13 @@ def finish(
     tokenizer: Any,
     renderer: ChatRenderer | None,
     folder: Path,
+    questions: Questions | None = None,
     preview_rows: int = PREVIEW_ROWS,
 ) -> Prepared:
     """Split the rows and write the files.
+
+    Args:
+        questions: what is answered instead of held-out prompts.
 
     Raises:
         StageError: TooFewRows.
@@ -70,10 +78,11 @@ def finish(
     sides = (Side(), Side())
     prompts: list[PreparedPrompt] = []
     preview: list[PreviewRow] = []
+    most = TOKENIZER_PROMPTS if questions is not None else max(spec.evaluation.generation.prompts, TOKENIZER_PROMPTS)
     with RowWriter(folder / PREPARED_TRAIN, SCHEMA) as train, RowWriter(folder / PREPARED_HELD_OUT, SCHEMA) as held:
         for row, is_held_out in zip(read_spool(checked.spool), held_out.tolist(), strict=True):
             encoded = Encoded(row["input_ids"], row["labels"], row["prompt_tokens"], len(row["input_ids"]))
-            if is_held_out and len(prompts) < max(spec.evaluation.generation.prompts, TOKENIZER_PROMPTS):
+            if is_held_out and len(prompts) < most:
                 prompts.append(_prompt(row, encoded, tokenizer, renderer))
             if not is_held_out and row["copies"] and len(preview) < preview_rows:
                 preview.append(_preview(row["source"], encoded, tokenizer))
@@ -83,6 +92,11 @@ def finish(
                 (held if is_held_out else train).write({name: row[name] for name in SCHEMA.names}, len(encoded.ids))
     if not sides[0].rows:
         raise StageError(Reason.TOO_FEW_ROWS, "no training row is left by the weights of data.train: raise them")
+    about_questions: list[str] = []
+    if questions is not None:
+        prompts = [*questions.prompts, *(prompt.model_copy(update={"answered": False}) for prompt in prompts)]
+        trained = {group for group, held in zip(checked.index.groups, held_out.tolist(), strict=True) if not held}
+        about_questions = warnings_of(questions, spec, trained)
     _write(folder / PREPARED_PROMPTS, prompts)
     _write(folder / PREPARED_PREVIEW, preview)
     data = DataSummary(
@@ -101,7 +115,9 @@ def finish(
         held_out_overlap_rows=_overlap(checked.index.groups, held_out),
         tokens=_percentiles(checked.index),
     )
-    return Prepared(folder, data, data_hash.hexdigest(), preview, _warnings(spec, data, checked, held_out))
+    references = [prompt.reference for prompt in prompts if prompt.answered]
+    warnings = _warnings(spec, data, checked, held_out)
+    return Prepared(folder, data, data_hash.hexdigest(), references, preview, warnings + about_questions)
 
 
 def _write(path: Path, items: Sequence[ApiModel]) -> None:
@@ -153,17 +169,7 @@ def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any, renderer: Cha
     if row["context"] is not None:
         assert renderer is not None  # the row was rendered with it
         messages, tools = json.loads(row["context"])
-        text = renderer.question(messages, tools)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return PreparedPrompt(
-            row=row["row"],
-            prompt=row["prompt"],
-            reference=row["reference"],
-            messages=messages,
-            tools=tools or None,
-            text=text,
-            input_ids=ids,
-        )
+        return conversation_prompt(row["row"], row["prompt"], row["reference"], messages, tools, tokenizer, renderer)
     prompt, reference = row["prompt"], row["reference"]
     if prompt is None and encoded.prompt_tokens:
         ids = encoded.ids[: encoded.prompt_tokens].tolist()
@@ -176,9 +182,7 @@ def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any, renderer: Cha
         count = max(1, len(encoded.ids) // 4)
         prompt = tokenizer.decode(encoded.ids[:count].tolist(), skip_special_tokens=True)
         reference = tokenizer.decode(encoded.ids[count:].tolist(), skip_special_tokens=True)
-    return PreparedPrompt(
-        row=row["row"], prompt=prompt, reference=reference, text=prompt, input_ids=tokenizer(prompt)["input_ids"]
-    )
+    return text_prompt(row["row"], prompt, reference, tokenizer)
 
 
 def _duplicates(index: Index) -> int:

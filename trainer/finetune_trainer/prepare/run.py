@@ -32,11 +32,13 @@ from finetune_trainer.attempts import note_begin
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.lora_files import CONFIG, WEIGHTS
+from finetune_trainer.pattern import check_on, compiled
 from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import PREVIEW_ROWS, Prepared, finish, total_steps
 from finetune_trainer.prepare.initial_adapter import InitialAdapter
 from finetune_trainer.prepare.model import BaseModel, inspect_model
 from finetune_trainer.prepare.plan import plan_run
+from finetune_trainer.prepare.questions import read_questions
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.cache import cache_of
 from finetune_trainer.sources.model import resolve_model
@@ -125,12 +127,17 @@ def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS) -> Examined:
     Raises:
         StageError: whatever makes the job impossible.
     """
+    pattern = ctx.snapshot.spec.evaluation.generation.regex
+    search = compiled(pattern) if pattern is not None else None
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
     checked = check_data(ctx, model)
+    questions = read_questions(ctx, model)
     prepared = finish(
-        ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared", preview_rows
+        ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared", questions, preview_rows
     )
+    if search is not None:
+        check_on(search, prepared.references)
     checked.spool.unlink(missing_ok=True)
     snapshot = ctx.snapshot if model.adapter is None else ctx.snapshot.with_lora(model.adapter.record.lora)
     planned = plan_run(snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)

@@ -1,1 +1,1 @@
-"""The publish stage: check, merge, describe, and write the manifest last."""
+"""The publish stage: check, score, merge, describe, and write the manifest last."""

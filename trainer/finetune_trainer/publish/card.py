@@ -6,9 +6,10 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from finetune_api.results import DataSummary, MergeCheck, PrepareResult, TrainResult, chosen
+from finetune_api.results import DataSummary, MergeCheck, PrepareResult, Scores, TrainResult, chosen
 from finetune_api.snapshot import Snapshot
 from finetune_api.uris import HubLocation, parse_uri
+from finetune_trainer.publish.scores import score_rows
 from finetune_trainer.s3 import S3Store
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -18,6 +19,7 @@ def model_card(
     snapshot: Snapshot,
     prepared: PrepareResult,
     trained: TrainResult,
+    scores: Scores,
     output: S3Store,
     merge_check: MergeCheck | None,
     *,
@@ -47,6 +49,9 @@ def model_card(
         held_out_overlap=held_out_overlap(prepared.data),
         data_hash=prepared.data_hash,
         metrics=trained.metrics,
+        text=scores.text,
+        judge=scores.judge,
+        score_rows=score_rows(scores.text) if scores.text is not None else [],
         verification=trained.verification,
         trained=trained,
         merge_check=merge_check,

@@ -16,6 +16,7 @@ from finetune_api.names import Stage
 from finetune_api.results import Answer, ExecutionRecord, Manifest, PreviewRow, TrainResult
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.publish.chart import Point, Series, line_chart
+from finetune_trainer.publish.scores import score_rows
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PRIVATE = ("runtime",)
@@ -30,6 +31,7 @@ class Curves:
 
     loss: list[Point]
     held_out: list[Point]
+    token_accuracy: list[Point]
     learning_rate: list[Point]
     grad_norm: list[Point]
 
@@ -57,6 +59,9 @@ def html_report(
         snapshot=snapshot,
         manifest=manifest,
         metrics=manifest.metrics,
+        text=manifest.text_metrics,
+        judge=manifest.judge,
+        score_rows=score_rows(manifest.text_metrics) if manifest.text_metrics is not None else [],
         data=manifest.data,
         trained=trained,
         planned=manifest.plan,
@@ -99,7 +104,7 @@ def read_curves(metrics: bytes) -> Curves:
     def of(name: str) -> list[Point]:
         return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
-    return Curves(of("loss"), of("held_out_loss"), of("learning_rate"), of("grad_norm"))
+    return Curves(of("loss"), of("held_out_loss"), of("token_accuracy"), of("learning_rate"), of("grad_norm"))
 
 
 def charts(curves: Curves) -> dict[str, str]:
@@ -109,6 +114,7 @@ def charts(curves: Curves) -> dict[str, str]:
         losses.append(Series(f"training, mean of {SMOOTHED_STEPS} steps", smoothed(curves.loss)))
     found = {
         "loss": line_chart("Loss", [Series("held out", curves.held_out, dots=True), *losses]),
+        "accuracy": line_chart("Token accuracy", [Series("token accuracy", curves.token_accuracy, dots=True)]),
         "rate": line_chart("Learning rate", [Series("learning rate", curves.learning_rate)]),
         "norm": line_chart("Gradient norm", [Series("gradient norm", curves.grad_norm)]),
     }

@@ -1,4 +1,4 @@
-"""The publish stage, top to bottom: check, merge, describe, write the manifest, clean up. Without a merge it never imports torch."""
+"""The publish stage, top to bottom: check, score, merge, describe, write the manifest, clean up. Without a merge it never imports torch."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.publish.card import model_card
 from finetune_trainer.publish.report import html_report
+from finetune_trainer.publish.scores import publish_scores
 from finetune_trainer.publish.whole import check_tokenizer_hash, fetch_published, read_train_result
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
@@ -64,9 +65,13 @@ def run(ctx: StageContext) -> PublishReport:
     check_tokenizer_hash(prepared, trained)
     adapter_folder = fetch_published(ctx, output, trained)
 
+    # Score.
+    ctx.reporter.report(activity="Scoring")
+    scores, scores_file = publish_scores(ctx, prepared, trained, output, workspace)
+
     # Merge.
-    files: list[FileRecord] = [*trained.adapter_files, *trained.report_files]
-    warnings: list[str] = [*prepared.warnings, *trained.warnings]
+    files: list[FileRecord] = [*trained.adapter_files, *trained.report_files, scores_file]
+    warnings: list[str] = [*prepared.warnings, *trained.warnings, *scores.warnings]
     check = None
     if ctx.snapshot.spec.output.merged.enabled:
         from finetune_trainer.publish import merged
@@ -75,15 +80,17 @@ def run(ctx: StageContext) -> PublishReport:
         check = model.check
         warnings += model.warnings
         (model.folder / "README.md").write_text(
-            model_card(ctx.snapshot, prepared, trained, output, check, merged=True), encoding="utf-8"
+            model_card(ctx.snapshot, prepared, trained, scores, output, check, merged=True), encoding="utf-8"
         )
         files += merged.upload_merged(ctx, model.folder, output)
 
     # Describe.
-    card = model_card(ctx.snapshot, prepared, trained, output, check, merged=False).encode()
+    card = model_card(ctx.snapshot, prepared, trained, scores, output, check, merged=False).encode()
     files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
-    manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(update={"merge_check": check})
+    manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(
+        update={"merge_check": check, "text_metrics": scores.text, "judge": scores.judge}
+    )
     page = wait_until_available(ctx, lambda: publish_page(ctx, manifest, trained, output, workspace))
     manifest = manifest.model_copy(update={"files": sorted([*manifest.files, page], key=lambda f: f.path)})
     wait_until_available(ctx, lambda: output.put_model(MANIFEST, manifest))
@@ -191,6 +198,8 @@ def report(manifest: Manifest) -> PublishReport:
     merged_bytes = sum(f.size for f in manifest.files if f.path.startswith(f"{MERGED_DIR}/"))
     return PublishReport(
         metrics=manifest.metrics,
+        text_metrics=manifest.text_metrics,
+        judge=manifest.judge,
         verification=manifest.verification,
         merge_check=manifest.merge_check,
         adapter_bytes=sum(f.size for f in manifest.files if f.path.startswith(f"{ADAPTER_DIR}/")),

@@ -33,6 +33,8 @@ class HeldOutLoss:
 
     nll: list[float]
     tokens: list[int]
+    right: list[int] | None = None
+    """How many of the tokens are the most likely ones; unknown of what an older image measured."""
 
     @property
     def loss(self) -> float:
@@ -47,6 +49,16 @@ class HeldOutLoss:
     def perplexity(self) -> float:
         """exp(loss)."""
         return perplexity(self.loss)
+
+    @property
+    def token_accuracy(self) -> float | None:
+        """Σ right / Σ tokens."""
+        return None if self.right is None else sum(self.right) / max(1, sum(self.tokens))
+
+    def line(self, step: int) -> dict[str, Any]:
+        """Of ``reports/metrics.jsonl``."""
+        accuracy = {} if self.right is None else {"token_accuracy": self.token_accuracy}
+        return {"step": step, "held_out_loss": self.loss, **accuracy}
 
 
 def perplexity(loss: float) -> float:
@@ -74,7 +86,7 @@ def held_out_loss(
         TrainingStopped: ``stopped`` said so between two batches.
     """
     loss = LearnedTokenLoss(causal_lm)
-    nll, tokens = [0.0] * len(rows), [0] * len(rows)
+    nll, tokens, right = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
     with inference(causal_lm), compute.autocast():
         sample = torch.tensor([rows.ids(0)], device=compute.device)
         budget = loss.batch_tokens(sample, tokens_per_batch or TOKENS_PER_BATCH[compute.device.type] // divisor)
@@ -84,9 +96,10 @@ def held_out_loss(
                 raise TrainingStopped
             batch = {k: v.to(compute.device) for k, v in collate(rows, indices, pad_id).items()}
             counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
-            for index, part in zip(indices, torch.split(loss.per_token(batch), counts), strict=True):
-                nll[index], tokens[index] = float(part.double().sum()), part.numel()
-    return HeldOutLoss(nll, tokens)
+            for index, part in zip(indices, torch.split(loss.nll_and_right(batch), counts), strict=True):
+                nll[index], found = part.double().sum(0).tolist()
+                tokens[index], right[index] = len(part), int(found)
+    return HeldOutLoss(nll, tokens, right)
 
 
 def greedy_answers(

@@ -27,6 +27,7 @@ from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.evaluate import HeldOutLoss
 from finetune_trainer.train.held_out_curve import is_enough
 from finetune_trainer.train.model import take_up
 from finetune_trainer.train.packing import keeps_rows_apart
@@ -169,7 +170,7 @@ class Fit:
         }
         return capture(trainer, states, progress, held_out_loss)
 
-    def evaluate(self, stopped: Callable[[], bool] = evaluate.never) -> evaluate.HeldOutLoss:
+    def evaluate(self, stopped: Callable[[], bool] = evaluate.never) -> HeldOutLoss:
         """Held-out loss of the model as it is.
 
         Raises:
@@ -212,17 +213,17 @@ class Fit:
             return
         load_adapter(self.model, restored)
         heartbeat.begin("Evaluating")
-        loss = self.evaluate().loss
+        measured = self.evaluate()
         heartbeat.begin("Training")
-        self.record(step, loss)
+        self.record(step, measured)
         if self.ranks.first:
-            self.patiently(lambda: self.checkpoints.measured(restored, loss))
+            self.patiently(lambda: self.checkpoints.measured(restored, measured.loss))
 
-    def record(self, step: int, loss: float) -> None:
-        """A held-out loss of a step."""
-        self.history.evaluations.append({"step": step, "held_out_loss": loss})
-        self.ctx.reporter.report(held_out_loss=loss)
-        log.info("held-out loss at step %d: %.4f", step, loss)
+    def record(self, step: int, measured: HeldOutLoss) -> None:
+        """What was measured at a step."""
+        self.history.evaluations.append(measured.line(step))
+        self.ctx.reporter.report(held_out_loss=measured.loss)
+        log.info("held-out loss at step %d: %.4f", step, measured.loss)
 
     def _take_up(self, restored: Restored | None) -> int:
         if restored is None:
@@ -353,13 +354,13 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         assert self.trainer is not None
         heartbeat.begin("Evaluating")
         try:
-            loss = self._fit.evaluate(self.trainer.should_stop).loss
+            measured = self._fit.evaluate(self.trainer.should_stop)
         except TrainingStopped:
             return None
         finally:
             heartbeat.begin("Training")
-        self._fit.record(step, loss)
-        return loss
+        self._fit.record(step, measured)
+        return measured.loss
 
 
 def is_due(step: int, total: int, first: int, interval: CheckpointInterval, seconds: float) -> bool:

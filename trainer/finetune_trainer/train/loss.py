@@ -1,9 +1,10 @@
-"""Negative log-likelihood of the learned tokens, without the logits of all the others."""
+"""Negative log-likelihood of the learned tokens, and which of them a model would say itself, without the logits of all the others."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from finetune_api.results import IGNORED
 from finetune_trainer.train.rows import Batch
 
 log = logging.getLogger(__name__)
+PerToken = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of logits (tokens, vocabulary), or of what the head makes them of, and targets (tokens,): a value, or several, for each token."""
 
 
 def head_stands_apart(config: Any) -> bool:
@@ -51,31 +54,36 @@ class LearnedTokenLoss:
 
     def per_token(self, batch: Batch) -> torch.Tensor:
         """NLL of each learned token, row after row: float32, shape (learned tokens,)."""
+        return self._of_learned(batch, _nll_of_logits)
+
+    def nll_and_right(self, batch: Batch) -> torch.Tensor:
+        """NLL of each learned token, and 1 where it is the most likely one, else 0: float32, shape (learned tokens, 2)."""
+        return self._of_learned(batch, _nll_and_right_of_logits)
+
+    def _of_learned(self, batch: Batch, per_token_of_logits: PerToken) -> torch.Tensor:
         apart = self._stands_apart(batch["input_ids"])
         labels = batch["labels"][:, 1:]
         learned = labels != IGNORED
         inputs = {**{name: value for name, value in batch.items() if name != "labels"}, "use_cache": False}
-        nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = self._nll_of_hidden if apart else _nll_of_logits
+        of_rows: PerToken = partial(self._of_hidden, per_token_of_logits) if apart else per_token_of_logits
         rows = self.model.base_model(**inputs).last_hidden_state if apart else self.model(**inputs).logits
         rows = rows[:, :-1][learned]
         if rows.requires_grad:
             # The gradient of its input is the last that the head's backward pass makes.
             rows.register_hook(lambda _: release(self.head))
-        found = self._in_chunks(nll, rows, labels[learned])
+        found = self._in_chunks(of_rows, rows, labels[learned])
         if not found.requires_grad:
             release(self.head)
         return found
 
-    def _in_chunks(
-        self, nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
+    def _in_chunks(self, of_rows: PerToken, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if len(targets) <= self.chunk_tokens:
-            return nll(rows, targets)
+            return of_rows(rows, targets)
         parts = zip(torch.split(rows, self.chunk_tokens), torch.split(targets, self.chunk_tokens), strict=True)
         if torch.is_grad_enabled():
             # Recomputed in the backward pass, so that one chunk's float32 logits exist at a time there too.
-            return torch.cat([checkpoint(nll, r, t, use_reentrant=False) for r, t in parts])
-        return torch.cat([nll(r, t) for r, t in parts])
+            return torch.cat([checkpoint(of_rows, r, t, use_reentrant=False) for r, t in parts])
+        return torch.cat([of_rows(r, t) for r, t in parts])
 
     def batch_tokens(self, ids: torch.Tensor, most: int) -> int:
         """How many tokens a batch may have, padding included, so that its logits stay within a gibibyte; ``ids`` are a few to try.
@@ -92,8 +100,8 @@ class LearnedTokenLoss:
             self.head_apart = self._head_can_stand_apart(ids[:1, :8])
         return self.head_apart
 
-    def _nll_of_hidden(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return _nll_of_logits(self._logits(hidden), targets)
+    def _of_hidden(self, per_token_of_logits: PerToken, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return per_token_of_logits(self._logits(hidden), targets)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32, capped where the model caps."""
@@ -126,6 +134,11 @@ def release(head: nn.Module) -> None:
 
 def _nll_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _nll_and_right_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    right = logits.argmax(-1) == targets
+    return torch.stack([_nll_of_logits(logits, targets), right.float()], 1)
 
 
 def learned_tokens(labels: torch.Tensor) -> int:

@@ -100,7 +100,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     sharded = offloaded or (ranks.size > 1 and is_sharded(snapshot, prepared.result))
     ranks = replace(ranks, sharded=sharded, offloaded=offloaded)
     base, quantized = load(base_files.folder, snapshot, compute, ranks)
-    asked = prepared.prompts[: spec.evaluation.generation.prompts]
+    asked = [p for p in prepared.prompts if p.answered][: spec.evaluation.generation.prompts]
     answering = Answering(
         [p.input_ids for p in asked],
         compute,
@@ -113,7 +113,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     # Evaluate the base, once for all executions.
     begin(ctx, "Evaluating")
     measured = evaluate_base(ctx, workspace, base, held_out, pad_id, compute, answering, tokenizer, ranks)
-    loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens)
+    loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens, measured.right)
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
     # Train, from the newest checkpoint on.
@@ -172,7 +172,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     loss_trained, selected_step = select.evaluate_and_select(fit)
     ctx.reporter.report(held_out_loss=loss_trained.loss)
     metrics_lines = [
-        {"step": 0, "held_out_loss": loss_base.loss},
+        loss_base.line(0),
         *sorted([*steps.steps, *fit.history.evaluations], key=lambda line: line["step"]),
     ]
     total, stopped = fit.last_step, fit.last_step < schedule.steps
@@ -220,6 +220,8 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             held_out_loss=loss_trained.loss,
             perplexity_base=loss_base.perplexity,
             perplexity=loss_trained.perplexity,
+            token_accuracy_base=loss_base.token_accuracy,
+            token_accuracy=loss_trained.token_accuracy,
             final_train_loss=steps.steps[-1]["loss"],
             steps=total,
             epochs=schedule.epoch_after(total - 1),
@@ -316,6 +318,7 @@ def evaluate_base(
             snapshot_digest=ctx.snapshot.digest(),
             nll=loss.nll,
             tokens=loss.tokens,
+            right=loss.right,
             answers=answering.answers(base, tokenizer),
         )
 

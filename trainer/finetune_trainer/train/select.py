@@ -18,8 +18,7 @@ def evaluate_and_select(fit: Fit) -> tuple[HeldOutLoss, int | None]:
     """Measure the last step's weights; where an earlier step's were better and may be chosen, put those into the model and measure
     them again. The second value is that step."""
     last, total = fit.evaluate(), fit.last_step
-    earlier = [e for e in fit.history.evaluations if e["step"] != total]
-    fit.history.evaluations = [*earlier, {"step": total, "held_out_loss": last.loss}]
+    fit.history.evaluations = [*(e for e in fit.history.evaluations if e["step"] != total), last.line(total)]
     if fit.ctx.snapshot.spec.output.select is Selection.LAST:
         return last, None
     while (best := fit.ranks.share(fit.checkpoints.best)) is not None and better(best, last.loss, total):
