@@ -52,6 +52,7 @@ class ResolvedLora(ApiModel):
     """In the order in which names are tried."""
     alpha_pattern: dict[str, int] = {}
     loraplus_lr_ratio: float | None = None
+    modules_to_save: list[str] = []
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -225,6 +226,7 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
                 rank_pattern=ranks_of,
                 alpha_pattern=most_specific_first({**alphas, **(lora.alpha_pattern or {})}),
                 loraplus_lr_ratio=lora.loraplus_lr_ratio,
+                modules_to_save=list(lora.modules_to_save or []),
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
             ),

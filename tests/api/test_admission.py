@@ -58,6 +58,7 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
             }
         },
     ),
+    ("modules trained whole", {"method": {"lora": {"modulesToSave": ["embed_tokens", "lm_head"]}}}),
     ("names of target modules", {"method": {"lora": {"targetModules": ["q_proj", "v_proj"]}}}),
     ("QLoRA without double quantization", {"method": {"type": "QLoRA", "quantization": {"doubleQuantization": False}}}),
     ("no GPU on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 0}}),
@@ -120,6 +121,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("early stopping without evaluations", {"evaluation": {"earlyStopping": {"patience": 2}}}, "set evaluation.intervalSteps"),
     ("packing with noise", {"training": {"packing": True, "neftuneNoiseAlpha": 5}}, "neftuneNoiseAlpha depends on how long sequences are"),
     ("a revision of an adapter in a bucket", {"model": {"uri": "hf://org/model", "initialAdapter": {"uri": "s3://b/a", "revision": "x"}}}, "revision applies to hf:// adapters only"),
+    ("modules trained whole, with shards", {"method": {"lora": {"modulesToSave": ["lm_head"]}}, "training": {"cpuOffload": "Always"}}, "modulesToSave needs the whole base model"),
     ("dropout 1", {"method": {"lora": {"dropout": 1}}}, "spec.method.lora.dropout"),
     ("an unknown method", {"method": {"type": "Full"}}, 'Unsupported value: "Full": supported values: "LoRA", "QLoRA"'),
     ("a model without scheme", {"model": {"uri": "meta-llama/Llama-3.1-8B"}}, "spec.model.uri"),

@@ -62,12 +62,27 @@ def pretend_large_vocabulary(chunk_bytes: int) -> None:
     LearnedTokenLoss.__init__.__defaults__ = (chunk_bytes,)
 
 
+ENV_FLOAT32 = "TEST_FLOAT32"
+"""Compute in float32 also where the CPU has bfloat16, so that only the order of sums rounds."""
+
+
+def in_float32() -> None:
+    """Whatever the CPU."""
+    import torch
+
+    from finetune_trainer.train import device
+
+    device.cpu_dtype = lambda: torch.float32
+
+
 def run(root: Path, arguments: list[str]) -> int:
     """What the image's entry point does."""
     if arguments == ["worker"] and ENV_MOST_ROWS in os.environ:
         pretend_small_gpu(int(os.environ[ENV_MOST_ROWS]))
     if arguments == ["worker"] and ENV_CHUNK_BYTES in os.environ:
         pretend_large_vocabulary(int(os.environ[ENV_CHUNK_BYTES]))
+    if arguments == ["worker"] and ENV_FLOAT32 in os.environ:
+        in_float32()
     command = [sys.executable, "-m", "tests.support.train_container", str(root), "worker"]
     pod = root / "pods" / os.environ[names.ENV_POD_UID]
     pod.mkdir(parents=True, exist_ok=True)

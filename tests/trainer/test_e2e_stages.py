@@ -35,6 +35,7 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, "cpu")
         ("LoRA", "Quantized", {"useDora": True}),
         ("QLoRA", "Quantized", {"useDora": True}),
         ("LoRA", "Quantized", {"useRslora": True, "excludeModules": ["gate_proj"], "layersToTransform": [1]}),
+        ("QLoRA", "Quantized", {"modulesToSave": ["embed_tokens", "lm_head"], "rank": 4}),
         ("QLoRA", "Quantized", {"rankPattern": {"up_proj": 2, "layers.1.mlp.up_proj": 5}, "loraPlusLRRatio": 2}),
     ],
     ids=[
@@ -44,6 +45,7 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, "cpu")
         "DoRA",
         "QLoRA with DoRA",
         "rsLoRA of some layers",
+        "embeddings and head",
         "ranks and LoRA+",
     ],
 )

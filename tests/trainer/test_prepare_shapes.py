@@ -12,7 +12,7 @@ from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
 from finetune_api.targets import is_left_out
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.shapes import check_mergeable, count_parameters
+from finetune_trainer.prepare.shapes import check_mergeable, count_parameters, refuse_unsaveable
 from finetune_trainer.sources.model import TensorHeaders
 
 Q_V = ["q_proj", "v_proj"]
@@ -176,6 +176,25 @@ def test_a_model_that_publish_could_not_merge_is_refused_before_a_gpu_is_asked_f
     with pytest.raises(StageError, match=r"output\.merged\.enabled: false") as error:
         check_mergeable(headers, "s3://models/other")
     assert error.value.reason is Reason.UNSUPPORTED_MODEL
+
+
+def test_modules_that_cannot_be_trained_whole() -> None:
+    whole = count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], modules_to_save=["embed_tokens", "norm"]))
+    assert whole.trainable == count_parameters(LLAMA_3_8B, lora(8, ["q_proj"])).trainable + 128256 * 4096 + 4096
+    with pytest.raises(
+        StageError, match="modulesToSave: wte is no module with weights of this model, which has down_proj"
+    ):
+        count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], modules_to_save=["wte"]))
+    with pytest.raises(StageError, match="modulesToSave: q_proj gets an adapter, too"):
+        count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], modules_to_save=["q_proj"]))
+    head = lora(8, ["q_proj"], modules_to_save=["lm_head"])
+    refuse_unsaveable(LLAMA_3_8B, head, tied=False, four_bit=True)
+    with pytest.raises(StageError, match="name embed_tokens, and both are trained as one"):
+        refuse_unsaveable(LLAMA_3_8B, head, tied=True, four_bit=False)
+    linear = lora(8, ["q_proj"], modules_to_save=["down_proj"])
+    refuse_unsaveable(LLAMA_3_8B, linear, tied=False, four_bit=False)
+    with pytest.raises(StageError, match=r"QLoRA holds model.layers.\d+.mlp.down_proj in 4 bit"):
+        refuse_unsaveable(LLAMA_3_8B, linear, tied=False, four_bit=True)
 
 
 def test_patterns_name_layers_that_are_adapted() -> None:

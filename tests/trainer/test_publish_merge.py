@@ -72,6 +72,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(written, "CHECK_BYTES", 3 * 64 * 4)
 
 
+WHOLE = {"modules_to_save": ["embed_tokens", "norm"], "ensure_weight_tying": True}
 PATTERNS = {
     "rank_pattern": {"layers.1.mlp.up_proj": 2, "up_proj": 6, "q_proj": 3},
     "alpha_pattern": {"up_proj": 5, "o_proj": 1},
@@ -81,8 +82,8 @@ PATTERNS = {
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"use_dora": True}, PATTERNS],
-    ids=["LoRA", "rsLoRA", "DoRA", "patterns"],
+    [{}, {"use_rslora": True}, {"use_dora": True}, PATTERNS, WHOLE],
+    ids=["LoRA", "rsLoRA", "DoRA", "patterns", "whole modules"],
 )
 def test_the_merge_is_pefts_merge(base: Path, tmp_path: Path, settings: dict[str, Any], small_chunks: None) -> None:
     adapter = adapter_for(base, tmp_path / "adapter", **settings)

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import Trainer
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.shapes import count_parameters
 from finetune_trainer.train import device, evaluate, model
 from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import Rows
@@ -21,6 +23,7 @@ from finetune_trainer.train.schedule import make_schedule
 from finetune_trainer.train.step_log import StepLog
 from finetune_trainer.train.trainer import LoraTrainer, training_arguments
 from tests.support.prepared import deep_merge, encode, job_spec, questions, snapshot_of, table
+from tests.support.tiny_model import build_tiny_model
 
 CPU32 = device.Compute(torch.device("cpu"), torch.float32, "cpu")
 CPU16 = device.Compute(torch.device("cpu"), torch.bfloat16, "cpu")
@@ -150,6 +153,31 @@ def test_ranks_and_alphas_of_single_modules(tiny_model: Path) -> None:
         assert found["1.mlp.down_proj"] == (3, 2.0)
         assert found["0.mlp.up_proj"] == (5, 4.0)
         assert found["0.self_attn.q_proj"] == (4, 2.0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_that_are_trained_whole(tmp_path: Path, tied: bool) -> None:
+    """In float32, tied ones as one; the base has its own back afterwards."""
+    folder = build_tiny_model(tmp_path / "base", tied=tied)
+    named = ["embed_tokens", "norm"] if tied else ["embed_tokens", "lm_head", "norm"]
+    run = snapshot(method={"type": "QLoRA", "lora": {"modulesToSave": named}}, training={"length": {"steps": 2}})
+    fresh = model.load_base(folder, run, CPU16)
+    before = {n: p.clone() for n, p in fresh.named_parameters()}
+    loss = evaluate.held_out_loss(fresh, rows_of(folder, 8), 0, CPU16).loss
+    trained, _ = fit(folder, tmp_path, run, CPU16)
+    assert {p.dtype for p in weights_of(trained).values()} == {torch.float32}
+    headers = {name: ("BF16", tuple(t.shape)) for name, t in load_file(folder / "model.safetensors").items()}
+    counted = count_parameters(headers, run.plan.method.lora).trainable
+    assert counted == sum(p.numel() for p in weights_of(trained).values())
+    for name in named:
+        [(key, value)] = [(n, p) for n, p in weights_of(trained).items() if f"{name}.modules_to_save" in n]
+        original = before[key.removeprefix("base_model.model.").replace(".modules_to_save.default", "")]
+        assert not torch.equal(value, original.float()), name
+    tuned = trained.get_base_model()
+    weights = [tuned.get_output_embeddings().weight, tuned.get_input_embeddings().weight]
+    assert (weights[0].data_ptr() == weights[1].data_ptr()) is tied
+    base = model.detach_adapter(trained, model.trained_base_weights(trained), CPU16.dtype)
+    assert evaluate.held_out_loss(base, rows_of(folder, 8), 0, CPU16).loss == loss
 
 
 def test_with_lora_plus_b_learns_faster_than_a(tiny_model: Path, tmp_path: Path) -> None:

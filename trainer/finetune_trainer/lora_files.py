@@ -10,15 +10,15 @@ WEIGHTS = "adapter_model.safetensors"
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 PREFIX = "base_model.model."
 UNKNOWN_SETTINGS = (
-    "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
+    "fan_in_fan_out", "lora_bias", "layer_replication",
     "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
 )  # fmt: skip
 """The operator sets none of them; a file that has one is refused, not misread."""
 
 
-def strange_settings(config: Mapping[str, Any]) -> list[str]:
-    """Those that are set."""
-    return [name for name in UNKNOWN_SETTINGS if config.get(name)]
+def strange_settings(config: Mapping[str, Any], *others: str) -> list[str]:
+    """Those that are set, and ``others``."""
+    return [name for name in (*UNKNOWN_SETTINGS, *others) if config.get(name)]
 
 
 def tensor_name(key: str) -> str:

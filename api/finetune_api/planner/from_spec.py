@@ -46,6 +46,7 @@ def request_of(
             exclude_modules=list(lora.exclude_modules or []),
             layers_to_transform=lora.layers_to_transform,
             rank_pattern=most_specific_first(lora.rank_pattern or {}),
+            modules_to_save=list(lora.modules_to_save or []),
             dora=lora.use_dora,
             double_quantization=spec.method.quantization.double_quantization,
         ),
@@ -70,7 +71,8 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
     Args:
         shardable: whether the model can be loaded and sharded a layer at a time.
     """
-    shardable = shardable and not spec.method.lora.use_dora  # its norms are of whole weights
+    lora = spec.method.lora
+    shardable = shardable and not lora.use_dora and not lora.modules_to_save  # both are of whole weights
     first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:
         first = SEVERAL if shardable else (Layout.DDP,)

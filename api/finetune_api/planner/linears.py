@@ -84,7 +84,8 @@ def quantized_layers(linears: list[Linear], arch: Architecture) -> list[Linear]:
 
 
 def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> int:
-    """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), with DoRA its outputs once more, and the biases PEFT's ``bias`` names.
+    """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), with DoRA its outputs once more, the biases PEFT's ``bias`` names, and modules
+    that are trained whole.
 
     With all-linear, PEFT 0.21 adapts a mixture of experts too: its router, each expert's down projection, and each expert's
     fused gate and up projection with twice the rank.
@@ -99,7 +100,7 @@ def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> 
             for name, shape in shapes.items()
             if not is_left_out(name.removesuffix(".weight"), tuning.exclude_modules, tuning.layers_to_transform)
         )
-    return count + _biases(shapes, targets, tuning.bias)
+    return count + _biases(shapes, targets, tuning.bias) + _saved(shapes, tuning.modules_to_save)
 
 
 def _expert_features(name: str, shape: tuple[int, ...]) -> int:
@@ -109,6 +110,19 @@ def _expert_features(name: str, shape: tuple[int, ...]) -> int:
         experts, outputs, inputs = shape
         return experts * (outputs + inputs) * (2 if name.endswith("gate_up_proj") else 1)
     return 0
+
+
+def _saved(shapes: Shapes, modules: list[str]) -> int:
+    """Modules that are trained whole.
+
+    Raises:
+        UnknownTarget: a name that matches nothing.
+    """
+    found = {name: math.prod(shape) for name, shape in shapes.items() if is_named(name.rpartition(".")[0], modules)}
+    for module in modules:
+        if not any(is_named(name.rpartition(".")[0], [module]) for name in found):
+            raise UnknownTarget(f"modulesToSave names {module}, which is no module with weights")
+    return sum(found.values())
 
 
 def _biases(shapes: Shapes, targets: list[Linear], bias: LoraBias) -> int:

@@ -33,6 +33,7 @@ class Tuning(ApiModel):
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = {}
     """Ranks of single layers, in the order in which names are tried."""
+    modules_to_save: list[str] = []
     dora: bool = False
     four_bit: bool = False
     double_quantization: bool = True

@@ -72,7 +72,11 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str) -> Lora:
     Raises:
         StageError: InvalidConfig, for an adapter that cannot be trained on, or a job that asks for another.
     """
-    if config.get("peft_type") != "LORA" or (strange := strange_settings(config)) or config.get("bias") != "none":
+    if (
+        config.get("peft_type") != "LORA"
+        or (strange := strange_settings(config, "modules_to_save"))
+        or config.get("bias") != "none"
+    ):
         found = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(strange) or "trained biases"
         raise StageError(
             Reason.INVALID_CONFIG,

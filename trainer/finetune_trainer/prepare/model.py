@@ -10,6 +10,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.results import SourceFile
 from finetune_api.snapshot import ResolvedLora
+from finetune_api.spec import MethodType
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
@@ -20,6 +21,7 @@ from finetune_trainer.prepare.shapes import (
     check_mergeable,
     count_parameters,
     is_mixture_of_experts,
+    refuse_unsaveable,
 )
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
 from finetune_trainer.s3_transfer import CHUNK_BYTES
@@ -89,6 +91,8 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         warnings.append(
             "mixture of experts: only layers outside the experts are adapted; the parameter count is an estimate"
         )
+    four_bit = snapshot.plan.method.type is not MethodType.LORA
+    refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), four_bit)
     parameters = count_parameters(headers, lora)
     shapes = {name: shape for name, (_, shape) in headers.items()}
     if adapter is not None:

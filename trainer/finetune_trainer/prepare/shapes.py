@@ -88,7 +88,7 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
         + lora.use_dora * _outputs(name, linear[name])
         for name in targets
     )
-    trainable += _biases(tensors, targets, lora.bias)
+    trainable += _biases(tensors, targets, lora.bias) + _saved(tensors, targets, lora.modules_to_save)
     return Parameters(trainable, sum(math.prod(shape) for shape in tensors.values()), targets)
 
 
@@ -183,6 +183,51 @@ def _biases(tensors: Mapping[str, tuple[int, ...]], targets: list[str], bias: Lo
     if bias is LoraBias.ALL:
         return sum(math.prod(shape) for name, shape in tensors.items() if name.endswith(".bias"))
     return sum(math.prod(tensors[f"{name}.bias"]) for name in targets if f"{name}.bias" in tensors)
+
+
+def _saved(tensors: Mapping[str, tuple[int, ...]], targets: list[str], modules: list[str]) -> int:
+    """Modules that are trained whole: they exist, and are not adapted besides."""
+    owners = {name: name.rpartition(".")[0] for name in tensors}
+    for module in modules:
+        if not any(is_named(owner, [module]) for owner in owners.values()):
+            kinds = ", ".join(sorted({owner.rpartition(".")[2] for owner in owners.values()}))
+            raise StageError(
+                Reason.UNKNOWN_TARGET_MODULE,
+                f"method.lora.modulesToSave: {module} is no module with weights of this model, which has {kinds}",
+            )
+        if any(is_named(name, [module]) for name in targets):
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"method.lora.modulesToSave: {module} gets an adapter, too; name it in excludeModules, or leave it out here",
+            )
+    return sum(math.prod(shape) for name, shape in tensors.items() if is_named(owners[name], modules))
+
+
+def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, four_bit: bool) -> None:
+    """What cannot be trained whole.
+
+    Args:
+        tied: input embeddings and output head are one.
+        four_bit: linear layers are, or may be.
+
+    Raises:
+        StageError: InvalidConfig.
+    """
+    if tied and any(HEAD.search(module) for module in lora.modules_to_save):
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "method.lora.modulesToSave names the output head, which this model shares with its input embeddings (tie_word_embeddings): name "
+            "embed_tokens, and both are trained as one.",
+        )
+    matrices = [
+        n.removesuffix(".weight") for n, (_, shape) in headers.items() if n.endswith(".weight") and len(shape) == 2
+    ]
+    packed = [n for n in matrices if _is_linear(n) and is_named(n, lora.modules_to_save)]
+    if four_bit and packed:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"method.lora.modulesToSave: QLoRA holds {packed[0]} in 4 bit, which cannot be trained; use type: LoRA, or an adapter on it",
+        )
 
 
 def check_mergeable(headers: TensorHeaders, uri: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from finetune_api.failures import Reason
 from finetune_api.targets import setting_of
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
+from finetune_trainer.publish.safetensors_stream import rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,30 @@ class Adapter:
     def replacement(self, tensor: str) -> torch.Tensor:
         """The trained values of a base tensor."""
         return self._read(tensor)
+
+    def replaced_rows(self, tensor: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same in parts: (first row, rows)."""
+        with safe_open(self.folder / WEIGHTS, "pt") as file:
+            values = file.get_slice(self.keys[tensor])
+            shape = tuple(values.get_shape())
+            step = rows_per_chunk(shape)
+            for start in range(0, shape[0], step):
+                yield start, values[start : start + step].float()
+
+    def repeats(self, tensor: str, others: Iterable[str]) -> bool:
+        """Whether it is the same as one of the others: peft writes a head that is tied to trained embeddings once more."""
+        return tensor in self.replaced and any(
+            all(
+                torch.equal(a, b)
+                for (_, a), (_, b) in zip(self.replaced_rows(tensor), self.replaced_rows(o), strict=True)
+            )
+            for o in others
+            if o in self.replaced and self._shape(o) == self._shape(tensor)
+        )
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        with safe_open(self.folder / WEIGHTS, "pt") as file:
+            return tuple(file.get_slice(self.keys[tensor]).get_shape())
 
     def _read(self, name: str) -> torch.Tensor:
         with safe_open(self.folder / WEIGHTS, "pt") as file:

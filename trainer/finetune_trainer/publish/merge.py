@@ -71,7 +71,7 @@ def merge(
     """
     tensors = base.checkpoint.tensors
     fitting = {m for m in adapter.modules if f"{m}.weight" in tensors} | {n for n in adapter.replaced if n in tensors}
-    left = (adapter.modules.keys() | adapter.replaced) - fitting
+    left = {n for n in (adapter.modules.keys() | adapter.replaced) - fitting if not adapter.repeats(n, fitting)}
     if not fitting:
         raise StageError(
             Reason.UNSUPPORTED_MODEL,
@@ -108,7 +108,8 @@ def merged_parts(base: BaseWeights, adapter: Adapter, info: TensorInfo) -> Any:
     if dtype is None:
         yield base.checkpoint.read(info.name)
     elif info.name in adapter.replaced:
-        yield adapter.replacement(info.name).to(dtype)
+        for _, rows in adapter.replaced_rows(info.name):
+            yield rows.to(dtype)
     elif info.name.endswith(".weight") and module_of(info.name) in adapter.modules:
         lora = adapter.lora(module_of(info.name))
         if (lora.b.shape[0], lora.a.shape[1]) != tuple(info.shape):

@@ -78,7 +78,7 @@ def compare_tensor(base: BaseWeights, adapter: Adapter, merged: Checkpoint, info
     if info.dtype is None:
         found, original = merged.read(name), base.checkpoint.read(name)
         return Written(found.numel(), 0 if torch.equal(found, original) else found.numel())
-    parts = iter([(0, adapter.replacement(name))]) if name in adapter.replaced else base.rows(name)
+    parts = adapter.replaced_rows(name) if name in adapter.replaced else base.rows(name)
     lora = adapter.lora(module_of(name)) if name.endswith(".weight") and module_of(name) in adapter.modules else None
     for (start, rows), (_, found) in zip(parts, merged.read_rows(name), strict=True):
         # A few rows at a time: there are ten float32 values here for each element.

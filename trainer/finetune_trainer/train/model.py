@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -20,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora, Snapshot
 from finetune_api.spec import LoraBias, Quantization
+from finetune_api.targets import is_named
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
 from finetune_trainer.remote_code import remote_code
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 BIAS = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
 ALL_LINEAR = "all-linear"
+SAVED = ".modules_to_save."
+"""In the names of parameters: peft's copies of modules that are trained whole."""
 
 disable_progress_bar()  # a pod's log is no terminal
 
@@ -125,6 +129,8 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         layers_to_transform=lora.layers_to_transform,
         rank_pattern=lora.rank_pattern,
         alpha_pattern=lora.alpha_pattern,
+        modules_to_save=saved_modules(base, lora) or None,
+        ensure_weight_tying=bool(lora.modules_to_save) and base.config.get_text_config().tie_word_embeddings,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
@@ -179,6 +185,11 @@ def target_modules(base: Any, lora: ResolvedLora) -> str | list[str]:
     return ALL_LINEAR if lora.layers_to_transform is None else linear_names(base)
 
 
+def saved_modules(base: Any, lora: ResolvedLora) -> list[str]:
+    """Full names of the modules that are trained whole: peft would take ``norm`` for ``input_layernorm`` too."""
+    return [name for name, _ in base.named_modules() if is_named(name, lora.modules_to_save)]
+
+
 def linear_names(base: Any) -> list[str]:
     """The names of the linear layers but the output head."""
     head = base.get_output_embeddings()
@@ -214,13 +225,20 @@ def trained_base_weights(model: Any) -> dict[str, torch.Tensor]:
     return {
         n.replace(".base_layer.", "."): p.detach().clone()
         for n, p in model.get_base_model().named_parameters()
-        if p.requires_grad and "lora_" not in n
+        if p.requires_grad and "lora_" not in n and SAVED not in n
     }
 
 
 def detach_adapter(model: PeftModel, original: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
-    """The bare base as it was before training: adapter layers removed, trained biases put back."""
-    base = model.unload()
+    """The bare base as it was before training: adapter layers removed, trained biases put back, and modules that were trained whole."""
+    replaced = {
+        name: module.original_module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    base = model.unload()  # which leaves the trained modules in their places
+    for name, module in replaced.items():
+        base.set_submodule(name, module)
     parameters = dict(base.named_parameters())
     for name, value in original.items():
         parameters[name].data = value.to(dtype)
@@ -228,6 +246,6 @@ def detach_adapter(model: PeftModel, original: dict[str, torch.Tensor], dtype: t
     # peft leaves its configuration on the model, and would stack a second adapter upon it with a warning only.
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         base.__dict__.pop(attribute, None)
-    left = [n for n, _ in base.named_modules() if "lora_" in n]
+    left = [n for n, _ in base.named_modules() if "lora_" in n or SAVED in n]
     assert not left, f"adapter layers that were not removed: {left[:3]}"
     return base

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
@@ -58,12 +58,12 @@ def load_freshly(base: Any, folder: Path) -> PeftModel:
         StageError: VerificationFailed.
     """
     model = PeftModel.from_pretrained(base, folder, is_trainable=False)
-    wanted = sum("lora_" in n for n, _ in model.named_parameters())
-    found = sum("lora_" in n for n in load_file(folder / "adapter_model.safetensors"))
+    wanted = len(get_peft_model_state_dict(model, save_embedding_layers=False))
+    found = len(load_file(folder / "adapter_model.safetensors"))
     if wanted != found:
         raise StageError(
             Reason.VERIFICATION_FAILED,
-            f"the adapter in the bucket has {found} LoRA tensors; its configuration needs {wanted}.",
+            f"the adapter in the bucket has {found} tensors; its configuration needs {wanted}.",
         )
     return model
 
