@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
+from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
 from finetune_trainer.train import device, evaluate, model
 from finetune_trainer.train.loss import LearnedTokenLoss
@@ -257,9 +258,7 @@ def test_threads_follow_the_cgroup_quota(tmp_path: Path, quota: str, cpus: int |
     import os
 
     (tmp_path / "cpu.max").write_text(quota)
-    assert device.usable_cpus(tmp_path / "cpu.max") == min(
-        cpus or len(os.sched_getaffinity(0)), len(os.sched_getaffinity(0))
-    )
+    assert usable_cpus(tmp_path / "cpu.max") == min(cpus or len(os.sched_getaffinity(0)), len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class ChatRenderer:
     """Renders conversations and finds what the assistant says in them."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
-        self._template = template
+        self.template = template
         self._marked = bool(GENERATION.search(template))
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         # transformers 5.23 refuses functions as template variables, so the clock is replaced where the template is kept.
@@ -165,7 +165,7 @@ class ChatRenderer:
         try:
             texts, marks = render_jinja_template(
                 conversations=[messages],
-                chat_template=self._template,
+                chat_template=self.template,
                 tools=list(tools) or None,
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt,

@@ -44,6 +44,8 @@ class BaseModel:
     shapes: dict[str, tuple[int, ...]]
     """Of every tensor in the weights' files."""
     warnings: list[str]
+    folder: Path = Path()
+    """Where configuration and tokenizer lie."""
 
 
 def inspect_model(ctx: StageContext) -> BaseModel:
@@ -95,6 +97,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         config=config,
         shapes={name: shape for name, (_, shape) in headers.items()},
         warnings=warnings,
+        folder=folder,
     )
 
 

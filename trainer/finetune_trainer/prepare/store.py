@@ -125,17 +125,18 @@ class DataHash:
 
 @dataclass
 class Index:
-    """What is remembered of every usable row: 25 bytes each, whatever its length."""
+    """What is remembered of every usable row: 25 bytes each, and 64 where near duplicates are looked for, whatever its length."""
 
     groups: array[int]
     contents: array[int]
     lengths: array[int]
     from_held_out: array[int]
+    sketches: bytearray
 
     @classmethod
     def empty(cls) -> Index:
         """No rows."""
-        return cls(array("Q"), array("Q"), array("L"), array("b"))
+        return cls(array("Q"), array("Q"), array("L"), array("b"), bytearray())
 
     def add(self, group: int, content: int, length: int, held_out: bool) -> None:
         """One more row."""
