@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from finetune_trainer.prepare.near import clusters, joined, sketch, text_shingles, token_shingles
+from finetune_trainer.prepare.near import Hashes, clusters, joined, shingles, sketch
 from tests.support.prepare_bench import REF, Bench, row
 
 WORDS = ["".join(Random(i).choices("abcdefghijklmnop", k=3 + i % 7)) for i in range(3000)]
@@ -22,6 +22,10 @@ def changed(original: str, count: int) -> str:
     for position in Random(count).sample(range(len(words)), count):
         words[position] = f"changed{position}"
     return " ".join(words)
+
+
+def text_shingles(of: str) -> Hashes:
+    return shingles([of])[0]
 
 
 def similarity(first: str, second: str) -> float:
@@ -56,10 +60,26 @@ def test_case_white_space_and_punctuation_do_not_count() -> None:
 def test_a_shingle_stands_for_what_it_is_made_of() -> None:
     ids = np.array(Random(0).choices(range(3), k=4000), np.int32)
     names: dict[tuple[int, ...], set[int]] = {}
-    for position, value in enumerate(token_shingles(ids).tolist()):
+    for position, value in enumerate(shingles([ids])[0].tolist()):
         names.setdefault(tuple(ids[position : position + 5].tolist()), set()).add(value)
     assert {len(values) for values in names.values()} == {1}
     assert len({v for values in names.values() for v in values}) == len(names) == 3**5
+
+
+def test_rows_of_a_batch_do_not_touch() -> None:
+    rows = [
+        "",
+        "One, two!",
+        text(3),
+        " ",
+        "ß 東京都 – x",
+        np.arange(9, dtype=np.int32),
+        text(4),
+        np.arange(2, dtype=np.int32),
+        "?",
+    ]
+    for alone, together in zip([shingles([r])[0] for r in rows], shingles(rows), strict=True):
+        assert np.array_equal(alone, together)
 
 
 def test_short_and_empty_rows_are_alike_only_if_they_are_the_same() -> None:

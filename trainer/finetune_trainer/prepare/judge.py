@@ -21,7 +21,7 @@ from finetune_trainer.prepare.chat import ChatRenderer, end_of_turn_ids, load_to
 from finetune_trainer.prepare.encode import Dropped, Encoded, Encoder, fit
 from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text, Tokenized, to_example
 from finetune_trainer.prepare.model import BaseModel
-from finetune_trainer.prepare.near import Hashes, sketch, text_shingles, token_shingles
+from finetune_trainer.prepare.near import Tokens, shingles, sketch
 from finetune_trainer.prepare.pii import redacted, redacted_example
 from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.rows import RawRow
@@ -134,32 +134,47 @@ class Judge:
         Raises:
             StageError: ChatTemplateMissing, UnsupportedModel, InvalidConfig: what no other row would change.
         """
-        outcomes: list[Outcome] = []
-        shingles: list[Hashes] = []
-        for raw in batch.rows:
+        outcomes: dict[int, Outcome] = {}
+        examples: dict[int, tuple[Example, Counter[str]]] = {}
+        for number, raw in enumerate(batch.rows):
             try:
-                outcomes.append(self._outcome(raw, batch, shingles))
+                example = self._example(raw, batch.format, batch.columns)
             except RowProblem as problem:
-                outcomes.append(Refused(self._told(problem.text)))
-            except Dropped as reason:
-                outcomes.append(LeftOut(reason.text))
-        return Judged(outcomes, sketch(shingles))
-
-    def _outcome(self, raw: RawRow, batch: Batch, shingles: list[Hashes]) -> Outcome:
-        example = self._example(raw, batch.format, batch.columns)
+                outcomes[number] = Refused(self._told(problem.text))
+            else:
+                examples[number] = self._searched(example)
         if batch.only_counting:
-            return Passed()
+            outcomes |= dict.fromkeys(examples, Passed())
+            return Judged([outcomes[number] for number in range(len(batch.rows))])
+        encoded = self._encoder.encode_all([example for example, _ in examples.values()])
+        texts: list[str | Tokens] = []
+        for (number, (example, found)), whole in zip(examples.items(), encoded, strict=True):
+            try:
+                if isinstance(whole, RowProblem):
+                    raise whole
+                outcomes[number] = self._kept(example, found, whole)
+            except RowProblem as problem:
+                outcomes[number] = Refused(self._told(problem.text))
+            except Dropped as reason:
+                outcomes[number] = LeftOut(reason.text)
+            else:
+                texts.append(_said(example, whole))
+        sketches = sketch(shingles(texts)) if self._sketches else sketch([])
+        return Judged([outcomes[number] for number in range(len(batch.rows))], sketches)
+
+    def _searched(self, example: Example) -> tuple[Example, Counter[str]]:
+        """The example, redacted if that is asked for, and what was found in it."""
         found: Counter[str] = Counter()
-        if self._pii is not PiiPolicy.IGNORE:
-            clean = redacted_example(example, found)
-            example = clean if self._pii is PiiPolicy.REDACT else example
-        whole = self._encoder.encode(example)
+        if self._pii is PiiPolicy.IGNORE:
+            return example, found
+        clean = redacted_example(example, found)
+        return clean if self._pii is PiiPolicy.REDACT else example, found
+
+    def _kept(self, example: Example, found: Counter[str], whole: Encoded) -> Kept:
         encoded = fit(whole, self._limit, self._overlength)
         self._check_vocabulary(encoded)
         asked = example if isinstance(example, Conversation | Completion) else None
         group = example.group
-        if self._sketches:
-            shingles.append(_shingles(example, group, whole))
         return Kept(
             encoded=encoded,
             group=group_of(group),
@@ -207,14 +222,14 @@ class Judge:
             )
 
 
-def _shingles(example: Example, group: str, whole: Encoded) -> Hashes:
-    """Of what the row says, without system messages: those are often the same in every row."""
+def _said(example: Example, whole: Encoded) -> str | Tokens:
+    """What the row says, without system messages: those are often the same in every row."""
     match example:
         case Tokenized():
-            return token_shingles(whole.ids)
+            return whole.ids
         case Text():
-            return text_shingles(group)
-    return text_shingles(f"{group}\n{example.reference}")
+            return example.text
+    return f"{example.group}\n{example.reference}"
 
 
 def _context(example: Example) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ STEEP = 0.75
 
 Hashes = npt.NDArray[np.uint64]
 Sketches = npt.NDArray[np.uint8]
+Tokens = npt.NDArray[np.int32]
 Labels = npt.NDArray[np.int64]
 
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -44,27 +46,40 @@ def _plain_bytes() -> npt.NDArray[np.uint8]:
 _PLAIN = _plain_bytes()
 
 
-def text_shingles(text: str) -> Hashes:
-    """Hashes of all runs of 16 bytes of a text, whose case, white space and punctuation do not count."""
-    plain = _PLAIN[np.frombuffer(text.encode(), np.uint8)]
+def shingles(rows: Sequence[str | Tokens]) -> list[Hashes]:
+    """Hashes of all runs of 16 bytes of each text, whose case, white space and punctuation do not count; of 5 tokens where a row comes as
+    tokens."""
+    texts = [row.encode() for row in rows if isinstance(row, str)]
+    of_texts = iter(_shingles(_plain(texts), WIDTH))
+    of_tokens = iter(_shingles([row.astype(np.uint64) for row in rows if not isinstance(row, str)], TOKENS))
+    return [next(of_texts) if isinstance(row, str) else next(of_tokens) for row in rows]
+
+
+def _plain(texts: list[bytes]) -> list[Hashes]:
+    """Each text's bytes, with one blank for white space and punctuation between words and none at its ends."""
+    if not texts:
+        return []
+    plain = _PLAIN[np.frombuffer(b" " + b" ".join(texts) + b" ", np.uint8)]
     blank = plain == _SPACE
-    kept = plain[~blank | np.append(~blank[1:], False)]  # one blank of several, and none at the end
-    kept = kept[1:] if len(kept) and kept[0] == _SPACE else kept
-    return _shingles(kept.astype(np.uint64), WIDTH)
+    # The blank before a word stays; a text begins with the blank that joins it to the one before, and ends before the next.
+    kept = ~blank | np.append(~blank[1:], False)
+    before = np.cumsum(kept)
+    units = plain[kept].astype(np.uint64)
+    ends = np.cumsum([len(text) + 1 for text in texts])
+    bounds = [0, *before[ends - 1].tolist()]
+    parts = [units[start:end] for start, end in pairwise(bounds)]
+    return [part[1:] if len(part) and part[0] == _SPACE else part for part in parts]
 
 
-def token_shingles(ids: npt.NDArray[np.int32]) -> Hashes:
-    """Hashes of all runs of 5 tokens."""
-    return _shingles(ids.astype(np.uint64), TOKENS)
-
-
-def _shingles(units: Hashes, width: int) -> Hashes:
+def _shingles(rows: list[Hashes], width: int) -> list[Hashes]:
     """A hash for each run of ``width`` units; one for a row that is shorter."""
-    if len(units) < width:
-        units = np.concatenate([units, np.zeros(width - len(units), np.uint64)])
-    # A polynomial in _PRIME, its powers of two first: of 16 units in 4 steps.
+    if not rows:
+        return []
+    rows = [row if len(row) >= width else np.append(row, np.zeros(width - len(row), np.uint64)) for row in rows]
+    units = np.concatenate(rows) + np.uint64(1)
+    # A polynomial in _PRIME, its powers of two first: of 16 units in 4 steps. Runs across two rows are made with the others and left.
     hashes, done, power = np.zeros(len(units) - width + 1, np.uint64), 0, _PRIME
-    part, size = units + np.uint64(1), 1
+    part, size = units, 1
     with np.errstate(over="ignore"):
         while size <= width:
             if width & size:
@@ -73,7 +88,9 @@ def _shingles(units: Hashes, width: int) -> Hashes:
             part = part[:-size] * power + part[size:] if len(part) > size else part
             power = power * power
             size *= 2
-        return (hashes ^ (hashes >> np.uint64(29))) * _PRIME
+        hashes = (hashes ^ (hashes >> np.uint64(29))) * _PRIME
+    starts = np.cumsum([0, *map(len, rows)]).tolist()
+    return [hashes[start : start + len(row) - width + 1] for start, row in zip(starts, rows, strict=False)]
 
 
 def sketch(rows: Sequence[Hashes]) -> Sketches:
