@@ -18,6 +18,7 @@ import os
 import pydoc_data.topics
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -99,8 +100,8 @@ def theirs(rows: Path, tokenizer_folder: Path, scratch: Path) -> float:
     return time.perf_counter() - begin
 
 
-def run(side: str, rows: Path, tokenizer: Path) -> float:
-    """Seconds of one side, in a process and a folder of its own."""
+def run(side: str, rows: Path, tokenizer: Path) -> dict[str, float]:
+    """Seconds and peak memory of one side, in a process and a folder of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
             [sys.executable, __file__, "--side", side, rows, tokenizer, scratch],
@@ -109,7 +110,13 @@ def run(side: str, rows: Path, tokenizer: Path) -> float:
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
         )
-    return float(done.stdout.splitlines()[-1])
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def peak_mib(whose: int) -> int:
+    """Highest resident memory of this process, or of the largest of its children, with what it shares."""
+    return resource.getrusage(whose).ru_maxrss >> 10
 
 
 def summary(ratios: list[float]) -> dict[str, float]:
@@ -133,7 +140,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         side, *paths = arguments.side
-        print({"ours": ours, "theirs": theirs}[side](*map(Path, paths)))
+        seconds = {"ours": ours, "theirs": theirs}[side](*map(Path, paths))
+        peaks = {"peak_mib": peak_mib(resource.RUSAGE_SELF), "worker_peak_mib": peak_mib(resource.RUSAGE_CHILDREN)}
+        print(json.dumps({"seconds": seconds, **peaks}))
         return
     with tempfile.TemporaryDirectory() as folder:
         rows, tokenizer = Path(folder) / "rows.jsonl", Path(folder) / "tokenizer"
@@ -143,17 +152,19 @@ def main() -> None:
         from demo.model import GGUF, gguf_folder
 
         AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF).save_pretrained(tokenizer)
-        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
         for pair in range(arguments.pairs):
             for side in ("ours", "theirs") if pair % 2 == 0 else ("theirs", "ours"):
-                seconds[side].append(run(side, rows, tokenizer))
+                runs[side].append(run(side, rows, tokenizer))
         result = {
             "rows": arguments.rows,
             "bytes": rows.stat().st_size,
             "processes": PROCESSES,
             "cpus": len(os.sched_getaffinity(0)),
-            "rows_per_second": {k: [round(arguments.rows / s, 1) for s in v] for k, v in seconds.items()},
-            "ratio": summary([b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]),
+            "rows_per_second": {k: [round(arguments.rows / r["seconds"], 1) for r in v] for k, v in runs.items()},
+            "peak_mib": {k: max(r["peak_mib"] for r in v) for k, v in runs.items()},
+            "worker_peak_mib": {k: max(r["worker_peak_mib"] for r in v) for k, v in runs.items()},
+            "ratio": summary([b["seconds"] / a["seconds"] for a, b in zip(runs["ours"], runs["theirs"], strict=True)]),
         }
     print(json.dumps(result, indent=1))
     if arguments.json:

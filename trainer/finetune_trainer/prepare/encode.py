@@ -106,6 +106,8 @@ class Encoder:
                 [asked[number].text for number in numbers],
                 add_special_tokens=not rendered,
                 return_offsets_mapping=rendered,
+                return_attention_mask=False,
+                return_token_type_ids=False,
             )
             answers.update((number, {name: coded[name][i] for name in coded}) for i, number in enumerate(numbers))
         return answers
