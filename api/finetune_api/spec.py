@@ -239,6 +239,13 @@ class Data(ApiModel):
         default=HeldOut(fraction=0.1), description="The rows used for evaluation, never for training."
     )
     checks: DataChecks = Field(default_factory=DataChecks)
+    chat_template: Annotated[str, StringConstraints(min_length=1, max_length=32768)] | None = Field(
+        None,
+        description=(
+            "Jinja chat template in the place of the model's own, or where it has none. It is kept with the adapter and the merged model. "
+            "strftime_now gives one fixed date, in any template."
+        ),
+    )
 
     model_config = ConfigDict(
         json_schema_extra=cel(

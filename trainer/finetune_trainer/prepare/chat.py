@@ -205,6 +205,22 @@ def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
+def tried_renderer(tokenizer: Any, template: str, *, given: bool = False) -> ChatRenderer:
+    """A renderer that was tried on a small conversation before any row is blamed. ``given``: the template is the job's, not the model's.
+
+    Raises:
+        StageError: UnsupportedModel or InvalidConfig, if the template is broken or fails on the plainest conversation there is.
+    """
+    try:
+        renderer = ChatRenderer(tokenizer, template)
+        check_template(renderer)
+    except StageError as error:
+        if given:
+            raise StageError(Reason.INVALID_CONFIG, f"data.chatTemplate: {error.message}") from error
+        raise
+    return renderer
+
+
 def check_template(renderer: ChatRenderer) -> None:
     """Try the template on two small conversations before any row is blamed.
 

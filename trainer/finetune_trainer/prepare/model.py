@@ -12,7 +12,7 @@ from finetune_api.results import SourceFile
 from finetune_api.snapshot import ResolvedLora
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
+from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
 from finetune_trainer.prepare.shapes import (
     Parameters,
     check_config,
@@ -68,10 +68,9 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     if ctx.snapshot.spec.output.merged.enabled:
         check_mergeable(headers, spec.uri)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
-    template = chat_template(tokenizer)
-    renderer = ChatRenderer(tokenizer, template) if template else None
-    if renderer is not None:
-        check_template(renderer)
+    own = ctx.snapshot.spec.data.chat_template
+    template = own or chat_template(tokenizer)
+    renderer = tried_renderer(tokenizer, template, given=own is not None) if template else None
     records = _source_files(model, folder)
     warnings = []
     positions = config.get("max_position_embeddings")
