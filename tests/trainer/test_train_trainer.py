@@ -56,6 +56,15 @@ def weights_of(peft_model: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in peft_model.named_parameters() if p.requires_grad}
 
 
+def test_a_template_of_the_job_is_saved_with_the_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    run = snapshot(data={"chatTemplate": template})
+    model.load_base_tokenizer(tiny_model, run).save_pretrained(tmp_path)
+    assert model.load_tokenizer(tmp_path, snapshot()).chat_template == template
+    own = model.load_tokenizer(tiny_model, snapshot()).chat_template
+    assert model.load_base_tokenizer(tiny_model, snapshot()).chat_template == own != template
+
+
 def test_the_loss_curve_does_not_depend_on_the_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
     # 20 rows of different lengths, 8 to a step: steps cross epochs and the last one is ragged.
     runs = [

@@ -196,7 +196,7 @@ class Encoder:
 
     def _plain(self, text: str) -> Generator[Asked, Coded, Ids]:
         """With BOS where the tokenizer adds one, and without EOS."""
-        ids = _ids((yield Asked(text, rendered=False)))
+        ids: Ids = _ids((yield Asked(text, rendered=False)))
         return ids[:-1] if len(ids) and ids[-1] == self._eos and not text.endswith(self._tokenizer.eos_token) else ids
 
     def _closed(self, ids: Ids) -> Ids:
