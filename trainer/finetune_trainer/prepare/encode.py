@@ -185,7 +185,7 @@ class Encoder:
             return inside
         ends = inside[self._ending(ids[inside])]
         if len(ends):
-            return inside[inside <= ends[-1]]
+            return np.asarray(inside[inside <= ends[-1]])
         following = int(inside[-1]) + 1
         if self._ending(ids[following : following + 1]).any():
             return np.append(inside, following)
@@ -196,7 +196,7 @@ class Encoder:
 
     def _plain(self, text: str) -> Generator[Asked, Coded, Ids]:
         """With BOS where the tokenizer adds one, and without EOS."""
-        ids: Ids = _ids((yield Asked(text, rendered=False)))
+        ids = _ids((yield Asked(text, rendered=False)))
         return ids[:-1] if len(ids) and ids[-1] == self._eos and not text.endswith(self._tokenizer.eos_token) else ids
 
     def _closed(self, ids: Ids) -> Ids:
