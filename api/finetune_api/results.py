@@ -125,6 +125,12 @@ class DataSummary(ApiModel):
     held_out_target_tokens: int
     held_out_overlap_rows: int = 0
     """Held-out rows whose prompt is trained on too. The split keeps them apart; data.heldOut.sources may not."""
+    near_duplicate_rows: int = 0
+    """Training rows that are nearly the same as another one, exact duplicates and one row of each cluster not counted."""
+    held_out_near_rows: int = 0
+    """Held-out rows that are nearly the same as a training row, and not exactly. The split keeps them apart where it can."""
+    pii: dict[str, int] = {}
+    """Personal data found (and replaced, with data.checks.pii: Redact), by kind."""
     tokens: LengthPercentiles
 
 

@@ -208,6 +208,31 @@ class Overlength(StrEnum):
     FAIL = "Fail"
 
 
+class NearDuplicates(ApiModel):
+    """Rows that say nearly the same, by MinHash."""
+
+    enabled: bool = Field(
+        True,
+        description=(
+            "Count them, keep rows that are nearly the same on one side of the split by heldOut.fraction, and tell how many rows of "
+            "heldOut.sources nearly stand in the training data."
+        ),
+    )
+    threshold: Annotated[float, Field(ge=0.6, le=1)] = Field(
+        0.8,
+        description="Share of their runs of 16 characters that two rows have in common from which on they are near duplicates (an estimate).",
+    )
+
+
+class PiiPolicy(StrEnum):
+    """What happens to obvious personal data: e-mail addresses, telephone, card and US social security numbers, IBANs, public IPv4
+    addresses."""
+
+    IGNORE = "Ignore"
+    COUNT = "Count"
+    REDACT = "Redact"
+
+
 class DataChecks(ApiModel):
     """How strictly the rows are judged, before any GPU is asked for."""
 
@@ -217,6 +242,19 @@ class DataChecks(ApiModel):
     overlength: Overlength = Field(
         Overlength.TRUNCATE, description="What to do with a row longer than training.maxSequenceTokens."
     )
+    near_duplicates: NearDuplicates = Field(default_factory=NearDuplicates)
+    pii: PiiPolicy = Field(
+        PiiPolicy.IGNORE,
+        description=(
+            "Personal data of obvious form: Ignore; Count and warn; or Redact, which puts [EMAIL], [PHONE], [CREDIT_CARD], [IBAN], [SSN] or "
+            "[IP_ADDRESS] in its place in all texts before anything is made of them. Names and addresses are not looked for."
+        ),
+    )
+
+
+_PII_MESSAGE = (
+    "data.checks.pii: Redact cannot find personal data in rows of token ids: give texts instead of format: Tokenized"
+)
 
 
 class Data(ApiModel):
@@ -230,6 +268,30 @@ class Data(ApiModel):
         default=HeldOut(fraction=0.1), description="The rows used for evaluation, never for training."
     )
     checks: DataChecks = Field(default_factory=DataChecks)
+    chat_template: Annotated[str, StringConstraints(min_length=1, max_length=32768)] | None = Field(
+        None,
+        description=(
+            "Jinja chat template in the place of the model's own, or where it has none. It is kept with the adapter and the merged model. "
+            "strftime_now gives one fixed date, in any template."
+        ),
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "self.checks.pii != 'Redact' || (self.train.all(source, source.format != 'Tokenized') && (!has(self.heldOut.sources) || "
+                "self.heldOut.sources.all(source, source.format != 'Tokenized')))",
+                _PII_MESSAGE,
+            ),
+        )
+    )
+
+    @model_validator(mode="after")
+    def _texts_to_redact(self) -> Data:
+        formats = {source.format for source in [*self.train, *(self.held_out.sources or [])]}
+        if self.checks.pii is PiiPolicy.REDACT and DataFormat.TOKENIZED in formats:
+            raise ValueError(_PII_MESSAGE)
+        return self
 
 
 class LossOn(StrEnum):

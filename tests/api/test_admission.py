@@ -41,6 +41,7 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("an https file", {"data": {"train": [{"uri": "https://example.com/a/train.csv"}]}}),
     ("steps instead of epochs", {"training": {"length": {"steps": 10}}}),
     ("a fraction of an epoch", {"training": {"length": {"epochs": 0.5}}}),
+    ("personal data replaced", {"data": {"checks": {"pii": "Redact", "nearDuplicates": {"threshold": 0.9}}}}),
     ("held-out sources", {"data": {"heldOut": {"sources": [{"uri": "s3://bucket/held.jsonl"}]}}}),
     (
         "ranks of single modules",
@@ -131,6 +132,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("neither epochs nor steps", {"training": {"length": {}}}, "exactly one of epochs, steps"),
     ("both kinds of held-out data", {"data": {"heldOut": {"fraction": 0.1, "sources": [{"uri": "s3://bucket/h.jsonl"}]}}}, "exactly one of fraction, sources"),
     ("a weight of held-out rows", {"data": {"heldOut": {"sources": [{"uri": "s3://bucket/h.jsonl", "weight": 2}]}}}, "every held-out row counts once"),
+    ("token ids to be redacted", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "format": "Tokenized"}], "checks": {"pii": "Redact"}}}, "give texts instead"),
+    ("held-out token ids to be redacted", {"data": {"heldOut": {"sources": [{"uri": "s3://bucket/x.jsonl", "format": "Tokenized"}]}, "checks": {"pii": "Redact"}}}, "give texts instead"),
+    ("a similarity above one", {"data": {"checks": {"nearDuplicates": {"threshold": 1.5}}}}, "spec.data.checks.nearDuplicates.threshold"),
     ("a weight of zero", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "weight": 0}]}}, "spec.data.train[0].weight"),
     ("a held-out fraction above one half", {"data": {"heldOut": {"fraction": 0.6}}}, "spec.data.heldOut.fraction"),
     ("a revision of a bucket", {"model": {"uri": "s3://models/llama", "revision": "main"}}, "revision applies to hf:// models only"),

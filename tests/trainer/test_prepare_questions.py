@@ -155,3 +155,15 @@ def test_the_error_of_a_model_without_a_template_names_the_prompt(
     error: StageError = bench.fails(**changes)
     assert error.reason is Reason.CHAT_TEMPLATE_MISSING
     assert error.message.startswith("prompts.jsonl:1: ")
+
+
+def test_personal_data_is_taken_out_of_them_too(bench: Bench) -> None:
+    asks = {"role": "user", "content": "Who is jo@example.com?"}
+    told = row("And jim@example.com?", "Ask bo@example.com.")
+    bench.run(**asked(bench, [{"messages": [asks]}, told], data={"checks": {"pii": "Redact"}}))
+    stored = bench.object("prepare/prompts.json").decode()
+    assert "@" not in stored
+    assert [(p.prompt, p.reference) for p in prompts_of(bench)[:2]] == [
+        ("Who is [EMAIL]?", ""),
+        ("And [EMAIL]?", "Ask [EMAIL]."),
+    ]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from finetune_api.failures import Reason
 from finetune_api.results import PrepareReport, PrepareResult, PreviewRow
-from finetune_trainer.prepare.chat import load_tokenizer
+from finetune_trainer.prepare.chat import chat_template, load_tokenizer
+from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
 from tests.support.prepare_bench import REF, ROWS, WORKSPACE, Bench, lines, row
 from tests.support.tiny_model import write_tokenizer
 
@@ -259,3 +260,51 @@ def test_tokenizer_hash_changes_with_the_tokenizer(bench: Bench, tmp_path: Path)
     bench.s3.put_dir(bench.bucket, "model", tmp_path / "t")
     bench.run(training={"seed": 5}, objective={"sft": {"lossOn": "Completion"}})
     assert PrepareResult.model_validate_json(bench.object("prepare/result.json")).tokenizer_hash != before
+
+
+OWN_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }} {{ strftime_now('%Y') }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant {{ strftime_now('%Y') }}] {% endif %}"
+)
+
+
+def test_the_jobs_chat_template_takes_the_place_of_the_models(bench: Bench, tiny_model: Path) -> None:
+    bench.put(ROWS)
+    before = PrepareResult.model_validate_json(bench.object("prepare/result.json")) if bench.run() else None
+    report = bench.run(data={"chatTemplate": OWN_TEMPLATE})
+    prompts = json.loads(bench.object("prepare/prompts.json"))
+    assert all(
+        p["text"].startswith("[user 2024] What is ") and p["text"].endswith("[assistant 2024] ") for p in prompts
+    )
+    after = PrepareResult.model_validate_json(bench.object("prepare/result.json"))
+    assert before is not None
+    assert after.tokenizer_hash != before.tokenizer_hash
+    assert report.data_hash != before.data_hash
+    tokenizer = load_tokenizer(tiny_model, False)
+    tokenizer.chat_template = OWN_TEMPLATE
+    hashes = {f.path: f.sha256 for f in after.model_files if f.sha256}
+    assert tokenizer_hash(hashes, chat_template(tokenizer)) == after.tokenizer_hash, "what training computes"
+
+
+def test_a_broken_template_of_the_job_is_its_own_fault(bench: Bench) -> None:
+    bench.put(ROWS)
+    for template in ("{% for %}", "{{ raise_exception('no') }}"):
+        failed = bench.fails(data={"chatTemplate": template})
+        assert (failed.reason, failed.message.partition(": ")[0]) == (Reason.INVALID_CONFIG, "data.chatTemplate")
+
+
+def test_few_held_out_rows_and_turns_that_do_not_alternate_are_warned_of(bench: Bench) -> None:
+    bench.put([row(f"What is {i} plus {i}?", f"It is {2 * i}.") for i in range(400)])
+    assert not any("held-out row" in w or "take turns" in w for w in bench.run().warnings)
+    odd = {"messages": [{"role": "user", "content": "a?"}, *row("b?", "c")["messages"]]}
+    bench.put([*(row(f"Question {i}?", f"Answer {i}.") for i in range(150)), odd])
+    warnings = bench.run(training={"seed": 3}).warnings
+    assert any("only 15 held-out rows" in w for w in warnings)
+    assert any("1 conversation in which user and assistant do not take turns" in w for w in warnings)
+
+
+def test_token_ids_that_teach_no_end_are_warned_of(bench: Bench, tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model, False)
+    ids = [tokenizer(f"What is {i}? It is {i}.", add_special_tokens=False)["input_ids"] for i in range(40)]
+    bench.put([{"input_ids": [*each, tokenizer.eos_token_id] if i % 2 else each} for i, each in enumerate(ids)])
+    assert any("20 rows of token ids without an end-of-turn or EOS token" in w for w in bench.run().warnings)

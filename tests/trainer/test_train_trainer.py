@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
+from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.shapes import count_parameters
 from finetune_trainer.train import device, evaluate, model
@@ -57,6 +58,15 @@ def fit(
 
 def weights_of(peft_model: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach() for n, p in peft_model.named_parameters() if p.requires_grad}
+
+
+def test_a_template_of_the_job_is_saved_with_the_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    run = snapshot(data={"chatTemplate": template})
+    model.load_base_tokenizer(tiny_model, run).save_pretrained(tmp_path)
+    assert model.load_tokenizer(tmp_path, snapshot()).chat_template == template
+    own = model.load_tokenizer(tiny_model, snapshot()).chat_template
+    assert model.load_base_tokenizer(tiny_model, snapshot()).chat_template == own != template
 
 
 def test_the_loss_curve_does_not_depend_on_the_micro_batch_and_packing(tiny_model: Path, tmp_path: Path) -> None:
@@ -322,9 +332,7 @@ def test_threads_follow_the_cgroup_quota(tmp_path: Path, quota: str, cpus: int |
     import os
 
     (tmp_path / "cpu.max").write_text(quota)
-    assert device.usable_cpus(tmp_path / "cpu.max") == min(
-        cpus or len(os.sched_getaffinity(0)), len(os.sched_getaffinity(0))
-    )
+    assert usable_cpus(tmp_path / "cpu.max") == min(cpus or len(os.sched_getaffinity(0)), len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,10 @@ def data_status(report: PrepareReport, max_tokens: int) -> DataStatus:
         parts.append(f"{data.bad_rows:,} unusable rows left out")
     if data.duplicate_rows:
         parts.append(f"{data.duplicate_rows:,} exact duplicates")
+    if data.near_duplicate_rows:
+        parts.append(f"{data.near_duplicate_rows:,} near duplicates")
+    if data.held_out_near_rows:
+        parts.append(f"{data.held_out_near_rows:,} held-out rows nearly stand in training")
     parts.append(f"p95 {data.tokens.p95:,} tokens")
     if data.truncated_rows:
         parts.append(f"{data.truncated_rows:,} rows truncated at {max_tokens}")

@@ -12,7 +12,12 @@ from typing import Any
 import jinja2
 import jinja2.meta
 from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _alias_reasoning_fields,
+    _compile_jinja_template,
+    _plain_template_data,
+    _render_with_assistant_indices,
+)
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
@@ -73,15 +78,16 @@ class ChatRenderer:
     """Renders conversations and finds what the assistant says in them."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
-        self._template = template
+        self.template = template
         self._marked = bool(GENERATION.search(template))
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._variables: dict[str, Any] = _plain_template_data(dict(tokenizer.special_tokens_map))
         # transformers 5.23 refuses functions as template variables, so the clock is replaced where the template is kept.
         try:
             compiled = _compile_jinja_template(template)
         except jinja2.TemplateError as error:
             raise StageError(Reason.UNSUPPORTED_MODEL, f"the chat template is broken: {error}") from error
         compiled.environment.globals["strftime_now"] = FROZEN_NOW.strftime
+        self._compiled = compiled
         self._takes_tools = "tools" in jinja2.meta.find_undeclared_variables(compiled.environment.parse(template))
 
     def render(self, messages: list[Message], learn_from: int = 0, tools: Sequence[Tool] = ()) -> Rendered:
@@ -94,6 +100,7 @@ class ChatRenderer:
             RowProblem: if the template refuses the conversation, or drops or changes turns so that answers cannot be found.
         """
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= learn_from]
+        messages, tools = _as_templates_see(messages), _plain_template_data(list(tools))
         text, marks = self._text(messages, tools, marked=self._marked)
         if self._marked and marks:
             every = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -115,11 +122,11 @@ class ChatRenderer:
 
     def plain(self, messages: list[Message], tools: Sequence[Tool] = ()) -> str:
         """The conversation's text alone."""
-        return self._text(messages, tools)[0]
+        return self._text(_as_templates_see(messages), _plain_template_data(list(tools)))[0]
 
     def question(self, messages: list[Message], tools: Sequence[Tool] = ()) -> str:
         """The conversation's text and the beginning of an answer: what a model is asked with."""
-        return self._text(messages, tools, prompt=True)[0]
+        return self._text(_as_templates_see(messages), _plain_template_data(list(tools)), prompt=True)[0]
 
     def _by_prefix(self, messages: list[Message], tools: Sequence[Tool], turn: int, text: str) -> Span | None:
         """An answer starts where the rendering of what comes before it, with the generation prompt, ends: so a model is asked."""
@@ -163,23 +170,27 @@ class ChatRenderer:
                 "tools: the chat template has no place for them; take the column out (columns: {tools: none}), or use a model that calls tools"
             )
         try:
-            texts, marks = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._template,
-                tools=list(tools) or None,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
+            given = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": prompt}
+            if marked:
+                text, marks = _render_with_assistant_indices(self._compiled, **given, **self._variables)
+            else:
+                text, marks = self._compiled.render(**given, **self._variables), []
         except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
             raise RowProblem(
                 f"messages: the chat template refuses the conversation: {shorten(str(error), 200)}"
             ) from error
-        if not is_utf8(texts[0]):
+        if not is_utf8(text):
             raise RowProblem(
                 "messages: a field beside role and content holds half a character or a byte that is not UTF-8"
             )
-        return texts[0], [tuple(m) for m in marks[0]] if marked else []
+        return text, [tuple(mark) for mark in marks]
+
+
+def _as_templates_see(messages: list[Message]) -> list[Message]:
+    """The messages as transformers' render_jinja_template hands them to a template. It does so for every rendering, which takes longer
+    than the template itself."""
+    plain: list[Message] = _alias_reasoning_fields(_plain_template_data(messages))
+    return plain
 
 
 def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
@@ -192,6 +203,22 @@ def special_token_pattern(tokenizer: Any) -> re.Pattern[str]:
     """The texts that the tokenizer reads as special tokens, wherever they stand."""
     texts = sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def tried_renderer(tokenizer: Any, template: str, *, given: bool = False) -> ChatRenderer:
+    """A renderer that was tried on a small conversation before any row is blamed. ``given``: the template is the job's, not the model's.
+
+    Raises:
+        StageError: UnsupportedModel or InvalidConfig, if the template is broken or fails on the plainest conversation there is.
+    """
+    try:
+        renderer = ChatRenderer(tokenizer, template)
+        check_template(renderer)
+    except StageError as error:
+        if given:
+            raise StageError(Reason.INVALID_CONFIG, f"data.chatTemplate: {error.message}") from error
+        raise
+    return renderer
 
 
 def check_template(renderer: ChatRenderer) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,19 @@ class Dropped(Exception):
         self.text = text
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A text whose tokens an encoding needs."""
+
+    text: str
+    rendered: bool
+    """Special tokens stand in the text where they belong; where each token stands is wanted too."""
+
+
+Coded = dict[str, Any]
+Encoding = Generator[Asked, Coded, Encoded]
+
+
 class Encoder:
     """Encodes examples with one tokenizer and one policy."""
 
@@ -47,7 +62,10 @@ class Encoder:
         self._tokenizer = tokenizer
         self._renderer = renderer
         self._loss_on = loss_on
-        self._ends = end_of_turn_ids(tokenizer)
+        ends = np.array(sorted(end_of_turn_ids(tokenizer)), np.int64)
+        self._is_end = np.zeros(max(len(tokenizer), int(ends.max()) + 1) + 1, bool)
+        """Per token id, whether it ends a turn; the last entry stands for ids beyond the tokenizer's own."""
+        self._is_end[ends] = True
         self._eos: int = tokenizer.eos_token_id
 
     def encode(self, example: Example) -> Encoded:
@@ -56,39 +74,79 @@ class Encoder:
         Raises:
             RowProblem: if the chat template cannot render it.
         """
+        result = self.encode_all([example])[0]
+        if isinstance(result, RowProblem):
+            raise result
+        return result
+
+    def encode_all(self, examples: Sequence[Example]) -> list[Encoded | RowProblem]:
+        """The same for several, or why one cannot be encoded. The tokenizer is given many texts at a time: that takes two thirds of the time."""
+        results: dict[int, Encoded | RowProblem] = {}
+        running = {number: self._encoding(example) for number, example in enumerate(examples)}
+        answers: dict[int, Any] = dict.fromkeys(running)
+        while running:
+            asked: dict[int, Asked] = {}
+            for number, encoding in running.items():
+                try:
+                    asked[number] = encoding.send(answers[number])
+                except StopIteration as done:
+                    results[number] = done.value
+                except RowProblem as problem:
+                    results[number] = problem
+            running = {number: running[number] for number in asked}
+            answers = self._tokenized(asked)
+        return [results[number] for number in range(len(examples))]
+
+    def _tokenized(self, asked: dict[int, Asked]) -> dict[int, Coded]:
+        answers: dict[int, Coded] = {}
+        for rendered in {item.rendered for item in asked.values()}:
+            numbers = [number for number, item in asked.items() if item.rendered is rendered]
+            # A template writes BOS and EOS itself.
+            coded = self._tokenizer(
+                [asked[number].text for number in numbers],
+                add_special_tokens=not rendered,
+                return_offsets_mapping=rendered,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+            answers.update((number, {name: coded[name][i] for name in coded}) for i, number in enumerate(numbers))
+        return answers
+
+    def _encoding(self, example: Example) -> Encoding:
+        """Asks for the tokens of texts, and ends with the row."""
         if isinstance(example, Text):
-            ids = self._closed(self._plain(example.text))
+            ids = self._closed((yield from self._plain(example.text)))
             return _encoded(ids, ids.copy(), 0)
         if isinstance(example, Tokenized):
             return _encoded(np.array(example.ids, np.int32), np.array(example.labels, np.int32), example.prompt_tokens)
         if isinstance(example, Completion):
-            return self._completion(example)
-        return self._conversation(example)
+            return (yield from self._completion(example))
+        return (yield from self._conversation(example))
 
-    def _completion(self, example: Completion) -> Encoded:
-        prompt = self._plain(example.prompt)
-        whole = self._plain(example.prompt + example.completion)
+    def _completion(self, example: Completion) -> Encoding:
+        prompt = yield from self._plain(example.prompt)
+        whole = yield from self._plain(example.prompt + example.completion)
         if len(whole) <= len(prompt) or not np.array_equal(whole[: len(prompt)], prompt):
             # Tokens would span the border, and generation starts behind the prompt's own tokens: so must training.
-            answer = self._tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-            whole = np.concatenate([prompt, np.asarray(answer, np.int32)])
+            answer = yield Asked(example.completion, rendered=True)
+            whole = np.concatenate([prompt, _ids(answer)])
         ids = self._closed(whole)
         labels = ids.copy()
         if self._loss_on is not LossOn.ALL:
             labels[: len(prompt)] = IGNORED
         return _encoded(ids, labels, len(prompt))
 
-    def _conversation(self, example: Conversation) -> Encoded:
+    def _conversation(self, example: Conversation) -> Encoding:
         assert self._renderer is not None  # whoever has no template was told so before
         if self._loss_on is LossOn.ALL:
-            return self._whole(self._renderer.plain(example.messages, example.tools))
+            return (yield from self._whole(self._renderer.plain(example.messages, example.tools)))
         last_only = self._loss_on is LossOn.COMPLETION
         learn_from = len(example.messages) - 1 if last_only else example.learn_from
         rendered = self._renderer.render(example.messages, learn_from, example.tools)
-        # The template writes BOS and EOS itself.
-        coded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(coded["input_ids"], np.int32)
-        offsets = np.asarray(coded["offset_mapping"], np.int64).reshape(-1, 2)
+        coded = yield Asked(rendered.text, rendered=True)
+        ids = _ids(coded)
+        pairs = chain.from_iterable(coded["offset_mapping"])
+        offsets = np.fromiter(pairs, np.int64, 2 * len(ids)).reshape(-1, 2)
         prompt_tokens = 0
         labels = np.full_like(ids, IGNORED)
         ended = False
@@ -97,7 +155,7 @@ class Encoder:
             labels[learned] = ids[learned]
             if len(learned):
                 prompt_tokens = int(learned[0])
-            ended = bool(len(learned)) and int(ids[learned[-1]]) in self._ends
+            ended = bool(len(learned)) and bool(self._ending(ids[learned[-1:]])[0])
         if not ended:
             # The template ends the last answer with nothing: without EOS the tuned model would never stop.
             end = _end_of(offsets, rendered.answers[-1])
@@ -105,12 +163,13 @@ class Encoder:
             labels = np.append(labels[:end], np.int32(self._eos))
         return _encoded(ids, labels, prompt_tokens)
 
-    def _whole(self, text: str) -> Encoded:
+    def _whole(self, text: str) -> Encoding:
         """A conversation learned from its first token to its last: where the answers stand in it need not be found."""
-        coded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(coded["input_ids"], np.int32)
-        written = [i for i, (start, end) in enumerate(coded["offset_mapping"]) if text[start:end].strip()]
-        if not written or int(ids[written[-1]]) not in self._ends:
+        coded = yield Asked(text, rendered=True)
+        ids = _ids(coded)
+        offsets = coded["offset_mapping"]
+        written = next((i for i in reversed(range(len(ids))) if text[slice(*offsets[i])].strip()), None)
+        if written is None or not self._ending(ids[written : written + 1])[0]:
             ids = np.append(ids, np.int32(self._eos))
         return _encoded(ids, ids.copy(), 0)
 
@@ -124,17 +183,20 @@ class Encoder:
         )
         if not len(inside):
             return inside
-        ends = [int(i) for i in inside if int(ids[i]) in self._ends]
-        if ends:
-            return inside[inside <= ends[-1]]
+        ends = inside[self._ending(ids[inside])]
+        if len(ends):
+            return np.asarray(inside[inside <= ends[-1]])
         following = int(inside[-1]) + 1
-        if following < len(ids) and int(ids[following]) in self._ends:
+        if self._ending(ids[following : following + 1]).any():
             return np.append(inside, following)
         return inside
 
-    def _plain(self, text: str) -> Ids:
+    def _ending(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        return np.asarray(self._is_end[np.minimum(ids, len(self._is_end) - 1)])
+
+    def _plain(self, text: str) -> Generator[Asked, Coded, Ids]:
         """With BOS where the tokenizer adds one, and without EOS."""
-        ids = np.asarray(self._tokenizer(text)["input_ids"], np.int32)
+        ids = _ids((yield Asked(text, rendered=False)))
         return ids[:-1] if len(ids) and ids[-1] == self._eos and not text.endswith(self._tokenizer.eos_token) else ids
 
     def _closed(self, ids: Ids) -> Ids:
@@ -162,6 +224,10 @@ def fit(encoded: Encoded, limit: int, policy: Overlength) -> Encoded:
     if not cut.targets:
         raise Dropped(f"nothing left to learn within {limit:,} tokens: the prompt alone has {encoded.prompt_tokens:,}")
     return cut
+
+
+def _ids(coded: Coded) -> Ids:
+    return np.asarray(coded["input_ids"], np.int32)
 
 
 def _encoded(ids: Ids, labels: Ids, prompt_tokens: int) -> Encoded:

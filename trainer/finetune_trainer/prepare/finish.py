@@ -25,11 +25,12 @@ from finetune_api.results import (
     PreparedPrompt,
     PreviewRow,
 )
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, PiiPolicy
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer
 from finetune_trainer.prepare.check import Checked
 from finetune_trainer.prepare.encode import Encoded
+from finetune_trainer.prepare.near import SLOTS, Labels, clusters, joined
 from finetune_trainer.prepare.prompts import conversation_prompt, text_prompt
 from finetune_trainer.prepare.questions import Questions, warnings_of
 from finetune_trainer.prepare.split import held_out_rows
@@ -37,6 +38,7 @@ from finetune_trainer.prepare.store import SCHEMA, DataHash, Index, RowWriter, S
 from finetune_trainer.text import plural
 
 FEW_ROWS = 100
+FEW_HELD_OUT = 30
 PREVIEW_ROWS, PREVIEW_TOKENS = 3, 512
 TOKENIZER_PROMPTS = 3
 """Prompts that are kept however few are to be answered: on them later stages check that their tokenizer is this one."""
@@ -73,7 +75,8 @@ def finish(
     Raises:
         StageError: TooFewRows.
     """
-    held_out = _split(spec, checked)
+    near = _near(spec, checked.index)
+    held_out = _split(spec, checked, near)
     data_hash = DataHash()
     sides = (Side(), Side())
     prompts: list[PreparedPrompt] = []
@@ -112,7 +115,10 @@ def finish(
         train_target_tokens=sides[0].targets,
         held_out_tokens=sides[1].tokens,
         held_out_target_tokens=sides[1].targets,
-        held_out_overlap_rows=_overlap(checked.index.groups, held_out),
+        held_out_overlap_rows=_overlap(np.array(checked.index.groups, np.uint64), held_out),
+        near_duplicate_rows=_near_duplicates(checked.index, near, held_out),
+        held_out_near_rows=_near_leaks(checked.index, near, held_out),
+        pii=dict(sorted(checked.found.items())),
         tokens=_percentiles(checked.index),
     )
     references = [prompt.reference for prompt in prompts if prompt.answered]
@@ -146,17 +152,39 @@ def total_steps(spec: FineTuneJobSpec, train_rows: int) -> int:
     return math.ceil(length.epochs * train_rows / spec.training.global_batch_sequences)
 
 
-def _split(spec: FineTuneJobSpec, checked: Checked) -> Mask:
+def _near(spec: FineTuneJobSpec, index: Index) -> Labels | None:
+    """A label per row, the same for rows that are nearly the same; None where that is not asked for."""
+    asked = spec.data.checks.near_duplicates
+    if not asked.enabled or not len(index.groups):
+        return None
+    sketches = np.frombuffer(index.sketches, np.uint8).reshape(-1, SLOTS)
+    return clusters(sketches, np.array(index.contents, np.uint64), asked.threshold)
+
+
+def _split(spec: FineTuneJobSpec, checked: Checked, near: Labels | None) -> Mask:
     index = checked.index
     if spec.data.held_out.fraction is not None:
         if not len(index.groups):
             raise StageError(Reason.TOO_FEW_ROWS, f"none of {plural(checked.rows, 'row')} is left: {_losses(checked)}")
-        return held_out_rows(np.array(index.groups, np.uint64), spec.data.held_out.fraction, spec.training.seed)
+        return _drawn(np.array(index.groups, np.uint64), near, spec.data.held_out.fraction, spec.training.seed)
     held_out = np.array(index.from_held_out, bool)
     for name, count in (("data.train", int((~held_out).sum())), ("data.heldOut.sources", int(held_out.sum()))):
         if not count:
             raise StageError(Reason.TOO_FEW_ROWS, f"no row of {name} is left: {_losses(checked)}")
     return held_out
+
+
+def _drawn(groups: npt.NDArray[np.uint64], near: Labels | None, fraction: float, seed: int) -> Mask:
+    """Held out are whole prompts, and with them the rows that are nearly the same. Rows made from one template may all hang together: where
+    less than half of what is asked for could be held out, prompts are drawn alone, and what leaks is counted."""
+    by_prompt = held_out_rows(groups, fraction, seed)
+    if near is None:
+        return by_prompt
+    whole = joined(groups, near)
+    if len(np.unique(whole)) < 2:
+        return by_prompt
+    apart = held_out_rows(whole, fraction, seed)
+    return apart if 0.5 <= apart.sum() / by_prompt.sum() <= 2 else by_prompt
 
 
 def _losses(checked: Checked) -> str:
@@ -191,6 +219,22 @@ def _duplicates(index: Index) -> int:
     return sum(int(len(side) - len(np.unique(side))) for side in (contents[held_out], contents[~held_out]))
 
 
+def _near_duplicates(index: Index, near: Labels | None, held_out: Mask) -> int:
+    """Training rows with another content that are nearly the same as an earlier one."""
+    if near is None:
+        return 0
+    contents = np.unique(np.array(index.contents, np.uint64)[~held_out])
+    return int(len(contents) - len(np.unique(near[~held_out])))
+
+
+def _near_leaks(index: Index, near: Labels | None, held_out: Mask) -> int:
+    if near is None:
+        return 0
+    contents = np.array(index.contents, np.uint64)
+    leaked = np.isin(near[held_out], near[~held_out]) & ~np.isin(contents[held_out], contents[~held_out])
+    return int(leaked.sum())
+
+
 def _percentiles(index: Index) -> LengthPercentiles:
     lengths = np.array(index.lengths, np.int64)
     p50, p95, p99 = (int(p) for p in np.percentile(lengths, [50, 95, 99], method="inverted_cdf"))
@@ -205,6 +249,11 @@ def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_o
             f"only {plural(len(checked.index.groups), 'usable row')}: under {FEW_ROWS} a prompt with examples often does as "
             "well; else train 5 to 10 epochs and watch the held-out loss"
         )
+    elif data.held_out_rows < FEW_HELD_OUT:
+        warnings.append(
+            f"only {plural(data.held_out_rows, 'held-out row')}: with fewer than {FEW_HELD_OUT} small differences of the held-out loss mean "
+            "nothing; hold out more (data.heldOut)"
+        )
     if data.bad_rows:
         warnings.append(
             f"{plural(data.bad_rows, 'row')} cannot be used and are left out; first: {checked.problems.named[0][:160]}"
@@ -217,6 +266,27 @@ def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_o
         warnings.append(f"{plural(data.truncated_rows, 'row')} truncated at {limit:,} tokens")
     if data.duplicate_rows:
         warnings.append(f"{plural(data.duplicate_rows, 'exact duplicate')} among the rows")
+    if data.near_duplicate_rows:
+        warnings.append(
+            f"{plural(data.near_duplicate_rows, 'training row')} nearly the same as another one (data.checks.nearDuplicates)"
+        )
+    if data.held_out_near_rows:
+        warnings.append(
+            f"{plural(data.held_out_near_rows, 'held-out row')} nearly the same as a training row: the held-out loss is too good"
+        )
+    if data.pii:
+        found = ", ".join(f"{kind} {count:,}" for kind, count in data.pii.items())
+        done = "replaced" if spec.data.checks.pii is PiiPolicy.REDACT else "found, and left in place"
+        warnings.append(f"personal data {done}: {found}")
+    if checked.without_end:
+        warnings.append(
+            f"{plural(checked.without_end, 'row')} of token ids without an end-of-turn or EOS token that is learned at the end: the tuned "
+            "model may not stop"
+        )
+    if checked.not_alternating:
+        warnings.append(
+            f"{plural(checked.not_alternating, 'conversation')} in which user and assistant do not take turns, the user first"
+        )
     if checked.with_special_tokens:
         warnings.append(
             f"{plural(checked.with_special_tokens, 'row')} with the tokenizer's special tokens (such as an end of turn) inside a text: "
@@ -225,7 +295,7 @@ def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_o
     if len(data.formats) > 1:
         warnings.append("formats are mixed: " + ", ".join(f"{name} {count:,}" for name, count in data.formats.items()))
     if spec.data.held_out.sources is not None:
-        rows, prompts = _overlap(checked.index.contents, held_out), data.held_out_overlap_rows
+        rows, prompts = _overlap(np.array(checked.index.contents, np.uint64), held_out), data.held_out_overlap_rows
         if rows or prompts:
             warnings.append(
                 f"held-out sources overlap with training: {plural(rows, 'row')} stand in both, {plural(prompts, 'row')} ask a prompt "
@@ -234,7 +304,6 @@ def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_o
     return warnings
 
 
-def _overlap(values: Any, held_out: Mask) -> int:
+def _overlap(values: npt.NDArray[np.uint64], held_out: Mask) -> int:
     """How many held-out rows have a value that a training row has too."""
-    array = np.array(values, np.uint64)
-    return int(np.isin(array[held_out], array[~held_out]).sum())
+    return int(np.isin(values[held_out], values[~held_out]).sum())

@@ -13,7 +13,7 @@ from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import MethodType
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.chat import ChatRenderer, chat_template, check_template, load_tokenizer
+from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
 from finetune_trainer.prepare.initial_adapter import InitialAdapter, fetch_initial_adapter, must_fit
 from finetune_trainer.prepare.shapes import (
     Parameters,
@@ -49,6 +49,8 @@ class BaseModel:
     warnings: list[str]
     adapter: InitialAdapter | None = None
     """What training goes on from."""
+    folder: Path = Path()
+    """Where configuration and tokenizer lie."""
 
 
 def inspect_model(ctx: StageContext) -> BaseModel:
@@ -71,10 +73,9 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     if ctx.snapshot.spec.output.merged.enabled:
         check_mergeable(headers, spec.uri)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
-    template = chat_template(tokenizer)
-    renderer = ChatRenderer(tokenizer, template) if template else None
-    if renderer is not None:
-        check_template(renderer)
+    own = ctx.snapshot.spec.data.chat_template
+    template = own or chat_template(tokenizer)
+    renderer = tried_renderer(tokenizer, template, given=own is not None) if template else None
     records = _source_files(model, folder)
     warnings = []
     positions = config.get("max_position_embeddings")
@@ -110,6 +111,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         shapes=shapes,
         adapter=adapter,
         warnings=warnings,
+        folder=folder,
     )
 
 

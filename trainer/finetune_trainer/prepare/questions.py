@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.names import prompts_slot
 from finetune_api.results import PreparedPrompt
-from finetune_api.spec import DataFormat, DataSource, FineTuneJobSpec
+from finetune_api.spec import DataFormat, DataSource, FineTuneJobSpec, PiiPolicy
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.detect import LOOKED_AT, Fields, check_columns, detect
 from finetune_trainer.prepare.examples import ALL_FIELDS, FIELDS, Completion, Conversation, to_example
 from finetune_trainer.prepare.model import BaseModel
+from finetune_trainer.prepare.pii import redacted, redacted_example
 from finetune_trainer.prepare.problems import Problems, RowProblem
 from finetune_trainer.prepare.prompts import conversation_prompt, text_prompt
 from finetune_trainer.prepare.rows import RawRow, read_rows
@@ -67,7 +69,7 @@ def read_questions(ctx: StageContext, model: BaseModel) -> Questions | None:
         for raw, fmt in _rows(ctx, source, index, mapping):
             number, found.rows = found.rows, found.rows + 1
             try:
-                prompt, group = _prompt(raw, fmt, mapping, number, model)
+                prompt, group = _prompt(raw, fmt, mapping, number, model, spec.data.checks.pii is PiiPolicy.REDACT)
             except RowProblem as problem:
                 found.problems.add(raw.source, problem.text)
                 continue
@@ -130,16 +132,18 @@ def _rows(
 
 
 def _prompt(
-    raw: RawRow, fmt: DataFormat | None, columns: Mapping[str, str], number: int, model: BaseModel
+    raw: RawRow, fmt: DataFormat | None, columns: Mapping[str, str], number: int, model: BaseModel, redact: bool
 ) -> tuple[PreparedPrompt, int]:
     if raw.value is None or fmt is None:
         raise RowProblem(raw.problem or "not usable")
     if fmt is DataFormat.TEXT:
         name = columns.get("text", "text")
         text = text_of(raw.value.get(name), name)
+        text = redacted(text, Counter()) if redact else text
         return text_prompt(number, text, "", model.tokenizer), group_of(text)
     row, answered = with_answer(raw.value, fmt, columns)
     example = to_example(row, fmt, columns, model.renderer is not None)
+    example = redacted_example(example, Counter()) if redact else example
     reference = ""
     if isinstance(example, Conversation | Completion) and answered:
         reference = example.reference

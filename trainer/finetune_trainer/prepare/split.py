@@ -51,18 +51,18 @@ def held_out_rows(groups: npt.NDArray[np.uint64], fraction: float, seed: int) ->
             f"{found}: expected at least 2 with different prompts, to train on one and hold out the other",
         )
     target = max(1, round(fraction * rows))
-    keys = [hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in names]
-    order = sorted(range(len(names)), key=keys.__getitem__)
+    keys = (hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in names)
+    order = np.argsort(np.fromiter((int.from_bytes(key, "big") for key in keys), np.uint64, len(names)), kind="stable")
     chosen: list[int] = []
     held = 0
-    for group in order:
+    for group in map(int, order):
         if held + counts[group] <= target:
             chosen.append(group)
             held += int(counts[group])
             if held == target:
                 break
     if not chosen:
-        chosen = [min(order, key=lambda group: int(counts[group]))]
+        chosen = [int(order[np.argmin(counts[order])])]
     mask = np.zeros(len(names), bool)
     mask[chosen] = True
     return np.asarray(mask[index], bool)

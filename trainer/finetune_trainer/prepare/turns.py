@@ -59,6 +59,27 @@ def ends_with_answer(messages: list[Message], where: str) -> list[Message]:
     return messages
 
 
+def alternates(messages: list[Message]) -> bool:
+    """Whether user and assistant take turns, the user first; results of calls stand between two answers, and system messages at the
+    head only."""
+    before = ""
+    for message in messages:
+        role = message["role"]
+        match role:
+            case "system" | "developer":
+                fits = before in ("", role)
+            case "user":
+                fits = before != "user"
+            case "tool":
+                fits = before in ("assistant", "tool")
+            case _:
+                fits = before in ("user", "tool")
+        if not fits:
+            return False
+        before = role
+    return True
+
+
 def tools_of(value: object, where: str) -> list[Tool]:
     """Descriptions of functions (JSON schemas), given as a list or as the JSON text of one.
 

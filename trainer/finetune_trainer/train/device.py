@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,9 +10,8 @@ from pathlib import Path
 import torch
 
 from finetune_api.failures import Reason
+from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,3 @@ def what_was_found() -> str:
         f"{torch.cuda.device_count()} devices, /dev: {', '.join(nodes) or 'no nvidia*'}, "
         f"environment: {visible or 'no *_VISIBLE_DEVICES'}"
     )
-
-
-def usable_cpus(quota_file: Path = CPU_QUOTA) -> int:
-    """CPUs this container may use: the affinity mask, capped by the cgroup's quota.
-
-    torch counts the machine's cores; with a quota of 2 on 64 cores its threads would wait for each other most of the time.
-    """
-    cpus = len(os.sched_getaffinity(0))
-    try:
-        quota, period = quota_file.read_text().split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, math.ceil(int(quota) / int(period))))

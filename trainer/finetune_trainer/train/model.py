@@ -83,6 +83,14 @@ def is_the_models_fault(error: Exception) -> bool:
     return not (isinstance(error, OSError) and error.errno not in (None, errno.ENOENT))
 
 
+def load_base_tokenizer(folder: Path, snapshot: Snapshot) -> Any:
+    """The base model's tokenizer, with the job's chat template where it has one: so it is saved with the adapter."""
+    tokenizer = load_tokenizer(folder, snapshot)
+    if snapshot.spec.data.chat_template is not None:
+        tokenizer.chat_template = snapshot.spec.data.chat_template
+    return tokenizer
+
+
 def load_tokenizer(folder: Path, snapshot: Snapshot) -> Any:
     """The tokenizer of a model or adapter folder."""
     return AutoTokenizer.from_pretrained(

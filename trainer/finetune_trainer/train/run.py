@@ -92,7 +92,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     begin(ctx, "Loading")
     rows, held_out = read_rows(prepared.train), read_rows(prepared.held_out)
     rows = replace(rows, limit=split.max_sequence_tokens)
-    tokenizer = model.load_tokenizer(base_files.folder, snapshot)
+    tokenizer = model.load_base_tokenizer(base_files.folder, snapshot)
     used = verify.check_tokenizer_files(tokenizer, base_files.files, prepared.result)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     pad_id = evaluate.pad_token_id(tokenizer)

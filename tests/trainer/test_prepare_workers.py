@@ -1,0 +1,72 @@
+"""Rows judged by several processes are judged as by one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from finetune_api.failures import Reason
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare import check, workers
+from tests.support.prepare_bench import ROWS, Bench, row
+
+
+@pytest.fixture
+def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two other processes judge, from the second batch on."""
+    monkeypatch.setattr(workers, "ALONE_ROWS", 64)
+    monkeypatch.setattr(workers, "usable_cpus", lambda: 2)
+
+
+def test_outcomes_and_their_order_do_not_depend_on_who_judges(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    mail = [row(f"Who is a{i}@b.de?", f"Number {i} of many. " * 8) for i in range(300)]
+    bad = {"messages": [{"role": "user", "content": "no answer"}]}
+    cut = row("long?", "long " * 200)
+    bench.put([*ROWS, *mail, bad, *ROWS, cut, *ROWS, row("why " * 300, "dropped"), "torn{", *mail])
+    changes = {"data": {"checks": {"maxBadRows": 2, "pii": "Redact"}}, "training": {"maxSequenceTokens": 256}}
+    monkeypatch.setattr(workers, "usable_cpus", lambda: 1)
+    alone = bench.run(**changes)
+    files = {name: bench.object(f"prepare/{name}") for name in ("train.parquet", "held_out.parquet", "prompts.json")}
+    bench.s3.client.delete_object(Bucket=bench.bucket, Key="out/job-0a1b2c3d/workspace/prepare/result.json")
+    monkeypatch.setattr(workers, "ALONE_ROWS", 64)
+    monkeypatch.setattr(workers, "usable_cpus", lambda: 2)
+    started = []
+    pool = workers.ProcessPoolExecutor
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *args: started.append(args[0]) or pool(*args))
+    assert bench.run(**changes) == alone
+    assert started == [2], "other processes judged"
+    assert {name: bench.object(f"prepare/{name}") for name in files} == files
+    assert (alone.data.bad_rows, alone.data.truncated_rows, alone.data.dropped_rows) == (2, 1, 1)
+    assert alone.data.pii == {"EMAIL": 600}
+
+
+@pytest.mark.usefixtures("in_processes")
+def test_what_fails_the_job_in_another_process_fails_it_with_its_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = workers.Recipe.of
+    bench.put([row(f"q {i}", "a") for i in range(400)])
+    small = lambda spec, model: of(spec, replace(model, vocabulary=3))  # noqa: E731
+    monkeypatch.setattr(check.Recipe, "of", small)
+    monkeypatch.setattr(workers.Judge, "_check_vocabulary", lambda *_: None)  # in this process only
+    assert bench.fails().reason is Reason.UNSUPPORTED_MODEL
+
+
+@pytest.mark.usefixtures("in_processes")
+def test_a_killed_process_is_told_of_as_want_of_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.put([row(f"q {i}", "a") for i in range(2000)])
+    take = check._Intake.take
+
+    def kill_one(self: object, *args: object) -> None:
+        pool = [p for p in workers.multiprocessing.active_children() if p.name.startswith("SpawnProcess")]
+        if pool and pool[0].pid is not None:
+            os.kill(pool[0].pid, signal.SIGKILL)
+        take(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(check._Intake, "take", kill_one)
+    failed = bench.fails()
+    assert isinstance(failed, StageError)
+    assert failed.reason is Reason.HOST_OUT_OF_MEMORY
