@@ -97,3 +97,8 @@ def train_slot(index: int) -> str:
 def held_out_slot(index: int) -> str:
     """Secret slot of ``data.heldOut.sources[index]``."""
     return f"held-out-{index}"
+
+
+def tracker_slot(kind: str) -> str:
+    """Secret slot of the tracker of a type."""
+    return f"tracker-{kind.lower()}"

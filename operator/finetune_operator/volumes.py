@@ -17,6 +17,7 @@ from finetune_api.names import (
     WORK_MOUNT,
     Stage,
     held_out_slot,
+    tracker_slot,
     train_slot,
 )
 from finetune_api.spec import FineTuneJobSpec, RemoteSource
@@ -80,12 +81,15 @@ def _add_secrets(volumes: list[Manifest], mounts: list[Manifest], secrets: dict[
 
 
 def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
-    """Slot → Secret, for the sources that this stage reads or writes."""
+    """Slot → Secret, for the sources that this stage reads or writes, and the trackers that it checks or tells."""
     slots: dict[str, RemoteSource] = {MODEL_SLOT: spec.model, OUTPUT_SLOT: spec.output}
     if stage is Stage.PREPARE:
         slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
-    return {slot: source.secret_ref.name for slot, source in slots.items() if source.secret_ref is not None}
+    trackers = spec.trackers or [] if stage in (Stage.PREPARE, Stage.TRAIN) else []
+    references = {slot: source.secret_ref for slot, source in slots.items()}
+    references |= {tracker_slot(tracker.type): tracker.secret_ref for tracker in trackers}
+    return {slot: reference.name for slot, reference in references.items() if reference is not None}
 
 
 def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:

@@ -21,9 +21,10 @@ from finetune_api.names import Stage
 from finetune_api.results import MANIFEST, TRAIN_RESULT, Manifest, PreviewRow, TrainResult
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import StageError
+from finetune_trainer.private import without_credentials
 from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap
-from finetune_trainer.publish.report import html_report, without_credentials
+from finetune_trainer.publish.report import html_report
 from finetune_trainer.train import evaluate, inputs, model
 from finetune_trainer.train import run as train
 from finetune_trainer.train.device import pick_compute

@@ -1,6 +1,6 @@
 """The prepare stage: everything that can fail without a GPU fails here, and what training needs is made ready.
 
-Reads from top to bottom: done before? → may the output be written? → the model's shapes and tokenizer → every row → split →
+Reads from top to bottom: done before? → may the output be written, do trackers answer? → the model's shapes and tokenizer → every row → split →
 upload, the result last. Where a plan is all that is asked for, nothing is stored.
 """
 
@@ -33,6 +33,7 @@ from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import Prepared, finish, total_steps
 from finetune_trainer.prepare.model import inspect_model
 from finetune_trainer.prepare.plan import plan_run
+from finetune_trainer.prepare.trackers import check_trackers
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.cache import cache_of
 from finetune_trainer.sources.model import resolve_model
@@ -62,6 +63,7 @@ def run(ctx: StageContext) -> PrepareReport:
             fetch_ahead(ctx, earlier.prepared.model_commit)
         return report(earlier.prepared, earlier.trained)
     wait_until_available(ctx, lambda: check_output(ctx))
+    of_trackers = wait_until_available(ctx, lambda: check_trackers(ctx))
     if not plan_only:
         wait_until_available(ctx, lambda: note_begin(ctx, ctx.workspace_store()))
 
@@ -72,7 +74,7 @@ def run(ctx: StageContext) -> PrepareReport:
     planned = plan_run(ctx.snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
     if planned is not None:
         log.info("%s", planned.summary)
-    for warning in (warnings := model.warnings + prepared.warnings):
+    for warning in (warnings := of_trackers + model.warnings + prepared.warnings):
         log.warning("%s", warning)
 
     files = [] if plan_only else upload(ctx, prepared)
