@@ -80,6 +80,13 @@ def feed(feeders: ExitStack, opened: Opening, told: Source, *script: str) -> Fee
 # The libraries, as they are.
 
 
+@pytest.fixture
+def restricted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pod: neither the home folder nor the one that TMPDIR names exists, and none can be made."""
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    monkeypatch.setenv("TMPDIR", "/proc/nobody/tmp")
+
+
 def told_after_a_kill(feeders: ExitStack, opened: Opening, has: Callable[[int], bool]) -> Feeder:
     """Two executions: the first is killed after step 4, the second goes on from a checkpoint of step 2."""
     first = feed(feeders, opened, source(4, 2))
@@ -97,6 +104,7 @@ STEPS = [(n, 3.0 - n / 4) for n in range(1, 8)]
 EVALUATIONS = [(0, 3.0), (2, 2.02), (6, 2.06)]
 
 
+@pytest.mark.usefixtures("restricted")
 def test_mlflow_has_one_run_with_every_step_once(feeders: ExitStack, tmp_path: Path) -> None:
     with MlflowServer("mlflow-token") as server:
         opened = opening(TrackerType.MLFLOW, tmp_path, server.url, MLFLOW_TRACKING_TOKEN=server.token or "")
@@ -115,6 +123,7 @@ def test_mlflow_has_one_run_with_every_step_once(feeders: ExitStack, tmp_path: P
         assert told.result().url == f"{server.url}/#/experiments/1/runs/{run['info']['run_id']}"
 
 
+@pytest.mark.usefixtures("restricted")
 def test_wandb_has_one_run_with_every_step_once(feeders: ExitStack, tmp_path: Path) -> None:
     with WandbServer() as server:
         opened = opening(TrackerType.WEIGHTS_AND_BIASES, tmp_path, server.url, WANDB_API_KEY=server.key)
@@ -127,6 +136,7 @@ def test_wandb_has_one_run_with_every_step_once(feeders: ExitStack, tmp_path: Pa
         assert server.summary.items() >= SUMMARY.items()
 
 
+@pytest.mark.usefixtures("restricted")
 def test_trackio_has_one_run_with_every_step_once(feeders: ExitStack, tmp_path: Path) -> None:
     with TrackioServer(tmp_path) as server:
         opened = opening(TrackerType.TRACKIO, tmp_path, server.url, TRACKIO_WRITE_TOKEN=server.token)

@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ def environment(environ: Mapping[str, str], work_dir: Path) -> dict[str, str]:
     own = {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        # wandb-core, unlike Python, does not look whether it exists.
+        "TMPDIR": tempfile.gettempdir(),
         "PYTHONUNBUFFERED": "1",
         "DO_NOT_TRACK": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",
