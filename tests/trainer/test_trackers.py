@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -254,6 +255,30 @@ def test_a_hanging_process_is_killed_with_all_that_it_started(feeders: ExitStack
     feeder.stop()
     assert feeder.done(5)
     until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
+
+
+ALONE = """
+import sys, time
+from finetune_trainer.trackers.feeder import Feeder, Source
+from finetune_trainer.trackers.protocol import Opening
+Feeder(Opening.model_validate_json(sys.argv[1]), Source([], list, list))
+time.sleep(1000)
+"""
+
+
+def test_a_training_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+    with MlflowServer() as server:
+        server.hangs.set()
+        text = opening(TrackerType.MLFLOW, tmp_path, server.url).model_dump_json(by_alias=True)
+        training = subprocess.Popen([sys.executable, "-c", ALONE, text])
+        try:
+            until(lambda: bool(server.requests))
+            lists = Path(f"/proc/{training.pid}/task").glob("*/children")
+            [child] = [pid for found in lists for pid in found.read_text().split()]
+        finally:
+            training.kill()
+            training.wait()
+        until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
 
 
 # Pure parts.

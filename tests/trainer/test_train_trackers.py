@@ -99,6 +99,8 @@ def test_trackers_that_hang_and_refuse_change_no_byte_and_are_warned_of(
     assert manifest.tracked == tracked_runs
     assert {w.partition(":")[0] for w in manifest.warnings} == {"MLflow", "WeightsAndBiases"}
     assert f"reports/tensorboard/{EVENT_FILE}" in {f.path for f in manifest.files}
+    page = job.context().output_store().get_bytes("reports/index.html").decode()
+    assert f"TensorBoard <code>{job.snapshot.output}/reports/tensorboard</code>" in page
     assert "f" * 40 not in text
 
 

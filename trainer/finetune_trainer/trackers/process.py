@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import IO
 
 from finetune_api.spec import TrackerType
-from finetune_trainer.credentials import Credentials
+from finetune_trainer.credentials import TRACKER_KEYS, Credentials
 from finetune_trainer.private import without_credentials
 from finetune_trainer.text import readable, shorten
 from finetune_trainer.trackers.protocol import Opened, Opening, Reply, Request, Run, TrackerError
 
 PR_SET_PDEATHSIG = 1
+HUB_KEYS = ("HF_TOKEN", "HF_ENDPOINT")
 NICENESS = 10
 """Training comes first."""
 MOST_CHARACTERS = 500
@@ -66,7 +67,9 @@ class Server:
         if request.open is not None:
             opening = request.open
             folder = Path(opening.secret_folder) if opening.secret_folder is not None else None
-            self._secret = Credentials(opening.slot, opening.secret_name, folder).values()
+            values = Credentials(opening.slot, opening.secret_name, folder).values()
+            # A Secret may serve other sources too: their keys are not this process's business.
+            self._secret = {k: v for k, v in values.items() if k in (*TRACKER_KEYS, *HUB_KEYS)}
             os.environ.update(self._secret)
             self._run = run = open_run(opening, self._secret)
             return Reply(opened=Opened(url=shown(run.url), step=run.known.step, evaluation=run.known.evaluation))
