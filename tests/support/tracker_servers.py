@@ -171,8 +171,9 @@ class WandbServer(FakeServer):
         self.inserted = 0
 
     def points(self, key: str) -> list[tuple[int, float]]:
-        """(train/global_step, value)."""
-        return [(line["train/global_step"], line[key]) for line in self.history if key in line]
+        """What its chart shows: (step, value)."""
+        axis = "eval/step" if key.startswith("eval/") else "train/global_step"
+        return [(line[axis], line[key]) for line in self.history if key in line]
 
     def answer(self, path: str, given: Json, headers: Any) -> tuple[int, Json]:
         if path.startswith("/upload/"):

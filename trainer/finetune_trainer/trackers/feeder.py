@@ -160,7 +160,10 @@ class Feeder:
         try:
             opened = child.ask(Request(open=self.opening), OPEN_SECONDS).opened
             assert opened is not None
-            self._known, self._url = Known(opened.step, opened.evaluation), opened.url
+            self._known = Known(opened.step, opened.evaluation)
+            if opened.url != self._url:
+                log.info("%s follows this run at %s", self.opening.type.value, opened.url)
+            self._url = opened.url
             self._follow(child)
         finally:
             with self._lock:

@@ -37,8 +37,8 @@ class TrackioRun:
             api_name="/get_run_summary", project=opening.project, run=opening.run_name, run_id=opening.run_id
         )
         last = told["last_step"] if told["num_logs"] else None
-        # What is told twice of the last step counts once, by its log_id.
-        self.known = Known() if last is None else Known(last - 1, last - 1)
+        # What is told twice counts once, by its log_id: it may be more than is new.
+        self.known = Known() if last is None else Known(step=last - 1)
         self.url = f"https://huggingface.co/spaces/{space}" if space else place
         self._config: dict[str, Any] | None = opening.config
 

@@ -42,10 +42,10 @@ class WandbRun:
             config=opening.config,
             settings=settings,
         )
-        # An evaluation may come after later steps: W&B's own step only grows, so the axis is a metric.
-        self._run.define_metric(STEP_METRIC, hidden=True)
-        self._run.define_metric(EVALUATION_STEP, hidden=True)
-        self._run.define_metric("*", step_metric=STEP_METRIC)
+        # An evaluation may come after later steps, and W&B's own step only grows: evaluations have an axis of their own.
+        for metric, axis in (("train/*", STEP_METRIC), ("eval/*", EVALUATION_STEP)):
+            self._run.define_metric(axis, hidden=True)
+            self._run.define_metric(metric, step_metric=axis)
         self.url = self._run.url
         self.known = Known(self._run.starting_step - 1, int(self._run.summary.get(EVALUATION_STEP, -1)))
         self._step = self._run.starting_step
@@ -55,8 +55,8 @@ class WandbRun:
         for line in lines:
             step = int(line["step"])
             self._step = max(self._step, step)
-            known = {EVALUATION_STEP: step} if is_evaluation(line) else {}
-            self._run.log({**metrics(line), **known, STEP_METRIC: step}, step=self._step)
+            axis = EVALUATION_STEP if is_evaluation(line) else STEP_METRIC
+            self._run.log({**metrics(line), axis: step}, step=self._step)
 
     def finish(self, summary: dict[str, Any], failed: bool) -> None:
         """Waits until all is uploaded."""
