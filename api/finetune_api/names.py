@@ -104,3 +104,8 @@ def held_out_slot(index: int) -> str:
 def prompts_slot(index: int) -> str:
     """Secret slot of ``evaluation.generation.sources[index]``."""
     return f"prompts-{index}"
+
+
+def tracker_slot(kind: str) -> str:
+    """Secret slot of the tracker of a type."""
+    return f"tracker-{kind.lower()}"

@@ -6,6 +6,7 @@ Layout below ``<output.uri>/<name>-<uid8>/``::
     merged/             merged model folder, if asked for
     reports/            index.html, metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned),
                         metrics.json (what both score)
+                        tensorboard/ (event files, if asked for)
     manifest.json       written last: no manifest, no result
 
 and below the workspace (``workspace/`` there by default)::
@@ -32,7 +33,7 @@ from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
 from finetune_api.scores import JudgeVerdict, TextMetrics
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import CpuOffload, Lora, MethodType, Parallelism
+from finetune_api.spec import CpuOffload, Lora, MethodType, Parallelism, TrackerType
 
 IGNORED = -100
 """Label of a token that is not learned, in ``prepare/*.parquet``: PyTorch's cross entropy skips it."""
@@ -53,6 +54,7 @@ ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
 REPORTS_DIR = "reports"
 METRICS_FILE = "reports/metrics.jsonl"
+TENSORBOARD_DIR = "reports/tensorboard"
 ANSWERS_FILE = "reports/answers.json"
 SCORES_FILE = "reports/metrics.json"
 REPORT_FILE = "reports/index.html"
@@ -355,6 +357,18 @@ class QuantizedModule(ApiModel):
     ``sha256`` differs."""
 
 
+class TrackedRun(ApiModel):
+    """The run that an experiment tracker was told of."""
+
+    type: TrackerType
+    url: str | None = None
+    """Where a person finds it, as far as the tracker says."""
+    missing_lines: int = 0
+    """Steps and evaluations that it was not told of."""
+    problem: str | None = None
+    """Why, or what went wrong on the way."""
+
+
 class TrainResult(ApiModel):
     """``train/result.json``."""
 
@@ -390,6 +404,8 @@ class TrainResult(ApiModel):
     """What a reader of the result should know, in sentences without a full stop."""
     checkpoint_blocked_seconds: list[float] = []
     """How long each checkpoint held the step loop up (the copy to host memory)."""
+    tracked: list[TrackedRun] = []
+    """What became of spec.trackers."""
 
 
 class MergeCheck(ApiModel):
@@ -465,6 +481,8 @@ class Manifest(ApiModel):
     versions: dict[str, str]
     attempts: list[ExecutionRecord]
     """The executions of all stages, failed ones included, in the order in which they began."""
+    tracked: list[TrackedRun] = []
+    """The runs of experiment trackers."""
     warnings: list[str] = []
     created_at: str
     files: list[FileRecord]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import (
@@ -1024,6 +1024,86 @@ class Output(RemoteSource):
     )
 
 
+class TrackerType(StrEnum):
+    """Experiment trackers, by their libraries."""
+
+    WEIGHTS_AND_BIASES = "WeightsAndBiases"
+    MLFLOW = "MLflow"
+    TENSORBOARD = "TensorBoard"
+    TRACKIO = "Trackio"
+
+
+TRACKER_RULES = (
+    (
+        "self.type != 'TensorBoard' || (!has(self.project) && !has(self.runName) && !has(self.endpointURL) && !has(self.secretRef))",
+        "TensorBoard's event files lie beside the other results: leave project, runName, endpointURL and secretRef out",
+    ),
+    (
+        "self.type != 'WeightsAndBiases' || has(self.secretRef)",
+        "WeightsAndBiases needs secretRef: a Secret with the key WANDB_API_KEY",
+    ),
+    (
+        "self.type != 'MLflow' || has(self.endpointURL) || has(self.secretRef)",
+        "MLflow needs endpointURL, or secretRef: a Secret with the key MLFLOW_TRACKING_URI",
+    ),
+    (
+        "self.type != 'Trackio' || has(self.secretRef)",
+        "Trackio needs secretRef: a Secret with the key TRACKIO_WRITE_TOKEN or, for a Space, HF_TOKEN",
+    ),
+)
+
+
+class Tracker(ApiModel):
+    """An experiment tracker that is told of the run while it trains. It never slows, stops or fails training. The Secret's keys are the
+    libraries' own environment names (WANDB_API_KEY, WANDB_ENTITY, WANDB_BASE_URL; MLFLOW_TRACKING_URI, MLFLOW_TRACKING_TOKEN,
+    MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD; TRACKIO_SERVER_URL, TRACKIO_SPACE_ID, TRACKIO_WRITE_TOKEN, HF_TOKEN)."""
+
+    type: TrackerType
+    project: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$", max_length=128)] | None = Field(
+        None, description="Project (MLflow: experiment) that the run belongs to; the default is the namespace."
+    )
+    run_name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$", max_length=128)] | None = (
+        Field(
+            None,
+            description="Name of the run; the default is the job's. Every execution of a job goes on in the same run, which its UID tells apart.",
+        )
+    )
+    endpoint_url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s@?#]+$", max_length=2048)] | None = Field(
+        None,
+        alias="endpointURL",
+        description=(
+            "Address of the tracking server, or of a Trackio Space (https://huggingface.co/spaces/owner/name), without credentials. Overrides "
+            "the Secret's; Weights & Biases has its own as default."
+        ),
+    )
+    secret_ref: LocalObjectReference | None = Field(
+        None, description="Secret in the same namespace that holds the credentials, under the libraries' names."
+    )
+
+    model_config = ConfigDict(json_schema_extra=cel(*TRACKER_RULES))
+
+    @model_validator(mode="after")
+    def _as_its_type_takes_them(self) -> Tracker:
+        server = self.endpoint_url or self.secret_ref
+        wrong = {
+            TrackerType.TENSORBOARD: bool(server or self.project or self.run_name),
+            TrackerType.WEIGHTS_AND_BIASES: self.secret_ref is None,
+            TrackerType.MLFLOW: not server,
+            TrackerType.TRACKIO: self.secret_ref is None,
+        }
+        if wrong[self.type]:
+            raise ValueError(next(words for rule, words in TRACKER_RULES if f"'{self.type.value}'" in rule))
+        return self
+
+
+def _each_once(trackers: list[Tracker]) -> list[Tracker]:
+    types = [tracker.type for tracker in trackers]
+    twice = next((kind for kind in types if types.count(kind) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice.value} stands twice: at most one tracker of each type")
+    return trackers
+
+
 IMMUTABLE_FIELDS = (
     "model",
     "data",
@@ -1036,8 +1116,18 @@ IMMUTABLE_FIELDS = (
     "recovery",
     "runtime",
     "output",
+    "trackers",
     "planOnly",
 )
+OPTIONAL_FIELDS = ("trackers",)
+"""Of those the ones without a default: CEL cannot compare what is absent."""
+
+
+def _immutable(name: str) -> tuple[str, str]:
+    same = f"self.{name} == oldSelf.{name}"
+    if name in OPTIONAL_FIELDS:
+        same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
+    return same, f"{name} is immutable: create a new FineTuneJob instead"
 
 
 class FineTuneJobSpec(ApiModel):
@@ -1061,6 +1151,11 @@ class FineTuneJobSpec(ApiModel):
     recovery: Recovery = Field(default_factory=Recovery)
     runtime: Runtime = Field(default_factory=Runtime)
     output: Output
+    trackers: Annotated[list[Tracker], Field(min_length=1, max_length=4), AfterValidator(_each_once)] | None = Field(
+        None,
+        description="Experiment trackers that follow the run, at most one of each type.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
     active_deadline_seconds: Annotated[int, Field(ge=1, le=2_147_483_647)] | None = Field(
         None, description="Longest running time (time in a queue or suspended does not count), then the job fails."
     )
@@ -1075,10 +1170,7 @@ class FineTuneJobSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            *(
-                (f"self.{f} == oldSelf.{f}", f"{f} is immutable: create a new FineTuneJob instead")
-                for f in IMMUTABLE_FIELDS
-            ),
+            *(_immutable(name) for name in IMMUTABLE_FIELDS),
             (
                 "self.compute.gpusPerNode == 'Auto' || self.compute.gpusPerNode > 0 || self.training.useCpu",
                 "compute.gpusPerNode: 0 needs training.useCpu: true",

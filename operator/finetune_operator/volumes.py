@@ -20,6 +20,7 @@ from finetune_api.names import (
     Stage,
     held_out_slot,
     prompts_slot,
+    tracker_slot,
     train_slot,
 )
 from finetune_api.spec import FineTuneJobSpec, LocalObjectReference, RemoteSource
@@ -83,7 +84,7 @@ def _add_secrets(volumes: list[Manifest], mounts: list[Manifest], secrets: dict[
 
 
 def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
-    """Slot → Secret, for the sources that this stage reads or writes."""
+    """Slot → Secret, for the sources that this stage reads or writes, and the trackers that it checks or tells."""
     slots: dict[str, RemoteSource] = {MODEL_SLOT: spec.model, OUTPUT_SLOT: spec.output}
     if stage is Stage.PREPARE:
         if spec.model.initial_adapter is not None:
@@ -91,10 +92,12 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
         slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
         slots |= {prompts_slot(i): source for i, source in enumerate(spec.evaluation.generation.sources or [])}
-    named: dict[str, LocalObjectReference | None] = {slot: source.secret_ref for slot, source in slots.items()}
-    if stage is Stage.PUBLISH and spec.evaluation.judge is not None:
-        named[JUDGE_SLOT] = spec.evaluation.judge.secret_ref
-    return {slot: reference.name for slot, reference in named.items() if reference is not None}
+    references: dict[str, LocalObjectReference | None] = {slot: source.secret_ref for slot, source in slots.items()}
+    if stage is not Stage.PUBLISH:
+        references |= {tracker_slot(tracker.type): tracker.secret_ref for tracker in spec.trackers or []}
+    elif spec.evaluation.judge is not None:
+        references[JUDGE_SLOT] = spec.evaluation.judge.secret_ref
+    return {slot: reference.name for slot, reference in references.items() if reference is not None}
 
 
 def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:

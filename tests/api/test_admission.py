@@ -107,6 +107,21 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
         "memory that may grow",
         {"compute": {"memory": "900Mi"}, "recovery": {"outOfMemory": {"maxMemory": "1G"}}},
     ),
+    (
+        "one tracker of each type",
+        {
+            "trackers": [
+                {"type": "WeightsAndBiases", "secretRef": {"name": "wandb"}, "project": "support", "runName": "tone 1"},
+                {"type": "MLflow", "endpointURL": "https://mlflow.example.com/team"},
+                {"type": "TensorBoard"},
+                {
+                    "type": "Trackio",
+                    "endpointURL": "https://huggingface.co/spaces/acme/runs",
+                    "secretRef": {"name": "hf"},
+                },
+            ]
+        },
+    ),
     ("column mapping", {"data": {"train": [{"uri": "s3://bucket/x.csv", "columns": {"prompt": "question"}}]}}),
 ]
 
@@ -178,6 +193,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a judge without a name", {"evaluation": {"judge": {"endpointURL": "https://x/v1"}}}, "spec.evaluation.judge.model: Required value"),
     ("an unknown metric", {"evaluation": {"generation": {"metrics": ["METEOR"]}}}, 'Unsupported value: "METEOR"'),
     ("a metric twice", {"evaluation": {"generation": {"metrics": ["BLEU", "BLEU"]}}}, "Duplicate value"),
+    ("a tracker twice", {"trackers": [{"type": "TensorBoard"}, {"type": "TensorBoard"}]}, "Duplicate value"),
+    ("no tracker", {"trackers": []}, "spec.trackers"),
+    ("a tracker that does not exist", {"trackers": [{"type": "Comet"}]}, 'Unsupported value: "Comet"'),
+    ("W&B without a key", {"trackers": [{"type": "WeightsAndBiases", "endpointURL": "https://wandb.example.com"}]}, "WeightsAndBiases needs secretRef"),
+    ("MLflow nowhere", {"trackers": [{"type": "MLflow"}]}, "MLflow needs endpointURL, or secretRef"),
+    ("Trackio without a token", {"trackers": [{"type": "Trackio", "endpointURL": "https://trackio.example.com"}]}, "Trackio needs secretRef"),
+    ("TensorBoard with a Secret", {"trackers": [{"type": "TensorBoard", "secretRef": {"name": "x"}}]}, "TensorBoard's event files lie beside the other results"),
+    ("a tracker's password in the spec", {"trackers": [{"type": "MLflow", "endpointURL": "https://me:secret@mlflow.example.com"}]}, "spec.trackers[0].endpointURL"),
     ("memory that is no quantity", {"compute": {"memory": "lots"}}, "spec.compute.memory"),
 ]  # fmt: skip
 
@@ -193,6 +216,7 @@ IMMUTABLE: list[tuple[str, dict[str, Any], str]] = [
     ("the recovery", {"recovery": {"maxFailures": 0}}, "recovery is immutable"),
     ("the runtime", {"runtime": {"image": "other:1"}}, "runtime is immutable"),
     ("the queue", {"queue": {"name": "other"}}, "queue is immutable"),
+    ("the trackers", {"trackers": [{"type": "TensorBoard"}]}, "trackers is immutable"),
 ]
 
 CHANGEABLE: list[tuple[str, dict[str, Any]]] = [

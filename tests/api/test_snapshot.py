@@ -88,3 +88,8 @@ def test_deleting_the_workspace_never_touches_the_results_whatever_the_uris(
 def test_a_jobs_own_image_is_used_from_the_first_stage_so_that_a_wrong_one_never_costs_a_gpu() -> None:
     assert snapshot(runtime={"image": "mine:2"}).images == Images(prepare="mine:2", train="mine:2")
     assert snapshot().images == IMAGES
+
+
+def test_a_job_without_trackers_is_frozen_as_before_there_were_any() -> None:
+    assert "trackers" not in snapshot().canonical_json()
+    assert '"trackers":[{"type":"TensorBoard"}]' in snapshot(trackers=[{"type": "TensorBoard"}]).canonical_json()

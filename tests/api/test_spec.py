@@ -39,6 +39,12 @@ MINIMAL: dict[str, Any] = {
             "a judge compares answers",
         ),
         ({"evaluation": {"generation": {"regex": "x"}}}, "regex and the metric Regex need each other"),
+        ({"trackers": [{"type": "WeightsAndBiases"}]}, "WeightsAndBiases needs secretRef"),
+        ({"trackers": [{"type": "MLflow"}]}, "MLflow needs endpointURL, or secretRef"),
+        ({"trackers": [{"type": "Trackio", "endpointURL": "https://a.b"}]}, "Trackio needs secretRef"),
+        ({"trackers": [{"type": "TensorBoard", "project": "x"}]}, "TensorBoard's event files lie beside"),
+        ({"trackers": [{"type": "TensorBoard"}, {"type": "TensorBoard"}]}, "TensorBoard stands twice"),
+        ({"trackers": [{"type": "MLflow", "endpointURL": "https://me:key@a.b"}]}, "String should match pattern"),
     ],
 )
 def test_refuses(fields: dict[str, Any], words: str) -> None:

@@ -228,3 +228,24 @@ def test_only_prepare_reads_the_adapter_that_training_goes_on_from() -> None:
         else:
             assert "secret-initial-adapter" not in secrets
             assert claims == []
+
+
+def test_trackers_secrets_are_mounted_where_they_are_checked_and_used() -> None:
+    trackers = [
+        {"type": "WeightsAndBiases", "secretRef": {"name": "wandb"}},
+        {"type": "MLflow", "endpointURL": "https://mlflow.example.com", "secretRef": {"name": "mlflow"}},
+        {"type": "TensorBoard"},
+    ]
+    for stage in PIPELINE:
+        pod = pod_spec(stage, trackers=trackers)
+        volumes = {v["name"]: v for v in pod["volumes"] if v["name"].startswith("secret-tracker-")}
+        mounts = {m["name"]: m for m in pod["containers"][0]["volumeMounts"] if m["name"].startswith("secret-tracker-")}
+        assert set(volumes) == set(mounts)
+        if stage is Stage.PUBLISH:
+            assert not volumes
+            continue
+        assert {v["secret"]["secretName"] for v in volumes.values()} == {"wandb", "mlflow"}
+        assert all(v["secret"]["optional"] for v in volumes.values())
+        assert mounts["secret-tracker-mlflow"]["mountPath"] == "/etc/finetune/secrets/tracker-mlflow"
+        assert all(m["readOnly"] for m in mounts.values())
+        assert "wandb" not in str(pod["containers"][0]["env"])

@@ -34,9 +34,10 @@ from finetune_api.results import (
 from finetune_api.scores import JudgeVerdict
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.errors import StageError
+from finetune_trainer.private import without_credentials
 from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap
-from finetune_trainer.publish.report import html_report, without_credentials
+from finetune_trainer.publish.report import html_report
 from finetune_trainer.publish.scores import publish_scores, score_rows
 from finetune_trainer.publish.text_metrics import text_metrics
 from finetune_trainer.train import evaluate, inputs, model

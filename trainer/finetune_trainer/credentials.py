@@ -11,6 +11,18 @@ from finetune_api.spec import RemoteSource
 from finetune_trainer.errors import StageError
 from finetune_trainer.text import readable
 
+TRACKER_KEYS = (
+    "WANDB_API_KEY",
+    "WANDB_ENTITY",
+    "WANDB_BASE_URL",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "TRACKIO_SERVER_URL",
+    "TRACKIO_SPACE_ID",
+    "TRACKIO_WRITE_TOKEN",
+)
 KEYS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -22,6 +34,7 @@ KEYS = (
     "HF_TOKEN",
     "HF_ENDPOINT",
     "OPENAI_API_KEY",
+    *TRACKER_KEYS,
 )
 
 

@@ -1,6 +1,6 @@
 """The prepare stage: everything that can fail without a GPU fails here, and what training needs is made ready.
 
-Reads from top to bottom: done before? → may the output be written? → the model's shapes and tokenizer → every row → split →
+Reads from top to bottom: done before? → may the output be written, do trackers answer? → the model's shapes and tokenizer → every row → split →
 upload, the result last. Where a plan is all that is asked for, nothing is stored.
 """
 
@@ -39,6 +39,7 @@ from finetune_trainer.prepare.initial_adapter import InitialAdapter
 from finetune_trainer.prepare.model import BaseModel, inspect_model
 from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.prepare.questions import read_questions
+from finetune_trainer.prepare.trackers import check_trackers
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.cache import cache_of
 from finetune_trainer.sources.model import resolve_model
@@ -68,6 +69,7 @@ def run(ctx: StageContext) -> PrepareReport:
             fetch_ahead(ctx, earlier.prepared.model_commit)
         return report(earlier.prepared, earlier.trained)
     wait_until_available(ctx, lambda: check_output(ctx))
+    of_trackers = wait_until_available(ctx, lambda: check_trackers(ctx))
     if not plan_only:
         wait_until_available(ctx, lambda: note_begin(ctx, ctx.workspace_store()))
 
@@ -75,7 +77,7 @@ def run(ctx: StageContext) -> PrepareReport:
     model, prepared, planned = found.model, found.prepared, found.plan
     if planned is not None:
         log.info("%s", planned.summary)
-    for warning in found.warnings:
+    for warning in (warnings := of_trackers + found.warnings):
         log.warning("%s", warning)
 
     files = [] if plan_only else upload(ctx, prepared, model.adapter)
@@ -93,7 +95,7 @@ def run(ctx: StageContext) -> PrepareReport:
         plan=planned,
         initial_adapter=model.adapter.record if model.adapter is not None else None,
         files=files,
-        warnings=found.warnings,
+        warnings=warnings,
     )
     if not plan_only:
         wait_until_available(ctx, lambda: ctx.workspace_store().put_model(PREPARE_RESULT, result))

@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from jinja2 import Environment, StrictUndefined
 
 from finetune_api.names import Stage
 from finetune_api.results import Answer, ExecutionRecord, Manifest, PreviewRow, TrainResult
 from finetune_api.snapshot import Snapshot
+from finetune_trainer.private import shareable, without_credentials
 from finetune_trainer.publish.chart import Point, Series, line_chart
 from finetune_trainer.publish.scores import score_rows
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-PRIVATE = ("runtime",)
-"""Of the specification, what a page that is passed around leaves out: environment variables may hold keys."""
 SMOOTHED_STEPS = 20
 """A run of more steps than this also shows the mean of so many neighbours."""
 
@@ -72,9 +70,7 @@ def html_report(
         preview=[tokens_of(PreviewRow.model_validate(row)) for row in json.loads(preview)][:shown],
         stages=stage_seconds(manifest.attempts, manifest.created_at),
         sources=[without_credentials(source.uri) for source in snapshot.spec.data.train],
-        asked=json.dumps(
-            without_credentials({k: v for k, v in snapshot.spec.to_json_dict().items() if k not in PRIVATE}), indent=2
-        ),
+        asked=json.dumps(shareable(snapshot.spec), indent=2),
         sizes={
             kind: sum(f.size for f in manifest.files if f.path.startswith(f"{kind}/")) for kind in ("adapter", "merged")
         },
@@ -144,18 +140,6 @@ def stage_seconds(attempts: Sequence[ExecutionRecord], end: str) -> list[tuple[s
         (stage, max(0.0, (last - first).total_seconds()))
         for (stage, first), last in zip(begun.items(), ends, strict=True)
     ]
-
-
-def without_credentials(value: Any) -> Any:
-    """The same, with every web address without user and query: those of signed URLs are secrets."""
-    if isinstance(value, dict):
-        return {k: without_credentials(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_credentials(item) for item in value]
-    if not isinstance(value, str) or not value.startswith(("http://", "https://")):
-        return value
-    parts = urlsplit(value)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def size(count: int) -> str:

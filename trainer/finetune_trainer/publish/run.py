@@ -36,6 +36,7 @@ from finetune_trainer.publish.scores import publish_scores
 from finetune_trainer.publish.whole import check_tokenizer_hash, fetch_published, read_train_result
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
+from finetune_trainer.trackers.tracking import warning
 from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def run(ctx: StageContext) -> PublishReport:
 
     # Merge.
     files: list[FileRecord] = [*trained.adapter_files, *trained.report_files, scores_file]
-    warnings: list[str] = [*prepared.warnings, *trained.warnings, *scores.warnings]
+    of_trackers = [warning(t) for t in trained.tracked if t.problem is not None]
+    warnings: list[str] = [*prepared.warnings, *trained.warnings, *of_trackers, *scores.warnings]
     check = None
     if ctx.snapshot.spec.output.merged.enabled:
         from finetune_trainer.publish import merged
@@ -156,6 +158,7 @@ def make_manifest(
         plan=prepared.plan,
         versions=trained.versions,
         attempts=attempts(notes, completed),
+        tracked=trained.tracked,
         warnings=warnings,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         files=sorted(files, key=lambda f: f.path),

@@ -16,6 +16,7 @@ from finetune_api.base import ApiModel
 from finetune_api.failures import GPU_PATIENCE_SECONDS
 from finetune_api.progress import Split
 from finetune_api.results import (
+    ADAPTER_DIR,
     ANSWERS_FILE,
     BASE_EVALUATION,
     TRAIN_RESULT,
@@ -38,6 +39,8 @@ from finetune_trainer.errors import NotFound
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
 from finetune_trainer.supervisor.run import SPLIT_FILE
+from finetune_trainer.trackers.event_files import store_event_files
+from finetune_trainer.trackers.tracking import Tracking
 from finetune_trainer.train import evaluate, inputs, model, save, select, verify
 from finetune_trainer.train.checkpoints import Checkpoints
 from finetune_trainer.train.device import Compute, pick_compute
@@ -76,6 +79,12 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             stores raise.
         Interrupted: told to stop; what was trained is in the newest checkpoint.
     """
+    with Tracking(ctx) as tracking:
+        return train(ctx, tracking)
+
+
+def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
+    """What :func:`run` does, told to the job's trackers."""
     ranks = join(ctx.snapshot.spec.training.use_cpu)
     began = ranks.share(lambda: begin_execution(ctx))
     if isinstance(began, TrainResult):
@@ -132,6 +141,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         spec.training.seed,
         prepared.result.total_steps,
     )
+    history = History(restarts=given_restarts())
     steps = StepLog(
         schedule, rows, lambda entry: report_step(ctx, entry) if ranks.first else None, spec.recovery.stop_on_divergence
     )
@@ -156,9 +166,11 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
             shared=ranks.node is not None,
         ),
         steps=steps,
-        history=History(restarts=given_restarts()),
+        history=history,
         ranks=ranks,
     )
+    if ranks.first:
+        tracking.follow(prepared.result, loss_base.loss, lambda: steps.steps, lambda: history.evaluations)
     fit.run()
     peak_gpu_bytes = max((peak for peak in ranks.gather(compute.peak_bytes()) if peak is not None), default=None)
     if not ranks.sharded:
@@ -184,7 +196,6 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
 
     # Verify: nothing of the trained adapter or the tokenizer in memory is used from here on.
     begin(ctx, "Verifying")
-    history = fit.history
     del fit, tokenizer
     base = model.detach_adapter(peft_model, trained_base, compute.dtype)
     del peft_model
@@ -201,6 +212,15 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     measure = partial(evaluate.held_out_loss, tuned, held_out, pad_id, compute, divisor=split.evaluation_divisor)
     loss_reloaded = ranks.together(measure)
     verification = verify.compare(loss_trained.loss, loss_reloaded.loss)
+    tracking.finish(
+        {
+            "final/held_out_loss_base": loss_base.loss,
+            "final/held_out_loss": loss_trained.loss,
+            "final/perplexity": loss_trained.perplexity,
+            "final/steps": schedule.steps,
+            "final/adapter_uri": output.uri(ADAPTER_DIR),
+        }
+    )
     answers = [
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
         for p, b, t in zip(asked, measured.answers, answering.answers(tuned, tokenizer), strict=True)
@@ -209,12 +229,13 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
     if not ranks.first:
         return RankDone()
 
+    event_files, event_runs = store_event_files(ctx, output, metrics_lines, prepared.result)
     check_rows = rows_to_check([held_out.length(i) for i in range(len(held_out))])
     result = TrainResult(
         snapshot_digest=digest,
         execution_id=ctx.execution_id,
         adapter_files=adapter_files,
-        report_files=upload_reports(ctx, output, metrics_lines, answers),
+        report_files=[*upload_reports(ctx, output, metrics_lines, answers), *event_files],
         metrics=TrainMetrics(
             held_out_loss_base=loss_base.loss,
             held_out_loss=loss_trained.loss,
@@ -247,9 +268,14 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
         restarts=history.restarts,
         checkpoint_blocked_seconds=history.blocked_seconds,
         warnings=[*history.warnings, *overfitting(history.evaluations, loss_base.loss, spec.output.select)],
+        tracked=event_runs,
     )
     patiently(ctx, owner.check)
     patiently(ctx, lambda: workspace.put_model(TRAIN_RESULT, result))
+    # Whoever is stopped while trackers are waited for has the result already.
+    if runs := tracking.results():
+        told = result.model_copy(update={"tracked": [*event_runs, *runs]})
+        patiently(ctx, lambda: workspace.put_model(TRAIN_RESULT, told))
     return report(result)
 
 

@@ -1,0 +1,29 @@
+"""What of a job's configuration may be passed around."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from finetune_api.spec import FineTuneJobSpec
+
+PRIVATE = ("runtime",)
+"""Of the specification, what is left out: environment variables may hold keys."""
+
+
+def shareable(spec: FineTuneJobSpec) -> dict[str, Any]:
+    """The specification without what may be secret."""
+    asked: dict[str, Any] = without_credentials({k: v for k, v in spec.to_json_dict().items() if k not in PRIVATE})
+    return asked
+
+
+def without_credentials(value: Any) -> Any:
+    """The same, with every web address without user and query: those of signed URLs are secrets."""
+    if isinstance(value, dict):
+        return {k: without_credentials(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(item) for item in value]
+    if not isinstance(value, str) or not value.startswith(("http://", "https://")):
+        return value
+    parts = urlsplit(value)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
