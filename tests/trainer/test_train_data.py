@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -65,7 +66,29 @@ def test_steps_do_not_depend_on_the_micro_batch() -> None:
     schedule = make_schedule(22, Length(epochs=2), 8, seed=3)
     for step in range(schedule.steps):
         for size in (1, 2, 4, 8):
-            assert [i for b in schedule.micro_batches(step, size) for i in b] == schedule.step_rows(step)
+            batches = schedule.micro_batches(step, size, length=lambda row: row % 5)
+            assert sorted(i for b in batches for i in b) == sorted(schedule.step_rows(step))
+            assert {len(b) for b in batches[:-1]} <= {size}
+            assert 0 < len(batches[-1]) <= size
+
+
+def test_rows_of_like_length_share_a_micro_batch() -> None:
+    schedule = make_schedule(64, Length(epochs=1), 32, seed=3)
+    lengths = np.random.default_rng(0).lognormal(4, 0.8, 64).astype(int)
+
+    def computed(batches: list[list[int]]) -> int:
+        return sum(max(lengths[b]) * len(b) for b in batches)
+
+    for step in range(schedule.steps):
+        ids = schedule.step_rows(step)
+        batches = schedule.micro_batches(step, 4, lambda row: int(lengths[row]))
+        assert computed(batches) < 0.8 * computed([ids[i : i + 4] for i in range(0, len(ids), 4)])
+        assert lengths[batches[0][0]] == max(lengths[ids]), "what does not fit shows at once"
+
+
+def test_rows_of_one_length_stay_in_the_schedules_order() -> None:
+    schedule = make_schedule(22, Length(epochs=2), 8, seed=3)
+    assert [i for b in schedule.micro_batches(1, 2, lambda _: 7) for i in b] == schedule.step_rows(1)
 
 
 def test_length_in_steps_gives_full_steps() -> None:

@@ -189,8 +189,9 @@ def ready_for_adapter(model: nn.Module) -> None:
     for module in model.modules():
         state = getattr(module, "quant_state", None)
         if state is not None:
-            module.weight.quant_type = state.quant_type
-            module.weight.compress_statistics = state.nested
+            weight: Any = module.weight
+            weight.quant_type = state.quant_type
+            weight.compress_statistics = state.nested
 
 
 def adapter_to(model: nn.Module, device: torch.device) -> None:

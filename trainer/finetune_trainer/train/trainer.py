@@ -79,13 +79,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.nll = LearnedTokenLoss(model.get_base_model())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches of the run from ``start_step`` on, in the schedule's order, as one epoch of Trainer's.
+        """Micro-batches of the run from ``start_step`` on, as one epoch of Trainer's.
 
         With a generator of its own: a DataLoader draws a seed whenever it is iterated, and a run that was resumed iterates anew.
         """
         return DataLoader(
             range(self.schedule.rows),  # type: ignore[arg-type]
-            batch_sampler=_MicroBatches(self.schedule, self.micro_batch, self.start_step, self.ranks),
+            batch_sampler=_MicroBatches(self.schedule, self.rows, self.micro_batch, self.start_step, self.ranks),
             collate_fn=lambda indices: collate(self.rows, indices, self.pad_id),
             generator=torch.Generator(),
         )
@@ -144,8 +144,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 class _MicroBatches(Sampler[list[int]]):
     """Row ids of each micro-batch from a step on. Every step but the last has the same number of them."""
 
-    def __init__(self, schedule: Schedule, micro_batch: int, start_step: int, ranks: Ranks) -> None:
+    def __init__(self, schedule: Schedule, rows: Rows, micro_batch: int, start_step: int, ranks: Ranks) -> None:
         self._schedule = schedule
+        self._rows = rows
         self._micro_batch = micro_batch
         self._start_step = start_step
         self._ranks = ranks
@@ -159,7 +160,7 @@ class _MicroBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         size = self._micro_batch
         for step in range(self._start_step, self._schedule.steps):
-            for together in self._schedule.micro_batches(step, size * self._ranks.size):
+            for together in self._schedule.micro_batches(step, size * self._ranks.size, self._rows.length):
                 yield together[self._ranks.rank * size : (self._ranks.rank + 1) * size]
 
 
