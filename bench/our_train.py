@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench import sampled
 from finetune_api.names import Stage
 from finetune_api.results import TrainReport
 from finetune_trainer.entrypoint import set_up, train
@@ -51,7 +52,7 @@ def main() -> None:
         "held_out_loss": result.metrics.held_out_loss,
         "held_out_loss_base": result.metrics.held_out_loss_base,
     }
-    print("TRAINED " + json.dumps(found), flush=True)
+    sampled.tell(**found)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Training tokens a second, peak anonymous memory and held-out loss of our train stage, against a plain trl SFTTrainer script.
 
-    python -m bench.training_speed [--methods LoRA,QLoRA] [--pairs 5] [--steps 12] [--packing] [--json FILE]
+    python -m bench.training_speed [--methods LoRA,QLoRA] [--pairs 5] [--steps 6] [--packing] [--json FILE]
 
-Both train the same random Llama (63M parameters, a 400-token vocabulary) on the same rows in the same order: conversations of varied length,
-8 a step in micro-batches of 4, on the CPU, in the type that suits it, with as many threads; LoRA on all linear layers from the same
+Both train the same random Llama (52M parameters, a 400-token vocabulary) on the same rows in the same order: conversations of varied length,
+16 a step in micro-batches of 4, on the CPU, in the type that suits it, with as many threads; LoRA on all linear layers from the same
 initial weights. Each run is a process of its own, one after the other, in alternating pairs; a pair has its seed, which sets rows,
 order and adapter.
 
@@ -20,10 +20,7 @@ import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +33,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune_trainer.train  # noqa: F401 - sets how threads wait, for the processes that are started here
+from bench import sampled
 from bench.pairs import Ratio, alternating, ratio
 from finetune_api import names, results
 from finetune_trainer.train.device import cpu_dtype, usable_cpus
@@ -44,16 +42,14 @@ from finetune_trainer.train.schedule import make_schedule
 from tests.support import seaweed, tiny_model
 from tests.support.prepared import PreparedJob, job_spec, snapshot_of, write_prepared
 
-ROOT = Path(__file__).resolve().parents[1]
-MICRO_BATCH, ACCUMULATION = 4, 2
+MICRO_BATCH, ACCUMULATION = 4, 4
 STEP_ROWS = MICRO_BATCH * ACCUMULATION
 HELD_OUT_ROWS = 24
 MAX_TOKENS = 512
 RANK = 16
 LEARNING_RATE = 2e-4
-WARM_UP = 3
+WARM_UP = 2
 """Steps that are not timed: the first allocations, the first checkpoint, the learning rate's own warm-up."""
-SAMPLE_SECONDS = 0.01
 OURS, TRL, PACKED = "ours", "trl", "trl packed"
 SCRIPTS = {OURS: "bench.our_train", TRL: "bench.trl_train", PACKED: "bench.trl_train"}
 
@@ -64,8 +60,8 @@ def write_model(folder: Path) -> Path:
     tiny_model.write_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tiny_model.VOCABULARY, hidden_size=640, intermediate_size=1728, num_hidden_layers=12,
-        num_attention_heads=10, num_key_value_heads=10, max_position_embeddings=2 * MAX_TOKENS,
+        vocab_size=tiny_model.VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=13,
+        num_attention_heads=9, num_key_value_heads=9, max_position_embeddings=2 * MAX_TOKENS,
         bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -160,42 +156,12 @@ class Workshop:
             "micro_batch": MICRO_BATCH, "accumulation": ACCUMULATION, "max_tokens": MAX_TOKENS,
             "packing": way == PACKED, "dtype": str(cpu_dtype()).removeprefix("torch."),
         }  # fmt: skip
-        if way == PACKED:  # a pack holds about as many tokens as two padded rows
-            asked |= {"micro_batch": MICRO_BATCH // 2, "accumulation": 1}
+        if way == PACKED:  # two packs of up to 512 tokens a micro-batch, and about as many tokens a step
+            asked |= {"micro_batch": 2, "accumulation": ACCUMULATION // 2}
         (folder / "asked.json").write_text(json.dumps(asked))
-        environ = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(self.threads),
-            "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "api", "trainer", "cluster")),
-            "HF_HUB_OFFLINE": "1",
-            names.ENV_POD_UID: "bench",
-        }
-        log = folder / "log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", SCRIPTS[way], str(folder / "asked.json")],
-                env=environ,
-                cwd=ROOT,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            samples = sample(process)
-        text = log.read_text()
-        assert process.returncode == 0, text
-        told = json.loads(next(line for line in text.splitlines() if line.startswith("TRAINED "))[len("TRAINED ") :])
-        return measured(told, samples, step_tokens(ordered))
-
-
-def sample(process: subprocess.Popen[bytes]) -> list[tuple[float, int]]:
-    """Moments and anonymous bytes of a process until it ends."""
-    samples = []
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                samples.append((time.monotonic(), int(line.split()[1]) * 1024))
-        time.sleep(SAMPLE_SECONDS)
-    return samples
+        environ = {"OMP_NUM_THREADS": str(self.threads), names.ENV_POD_UID: "bench"}
+        run = sampled.run(SCRIPTS[way], [str(folder / "asked.json")], folder / "log", environ)
+        return measured(run, step_tokens(ordered))
 
 
 def step_tokens(ordered: Path) -> list[int]:
@@ -204,16 +170,17 @@ def step_tokens(ordered: Path) -> list[int]:
     return [sum(lengths[i : i + STEP_ROWS]) for i in range(0, len(lengths), STEP_ROWS)]
 
 
-def measured(told: dict[str, Any], samples: list[tuple[float, int]], tokens: list[int]) -> dict[str, float]:
+def measured(run: sampled.Run, tokens: list[int]) -> dict[str, float]:
     """The numbers of a run."""
+    told = run.told
     ends, cpu, tokens = told["step_ends"], told["step_cpu"], told.get("step_tokens", tokens)
     assert len(ends) == len(tokens), f"{len(ends)} steps were made of {len(tokens)}"
     timed = sum(tokens[WARM_UP:])
     return {
         "tokens_per_second": timed / (ends[-1] - ends[WARM_UP - 1]),
         "tokens_per_cpu_second": timed / (cpu[-1] - cpu[WARM_UP - 1]),
-        "training_mib": max(size for at, size in samples if at <= ends[-1]) / 2**20,
-        "saved_mib": max(size for at, size in samples if at <= told["ended"]) / 2**20,
+        "training_mib": run.peak_mib(until=ends[-1]),
+        "saved_mib": run.peak_mib(until=told["ended"]),
         "held_out_loss": told["held_out_loss"],
     }
 
@@ -244,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="LoRA,QLoRA")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12, help=f"optimizer steps, of which {WARM_UP} are not timed")
+    parser.add_argument("--steps", type=int, default=6, help=f"optimizer steps, of which {WARM_UP} are not timed")
     parser.add_argument("--packing", action="store_true", help="also trl with packing")
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()

@@ -18,6 +18,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from bench import sampled
+
 
 class Clock(TrainerCallback):  # type: ignore[misc]
     """When each optimizer step was made."""
@@ -85,7 +87,7 @@ def main() -> None:
         "ended": ended,
         "held_out_loss": held_out_loss(job),
     }
-    print("TRAINED " + json.dumps(found), flush=True)
+    sampled.tell(**found)
 
 
 def load_base(job: dict[str, Any]) -> Any:
