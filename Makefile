@@ -76,6 +76,8 @@ format: setup ## Format and fix what tools can fix
 bench: setup ## Benchmarks; each prints a table and writes JSON
 	$(PYTHON) -m bench.operator_throughput --repeat 3 --json bench/results/operator_throughput.json
 	$(PYTHON) -m bench.merge_memory --json bench/results/merge_memory.json
+	$(PYTHON) -m bench.merge_pairs --json bench/results/merge_pairs.json
+	$(PYTHON) -m bench.training_speed --json bench/results/training_speed.json
 	$(PYTHON) -m bench.gpu_time --json bench/results/gpu_time.json
 
 chaos: setup ## Kill a job ten times and compare bytes; faults everywhere; a lost node; 1,000 histories (SEED=…, ONLY="PART …", RECORD=FILE to go on)

@@ -78,14 +78,16 @@ def peak(work: Callable[[], Any]) -> dict[str, float]:
 def write_adapter(base: Checkpoint, folder: Path) -> None:
     """A LoRA adapter with random weights on every linear layer of the decoder."""
     folder.mkdir(parents=True)
-    tensors = {}
+    tensors, targets = {}, set()
     for name, info in base.tensors.items():
         if name.endswith("_proj.weight"):
+            targets.add(module_of(name).rpartition(".")[2])
             key = f"base_model.model.{module_of(name)}"
             tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, info.shape[1]) / math.sqrt(info.shape[1])
             tensors[f"{key}.lora_B.weight"] = torch.randn(info.shape[0], RANK) * 1e-3
     save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}))
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": sorted(targets)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def records(base: Checkpoint) -> list[Any]:

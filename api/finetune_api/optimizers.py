@@ -35,3 +35,16 @@ class OptimizerName(StrEnum):
     ADEMAMIX_8BIT = "ademamix_8bit"
     PAGED_ADEMAMIX_8BIT = "paged_ademamix_8bit"
     PAGED_ADEMAMIX_32BIT = "paged_ademamix_32bit"
+
+
+WITHOUT_BITSANDBYTES = frozenset(
+    {
+        OptimizerName.ADAMW_TORCH,
+        OptimizerName.ADAMW_TORCH_FUSED,
+        OptimizerName.ADAFACTOR,
+        OptimizerName.ADAGRAD,
+        OptimizerName.SGD,
+        OptimizerName.RMSPROP,
+    }
+)
+"""torch's and transformers' own; the others are bitsandbytes'."""

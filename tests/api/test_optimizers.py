@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from finetune_api.optimizers import OptimizerName
+from finetune_api.optimizers import WITHOUT_BITSANDBYTES, OptimizerName
 
 
 def optimizer(name: str, model: torch.nn.Module, folder: Path) -> torch.optim.Optimizer:
@@ -37,3 +37,10 @@ def test_every_optimizer_of_the_api_changes_weights_on_a_cpu(name: OptimizerName
 def test_every_other_optimizer_of_transformers_needs_what_the_image_has_not(name: str, tmp_path: Path) -> None:
     with pytest.raises((ImportError, ValueError)):
         optimizer(name, torch.nn.Linear(128, 128), tmp_path)
+
+
+@pytest.mark.parametrize("name", list(OptimizerName))
+def test_who_brings_an_optimizer_is_known(name: OptimizerName, tmp_path: Path) -> None:
+    made = optimizer(name, torch.nn.Linear(128, 128), tmp_path)
+    bitsandbytes_class = any(kind.__module__.startswith("bitsandbytes") for kind in type(made).mro())
+    assert bitsandbytes_class is (name not in WITHOUT_BITSANDBYTES)

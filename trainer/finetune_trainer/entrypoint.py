@@ -80,7 +80,7 @@ def worker(environ: Mapping[str, str], context: Callable[[Stage], StageContext])
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     end_with_parent()
     heartbeat.open_pipe()
-    report, ctx = attempt(Stage.TRAIN, context, lambda _: load("finetune_trainer.train.run"))
+    report, ctx = attempt(Stage.TRAIN, context, lambda _: train)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     path = Path(environ[ENV_OUTCOME])
     try:
@@ -147,6 +147,13 @@ def end_with_parent() -> None:
 def load_stage(stage: Stage) -> StageFunction:
     """A stage's function, imported only now: prepare's image has no torch. Training is the supervisor's, which has none either."""
     return load("finetune_trainer.supervisor.run" if stage is Stage.TRAIN else f"finetune_trainer.{stage}.run")
+
+
+def train(ctx: StageContext) -> BaseModel:
+    """The train stage, without the libraries that this run has no use for."""
+    left_out = importlib.import_module("finetune_trainer.train.left_out")
+    left_out.leave_out(left_out.unused_libraries(ctx.snapshot))
+    return load("finetune_trainer.train.run")(ctx)
 
 
 def load(module: str) -> StageFunction:

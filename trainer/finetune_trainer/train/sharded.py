@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -138,14 +137,15 @@ def parameters(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def fill(
-    module: nn.Module, key: str, value: torch.Tensor, compute: Compute, quantization: Quantization | None, name: str
+    module: Any, key: str, value: torch.Tensor, compute: Compute, quantization: Quantization | None, name: str
 ) -> list[QuantizedModule]:
     """Put a stored tensor in a parameter's place; what that quantizes is recorded."""
     value = value.to(compute.dtype)
-    if not (isinstance(module, Linear4bit) and key == "weight"):
+    if quantization is None or not (hasattr(module, "quant_state") and key == "weight"):
         module._parameters[key] = nn.Parameter(value.to(compute.device), requires_grad=False)
         return []
-    assert quantization is not None
+    from bitsandbytes.nn import Params4bit  # only here: a base that is not quantized needs no bitsandbytes
+
     module.quant_storage = STORAGE
     packed = Params4bit(
         value,
@@ -162,7 +162,7 @@ def fill(
     return [record]
 
 
-def share_constants(module: Linear4bit) -> None:
+def share_constants(module: Any) -> None:
     """Make the constants of a weight's blocks a parameter, so that they are sharded and gathered with it: 1 GiB for a 70B."""
     state = module.quant_state
     dtype, as_bytes = state.absmax.dtype, state.absmax.view(torch.uint8)
@@ -187,9 +187,11 @@ def shard(unit: nn.Module, mesh: DeviceMesh, policy: OffloadPolicy) -> None:
 def ready_for_adapter(model: nn.Module) -> None:
     """peft reads from a 4-bit weight how it was made; a sharded one is another object that does not know."""
     for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.weight.quant_type = module.quant_state.quant_type
-            module.weight.compress_statistics = module.quant_state.nested
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            weight: Any = module.weight
+            weight.quant_type = state.quant_type
+            weight.compress_statistics = state.nested
 
 
 def adapter_to(model: nn.Module, device: torch.device) -> None:

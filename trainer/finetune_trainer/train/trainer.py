@@ -84,7 +84,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.nll = LearnedTokenLoss(model.get_base_model())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches of the run from ``start_step`` on, in the schedule's order, as one epoch of Trainer's.
+        """Micro-batches of the run from ``start_step`` on, as one epoch of Trainer's.
 
         With a generator of its own: a DataLoader draws a seed whenever it is iterated, and a run that was resumed iterates anew.
         """
