@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", min_length=1, max_length=253)]
 Quantity = Annotated[
     str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?$", min_length=1, max_length=32)
 ]
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$", min_length=1, max_length=128)]
+MAX_MODULE = 128
+_MODULE = r"^[A-Za-z0-9_.-]+$"
+_MODULE_MESSAGE = "every key must be a module's name such as q_proj or layers.0.mlp.up_proj"
+ModuleName = Annotated[str, StringConstraints(pattern=_MODULE, min_length=1, max_length=MAX_MODULE)]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^(([A-Za-z0-9][A-Za-z0-9_.-]*)?[A-Za-z0-9])?$", max_length=63)]
 ShortText = Annotated[str, StringConstraints(max_length=4096)]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -52,14 +55,23 @@ def _qualified_keys(value: dict[str, str]) -> dict[str, str]:
 
 MODULE_KEYS: dict[str, Any] = {
     "maxProperties": MAX_ENTRIES,
-    **cel(
-        (
-            "self.all(k, size(k) <= 128 && k.matches('^[A-Za-z0-9_.-]+$'))",
-            "every key must be a module's name such as q_proj or layers.0.mlp.up_proj",
-        )
-    ),
+    **cel((f"self.all(k, size(k) <= {MAX_MODULE} && k.matches('{_MODULE}'))", _MODULE_MESSAGE)),
 }
 """JSON-schema extra of maps whose keys are names of modules."""
 
 LabelMap = Annotated[dict[str, LabelValue], AfterValidator(_qualified_keys)]
 AnnotationMap = Annotated[dict[str, ShortText], AfterValidator(_qualified_keys)]
+
+
+def _module_names(value: dict[str, int]) -> dict[str, int]:
+    bad = next((k for k in value if len(k) > MAX_MODULE or not re.fullmatch(_MODULE, k)), None)
+    if bad is not None:
+        raise ValueError(f"{bad!r}: {_MODULE_MESSAGE}")
+    return value
+
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[int, Field(ge=1, le=4096)]
+RankMap = Annotated[dict[str, Rank], AfterValidator(_module_names)]
+AlphaMap = Annotated[dict[str, Alpha], AfterValidator(_module_names)]
+"""By the names of modules."""

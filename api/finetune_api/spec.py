@@ -16,6 +16,8 @@ from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import (
     LABEL_KEYS,
     MODULE_KEYS,
+    Alpha,
+    AlphaMap,
     AnnotationMap,
     ColumnName,
     LabelMap,
@@ -23,6 +25,8 @@ from finetune_api.fieldtypes import (
     ModuleName,
     Name,
     Quantity,
+    Rank,
+    RankMap,
     ShortText,
     cel,
     exactly_one,
@@ -30,8 +34,6 @@ from finetune_api.fieldtypes import (
 from finetune_api.optimizers import OptimizerName
 from finetune_api.uris import DATA_URI_PATTERN, MODEL_URI_PATTERN, OUTPUT_URI_PATTERN
 
-Rank = Annotated[int, Field(ge=1, le=1024)]
-Alpha = Annotated[int, Field(ge=1, le=4096)]
 LayerIndex = Annotated[int, Field(ge=0, le=9999)]
 MOST_GPUS_PER_NODE = 8
 MOST_NODES = 64
@@ -348,7 +350,7 @@ class Lora(ApiModel):
 
     rank: Rank = Field(16, description="Rank r of the update matrices.")
     alpha: Alpha | None = Field(None, description="Scaling numerator; the default is 2 × rank.")
-    rank_pattern: dict[ModuleName, Rank] | None = Field(
+    rank_pattern: RankMap | None = Field(
         None,
         description=(
             "Ranks of single modules, by the end of their names (down_proj, layers.0.self_attn.q_proj; the most specific counts). Without "
@@ -356,7 +358,7 @@ class Lora(ApiModel):
         ),
         json_schema_extra=MODULE_KEYS,
     )
-    alpha_pattern: dict[ModuleName, Alpha] | None = Field(
+    alpha_pattern: AlphaMap | None = Field(
         None, description="Alphas of single modules, named as in rankPattern.", json_schema_extra=MODULE_KEYS
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -730,7 +732,10 @@ class Evaluation(ApiModel):
     )
 
     model_config = ConfigDict(
-        json_schema_extra=cel(("!has(self.earlyStopping) || has(self.intervalSteps)", _EARLY_STOPPING_MESSAGE))
+        json_schema_extra=cel(
+            ("!has(self.earlyStopping) || has(self.intervalSteps)", _EARLY_STOPPING_MESSAGE),
+            ("!has(self.judge) || self.generation.prompts > 0", _JUDGE_MESSAGE),
+        )
     )
 
     @model_validator(mode="after")
@@ -738,10 +743,6 @@ class Evaluation(ApiModel):
         if self.early_stopping is not None and self.interval_steps is None:
             raise ValueError(_EARLY_STOPPING_MESSAGE)
         return self
-
-    model_config = ConfigDict(
-        json_schema_extra=cel(("!has(self.judge) || self.generation.prompts > 0", _JUDGE_MESSAGE))
-    )
 
     @model_validator(mode="after")
     def _judge_of_answers(self) -> Evaluation:
