@@ -217,7 +217,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
             "final/held_out_loss_base": loss_base.loss,
             "final/held_out_loss": loss_trained.loss,
             "final/perplexity": loss_trained.perplexity,
-            "final/steps": schedule.steps,
+            "final/steps": total,
             "final/adapter_uri": output.uri(ADAPTER_DIR),
         }
     )
