@@ -13,7 +13,7 @@ import math
 from finetune_api.base import ApiModel
 from finetune_api.names import job_key
 from finetune_api.progress import Split
-from finetune_api.spec import FineTuneJobSpec, Lora, LoraBias, MethodType, Quantization
+from finetune_api.spec import FineTuneJobSpec, Lora, LoraBias, LoraInitialization, MethodType, Quantization
 from finetune_api.targets import most_specific_first
 from finetune_api.uris import S3Location, parse_uri
 
@@ -53,6 +53,7 @@ class ResolvedLora(ApiModel):
     alpha_pattern: dict[str, int] = {}
     loraplus_lr_ratio: float | None = None
     modules_to_save: list[str] = []
+    initialization: LoraInitialization = LoraInitialization.DEFAULT
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -226,6 +227,7 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
                 rank_pattern=ranks_of,
                 alpha_pattern=most_specific_first({**alphas, **(lora.alpha_pattern or {})}),
                 loraplus_lr_ratio=lora.loraplus_lr_ratio,
+                initialization=lora.initialization,
                 modules_to_save=list(lora.modules_to_save or []),
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,

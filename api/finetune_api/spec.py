@@ -345,6 +345,16 @@ class LoraBias(StrEnum):
     LORA_ONLY = "LoRAOnly"
 
 
+class LoraInitialization(StrEnum):
+    """What the update matrices begin as (peft's ``init_lora_weights``). All but LoftQ begin with an update of nothing."""
+
+    DEFAULT = "Default"
+    GAUSSIAN = "Gaussian"
+    ORTHOGONAL = "Orthogonal"
+    EVA = "EVA"
+    LOFTQ = "LoftQ"
+
+
 class Lora(ApiModel):
     """Low-rank adaptation (Hu et al., 2021). Defaults follow common practice: rank 16, alpha = 2 × rank, all linear layers."""
 
@@ -404,6 +414,14 @@ class Lora(ApiModel):
             "training.optimizer.learningRate; 16 is usual, with a lower learningRate."
         ),
     )
+    initialization: LoraInitialization = Field(
+        LoraInitialization.DEFAULT,
+        description=(
+            "Default: A uniform (Kaiming), B zero. Gaussian, Orthogonal: A drawn so. EVA: A from the directions in which the layers' inputs vary most, "
+            "by a pass over the first training rows (Paischer et al., 2024). LoftQ: what 4 bits leave of the weights, as far as the rank goes "
+            "(Li et al., 2023; QLoRA only)."
+        ),
+    )
     use_rslora: bool = Field(
         False, description="Scale updates by alpha / √rank instead of alpha / rank (Kalajdzievski, 2023)."
     )
@@ -413,6 +431,10 @@ class Lora(ApiModel):
             (
                 "!self.targetModules.exists(m, m == 'all-linear') || size(self.targetModules) == 1",
                 "all-linear already names every linear layer; list it alone or list module names",
+            ),
+            (
+                "!self.useDora || !(self.initialization in ['Orthogonal', 'LoftQ'])",
+                "useDora measures the weights before they are initialized so: leave initialization: Orthogonal and LoftQ out",
             ),
         )
     )
@@ -452,7 +474,13 @@ class Method(ApiModel):
 
     # bitsandbytes casts the biases of quantized layers to the compute dtype in the first forward pass (Linear4bit.forward).
     model_config = ConfigDict(
-        json_schema_extra=cel(("self.type == 'LoRA' || self.lora.bias == 'None'", _BIAS_MESSAGE)),
+        json_schema_extra=cel(
+            ("self.type == 'LoRA' || self.lora.bias == 'None'", _BIAS_MESSAGE),
+            (
+                "self.type == 'QLoRA' || self.lora.initialization != 'LoftQ'",
+                "lora.initialization: LoftQ makes good for quantization: it needs type: QLoRA",
+            ),
+        ),
     )
 
     @model_validator(mode="after")
@@ -1183,6 +1211,14 @@ class FineTuneJobSpec(ApiModel):
             (
                 "!has(self.method.lora.modulesToSave) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
                 "method.lora.modulesToSave needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+            ),
+            (
+                "!(self.method.lora.initialization in ['EVA', 'LoftQ']) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                "method.lora.initialization: EVA and LoftQ need the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+            ),
+            (
+                "!has(self.model.initialAdapter) || self.method.lora.initialization == 'Default'",
+                "model.initialAdapter has weights already: leave method.lora.initialization out",
             ),
             (
                 "self.compute.gpusPerNode != 'Auto' || !self.training.useCpu",

@@ -13,8 +13,11 @@ from finetune_api.planner.sentences import gib
 from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
 from finetune_api.quantity import parse_quantity
-from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, Parallelism
+from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, LoraInitialization, Parallelism
 from finetune_api.targets import most_specific_first
+
+WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ)
+"""Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA and modulesToSave need that, too."""
 
 
 def request_of(
@@ -72,7 +75,8 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
         shardable: whether the model can be loaded and sharded a layer at a time.
     """
     lora = spec.method.lora
-    shardable = shardable and not lora.use_dora and not lora.modules_to_save  # both are of whole weights
+    whole = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS
+    shardable = shardable and not whole
     first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:
         first = SEVERAL if shardable else (Layout.DDP,)

@@ -24,7 +24,7 @@ from finetune_trainer.sources.model import resolve_source
 from finetune_trainer.waiting import wait_until_available
 
 Shapes = dict[str, tuple[int, ...]]
-OF_THE_JOB = ("dropout", "loraplus_lr_ratio")
+OF_THE_JOB = ("dropout", "loraplus_lr_ratio", "initialization")
 """What an adapter's file does not decide."""
 
 

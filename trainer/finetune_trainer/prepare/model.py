@@ -10,7 +10,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.results import SourceFile
 from finetune_api.snapshot import ResolvedLora
-from finetune_api.spec import MethodType
+from finetune_api.spec import LoraInitialization, MethodType
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
@@ -127,6 +127,8 @@ def refuse_for_experts(lora: ResolvedLora) -> None:
         "layersToTransform": lora.layers_to_transform is not None,
         "rankPattern": bool(lora.rank_pattern),
         "alphaPattern": bool(lora.alpha_pattern),
+        "modulesToSave": bool(lora.modules_to_save),
+        "initialization": lora.initialization is not LoraInitialization.DEFAULT,
     }
     if found := [name for name, is_set in asked.items() if is_set]:
         raise StageError(

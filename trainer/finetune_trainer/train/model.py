@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora, Snapshot
-from finetune_api.spec import LoraBias, Quantization
+from finetune_api.spec import LoraBias, LoraInitialization, Quantization
 from finetune_api.targets import is_named
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
@@ -30,6 +30,12 @@ from finetune_trainer.train.device import Compute
 log = logging.getLogger(__name__)
 
 BIAS = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
+INITIALIZATION = {
+    LoraInitialization.GAUSSIAN: "gaussian",
+    LoraInitialization.ORTHOGONAL: "orthogonal",
+    LoraInitialization.EVA: "eva",
+}
+"""peft's ``init_lora_weights``; LoftQ begins as the default does and is computed afterwards."""
 ALL_LINEAR = "all-linear"
 SAVED = ".modules_to_save."
 """In the names of parameters: peft's copies of modules that are trained whole."""
@@ -139,6 +145,10 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         alpha_pattern=lora.alpha_pattern,
         modules_to_save=saved_modules(base, lora) or None,
         ensure_weight_tying=bool(lora.modules_to_save) and base.config.get_text_config().tie_word_embeddings,
+        init_lora_weights=INITIALIZATION.get(lora.initialization, True),
+        eva_config=EvaConfig(rho=1.0)
+        if lora.initialization is LoraInitialization.EVA
+        else None,  # ranks stay as planned
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",

@@ -46,6 +46,7 @@ from finetune_trainer.train.checkpoints import Checkpoints
 from finetune_trainer.train.device import Compute, pick_compute
 from finetune_trainer.train.fit import Fit, History
 from finetune_trainer.train.held_out_curve import overfitting
+from finetune_trainer.train.initialization import initialize
 from finetune_trainer.train.owner import Owner, claim
 from finetune_trainer.train.quantized import quantized_modules
 from finetune_trainer.train.ranks import Ranks, join, leave
@@ -141,6 +142,8 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         spec.training.seed,
         prepared.result.total_steps,
     )
+    if prepared.initial_adapter is None:
+        initialize(peft_model, snapshot, base_files.folder, rows, schedule, pad_id, compute, ranks)
     history = History(restarts=given_restarts())
     steps = StepLog(
         schedule, rows, lambda entry: report_step(ctx, entry) if ranks.first else None, spec.recovery.stop_on_divergence

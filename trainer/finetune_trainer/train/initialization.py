@@ -1,0 +1,109 @@
+"""What an adapter's weights are before the first step, where they are not peft's own random ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+
+from finetune_api.snapshot import Snapshot
+from finetune_api.spec import LoraInitialization
+from finetune_trainer import heartbeat
+from finetune_trainer.train.device import Compute
+from finetune_trainer.train.evaluate import inference
+from finetune_trainer.train.model import take_up
+from finetune_trainer.train.ranks import Ranks
+from finetune_trainer.train.rows import Batch, Rows, collate
+from finetune_trainer.train.schedule import Schedule
+from finetune_trainer.train.sharded import Stored
+
+log = logging.getLogger(__name__)
+
+EVA_STEPS = 32
+"""Steps of the schedule whose rows EVA may look at; it ends earlier where the directions no longer change."""
+OVERSAMPLING, ITERATIONS = 8, 4
+"""Of the randomized SVD (Halko et al., 2011): singular values beyond the rank, and power iterations."""
+
+
+def initialize(
+    model: PeftModel,
+    snapshot: Snapshot,
+    folder: Path,
+    rows: Rows,
+    schedule: Schedule,
+    pad_id: int,
+    compute: Compute,
+    ranks: Ranks,
+) -> None:
+    """Give a fresh adapter its first weights, on the first rank, and the same on the others.
+
+    Args:
+        folder: the base model's files.
+    """
+    kind = snapshot.plan.method.lora.initialization
+    if kind not in (LoraInitialization.EVA, LoraInitialization.LOFTQ):
+        return
+
+    def made() -> dict[str, torch.Tensor]:
+        if kind is LoraInitialization.EVA:
+            eva(model, batches(rows, schedule, snapshot.plan.micro_batch_sequences, pad_id), compute)
+        else:
+            with ExitStack() as opened:
+                loftq(model, Stored(folder, opened).read)
+        return {n: t.detach().cpu() for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+
+    take_up(model, ranks.share(made))
+
+
+def batches(rows: Rows, schedule: Schedule, size: int, pad_id: int) -> Iterator[Batch]:
+    """The first rows that training will see."""
+    for step in range(min(EVA_STEPS, schedule.steps)):
+        ids = schedule.step_rows(step)
+        for start in range(0, len(ids), size):
+            heartbeat.beat()
+            yield collate(rows, ids[start : start + size], pad_id)
+
+
+def eva(model: PeftModel, data: Iterator[Batch], compute: Compute) -> None:
+    """Matrices A are the directions in which the layers' inputs vary most, on the learned tokens (Paischer et al., 2024); every layer keeps its
+    rank."""
+    on_device = [{k: v.to(compute.device) for k, v in batch.items()} for batch in data]
+    with inference(model), compute.autocast():
+        initialize_lora_eva_weights(model, on_device, gather_distributed_inputs=False, show_progress_bar=False)
+
+
+def loftq(model: PeftModel, read: Callable[[str], torch.Tensor]) -> None:
+    """B·A is what 4 bits leave of a weight, as far as the rank goes (Li et al., 2023): at the first step the model is nearer to the one in 16 bit.
+
+    Not peft's, which asks for CUDA and does not divide by the scaling, so that the error is made good for twice at alpha = 2 × rank.
+
+    Args:
+        read: a weight as it is stored, by its name in the base.
+    """
+    from bitsandbytes.functional import dequantize_4bit  # only here: a base that is not quantized needs no bitsandbytes
+
+    adapter = model.active_adapter
+    for name, module in model.get_base_model().named_modules():
+        state = getattr(getattr(module, "base_layer", None), "quant_state", None)
+        if not isinstance(module, LoraLayer) or state is None:
+            continue
+        heartbeat.beat()
+        packed = module.get_base_layer().weight.data
+        held = dequantize_4bit(packed, state).float()
+        left = read(f"{name}.weight").to(device=held.device, dtype=state.dtype).float() - held
+        a, b = factors(left, module.r[adapter])
+        module.lora_A[adapter].weight.data = a
+        module.lora_B[adapter].weight.data = b / module.scaling[adapter]
+
+
+def factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, inputs) and B (outputs, rank), float32, whose product is the nearest matrix of that rank to ``matrix`` (outputs, inputs)."""
+    wanted = min(rank + OVERSAMPLING, *matrix.shape)
+    left, values, right = torch.svd_lowrank(matrix, q=wanted, niter=ITERATIONS)
+    root = values[:rank].sqrt()
+    return (root[:, None] * right[:, :rank].T).contiguous(), (left[:, :rank] * root).contiguous()
