@@ -79,7 +79,9 @@ def examine_here(name: str, spec: FineTuneJobSpec, rows: int, volumes: Path | No
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return examine(context_here(name, without_secrets(spec), Path(folder), volumes), preview_rows=rows)
+            known = spec.compute.gpu.product is not None or spec.compute.gpu.memory is not None
+            ctx = context_here(name, without_secrets(spec), Path(folder), volumes)
+            return examine(ctx, preview_rows=rows, with_plan=known)
         except StageError as error:
             return f"{error.reason}: {error.message}"
 
@@ -92,7 +94,8 @@ def without_secrets(spec: FineTuneJobSpec) -> FineTuneJobSpec:
             return {k: strip(v) for k, v in value.items() if k != "secretRef"}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
-    return FineTuneJobSpec.model_validate(strip(spec.to_json_dict()))
+    # Trackers are not told of anything here, and some must have a Secret.
+    return FineTuneJobSpec.model_validate(strip(spec.model_copy(update={"trackers": None}).to_json_dict()))
 
 
 def as_data(found: Examined) -> dict[str, Any]:
@@ -120,6 +123,10 @@ def show(name: str, found: Examined) -> None:
     console.print(f"{name}: {counts(found.prepared.data)}; {found.total_steps:,} steps")
     if found.plan is not None:
         console.print(found.plan.summary)
+    else:
+        console.print(
+            "The memory is not planned: the job names no GPU, or trains on a CPU (finetune plan takes --gpu)."
+        )
     for warning in found.warnings:
         console.print(f"warning: {warning}", markup=False)
 

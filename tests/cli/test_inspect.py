@@ -102,3 +102,10 @@ def test_a_row_of_another_shape_is_named(tmp_path: Path, volumes: Path) -> None:
     result = inspect(tmp_path, volumes, data="odd")
     assert result.exit_code == UNUSABLE
     assert "odd.jsonl:2" in result.stderr
+
+
+def test_trackers_are_not_asked_and_gpus_of_nodes_not_known(tmp_path: Path, volumes: Path) -> None:
+    trackers = [{"type": "WeightsAndBiases", "secretRef": {"name": "wandb"}}]
+    result = inspect(tmp_path, volumes, trackers=trackers, method={"type": "Auto"}, training={"length": {"steps": 5}})
+    assert result.exit_code == USABLE, result.output
+    assert "The memory is not planned" in result.stdout

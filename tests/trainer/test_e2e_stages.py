@@ -26,6 +26,14 @@ from tests.support.trainer_run import Pod
 COMPUTE = Compute(torch.device("cpu"), torch.float32, "cpu")
 
 
+PATTERNS = {
+    # In a file that is sorted by name the general ones come first.
+    "rankPattern": {"down_proj": 2, "layers.1.mlp.down_proj": 5},
+    "alphaPattern": {"gate_proj": 2, "layers.1.mlp.gate_proj": 40},
+    "loraPlusLRRatio": 2,
+}
+
+
 @pytest.mark.parametrize(
     ("method", "base_weights", "variant"),
     [
@@ -38,7 +46,7 @@ COMPUTE = Compute(torch.device("cpu"), torch.float32, "cpu")
         ("LoRA", "Quantized", {"initialization": "EVA"}),
         ("QLoRA", "Quantized", {"initialization": "LoftQ"}),
         ("QLoRA", "Quantized", {"modulesToSave": ["embed_tokens", "lm_head"], "rank": 4}),
-        ("QLoRA", "Quantized", {"rankPattern": {"up_proj": 2, "layers.1.mlp.up_proj": 5}, "loraPlusLRRatio": 2}),
+        ("QLoRA", "Quantized", PATTERNS),
     ],
     ids=[
         "LoRA",

@@ -80,6 +80,7 @@ def spoil_weights(adapter: Path, **changes: Any) -> None:
         (lambda a: spoil_config(a, peft_type="IA3"), "more than a plain LoRA adapter (IA3)"),
         (lambda a: spoil_config(a, modules_to_save=["lm_head"]), "(modules_to_save)"),
         (lambda a: spoil_config(a, bias="all"), "(trained biases)"),
+        (lambda a: spoil_config(a, init_lora_weights="pissa"), "was initialized by pissa, which changed the base's weights"),
         (lambda a: spoil_config(a, r=0), "adapter_config.json of s3://"),
         (lambda a: spoil_config(a, r=8), f"{NAME.replace('self_attn.q_proj', 'mlp.down_proj')} is [4, 128] in the adapter"),
         (lambda a: spoil_config(a, target_modules=["q_proj"]), "not adapted by its settings"),
@@ -107,6 +108,22 @@ def test_a_job_that_asks_for_another_adapter_than_it_goes_on_from_is_refused(
     error = ready.fails(method={"lora": {"rank": 32}})
     assert error.reason is Reason.INVALID_CONFIG
     assert "method.lora asks for rank: 32, and the initial adapter has 4" in error.message
+
+
+def test_the_same_settings_in_other_words_are_the_same(ready: Bench, tiny_model: Path, tmp_path: Path) -> None:
+    full = {"rank_pattern": {"model.layers.0.mlp.up_proj": 2, "model.layers.1.mlp.up_proj": 2}}
+    put_adapter(ready.s3, ready.bucket, tiny_model, tmp_path / "old", target_modules=["q_proj", "up_proj"], **full)
+    same = {"rank": 4, "alpha": 8, "targetModules": ["up_proj", "q_proj"], "rankPattern": {"up_proj": 2}}
+    assert ready.run(method={"lora": same}).trainable_parameters
+    error = ready.fails(method={"lora": {**same, "rankPattern": {"up_proj": 3}}})
+    assert "method.lora asks for rank_pattern" in error.message
+
+
+def test_dora_needs_whole_weights_also_in_an_adapter(ready: Bench, tiny_model: Path, tmp_path: Path) -> None:
+    put_adapter(ready.s3, ready.bucket, tiny_model, tmp_path / "old", use_dora=True)
+    error = ready.fails(training={"parallelism": "FSDP"}, compute={"gpusPerNode": 2})
+    assert error.reason is Reason.INVALID_CONFIG
+    assert "trained with DoRA, which needs the whole base model" in error.message
 
 
 def test_no_adapter_where_one_should_be(ready: Bench) -> None:

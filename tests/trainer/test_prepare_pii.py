@@ -43,6 +43,7 @@ def test_what_is_found_is_replaced_by_its_kind(kind: str, texts: list[str]) -> N
         "2024-01-15 12:30, 1/2/2024, January 5, 2024; 10115 Berlin",
         "1609459200 and 2125550123, 123456789, 1,234,567.89, 212 555 0123, 3.14159265358979, +3.1415926535",
         "4111 1111 1111 1112, 1234567890123, ISBN 978-3-16-148410-0",
+        "version 1.02.03.04, 08.15.07.30, ١.١.١.١",
         "10.0.0.1, 127.0.0.1, 192.168.1.1, version 10.15.7, 300.1.1.1",
         "DE89 3704 0044 0532 0130 01",
         "@handle, x@localhost, a @ b.de, @decorator.call(1)",
@@ -110,7 +111,7 @@ def test_redacted_data_hold_nothing_of_it_anywhere(bench: Bench) -> None:
     assert report.data_hash != plain.data_hash
     assert any("personal data replaced" in w for w in report.warnings)
     prepared = b"".join(bench.object(f"prepare/{name}.json") for name in ("result", "prompts", "preview")).decode()
-    assert "[EMAIL]" in prepared
+    assert "what was found is not shown" in prepared
     tokens = " ".join(decoded(bench))
     assert "[EMAIL]" in tokens
     assert "[PHONE], card [CREDIT_CARD]" in tokens
@@ -155,3 +156,44 @@ def test_nothing_of_datafog_that_calls_home_is_loaded() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1 []\n"
+
+
+def test_arguments_with_names_of_the_format_are_text() -> None:
+    mail = "jane@example.com"
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "f", "arguments": {"id": mail, "type": {"role": mail}}},
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"id": {"description": mail}}}}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    clean = redacted_example(Conversation(turns, [tool]), Counter())
+    assert isinstance(clean, Conversation)
+    assert "@" not in json.dumps([clean.messages, clean.tools])
+    kept = clean.messages[1]["tool_calls"][0]
+    assert (kept["id"], kept["type"], clean.messages[0]["role"]) == ("call_1", "function", "user")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"messages": "please write to our customer Jane Doe, jane.doe@example-hospital.example"}',
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "mail jane@example.com"}}]}]}',
+        "jane@example.com",
+    ],
+)
+def test_what_is_wrong_with_a_row_is_told_without_quoting_it(bench: Bench, bad: str) -> None:
+    bench.put([*ROWS, bad])
+    loud = bench.fails()
+    quiet = bench.fails(data={"checks": {"pii": "Redact"}})
+    assert "jane" in loud.message
+    assert "jane" not in quiet.message
+    assert "train.jsonl:41" in quiet.message
+    assert "what was found is not shown" in quiet.message
+
+
+def test_a_header_that_is_a_row_is_not_quoted(bench: Bench) -> None:
+    bench.s3.put(bench.bucket, "train.csv", "jane@example.com,hello\n" * 3)
+    source = {"train": [{"uri": f"s3://{bench.bucket}/train.csv", **REF}]}
+    assert "jane" in bench.fails(data=source).message
+    assert "jane" not in bench.fails(data={**source, "checks": {"pii": "Redact"}}).message

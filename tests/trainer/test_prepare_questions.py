@@ -167,3 +167,10 @@ def test_personal_data_is_taken_out_of_them_too(bench: Bench) -> None:
         ("Who is [EMAIL]?", ""),
         ("And [EMAIL]?", "Ask [EMAIL]."),
     ]
+
+
+def test_a_judge_without_an_address_fails_before_a_gpu(bench: Bench) -> None:
+    judge = {"endpointURL": "http://[fd00::1/v1", "model": "m"}
+    error = bench.fails(**asked(bench, [row("And?", "So.")], evaluation={"judge": judge}))
+    assert error.reason is Reason.INVALID_CONFIG
+    assert "evaluation.judge.endpointURL is no web address" in error.message

@@ -112,8 +112,11 @@ def test_a_server_that_is_away_or_unwell_is_only_warned_of(tmp_path: Path) -> No
 def test_a_place_that_no_pod_can_reach_is_refused(tmp_path: Path) -> None:
     error = failure(tmp_path, "MLflow", None, {"MLFLOW_TRACKING_URI": "postgresql://me:secret@db/runs"})
     assert error.reason is Reason.INVALID_CONFIG
-    assert "begins with 'postgresql:'; expected the http:// or https:// address" in error.message
+    assert "begins with 'postgresql://'; expected the http:// or https:// address" in error.message
     assert "secret" not in error.message
+    error = failure(tmp_path / "b", "MLflow", None, {"MLFLOW_TRACKING_URI": "token-under-the-wrong-key"})
+    assert "MLFLOW_TRACKING_URI is no address" in error.message
+    assert "token-under" not in error.message
 
 
 def test_a_place_is_the_specs_then_the_secrets_then_the_librarys_own() -> None:

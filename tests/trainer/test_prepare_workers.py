@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from finetune_api.failures import Reason
+from finetune_trainer.cpus import memory_limit
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare import check, workers
 from tests.support.prepare_bench import ROWS, Bench, row
@@ -70,3 +72,20 @@ def test_a_killed_process_is_told_of_as_want_of_memory(bench: Bench, monkeypatch
     failed = bench.fails()
     assert isinstance(failed, StageError)
     assert failed.reason is Reason.HOST_OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory", "expected"),
+    [(64, None, 4), (2, None, 2), (64, 4 << 30, 4), (64, 2 << 30, 2), (64, 512 << 20, 0)],
+)
+def test_processes_are_as_many_as_cpus_and_memory_allow(cpus: int, memory: int | None, expected: int) -> None:
+    assert workers.most_workers(cpus, memory) == expected
+
+
+def test_the_memory_limit_is_the_containers(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    assert memory_limit(limit) is None
+    limit.write_text("max\n")
+    assert memory_limit(limit) is None
+    limit.write_text("4294967296\n")
+    assert memory_limit(limit) == 4 << 30

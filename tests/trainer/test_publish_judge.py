@@ -251,3 +251,22 @@ def test_the_judge_is_told_criteria_reference_and_the_whole_conversation_of_as_m
     assert "Criteria: politeness {and} tone." in first[0]["content"]
     assert first[1]["content"].startswith("[Conversation]\nsystem: Answer in French.\nuser: What is it?\n\n[Answer of")
     assert third[1]["content"].startswith("[Conversation]\nWhat is it?\n\n[Reference answer]\nC'est bon.\n\n[Answer of")
+
+
+def test_a_pair_that_the_judge_does_not_take_is_left_out_and_others_go_on(server: JudgeServer, tmp_path: Path) -> None:
+    """The setting that it was asked without is not to blame, and stays."""
+    too_long = Fault(400, b'{"error": "context length"}')
+    server.faults = [Fault(), Fault(), too_long, too_long]
+    verdict, warnings = judged(server, credentials(tmp_path), [answer(BAD, GOOD)] * 3)
+    assert counts(verdict) == (2, 0, 0, 1)
+    assert (verdict.problem, warnings) == (None, [])
+    assert ["temperature" in request for request in server.requests] == [True, True, True, False, True, True]
+
+
+def test_a_judge_that_takes_nothing_is_given_up(server: JudgeServer, tmp_path: Path) -> None:
+    server.faults = [Fault(422)] * 9
+    verdict, warnings = judged(server, credentials(tmp_path), [answer(BAD, GOOD)] * 9)
+    assert counts(verdict) == (0, 0, 0, 3)
+    assert verdict.problem is not None
+    assert "answered 422" in verdict.problem
+    assert len(warnings) == 1

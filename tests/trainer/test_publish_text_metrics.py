@@ -187,3 +187,21 @@ def test_scoring_downloads_nothing_and_says_nothing(caplog: pytest.LogCaptureFix
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["tuned"]["exactMatch"] == 1
+
+
+def test_short_references_have_no_runs_of_words_to_score() -> None:
+    found = scores(answer("yes", "no", "yes"), answer("no", "no", "no"))
+    assert (found.tuned.exact_match, found.tuned.rouge_1) == (1, 1)
+    assert (found.tuned.bleu, found.tuned.rouge_2, found.bleu_tokenizer) == (None, None, None)
+    found = scores(answer("it is so", "no", "it is so"))
+    assert (found.tuned.rouge_2, found.tuned.bleu) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"), [("^x{e}$", "qqqq"), (r"\\boxed{d}", r"\boxe"), ("(?:answer){i}", "answer")]
+)
+def test_braces_that_repeat_nothing_are_braces(pattern: str, text: str) -> None:
+    """To the library that has a timeout they would be fuzzy matches."""
+    assert not compiled(pattern)(text)
+    assert compiled(pattern)(pattern.replace("\\\\", "\\").replace("(?:", "").replace(")", "").strip("^$"))
+    assert compiled(r"[{]a{2,3}\{b{1}")("{aa{b")

@@ -23,7 +23,7 @@ def begun(folder: Path, compute: Any = CPU32, **method: Any) -> Any:
     rows, training = rows_of(folder, 24), run.spec.training
     adapted = model.attach_adapter(model.load_base(folder, run, compute), run)
     schedule = make_schedule(len(rows), training.length, training.global_batch_sequences, training.seed)
-    initialize(adapted, run, folder, rows, schedule, 0, compute, Ranks())
+    initialize(adapted, run, folder, rows, schedule, run.split, 0, compute, Ranks())
     assert {p.dtype for p in weights_of(adapted).values()} == {torch.float32}
     return adapted
 

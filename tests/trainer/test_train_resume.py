@@ -15,7 +15,7 @@ import torch
 from finetune_api.failures import Reason
 from finetune_api.progress import Split
 from finetune_api.results import CHECKPOINTS_DIR, TRAIN_RESULT, CheckpointMarker, TrainResult
-from finetune_api.spec import EarlyStopping, Selection
+from finetune_api.spec import EarlyStopping
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.supervisor.run import ENV_RESTARTS, ENV_SPLIT
@@ -529,7 +529,8 @@ def losses_at(*losses: float) -> list[dict[str, Any]]:
         ([3.0, 2.0, 2.1, 2.0], EarlyStopping(patience=2), True),
         ([3.0, 2.0, 2.1, 1.9], EarlyStopping(patience=2), False),
         ([3.0, 2.0, 1.95, 1.92], EarlyStopping(patience=2, threshold=0.1), True),
-        ([3.0, 2.0, 1.95, 1.89], EarlyStopping(patience=2, threshold=0.1), False),
+        ([3.0, 2.0, 1.95, 1.84], EarlyStopping(patience=2, threshold=0.1), False),
+        ([1.0, 0.994, 0.988, 0.982], EarlyStopping(patience=3, threshold=0.01), True),
         ([3.0], EarlyStopping(patience=1), False),
         ([], EarlyStopping(patience=1), False),
         ([1.0, 2.0, 3.0, 4.0], None, False),
@@ -541,11 +542,11 @@ def test_what_is_enough(losses: list[float], rule: EarlyStopping | None, enough:
 
 
 def test_too_much_training_is_told() -> None:
-    assert overfitting(losses_at(2.0, 1.5, 1.51), 3.0, Selection.BEST) == []
-    [best] = overfitting(losses_at(2.0, 1.5, 1.9), 3.0, Selection.BEST)
+    assert overfitting(losses_at(2.0, 1.5, 1.51), 3.0, 20) == []
+    [best] = overfitting(losses_at(2.0, 1.5, 1.9), 3.0, 20)
     assert "lowest at step 20 (1.5000) and 1.9000 at step 30; the result is what step 20 gave" in best
-    [last] = overfitting(losses_at(2.0, 1.5, 1.9), 3.0, Selection.LAST)
-    assert "the result is the last step's" in last
-    [worse] = overfitting(losses_at(3.3), 3.0, Selection.BEST)
+    [last] = overfitting(losses_at(2.0, 1.5, 1.9), 3.0, None)
+    assert "the result is what step 30 gave" in last
+    [worse] = overfitting(losses_at(3.3), 3.0, None)
     assert "rose from 3.0000 to 3.3000" in worse
-    assert overfitting(losses_at(2.9), 3.0, Selection.BEST) == []
+    assert overfitting(losses_at(2.9), 3.0, None) == []

@@ -1,4 +1,4 @@
-"""How many CPUs this container may use."""
+"""How many CPUs, and how much memory, this container may use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ import os
 from pathlib import Path
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def memory_limit(limit_file: Path = MEMORY_LIMIT) -> int | None:
+    """Bytes, by the cgroup; None without a limit."""
+    try:
+        text = limit_file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def usable_cpus(quota_file: Path = CPU_QUOTA) -> int:

@@ -11,7 +11,7 @@ LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude
 PREFIX = "base_model.model."
 UNKNOWN_SETTINGS = (
     "fan_in_fan_out", "lora_bias", "layer_replication",
-    "trainable_token_indices", "target_parameters", "alora_invocation_tokens", "use_qalora",
+    "trainable_token_indices", "target_parameters", "kasa_config", "monteclora_config", "velora_config", "arrow_config", "use_bdlora", "alora_invocation_tokens", "use_qalora",
 )  # fmt: skip
 """The operator sets none of them; a file that has one is refused, not misread."""
 

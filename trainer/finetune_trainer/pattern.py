@@ -13,6 +13,9 @@ from finetune_trainer.errors import StageError
 SEARCH_SECONDS = 1.0
 """For one text. Patterns such as ``(a|a)+$`` may take years for a few dozen characters."""
 
+BRACE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?!\d*,?\d*\})", re.DOTALL)
+"""What is escaped, a set, or a brace that is no repetition: to Python that is a brace, to regex it may be a fuzzy match."""
+
 Search = Callable[[str], bool]
 
 
@@ -25,13 +28,17 @@ def compiled(pattern: str) -> Search:
     try:
         # regex, for its timeout, knows more than Python does: fuzzy matches, and recursion, which (seen in 2026.11) takes all memory.
         re.compile(pattern)
-        found = regex.compile(pattern)
+        found = regex.compile(BRACE.sub(_literal, pattern))
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise StageError(
             Reason.INVALID_CONFIG,
             f"evaluation.generation.regex: {pattern!r} is not a regular expression: {error}. Expected Python's syntax.",
         ) from error
     return lambda text: found.search(text, timeout=SEARCH_SECONDS) is not None
+
+
+def _literal(found: re.Match[str]) -> str:
+    return r"\{" if found[0] == "{" else found[0]
 
 
 def check_on(search: Search, texts: list[str]) -> None:

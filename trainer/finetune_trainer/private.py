@@ -25,5 +25,8 @@ def without_credentials(value: Any) -> Any:
         return [without_credentials(item) for item in value]
     if not isinstance(value, str) or not value.startswith(("http://", "https://")):
         return value
-    parts = urlsplit(value)
+    try:
+        parts = urlsplit(value)
+    except ValueError:  # such as brackets that are not closed: what its parts are, nobody knows
+        return f"{value.partition(':')[0]}://…"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -18,7 +18,7 @@ from finetune_trainer.prepare.detect import LOOKED_AT, check_columns, detect
 from finetune_trainer.prepare.examples import ALL_FIELDS
 from finetune_trainer.prepare.judge import Batch, Judged, Kept, LeftOut, Recipe, Refused
 from finetune_trainer.prepare.model import BaseModel
-from finetune_trainer.prepare.problems import LOGGED, Problems
+from finetune_trainer.prepare.problems import LOGGED, Problems, discreet
 from finetune_trainer.prepare.rows import RawRow, read_rows
 from finetune_trainer.prepare.split import copies
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Index, RowWriter
@@ -81,10 +81,15 @@ def check_data(ctx: StageContext, model: BaseModel) -> Checked:
         StageError: InvalidData, DatasetNotFound, ChatTemplateMissing, UnsupportedModel, InvalidConfig, AccessDenied, BucketNotFound.
     """
     spec = ctx.snapshot.spec
-    checked = Checked(ctx.work_dir / "spool.parquet", Index.empty(), Problems(spec.data.checks.max_bad_rows))
+    redact = spec.data.checks.pii is PiiPolicy.REDACT
+    checked = Checked(ctx.work_dir / "spool.parquet", Index.empty(), Problems(spec.data.checks.max_bad_rows, redact))
     sources = sources_of(ctx)
     columns = [check_columns(source.spec, source.field) for source in sources]
-    with RowWriter(checked.spool, SPOOL_SCHEMA) as writer, Judges(Recipe.of(spec, model), model) as judges:
+    with (
+        discreet(redact),
+        RowWriter(checked.spool, SPOOL_SCHEMA) as writer,
+        Judges(Recipe.of(spec, model), model) as judges,
+    ):
         intake = _Intake(checked, writer, spec.training.seed)
         for source, mapping in zip(sources, columns, strict=True):
             files = _fetch(ctx, source)

@@ -15,7 +15,7 @@ from finetune_api.failures import Reason
 from finetune_api.results import InitialAdapterRecord
 from finetune_api.snapshot import resolve_plan
 from finetune_api.spec import FineTuneJobSpec, Lora
-from finetune_api.targets import setting_of
+from finetune_api.targets import most_specific_first, setting_of
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
@@ -24,6 +24,8 @@ from finetune_trainer.sources.model import resolve_source
 from finetune_trainer.waiting import wait_until_available
 
 Shapes = dict[str, tuple[int, ...]]
+UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+"""peft's ``init_lora_weights`` after which an adapter means what its file says."""
 OF_THE_JOB = ("dropout", "loraplus_lr_ratio", "initialization")
 """What an adapter's file does not decide."""
 
@@ -62,12 +64,16 @@ def fetch_initial_adapter(ctx: StageContext) -> InitialAdapter | None:
         raise StageError(
             Reason.INVALID_CONFIG, f"model.initialAdapter: {asked.uri} is no adapter of peft's ({error})."
         ) from error
-    lora = settings_of(config, ctx.snapshot.spec.method.lora, asked.uri)
+    modules = sorted(name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A))
+    lora = settings_of(config, ctx.snapshot.spec.method.lora, asked.uri, modules)
     return InitialAdapter(folder, InitialAdapterRecord(uri=asked.uri, commit=commit, lora=lora), tensors)
 
 
-def settings_of(config: dict[str, Any], asked: Lora, uri: str) -> Lora:
+def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str]) -> Lora:
     """An adapter's settings in the spec's words.
+
+    Args:
+        modules: those that it adapts.
 
     Raises:
         StageError: InvalidConfig, for an adapter that cannot be trained on, or a job that asks for another.
@@ -81,6 +87,12 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str) -> Lora:
         raise StageError(
             Reason.INVALID_CONFIG,
             f"model.initialAdapter: {uri} is more than a plain LoRA adapter ({found}), which cannot be trained on.",
+        )
+    if (begun := config.get("init_lora_weights", True)) not in UNCHANGED_BASE:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"model.initialAdapter: {uri} was initialized by {begun}, which changed the base's weights: on the base as it is published it means "
+            "something else. Convert it with peft (path_initial_model_for_weight_conversion), or merge it.",
         )
     layers, targets = config.get("layers_to_transform"), config.get("target_modules")
     try:
@@ -103,12 +115,19 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str) -> Lora:
     default = Lora()
     for name in Lora.model_fields:
         mine, theirs = getattr(asked, name), getattr(lora, name)
-        if mine not in (getattr(default, name), theirs):
+        if mine != getattr(default, name) and comparable(mine, modules) != comparable(theirs, modules):
             raise StageError(
                 Reason.INVALID_CONFIG,
                 f"method.lora asks for {name}: {mine}, and the initial adapter has {theirs}. Leave it out: the adapter's own settings are used.",
             )
     return lora
+
+
+def comparable(value: Any, modules: list[str]) -> Any:
+    """A setting in a form in which two that mean the same are equal: lists without their order, patterns by what they say of each module."""
+    if isinstance(value, dict):
+        return {module: setting_of(module, most_specific_first(value), 0) for module in modules}
+    return sorted(value) if isinstance(value, list) else value
 
 
 def must_fit(adapter: InitialAdapter, spec: FineTuneJobSpec, base: Shapes, counted: Parameters) -> None:

@@ -22,7 +22,7 @@ from finetune_trainer.prepare.encode import Dropped, Encoded, Encoder, fit
 from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text, Tokenized, to_example
 from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.near import Tokens, shingles, sketch
-from finetune_trainer.prepare.pii import redacted, redacted_example
+from finetune_trainer.prepare.pii import redacted_example
 from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.prepare.split import group_of
@@ -140,7 +140,7 @@ class Judge:
             try:
                 example = self._example(raw, batch.format, batch.columns)
             except RowProblem as problem:
-                outcomes[number] = Refused(self._told(problem.text))
+                outcomes[number] = Refused(problem.text)
             else:
                 examples[number] = self._searched(example)
         if batch.only_counting:
@@ -154,7 +154,7 @@ class Judge:
                     raise whole
                 outcomes[number] = self._kept(example, found, whole)
             except RowProblem as problem:
-                outcomes[number] = Refused(self._told(problem.text))
+                outcomes[number] = Refused(problem.text)
             except Dropped as reason:
                 outcomes[number] = LeftOut(reason.text)
             else:
@@ -203,10 +203,6 @@ class Judge:
                 f"{self._recipe.vocabulary:,} rows: another tokenizer made them"
             )
         return example
-
-    def _told(self, problem: str) -> str:
-        """A problem as it may be told of: it quotes what was found."""
-        return redacted(problem, Counter()) if self._pii is PiiPolicy.REDACT else problem
 
     def _ends_with_end(self, encoded: Encoded) -> bool:
         learned = np.flatnonzero(encoded.labels != IGNORED)

@@ -10,7 +10,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.results import SourceFile
 from finetune_api.snapshot import ResolvedLora
-from finetune_api.spec import LoraInitialization, MethodType
+from finetune_api.spec import CpuOffload, LoraInitialization, MethodType, Parallelism
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
@@ -91,6 +91,14 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         refuse_for_experts(lora)
         warnings.append(
             "mixture of experts: only layers outside the experts are adapted; the parameter count is an estimate"
+        )
+    training = snapshot.spec.training
+    shards = training.parallelism is Parallelism.FSDP or training.cpu_offload is not CpuOffload.NEVER
+    if adapter is not None and lora.use_dora and shards:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            "model.initialAdapter is trained with DoRA, which needs the whole base model on each GPU: leave training.parallelism: FSDP and "
+            "cpuOffload out",
         )
     four_bit = snapshot.plan.method.type is not MethodType.LORA
     refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), four_bit)

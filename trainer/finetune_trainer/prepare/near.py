@@ -21,6 +21,8 @@ WIDTH = 16
 """Bytes of a shingle: about three words of English, or five characters of Chinese."""
 TOKENS = 5
 """Tokens of a shingle, of rows that come as token ids."""
+MOST = 1 << 20
+"""Characters of a row that are looked at, or tokens: memory is forty times a row's size."""
 CHUNK = 1 << 16
 STEEP = 0.75
 """From this similarity on, bands of 8 slots find nearly all pairs; below it, bands of 4 do, with more comparisons."""
@@ -49,6 +51,7 @@ _PLAIN = _plain_bytes()
 def shingles(rows: Sequence[str | Tokens]) -> list[Hashes]:
     """Hashes of all runs of 16 bytes of each text, whose case, white space and punctuation do not count; of 5 tokens where a row comes as
     tokens."""
+    rows = [row[:MOST] for row in rows]
     texts = [row.encode() for row in rows if isinstance(row, str)]
     of_texts = iter(_shingles(_plain(texts), WIDTH))
     of_tokens = iter(_shingles([row.astype(np.uint64) for row in rows if not isinstance(row, str)], TOKENS))

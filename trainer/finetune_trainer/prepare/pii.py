@@ -24,7 +24,7 @@ os.environ["DATAFOG_NO_TELEMETRY"] = "1"
 from datafog.processing.text_processing.regex_annotator import RegexAnnotator
 
 NOT_TEXT = frozenset({"role", "type", "id", "tool_call_id"})
-"""Fields of messages and calls whose values are words of the format."""
+"""Fields of a message, and of a call in it, whose values are words of the format. Arguments may have fields of these names: those are text."""
 LONGEST_LOCAL_PART, LONGEST_DOMAIN = 64, 255
 """Of an address (RFC 5321). Only so far around an @ datafog's pattern is tried: on a long text without blanks it takes quadratic time."""
 
@@ -54,13 +54,34 @@ def redacted_example(example: Example, found: Counter[str]) -> Example:
     """The example with every text of it redacted: contents, names and arguments of calls, descriptions of tools."""
     match example:
         case Conversation():
-            messages, tools = _redacted_value(example.messages, found), _redacted_value(example.tools, found)
-            return replace(example, messages=messages, tools=tools)
+            messages = [_redacted_message(message, found) for message in example.messages]
+            return replace(example, messages=messages, tools=_redacted_value(example.tools, found))
         case Completion():
             return Completion(redacted(example.prompt, found), redacted(example.completion, found))
         case Text():
             return Text(redacted(example.text, found))
     return example
+
+
+def _redacted_message(message: dict[str, Any], found: Counter[str]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    words, rest = _words_and_rest(message)
+    if isinstance(calls, list):
+        del rest["tool_calls"]
+        words["tool_calls"] = [_redacted_call(call, found) for call in calls]
+    return words | _redacted_fields(rest, found)
+
+
+def _redacted_call(call: Any, found: Counter[str]) -> Any:
+    if not isinstance(call, dict):
+        return _redacted_value(call, found)
+    words, rest = _words_and_rest(call)
+    return words | _redacted_fields(rest, found)
+
+
+def _words_and_rest(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    words = {k: v for k, v in fields.items() if k in NOT_TEXT and isinstance(v, str)}
+    return words, {k: v for k, v in fields.items() if k not in words}
 
 
 def _redacted_value(value: Any, found: Counter[str]) -> Any:
@@ -72,14 +93,16 @@ def _redacted_value(value: Any, found: Counter[str]) -> Any:
         written = str(value)
         clean = redacted(written, found)
         return value if clean == written else clean
-    if not isinstance(value, dict):
-        return value
+    return _redacted_fields(value, found) if isinstance(value, dict) else value
+
+
+def _redacted_fields(fields: dict[str, Any], found: Counter[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for key, item in value.items():
+    for key, item in fields.items():
         name = clean = redacted(key, found)
         while name in result:  # two keys that were different things of one kind
             name = f"{name} {clean}"
-        result[name] = item if key in NOT_TEXT else _redacted_value(item, found)
+        result[name] = _redacted_value(item, found)
     return result
 
 
@@ -129,7 +152,10 @@ def _is_iban(text: str) -> bool:
 
 
 def _is_public(text: str) -> bool:
-    return ipaddress.ip_address(text).is_global
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:  # the pattern takes 1.02.03.04 for an address, and digits of any script
+        return False
 
 
 def _is_phone(text: str) -> bool:

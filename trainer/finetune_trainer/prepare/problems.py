@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from finetune_api.failures import Reason
@@ -49,18 +52,41 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
+_QUOTED = re.compile(r', found |\(col |"')
+NOT_SHOWN = "(what was found is not shown: data.checks.pii is Redact)"
+
+
+def unquoted(text: str) -> str:
+    """A problem without what it quotes of the data, for jobs that redact it: a shortened value cannot be searched for personal data."""
+    quoted = _QUOTED.search(text)
+    return text if quoted is None else f"{text[: quoted.start()].rstrip(' :')} {NOT_SHOWN}"
+
+
+@contextmanager
+def discreet(redact: bool) -> Iterator[None]:
+    """Data that cannot be used at all is told of without quoting it, too."""
+    try:
+        yield
+    except StageError as error:
+        if not redact or error.reason is not Reason.INVALID_DATA:
+            raise
+        raise StageError(error.reason, unquoted(error.message)) from None
+
+
 @dataclass
 class Problems:
     """All unusable rows so far."""
 
     limit: int
+    redact: bool = False
+    """What is found in them is not told."""
     count: int = 0
     named: list[str] = field(default_factory=list)
 
     def add(self, source: str, text: str) -> None:
         """Row ``source`` ("file:line") cannot be used."""
         self.count += 1
-        text = readable(text)
+        text = readable(unquoted(text) if self.redact else text)
         if len(self.named) < LOGGED:
             self.named.append(f"{source} {text}")
             log.warning("%s %s", source, text)

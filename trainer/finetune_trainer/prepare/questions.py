@@ -19,11 +19,12 @@ from finetune_trainer.prepare.detect import LOOKED_AT, Fields, check_columns, de
 from finetune_trainer.prepare.examples import ALL_FIELDS, FIELDS, Completion, Conversation, to_example
 from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.pii import redacted, redacted_example
-from finetune_trainer.prepare.problems import Problems, RowProblem
+from finetune_trainer.prepare.problems import Problems, RowProblem, discreet
 from finetune_trainer.prepare.prompts import conversation_prompt, text_prompt
 from finetune_trainer.prepare.rows import RawRow, read_rows
 from finetune_trainer.prepare.split import group_of
 from finetune_trainer.prepare.turns import SHAREGPT_ROLES, text_of
+from finetune_trainer.private import without_credentials
 from finetune_trainer.sources.data import fetch_data
 from finetune_trainer.text import plural
 from finetune_trainer.waiting import wait_until_available
@@ -62,25 +63,32 @@ def read_questions(ctx: StageContext, model: BaseModel) -> Questions | None:
     sources = spec.evaluation.generation.sources
     if sources is None:
         return None
-    found = Questions(Problems(spec.data.checks.max_bad_rows))
+    redact = spec.data.checks.pii is PiiPolicy.REDACT
+    found = Questions(Problems(spec.data.checks.max_bad_rows, redact))
+    with discreet(redact):
+        _read(ctx, model, sources, found, redact)
+    found.problems.check(found.rows)
+    return found
+
+
+def _read(ctx: StageContext, model: BaseModel, sources: list[DataSource], found: Questions, redact: bool) -> None:
+    most = ctx.snapshot.spec.evaluation.generation.prompts
     columns = [check_columns(source, f"{FIELD}[{index}]") for index, source in enumerate(sources)]
     for index, (source, mapping) in enumerate(zip(sources, columns, strict=True)):
         before = found.rows
         for raw, fmt in _rows(ctx, source, index, mapping):
             number, found.rows = found.rows, found.rows + 1
             try:
-                prompt, group = _prompt(raw, fmt, mapping, number, model, spec.data.checks.pii is PiiPolicy.REDACT)
+                prompt, group = _prompt(raw, fmt, mapping, number, model, redact)
             except RowProblem as problem:
                 found.problems.add(raw.source, problem.text)
                 continue
-            if len(found.prompts) < spec.evaluation.generation.prompts:
+            if len(found.prompts) < most:
                 found.prompts.append(prompt)
                 found.groups.append(group)
         if found.rows == before:
-            raise StageError(Reason.TOO_FEW_ROWS, f"{FIELD}[{index}] ({source.uri}) holds no rows")
-        log.info("%s: %s", source.uri, plural(found.rows - before, "prompt"))
-    found.problems.check(found.rows)
-    return found
+            raise StageError(Reason.TOO_FEW_ROWS, f"{FIELD}[{index}] ({without_credentials(source.uri)}) holds no rows")
+        log.info("%s: %s", without_credentials(source.uri), plural(found.rows - before, "prompt"))
 
 
 def warnings_of(questions: Questions, spec: FineTuneJobSpec, trained: set[int]) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import httpx
 from pydantic import ValidationError
 
 from finetune_api.failures import Reason
@@ -28,6 +29,7 @@ from finetune_api.results import (
     RunPlan,
     TrainResult,
 )
+from finetune_api.spec import Judge
 from finetune_trainer.attempts import note_begin
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
@@ -120,17 +122,19 @@ class Examined:
     warnings: list[str]
 
 
-def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS) -> Examined:
+def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS, with_plan: bool = True) -> Examined:
     """Check model and data and plan the run. The prepared files lie in the work folder, and nothing is stored anywhere else.
 
     Args:
         preview_rows: how many of the first training rows are shown token by token.
+        with_plan: False where the GPUs are not known, and would be in a cluster.
 
     Raises:
         StageError: whatever makes the job impossible.
     """
     pattern = ctx.snapshot.spec.evaluation.generation.regex
     search = compiled(pattern) if pattern is not None else None
+    check_judge(ctx.snapshot.spec.evaluation.judge)
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
     checked = check_data(ctx, model)
@@ -142,9 +146,27 @@ def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS) -> Examined:
         check_on(search, prepared.references)
     checked.spool.unlink(missing_ok=True)
     snapshot = ctx.snapshot if model.adapter is None else ctx.snapshot.with_lora(model.adapter.record.lora)
-    planned = plan_run(snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
+    planned = None
+    if with_plan:
+        planned = plan_run(snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
     steps = total_steps(ctx.snapshot.spec, prepared.data.train_rows)
     return Examined(model, prepared, planned, steps, model.warnings + prepared.warnings)
+
+
+def check_judge(judge: Judge | None) -> None:
+    """Whether its address is one. (Whether it answers is found out when it is asked: it may not be up yet.)
+
+    Raises:
+        StageError: InvalidConfig.
+    """
+    if judge is None:
+        return
+    try:
+        httpx.URL(judge.endpoint_url)
+    except httpx.InvalidURL as error:
+        raise StageError(
+            Reason.INVALID_CONFIG, f"evaluation.judge.endpointURL is no web address ({error}): {judge.endpoint_url}"
+        ) from error
 
 
 @dataclass(frozen=True)

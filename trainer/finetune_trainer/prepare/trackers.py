@@ -49,12 +49,17 @@ def check_tracker(ctx: StageContext, tracker: Tracker) -> str | None:
     if not place.startswith(("http://", "https://")) and (kind is not TrackerType.TRACKIO or space_of(place) is None):
         raise StageError(
             Reason.INVALID_CONFIG,
-            # No more of it: a database's address holds its password.
-            f"trackers, {kind.value}: {ADDRESS_KEYS[kind][0]} begins with {place.partition(':')[0] + ':'!r}; expected the http:// or "
-            "https:// address of a server",
+            # No more of it: a database's address holds its password, and what has no scheme may be anything.
+            f"trackers, {kind.value}: {ADDRESS_KEYS[kind][0]} {beginning(place)}; expected the http:// or https:// address of a server",
         )
     credentials.require(*needed(kind, place, secret))
     return ask(kind, place, secret)
+
+
+def beginning(place: str) -> str:
+    """What may be told of an address that is none of a web server."""
+    scheme, found, _ = place.partition("://")
+    return f"begins with {scheme + '://'!r}" if found else "is no address"
 
 
 def needed(kind: TrackerType, place: str, secret: dict[str, str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -10,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 
 from finetune_api.failures import Reason
-from finetune_trainer.cpus import usable_cpus
+from finetune_trainer.cpus import memory_limit, usable_cpus
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.judge import Batch, Judge, Judged, Recipe
 from finetune_trainer.prepare.model import BaseModel
@@ -19,6 +20,8 @@ BATCH_ROWS = 64
 ALONE_ROWS = 2048
 """So many are judged before other processes start: each takes two seconds and 200 MB."""
 MOST_WORKERS = 4
+WORKER_BYTES = 1 << 30
+"""Memory that a container has for each of them, at least: 200 MB, and the longest rows."""
 AHEAD = 3
 """Batches per process that are read before the first of them is done: what bounds memory."""
 
@@ -30,7 +33,7 @@ class Judges:
         """``workers``: how many processes beside this one, which reads and writes; the default is one per CPU, at most 4."""
         self._recipe = recipe
         self._own = recipe.judge(model)
-        self._workers = min(usable_cpus(), MOST_WORKERS) if workers is None else workers
+        self._workers = most_workers(usable_cpus(), memory_limit()) if workers is None else workers
         self._alone = 0
         self._pool: ProcessPoolExecutor | None = None
 
@@ -46,7 +49,10 @@ class Judges:
                 self._alone += len(batch.rows)
                 yield batch, self._own.judge(batch)
                 continue
-            waiting.append((batch, self._started().submit(_judge, batch)))
+            try:
+                waiting.append((batch, self._started().submit(_judge, batch)))
+            except BrokenProcessPool as error:
+                raise _killed() from error
             if len(waiting) >= AHEAD * self._workers:
                 yield _first(waiting)
         while waiting:
@@ -54,6 +60,9 @@ class Judges:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
+            # numpy would start a thread per CPU of the node in each of them.
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             # Forking would copy locks that threads of this process (transfers, progress) may hold.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._workers, context, _set_up, (self._recipe,))
@@ -74,20 +83,33 @@ def _first(waiting: deque[tuple[Batch, Future[Judged]]]) -> tuple[Batch, Judged]
     try:
         return batch, future.result()
     except BrokenProcessPool as error:
-        raise StageError(
-            Reason.HOST_OUT_OF_MEMORY, "a process that checks rows was killed, most likely for want of memory"
-        ) from error
+        raise _killed() from error
 
 
+def _killed() -> StageError:
+    return StageError(
+        Reason.HOST_OUT_OF_MEMORY, "a process that checks rows was killed, most likely for want of memory"
+    )
+
+
+def most_workers(cpus: int, memory: int | None) -> int:
+    """How many processes a container of so many CPUs and bytes of memory (None: no limit) may have beside its first."""
+    return min(cpus, MOST_WORKERS, *([memory // WORKER_BYTES] if memory is not None else []))
+
+
+_recipe: Recipe | None = None
 _own: Judge | None = None
 """Of a worker process."""
 
 
 def _set_up(recipe: Recipe) -> None:
-    global _own
-    _own = recipe.judge()
+    """What fails here would only be told of as a process that ended: the judge is made with the first batch."""
+    global _recipe
+    _recipe = recipe
 
 
 def _judge(batch: Batch) -> Judged:
-    assert _own is not None  # set up before the first batch
+    global _own
+    assert _recipe is not None  # set up before the first batch
+    _own = _own or _recipe.judge()
     return _own.judge(batch)

@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from finetune_api.results import DataSummary, MergeCheck, PrepareResult, Scores, TrainResult, chosen
 from finetune_api.snapshot import Snapshot
 from finetune_api.uris import HubLocation, parse_uri
+from finetune_trainer.private import without_credentials
 from finetune_trainer.publish.scores import score_rows
 from finetune_trainer.s3 import S3Store
 
@@ -44,7 +45,7 @@ def model_card(
         initial_adapter=prepared.initial_adapter,
         training=snapshot.spec.training,
         output=snapshot.spec.output,
-        sources=[s.uri for s in snapshot.spec.data.train],
+        sources=[without_credentials(s.uri) for s in snapshot.spec.data.train],
         data=prepared.data,
         held_out_overlap=held_out_overlap(prepared.data),
         data_hash=prepared.data_hash,
@@ -63,7 +64,9 @@ def model_card(
 
 def held_out_overlap(data: DataSummary) -> str:
     """How far the held-out numbers can be trusted."""
-    count = data.held_out_overlap_rows
-    if not count:
+    count, near = data.held_out_overlap_rows, data.held_out_near_rows
+    if not count and not near:
         return "none of their prompts is trained on"
-    return f"**{count} of them ask a prompt that is trained on, so these losses are too good**"
+    found = [f"{count} of them ask a prompt that is trained on"] if count else []
+    found += [f"{near} of them are nearly the same as a row that is trained on"] if near else []
+    return f"**{', '.join(found)}, so these losses are too good**"

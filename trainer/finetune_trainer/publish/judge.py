@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 CRITERIA = "correctness, helpfulness, and how well it follows the instructions"
 PROBLEM_CHARACTERS = 400
+REFUSED_IN_A_ROW = 3
+"""Pairs. Then it is not their texts that the judge does not take."""
 _SYSTEM = (
     "You compare two answers to the same conversation, by two assistants, A and B. Criteria: {criteria}.\n"
     "Where there is a reference answer, agreement with it counts. Neither order nor length of the answers counts. Their length was limited: "
@@ -34,6 +36,10 @@ Chat = list[dict[str, str]]
 
 class JudgeError(Exception):
     """Why the judge does not answer. The message holds no credentials."""
+
+
+class PairRefused(JudgeError):
+    """Why the judge does not answer this question; others it may."""
 
 
 class Preferred(StrEnum):
@@ -65,10 +71,18 @@ def judge_answers(
     """
     asked = answers[: judge.max_pairs]
     outcomes: Counter[Outcome] = Counter()
-    problem = None
+    problem, refused = None, 0
     for answer in asked:
         try:
             outcomes[judge_pair(judge, answer, conversation(answer, prompts.get(answer.row)), ask)] += 1
+            refused = 0
+        except PairRefused as error:
+            log.warning("a pair of answers is left out: %s", error)
+            outcomes[Outcome.INVALID] += 1
+            refused += 1
+            if refused == REFUSED_IN_A_ROW:
+                problem = shorten(str(error), PROBLEM_CHARACTERS)
+                break
         except JudgeError as error:
             problem = shorten(str(error), PROBLEM_CHARACTERS)
             break

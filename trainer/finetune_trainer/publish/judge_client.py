@@ -15,7 +15,7 @@ from finetune_api.spec import Judge
 from finetune_trainer import waiting
 from finetune_trainer.credentials import Credentials
 from finetune_trainer.errors import StageError
-from finetune_trainer.publish.judge import Chat, JudgeError
+from finetune_trainer.publish.judge import Chat, JudgeError, PairRefused
 from finetune_trainer.sources.web import PASSING
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ ALL_SECONDS = 1800.0
 """For all questions: a finished training waits no longer for a verdict."""
 LONGEST_PAUSE = 60.0
 MOST_BYTES = 4 << 20
+OF_THE_TEXT = (400, 413, 422)
+"""Too long, or filtered; or nothing that this server takes at all."""
 
 
 class JudgeAway(JudgeError):
@@ -90,8 +92,12 @@ class JudgeClient:
             text = str(error).replace(key, "…") if key else str(error)
             raise JudgeAway(f"{self._url} cannot be reached: {type(error).__name__}: {text}") from None
         if status == 400 and self._sampling:
-            self._sampling = {}
-            return self._once(messages)
+            kept, self._sampling = self._sampling, {}
+            try:
+                return self._once(messages)
+            except PairRefused:
+                self._sampling = kept
+                raise
         self._check(status, phrase, headers)
         return self._text(body)
 
@@ -125,6 +131,10 @@ class JudgeClient:
                 else f"evaluation.judge.secretRef (a Secret with {KEY})"
             )
             raise JudgeError(f"{answered}: check {where}")
+        if status in OF_THE_TEXT:
+            raise PairRefused(
+                f"{answered}, as to a text that is longer than its context, or a model that it does not have"
+            )
         raise JudgeError(
             f"{answered}: check evaluation.judge.endpointURL, below which /chat/completions is asked, and evaluation.judge.model"
         )

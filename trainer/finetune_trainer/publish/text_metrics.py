@@ -20,6 +20,8 @@ from finetune_trainer.pattern import Search
 from finetune_trainer.text import plural
 
 ROUGES = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
+BLEU_WORDS = 4
+"""The longest runs that BLEU counts."""
 ROUGE_WORDS = 2000
 """Of each text so many words count: time and memory of ROUGE-L grow with the product of both lengths."""
 DIGITS = 4
@@ -67,21 +69,25 @@ def text_metrics(
                     f"evaluation.generation.regex took too long on {plural(late, 'answer')} of the {side} model: they count as not found"
                 )
         sides[side] = AnswerScores.model_validate({name: round(value, DIGITS) for name, value in scores.items()})
-    used = tokenizer if compared and TextMetric.BLEU in wanted else None
+    used = tokenizer if sides["tuned"].bleu is not None else None
     return TextMetrics(answers=len(answers), references=len(compared), bleu_tokenizer=used, **sides), warnings
 
 
 def of_references(pairs: Sequence[tuple[str, str]], wanted: Collection[TextMetric], tokenizer: str) -> dict[str, float]:
-    """Scores of (reference, answer) pairs."""
+    """Scores of (reference, answer) pairs. What counts runs of words is left out where no reference has one so long: it would be nothing, however
+    good the answers are."""
     references, answers = [list(texts) for texts in zip(*pairs, strict=True)]
     scores: dict[str, float] = {}
+    longest = max(len(Words().tokenize(r)) for r in references)
     if TextMetric.EXACT_MATCH in wanted:
         scores["exact_match"] = fmean(same(r, a) for r, a in pairs)
     if TextMetric.ROUGE in wanted:
         scorer = RougeScorer(list(ROUGES), tokenizer=Words())
         each = [scorer.score(r, a) for r, a in pairs]
         scores |= {field: fmean(e[name].fmeasure for e in each) for name, field in ROUGES.items()}
-    if TextMetric.BLEU in wanted:
+        if longest < 2:
+            del scores["rouge_2"]
+    if TextMetric.BLEU in wanted and longest >= BLEU_WORDS:
         # force: it would warn of texts that look tokenized.
         scores["bleu"] = BLEU(tokenize=tokenizer, force=True).corpus_score(answers, [references]).score
     if TextMetric.CHRF in wanted:

@@ -55,7 +55,7 @@ class History:
     blocked_seconds: list[float] = field(default_factory=list)
     """How long each checkpoint held the step loop up."""
     warnings: list[str] = field(default_factory=list)
-    """What this execution noticed."""
+    """What a reader of the result should know."""
 
 
 @dataclass
@@ -74,6 +74,8 @@ class Fit:
     steps: StepLog
     history: History
     ranks: Ranks = field(default_factory=Ranks)
+    first_weights: Callable[[], None] = lambda: None
+    """Called where there is no checkpoint."""
 
     def run(self) -> None:
         """Train to the last step. The newest checkpoint's state is taken up first, if there is one.
@@ -85,7 +87,9 @@ class Fit:
         restored = self.here(self.ranks.share(lambda: self.patiently(self.checkpoints.newest)))
         start = self._take_up(restored)
         self.ctx.reporter.report(resumed_from_step=start, step=start, total_steps=self.schedule.steps)
-        if restored is not None and self._is_complete(restored):
+        if restored is None:
+            self.first_weights()
+        elif self._is_complete(restored):
             log.info("all %d steps are made: the adapter is that of the last checkpoint", start)
             load_adapter(self.model, restored)
             return
@@ -167,6 +171,7 @@ class Fit:
             "resumed_from": list(self.history.resumed_from),
             "restarts": [r.to_json_dict() for r in self.history.restarts],
             "blocked_seconds": list(self.history.blocked_seconds),
+            "warnings": list(self.history.warnings),
         }
         return capture(trainer, states, progress, held_out_loss)
 
@@ -235,6 +240,7 @@ class Fit:
         if marker.held_out_loss is not None and all(e["step"] != marker.step for e in history.evaluations):
             history.evaluations.append({"step": marker.step, "held_out_loss": marker.held_out_loss})
         history.blocked_seconds = progress["blocked_seconds"]
+        history.warnings = progress.get("warnings", [])  # an image before this one kept none
         known = [Restart.model_validate(r) for r in progress["restarts"]]
         history.restarts = [*known, *(r for r in history.restarts if r not in known)]
         history.resumed_from = [*progress["resumed_from"], marker.step]
@@ -284,7 +290,8 @@ class Fit:
         if not apart:
             warning = f"training.packing: {type(self.model.get_base_model()).__name__} does not keep packed rows apart, so they were not packed"
             log.warning("%s", warning)
-            self.history.warnings.append(warning)
+            if warning not in self.history.warnings:
+                self.history.warnings.append(warning)
         return apart
 
     def _told(self, saved: Saved) -> None:

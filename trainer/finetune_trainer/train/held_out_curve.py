@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune_api.spec import EarlyStopping, Selection
+from finetune_api.spec import EarlyStopping
 
 OVERFITTED = 1.02
 """By so much the last held-out loss is above the lowest where it is no noise."""
@@ -22,29 +22,24 @@ def is_enough(evaluations: Sequence[dict[str, Any]], rule: EarlyStopping | None)
         return False
     best, without = float("inf"), 0
     for loss in (e["held_out_loss"] for e in sorted(evaluations, key=lambda e: e["step"])):
-        if loss < best - rule.threshold:
-            best, without = loss, 0
-        else:
-            without += 1
+        without = 0 if loss < best - rule.threshold else without + 1
+        best = min(best, loss)
     return without >= rule.patience
 
 
-def overfitting(evaluations: Sequence[dict[str, Any]], base_loss: float, select: Selection) -> list[str]:
+def overfitting(evaluations: Sequence[dict[str, Any]], base_loss: float, selected_step: int | None) -> list[str]:
     """Warnings for people.
 
     Args:
         evaluations: as above, the last step's included.
         base_loss: before training.
+        selected_step: whose weights are the result, if not the last step's.
     """
     last = max(evaluations, key=lambda e: e["step"])
     best = min(evaluations, key=lambda e: e["held_out_loss"])
     loss, lowest = last["held_out_loss"], best["held_out_loss"]
     if loss > OVERFITTED * lowest:
-        result = (
-            f"the result is what step {best['step']} gave"
-            if select is Selection.BEST
-            else "the result is the last step's, as output.select: Last asks for"
-        )
+        result = f"the result is what step {last['step'] if selected_step is None else selected_step} gave"
         return [
             f"overfitting: the held-out loss was lowest at step {best['step']} ({lowest:.4f}) and {loss:.4f} at step {last['step']}; {result}. "
             "Train fewer epochs or at a lower learning rate, or set evaluation.earlyStopping"

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 
+from finetune_api.progress import Split
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import LoraInitialization
 from finetune_trainer import heartbeat
@@ -36,6 +37,7 @@ def initialize(
     folder: Path,
     rows: Rows,
     schedule: Schedule,
+    split: Split,
     pad_id: int,
     compute: Compute,
     ranks: Ranks,
@@ -51,7 +53,11 @@ def initialize(
 
     def made() -> dict[str, torch.Tensor]:
         if kind is LoraInitialization.EVA:
-            eva(model, batches(rows, schedule, snapshot.plan.micro_batch_sequences, pad_id), compute)
+            eva(
+                model,
+                batches(rows, schedule, max(1, split.micro_batch_sequences // split.evaluation_divisor), pad_id),
+                compute,
+            )
         else:
             with ExitStack() as opened:
                 loftq(model, Stored(folder, opened).read)
@@ -73,8 +79,16 @@ def eva(model: PeftModel, data: Iterator[Batch], compute: Compute) -> None:
     """Matrices A are the directions in which the layers' inputs vary most, on the learned tokens (Paischer et al., 2024); every layer keeps its
     rank."""
     on_device = [{k: v.to(compute.device) for k, v in batch.items()} for batch in data]
+
+    def forward(_: PeftModel, batch: Batch) -> None:
+        """Without logits: nothing is adapted behind the decoder."""
+        decoder = model.get_base_model().base_model
+        decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
     with inference(model), compute.autocast():
-        initialize_lora_eva_weights(model, on_device, gather_distributed_inputs=False, show_progress_bar=False)
+        initialize_lora_eva_weights(
+            model, on_device, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
+        )
 
 
 def loftq(model: PeftModel, read: Callable[[str], torch.Tensor]) -> None:

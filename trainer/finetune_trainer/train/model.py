@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora, Snapshot
 from finetune_api.spec import LoraBias, LoraInitialization, Quantization
-from finetune_api.targets import is_named
+from finetune_api.targets import is_named, setting_of
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
 from finetune_trainer.remote_code import remote_code
@@ -141,8 +141,8 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         target_modules=target_modules(base, lora),
         exclude_modules=list(lora.exclude_modules) or None,
         layers_to_transform=lora.layers_to_transform,
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
+        rank_pattern=by_full_name(base, lora.rank_pattern),
+        alpha_pattern=by_full_name(base, lora.alpha_pattern),
         modules_to_save=saved_modules(base, lora) or None,
         ensure_weight_tying=bool(lora.modules_to_save) and base.config.get_text_config().tie_word_embeddings,
         init_lora_weights=INITIALIZATION.get(lora.initialization, True),
@@ -174,7 +174,7 @@ def take_up(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         AssertionError: tensors that the model has no place for, or the reverse.
     """
-    missing = get_peft_model_state_dict(model).keys() - weights.keys()
+    missing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() - weights.keys()
     assert not missing, f"the file lacks tensors of the adapter: {sorted(missing)[:3]}"
     found = set_peft_model_state_dict(model, weights)
     assert not found.unexpected_keys, f"the file has tensors that the model lacks: {found.unexpected_keys[:3]}"
@@ -201,6 +201,12 @@ def target_modules(base: Any, lora: ResolvedLora) -> str | list[str]:
     if lora.target_modules != [ALL_LINEAR]:
         return list(lora.target_modules)
     return ALL_LINEAR if lora.layers_to_transform is None else linear_names(base)
+
+
+def by_full_name(base: Any, pattern: dict[str, int]) -> dict[str, int]:
+    """A pattern with an entry of its own for each module: peft takes the first name that fits, and sorts them in the file."""
+    named = [n for n, _ in base.named_modules() if is_named(n, pattern)]
+    return {name: setting_of(name, pattern, 0) for name in named}
 
 
 def saved_modules(base: Any, lora: ResolvedLora) -> list[str]:

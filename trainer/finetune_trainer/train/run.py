@@ -142,8 +142,6 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         spec.training.seed,
         prepared.result.total_steps,
     )
-    if prepared.initial_adapter is None:
-        initialize(peft_model, snapshot, base_files.folder, rows, schedule, pad_id, compute, ranks)
     history = History(restarts=given_restarts())
     steps = StepLog(
         schedule, rows, lambda entry: report_step(ctx, entry) if ranks.first else None, spec.recovery.stop_on_divergence
@@ -170,6 +168,9 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         ),
         steps=steps,
         history=history,
+        first_weights=partial(
+            initialize, peft_model, snapshot, base_files.folder, rows, schedule, split, pad_id, compute, ranks
+        ),
         ranks=ranks,
     )
     if ranks.first:
@@ -270,7 +271,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         split=split,
         restarts=history.restarts,
         checkpoint_blocked_seconds=history.blocked_seconds,
-        warnings=[*history.warnings, *overfitting(history.evaluations, loss_base.loss, spec.output.select)],
+        warnings=[*history.warnings, *overfitting(history.evaluations, loss_base.loss, selected_step)],
         tracked=event_runs,
     )
     patiently(ctx, owner.check)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -98,20 +97,21 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's, or with LoRA+ the same with a learning rate of its own for the matrices B."""
-        if self.loraplus_lr_ratio is None:
-            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-            return optimizer
-        if self.optimizer is None:
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
-                self.model,
-                kind,
-                loraplus_lr_ratio=self.loraplus_lr_ratio,
-                loraplus_weight_decay=self.args.weight_decay,
-                **settings,
-            )
-        return self.optimizer
+        """Trainer's; with LoRA+ its groups are split, and those of the matrices B have a learning rate of their own.
+
+        Not peft's function for it, which takes every vector (norms, biases, DoRA's magnitudes) for a matrix B.
+        """
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh and self.loraplus_lr_ratio is not None:
+            in_b = {id(p) for n, p in self.model.named_parameters() if ".lora_B." in n}
+            groups = []
+            for group in optimizer.param_groups:
+                for factor, chosen in ((1.0, False), (self.loraplus_lr_ratio, True)):
+                    if parameters := [p for p in group["params"] if (id(p) in in_b) is chosen]:
+                        groups.append({**group, "params": parameters, "lr": group["lr"] * factor})
+            optimizer.param_groups[:] = groups
+        return optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, unless training is to stop: then what its step has accumulated is thrown away.

@@ -20,6 +20,7 @@ from finetune_trainer.prepare.chat import ChatRenderer, chat_template
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.train.inputs import must_equal
+from finetune_trainer.train.model import SAVED, take_up
 from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,12 @@ def load_freshly(base: Any, folder: Path) -> PeftModel:
         StageError: VerificationFailed.
     """
     model = PeftModel.from_pretrained(base, folder, is_trainable=False)
+    saved = [p for n, p in model.named_parameters() if SAVED in n]
+    for parameter in saved:
+        # peft makes these copies in the base's type.
+        parameter.data = parameter.data.float()
+    if saved:
+        take_up(model, load_file(folder / "adapter_model.safetensors"))
     wanted = len(get_peft_model_state_dict(model, save_embedding_layers=False))
     found = len(load_file(folder / "adapter_model.safetensors"))
     if wanted != found:
