@@ -107,6 +107,23 @@ def test_ranks_of_single_layers_are_counted_as_peft_counts_them(name: str, patte
         trainable_parameters(shapes, arch, Tuning(rank_pattern={"lm_head": 2}))
 
 
+def test_modules_that_are_trained_whole_are_counted_and_planned_for() -> None:
+    arch, shapes = model("llama-3-8b")
+    plain, whole = (Tuning(four_bit=True), Tuning(four_bit=True, modules_to_save=["embed_tokens", "lm_head"]))
+    extra = 2 * 128256 * 4096
+    assert trainable_parameters(shapes, arch, whole) - trainable_parameters(shapes, arch, plain) == extra
+    small, large, eight = (
+        plan(Request(architecture=arch, shapes=shapes, tuning=tuning, optimizer=name))
+        for tuning, name in ((plain, "adamw_torch"), (whole, "adamw_torch"), (whole, "adamw_8bit"))
+    )
+    assert large.adapter_bytes - small.adapter_bytes == 4 * extra
+    assert large.optimizer_bytes - small.optimizer_bytes == 8 * extra
+    assert eight.optimizer_bytes > 8 * extra // 2, "transformers keeps the state of embeddings in 32 bit"
+    assert large.activation_bytes > small.activation_bytes, "hidden states are float32"
+    with pytest.raises(UnknownTarget, match="modulesToSave names wte"):
+        trainable_parameters(shapes, arch, Tuning(modules_to_save=["wte"]))
+
+
 def test_something_must_be_left_to_adapt() -> None:
     arch, shapes = model("smollm2-135m")
     with pytest.raises(UnknownTarget, match="leave no layer to adapt"):

@@ -40,8 +40,10 @@ def layer_memory(
         targets: those with an adapter.
         quantized: the layer's linear layers are 4 bit.
     """
-    # LayerNorm gives float32, and a Linear4bit answers in its input's type: then hidden states are float32 too.
-    wide = quantized and arch.layer_norm
+    # LayerNorm gives float32, and a Linear4bit answers in its input's type: then hidden states are float32 too. So do embeddings that are
+    # trained, which are float32 (unverified).
+    wide_states = tuning.trains_embeddings or (quantized and arch.layer_norm)
+    wide = quantized and wide_states
     attention = _attention(arch, batch, wide)
     mlp = _mlp(arch, wide)
     adapters = sum(_adapter(target, arch, tuning, quantized) for target in targets)
@@ -61,7 +63,7 @@ def layer_memory(
     if tuning.dora:
         working += max((_dora_weights(target) for target in targets), default=0)
     return LayerMemory(
-        input_bytes=tokens * (FULL if wide else HALF) * arch.hidden_size,
+        input_bytes=tokens * (FULL if wide_states else HALF) * arch.hidden_size,
         kept_bytes=int(tokens * kept),
         working_bytes=int(working),
     )

@@ -140,7 +140,10 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
     shared = communication(request.layout, units, trainable)
 
-    adapter, optimizer = 4 * trainable, weights.optimizer_bytes(request.optimizer, trainable)
+    adapter, optimizer = (
+        4 * trainable,
+        weights.optimizer_bytes(request.optimizer, trainable, weights.trained_embedding(shapes, tuning)),
+    )
     weight = sharded(base, request.layout, request.gpus, arch.tied_embeddings)
     constants = sharded(with_weights, request.layout, request.gpus, tied=False)
     offload = offloaded(units, request.gpus, arch.tied_embeddings) if request.layout is Layout.CPU_OFFLOAD else []

@@ -6,8 +6,9 @@ import math
 
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.linears import linear_layers, quantized_layers
-from finetune_api.planner.tensors import Shapes, parameters
+from finetune_api.planner.tensors import EMBEDDING, Shapes, parameters
 from finetune_api.planner.workload import Tuning
+from finetune_api.targets import is_named
 
 HALF = 2
 FULL = 4
@@ -77,6 +78,20 @@ def checkpoint_bytes(shapes: Shapes) -> int:
     return HALF * parameters(shapes)
 
 
-def optimizer_bytes(name: str, trainable: int) -> int:
-    """State of the optimizer; one that is not in the table is taken for AdamW, the largest."""
-    return int(OPTIMIZER_BYTES.get(name, 8.0) * trainable)
+def optimizer_bytes(name: str, trainable: int, embedding: int = 0) -> int:
+    """State of the optimizer; one that is not in the table is taken for AdamW, the largest.
+
+    Args:
+        embedding: how many of the trainable weights are input embeddings, whose state transformers keeps in 32 bit.
+    """
+    each = OPTIMIZER_BYTES.get(name, 8.0)
+    return int(each * (trainable - embedding) + (8.0 if "8bit" in name else each) * embedding)
+
+
+def trained_embedding(shapes: Shapes, tuning: Tuning) -> int:
+    """Weights of input embeddings that are trained whole."""
+    return sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if EMBEDDING.search(name) and is_named(name.removesuffix(".weight"), tuning.modules_to_save)
+    )

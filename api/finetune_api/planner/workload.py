@@ -9,6 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture
+from finetune_api.planner.tensors import EMBEDDING
 from finetune_api.spec import LoraBias
 from finetune_api.targets import setting_of
 
@@ -41,6 +42,11 @@ class Tuning(ApiModel):
     def rank_of(self, layer: str) -> int:
         """The rank of one layer's adapter."""
         return setting_of(layer, self.rank_pattern, self.rank)
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether the input embeddings are trained whole."""
+        return any(EMBEDDING.search(f"{module}.weight") for module in self.modules_to_save)
 
     @property
     def name(self) -> str:
