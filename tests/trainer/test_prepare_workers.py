@@ -1,4 +1,4 @@
-"""Rows judged by several processes are judged as by one."""
+"""Rows assessed by several processes are assessed as by one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.prepare_bench import ROWS, Bench, row
 
 @pytest.fixture
 def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two other processes judge, from the second batch on."""
+    """Two other processes assess, from the second batch on."""
     monkeypatch.setattr(workers, "ALONE_ROWS", 64)
     monkeypatch.setattr(workers, "usable_cpus", lambda: 2)
 
 
-def test_outcomes_and_their_order_do_not_depend_on_who_judges(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outcomes_and_their_order_do_not_depend_on_who_assesses(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     mail = [row(f"Who is a{i}@b.de?", f"Number {i} of many. " * 8) for i in range(300)]
     bad = {"messages": [{"role": "user", "content": "no answer"}]}
     cut = row("long?", "long " * 200)
@@ -39,7 +39,7 @@ def test_outcomes_and_their_order_do_not_depend_on_who_judges(bench: Bench, monk
     pool = workers.ProcessPoolExecutor
     monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *args: started.append(args[0]) or pool(*args))
     assert bench.run(**changes) == alone
-    assert started == [2], "other processes judged"
+    assert started == [2], "other processes assessed"
     assert {name: bench.object(f"prepare/{name}") for name in files} == files
     assert (alone.data.bad_rows, alone.data.truncated_rows, alone.data.dropped_rows) == (2, 1, 1)
     assert alone.data.pii == {"EMAIL": 600}
@@ -53,7 +53,7 @@ def test_what_fails_the_job_in_another_process_fails_it_with_its_reason(
     bench.put([row(f"q {i}", "a") for i in range(400)])
     small = lambda spec, model: of(spec, replace(model, vocabulary=3))  # noqa: E731
     monkeypatch.setattr(check.Recipe, "of", small)
-    monkeypatch.setattr(workers.Judge, "_check_vocabulary", lambda *_: None)  # in this process only
+    monkeypatch.setattr(workers.Assessor, "_check_vocabulary", lambda *_: None)  # in this process only
     assert bench.fails().reason is Reason.UNSUPPORTED_MODEL
 
 

@@ -14,15 +14,15 @@ from finetune_api.names import held_out_slot, train_slot
 from finetune_api.spec import DataFormat, DataSource, FineTuneJobSpec, PiiPolicy
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.assess import Assessed, Batch, Kept, LeftOut, Recipe, Refused
 from finetune_trainer.prepare.detect import LOOKED_AT, check_columns, detect
 from finetune_trainer.prepare.examples import ALL_FIELDS
-from finetune_trainer.prepare.judge import Batch, Judged, Kept, LeftOut, Recipe, Refused
 from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.problems import LOGGED, Problems, discreet
 from finetune_trainer.prepare.rows import RawRow, read_rows
 from finetune_trainer.prepare.split import copies
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Index, RowWriter
-from finetune_trainer.prepare.workers import BATCH_ROWS, Judges
+from finetune_trainer.prepare.workers import BATCH_ROWS, Assessors
 from finetune_trainer.sources.data import DataFile, fetch_data
 from finetune_trainer.text import plural
 from finetune_trainer.waiting import wait_until_available
@@ -88,15 +88,15 @@ def check_data(ctx: StageContext, model: BaseModel) -> Checked:
     with (
         discreet(redact),
         RowWriter(checked.spool, SPOOL_SCHEMA) as writer,
-        Judges(Recipe.of(spec, model), model) as judges,
+        Assessors(Recipe.of(spec, model), model) as assessors,
     ):
         intake = _Intake(checked, writer, spec.training.seed)
         for source, mapping in zip(sources, columns, strict=True):
             files = _fetch(ctx, source)
             ctx.reporter.report(activity="Checking")
             before = checked.rows
-            for batch, judged in judges.judged(_batches(checked, spec, source, mapping, files)):
-                intake.take(source, batch, judged)
+            for batch, assessed in assessors.assessed(_batches(checked, spec, source, mapping, files)):
+                intake.take(source, batch, assessed)
             found = checked.rows - before
             if not found:
                 raise StageError(Reason.TOO_FEW_ROWS, f"{source.field} ({source.spec.uri}) holds no rows")
@@ -157,15 +157,15 @@ def _fetch(ctx: StageContext, source: Source) -> list[DataFile]:
 
 @dataclass
 class _Intake:
-    """Counts and spools what was judged, in order."""
+    """Counts and spools what was assessed, in order."""
 
     checked: Checked
     writer: RowWriter
     seed: int
 
-    def take(self, source: Source, batch: Batch, judged: Judged) -> None:
+    def take(self, source: Source, batch: Batch, assessed: Assessed) -> None:
         """The outcomes of a batch."""
-        for raw, outcome in zip(batch.rows, judged.outcomes, strict=True):
+        for raw, outcome in zip(batch.rows, assessed.outcomes, strict=True):
             row = self.checked.rows
             self.checked.rows += 1
             match outcome:
@@ -178,7 +178,7 @@ class _Intake:
                     self.checked.dropped += 1
                     if self.checked.dropped <= LOGGED:
                         log.warning("%s dropped: %s", raw.source, why)
-        self.checked.index.sketches.extend(judged.sketches.tobytes())
+        self.checked.index.sketches.extend(assessed.sketches.tobytes())
 
     def _keep(self, row: int, line: str, source: Source, kept: Kept) -> None:
         encoded, checked = kept.encoded, self.checked

@@ -1,4 +1,4 @@
-"""Batches judged in order: by this process at first, and by several where there is much to judge."""
+"""Batches assessed in order: by this process at first, and by several where there is much to assess."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from types import TracebackType
 from finetune_api.failures import Reason
 from finetune_trainer.cpus import memory_limit, usable_cpus
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.judge import Batch, Judge, Judged, Recipe
+from finetune_trainer.prepare.assess import Assessed, Assessor, Batch, Recipe
 from finetune_trainer.prepare.model import BaseModel
 
 BATCH_ROWS = 64
 ALONE_ROWS = 2048
-"""So many are judged before other processes start: each takes two seconds and 200 MB."""
+"""So many are assessed before other processes start: each takes two seconds and 200 MB."""
 MOST_WORKERS = 4
 WORKER_BYTES = 1 << 30
 """Memory that a container has for each of them, at least: 200 MB, and the longest rows."""
@@ -26,31 +26,31 @@ AHEAD = 3
 """Batches per process that are read before the first of them is done: what bounds memory."""
 
 
-class Judges:
-    """Judges of one job, this process's and the others'. Whoever judges, the outcomes are the same and in the same order."""
+class Assessors:
+    """Assessors of one job, this process's and the others'. Whoever assesses, the outcomes are the same and in the same order."""
 
     def __init__(self, recipe: Recipe, model: BaseModel, workers: int | None = None) -> None:
         """``workers``: how many processes beside this one, which reads and writes; the default is one per CPU, at most 4."""
         self._recipe = recipe
-        self._own = recipe.judge(model)
+        self._own = recipe.assessor(model)
         self._workers = most_workers(usable_cpus(), memory_limit()) if workers is None else workers
         self._alone = 0
         self._pool: ProcessPoolExecutor | None = None
 
-    def judged(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Judged]]:
+    def assessed(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Assessed]]:
         """Each batch with its outcomes.
 
         Raises:
-            StageError: what the judge raises; HostOutOfMemory, if a process was killed.
+            StageError: what the assessor raises; HostOutOfMemory, if a process was killed.
         """
-        waiting: deque[tuple[Batch, Future[Judged]]] = deque()
+        waiting: deque[tuple[Batch, Future[Assessed]]] = deque()
         for batch in batches:
             if self._workers < 2 or self._alone < ALONE_ROWS:
                 self._alone += len(batch.rows)
-                yield batch, self._own.judge(batch)
+                yield batch, self._own.assess(batch)
                 continue
             try:
-                waiting.append((batch, self._started().submit(_judge, batch)))
+                waiting.append((batch, self._started().submit(_assess, batch)))
             except BrokenProcessPool as error:
                 raise _killed() from error
             if len(waiting) >= AHEAD * self._workers:
@@ -68,7 +68,7 @@ class Judges:
             self._pool = ProcessPoolExecutor(self._workers, context, _set_up, (self._recipe,))
         return self._pool
 
-    def __enter__(self) -> Judges:
+    def __enter__(self) -> Assessors:
         return self
 
     def __exit__(
@@ -78,7 +78,7 @@ class Judges:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _first(waiting: deque[tuple[Batch, Future[Judged]]]) -> tuple[Batch, Judged]:
+def _first(waiting: deque[tuple[Batch, Future[Assessed]]]) -> tuple[Batch, Assessed]:
     batch, future = waiting.popleft()
     try:
         return batch, future.result()
@@ -98,18 +98,18 @@ def most_workers(cpus: int, memory: int | None) -> int:
 
 
 _recipe: Recipe | None = None
-_own: Judge | None = None
+_own: Assessor | None = None
 """Of a worker process."""
 
 
 def _set_up(recipe: Recipe) -> None:
-    """What fails here would only be told of as a process that ended: the judge is made with the first batch."""
+    """What fails here would only be told of as a process that ended: the assessor is made with the first batch."""
     global _recipe
     _recipe = recipe
 
 
-def _judge(batch: Batch) -> Judged:
+def _assess(batch: Batch) -> Assessed:
     global _own
     assert _recipe is not None  # set up before the first batch
-    _own = _own or _recipe.judge()
-    return _own.judge(batch)
+    _own = _own or _recipe.assessor()
+    return _own.assess(batch)

@@ -1,5 +1,5 @@
 """What becomes of a row: usable as tokens, unusable and why, or too long and left out. Nothing here counts or writes, so that several
-processes may judge at a time."""
+processes may assess at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from finetune_trainer.prepare.turns import alternates
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a judge is made of, as far as it can be sent to another process: a tokenizer with code of its own cannot."""
+    """All that an assessor is made of, as far as it can be sent to another process: a tokenizer with code of its own cannot."""
 
     spec: FineTuneJobSpec
     uri: str
@@ -45,12 +45,12 @@ class Recipe:
         template = model.renderer.template if model.renderer is not None else None
         return cls(spec, model.uri, model.folder, model.vocabulary, template)
 
-    def judge(self, model: BaseModel | None = None) -> Judge:
-        """The judge; with the tokenizer and the template that are loaded already, if there are any."""
+    def assessor(self, model: BaseModel | None = None) -> Assessor:
+        """The assessor; with the tokenizer and the template that are loaded already, if there are any."""
         if model is not None:
-            return Judge(self, model.tokenizer, model.renderer)
+            return Assessor(self, model.tokenizer, model.renderer)
         tokenizer = load_tokenizer(self.folder, self.spec.model.trust_remote_code)
-        return Judge(self, tokenizer, ChatRenderer(tokenizer, self.template) if self.template else None)
+        return Assessor(self, tokenizer, ChatRenderer(tokenizer, self.template) if self.template else None)
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ Outcome = Kept | Refused | LeftOut | Passed
 
 
 @dataclass(frozen=True)
-class Judged:
+class Assessed:
     """The outcomes of a batch, and the sketches of the rows that are kept: (kept, 64) bytes, none where they are not asked for."""
 
     outcomes: list[Outcome]
     sketches: npt.NDArray[np.uint8] = field(default_factory=lambda: sketch([]))
 
 
-class Judge:
-    """Judges rows for one job."""
+class Assessor:
+    """Assesses rows for one job."""
 
     def __init__(self, recipe: Recipe, tokenizer: object, renderer: ChatRenderer | None) -> None:
         spec = recipe.spec
@@ -128,7 +128,7 @@ class Judge:
         self._special = special_token_pattern(tokenizer)
         self._ends = end_of_turn_ids(tokenizer)
 
-    def judge(self, batch: Batch) -> Judged:
+    def assess(self, batch: Batch) -> Assessed:
         """The outcome of each row.
 
         Raises:
@@ -145,7 +145,7 @@ class Judge:
                 examples[number] = self._searched(example)
         if batch.only_counting:
             outcomes |= dict.fromkeys(examples, Passed())
-            return Judged([outcomes[number] for number in range(len(batch.rows))])
+            return Assessed([outcomes[number] for number in range(len(batch.rows))])
         encoded = self._encoder.encode_all([example for example, _ in examples.values()])
         texts: list[str | Tokens] = []
         for (number, (example, found)), whole in zip(examples.items(), encoded, strict=True):
@@ -160,7 +160,7 @@ class Judge:
             else:
                 texts.append(_said(example, whole))
         sketches = sketch(shingles(texts)) if self._sketches else sketch([])
-        return Judged([outcomes[number] for number in range(len(batch.rows))], sketches)
+        return Assessed([outcomes[number] for number in range(len(batch.rows))], sketches)
 
     def _searched(self, example: Example) -> tuple[Example, Counter[str]]:
         """The example, redacted if that is asked for, and what was found in it."""
