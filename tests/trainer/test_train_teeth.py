@@ -76,7 +76,7 @@ def tamper(monkeypatch: pytest.MonkeyPatch, key: str, change: Callable[[bytes], 
     [
         (ADAPTER, zero_lora_b, "held-out loss"),
         (CONFIG, halved_alpha, "held-out loss"),
-        (ADAPTER, without_a_tensor, "LoRA tensors"),
+        (ADAPTER, without_a_tensor, "27 tensors; its configuration needs 28"),
         (TOKENIZER, swapped_tokens, "tokenizer"),
     ],
 )

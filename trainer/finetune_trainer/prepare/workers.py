@@ -74,8 +74,14 @@ class Assessors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._pool is None:
+            return
+        if kind is not None:
+            # Nobody waits for what they are at. And where one was killed while another was started, Python (3.11) would wait for that one
+            # for ever, also at its own end.
+            for process in multiprocessing.active_children():
+                process.kill()
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _first(waiting: deque[tuple[Batch, Future[Assessed]]]) -> tuple[Batch, Assessed]:
