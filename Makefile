@@ -79,6 +79,7 @@ bench: setup ## Benchmarks; each prints a table and writes JSON
 	$(PYTHON) -m bench.merge_pairs --json bench/results/merge_pairs.json
 	$(PYTHON) -m bench.training_speed --json bench/results/training_speed.json
 	$(PYTHON) -m bench.gpu_time --json bench/results/gpu_time.json
+	$(PYTHON) -m bench.same_loss --json bench/results/same_loss.json
 
 chaos: setup ## Kill a job ten times and compare bytes; faults everywhere; a lost node; 1,000 histories (SEED=…, ONLY="PART …", RECORD=FILE to go on)
 	$(PYTHON) -m tests.chaos --json bench/results/chaos.json $(if $(SEED),--seed $(SEED)) $(if $(RECORD),--record $(RECORD)) $(if $(ONLY),--only $(ONLY))
