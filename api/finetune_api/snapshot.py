@@ -14,7 +14,6 @@ from finetune_api.base import ApiModel
 from finetune_api.names import job_key
 from finetune_api.progress import Split
 from finetune_api.spec import FineTuneJobSpec, Lora, LoraBias, LoraInitialization, MethodType, Quantization
-from finetune_api.targets import most_specific_first
 from finetune_api.uris import S3Location, parse_uri
 
 SNAPSHOT_VERSION = 1
@@ -49,7 +48,6 @@ class ResolvedLora(ApiModel):
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = {}
-    """In the order in which names are tried."""
     alpha_pattern: dict[str, int] = {}
     loraplus_lr_ratio: float | None = None
     modules_to_save: list[str] = []
@@ -204,7 +202,7 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
     """
     method = spec.method
     lora = method.lora
-    ranks_of = most_specific_first(lora.rank_pattern or {})
+    ranks_of = dict(lora.rank_pattern or {})
     alphas = {} if lora.alpha is not None else {name: 2 * rank for name, rank in ranks_of.items()}
     training = spec.training
     limit = training.micro_batch_sequences or DEFAULT_MICRO_BATCH
@@ -225,7 +223,7 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
                 exclude_modules=list(lora.exclude_modules or []),
                 layers_to_transform=lora.layers_to_transform,
                 rank_pattern=ranks_of,
-                alpha_pattern=most_specific_first({**alphas, **(lora.alpha_pattern or {})}),
+                alpha_pattern={**alphas, **(lora.alpha_pattern or {})},
                 loraplus_lr_ratio=lora.loraplus_lr_ratio,
                 initialization=lora.initialization,
                 modules_to_save=list(lora.modules_to_save or []),

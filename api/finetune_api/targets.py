@@ -29,10 +29,13 @@ def is_left_out(module: str, exclude_modules: Collection[str], layers_to_transfo
 
 
 def setting_of(module: str, pattern: Mapping[str, int], default: int) -> int:
-    """peft's ``rank_pattern`` and ``alpha_pattern``: what the first name that is the module's says."""
-    return next((value for name, value in pattern.items() if is_named(module, [name])), default)
+    """What the most specific name that is the module's says: ``layers.0.mlp.up_proj`` says more than ``up_proj``. Maps have no order, neither
+    in YAML nor in the snapshot."""
+    names = [name for name in pattern if is_named(module, [name])]
+    return pattern[max(names, key=lambda name: (name.count("."), len(name)))] if names else default
 
 
-def most_specific_first(pattern: Mapping[str, int]) -> dict[str, int]:
-    """In the order in which names are tried: a map in YAML has none, and ``layers.0.mlp.up_proj`` says more than ``up_proj``."""
-    return {name: pattern[name] for name in sorted(pattern, key=lambda name: (-name.count("."), -len(name), name))}
+def as_peft_reads(modules: Collection[str], pattern: Mapping[str, int]) -> dict[str, int]:
+    """A pattern of an adapter's file by the full names of modules. peft takes the first name that fits, in the order of the file."""
+    found = {m: next((v for name, v in pattern.items() if is_named(m, [name])), None) for m in modules}
+    return {module: value for module, value in found.items() if value is not None}

@@ -57,6 +57,44 @@ def test_a_job_leaves_a_whole_verified_result_and_a_true_status(space: Space, me
     space.until_told("whole", "Prepared", "Started", "Trained", "Succeeded")
 
 
+def test_a_job_goes_on_from_anothers_adapter_with_everything_that_experts_set(space: Space) -> None:
+    """In real pods: restricted, with a read-only root and the images' own libraries."""
+    data = space.put(rows(60))
+    lora = {"rank": 4, "rankPattern": {"down_proj": 2, "layers.0.mlp.down_proj": 6}}
+    space.apply("first", spec_for(data, method={"type": "QLoRA", "lora": {**lora, "initialization": "LoftQ"}}))
+    first = space.until("first", finished, 600, "finished")
+    assert is_true(first, "Complete"), json.dumps(first["status"], indent=1)
+    prefix, _ = artifacts(space, first)
+
+    spec = spec_for(data, method={"type": "QLoRA", "lora": {**lora, "loraPlusLRRatio": 4}})
+    spec["model"]["initialAdapter"] = {
+        "uri": f"s3://{BUCKET}/{prefix}/adapter",
+        "secretRef": spec["output"]["secretRef"],
+    }
+    spec["data"]["checks"] = {"pii": "Redact", "nearDuplicates": {"threshold": 0.9}}
+    spec["training"] |= {"packing": True, "length": {"steps": 6}}
+    spec["evaluation"] = {
+        "intervalSteps": 1,
+        "earlyStopping": {"patience": 2, "threshold": 100},
+        "generation": {"prompts": 2, "maxNewTokens": 8, "metrics": ["ExactMatch", "ROUGE", "ChrF", "JSONValidity"]},
+    }
+    spec["trackers"] = [{"type": "TensorBoard"}]
+    spec["output"]["merged"] = {"enabled": True}
+    space.apply("second", spec)
+    second = space.until("second", finished, 600, "finished")
+    status = second["status"]
+    assert is_true(second, "Complete"), json.dumps(status, indent=1)
+    assert "stopped early after step 3" in status["metrics"]["summary"]
+    assert status["metrics"]["text"]["answers"] == 2
+    assert status["metrics"]["heldOutLossBase"] == first["status"]["metrics"]["heldOutLossBase"]
+    _, manifest = artifacts(space, second)
+    paths = {f["path"] for f in manifest["files"]}
+    assert {"reports/metrics.json", "reports/index.html", "merged/model.safetensors"} <= paths
+    assert any(path.startswith("reports/tensorboard/") for path in paths)
+    assert manifest["initialAdapter"]["uri"] == f"s3://{BUCKET}/{prefix}/adapter"
+    assert [w for w in manifest["warnings"] if "packing" in w] == []
+
+
 def test_a_plan_alone_asks_for_no_gpu_and_stores_nothing(space: Space) -> None:
     """``examples/plan-only.yaml`` on a model that is here, for the GPU that nodes tell of by their labels."""
     gpu = {"training": {"useCpu": False}, "method": {"type": "Auto"}}

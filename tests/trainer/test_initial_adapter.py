@@ -51,7 +51,9 @@ def test_rank_modules_and_variant_are_the_adapters(ready: Bench, tiny_model: Pat
     record = PrepareResult.model_validate_json(ready.object("prepare/result.json")).initial_adapter
     assert record is not None
     lora = record.lora
-    assert (lora.rank, lora.alpha, lora.rank_pattern, lora.use_rslora) == (4, 8, {"up_proj": 2}, True)
+    assert (lora.rank, lora.alpha, lora.rank_pattern, lora.use_rslora) == (
+        4, 8, {"model.layers.1.mlp.up_proj": 2}, True,
+    )  # fmt: skip
     assert (lora.target_modules, lora.layers_to_transform, lora.dropout) == (modules, [1], 0.25)
     kept = ready.object("prepare/initial-adapter/adapter_model.safetensors")
     assert kept == (adapter / "adapter_model.safetensors").read_bytes()

@@ -152,7 +152,8 @@ def test_ranks_and_alphas_of_single_modules(tiny_model: Path) -> None:
     """The most specific name counts, in whatever order YAML's map comes; alpha is twice the rank where nothing says otherwise."""
     pattern = {"down_proj": 6, "layers.1.mlp.down_proj": 3, "up_proj": 5}
     for given in (pattern, dict(reversed(pattern.items()))):
-        run = snapshot(method={"lora": {"rank": 4, "rankPattern": given, "alphaPattern": {"up_proj": 20}}})
+        frozen = snapshot(method={"lora": {"rank": 4, "rankPattern": given, "alphaPattern": {"up_proj": 20}}})
+        run = Snapshot.model_validate_json(frozen.canonical_json())  # as pods read it
         adapted = model.attach_adapter(model.load_base(tiny_model, run, CPU32), run)
         found = {
             n.partition(".layers.")[2]: (m.r["default"], m.scaling["default"])

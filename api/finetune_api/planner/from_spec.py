@@ -14,7 +14,6 @@ from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
 from finetune_api.quantity import parse_quantity
 from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, LoraInitialization, Parallelism
-from finetune_api.targets import most_specific_first
 
 WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ)
 """Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA and modulesToSave need that, too."""
@@ -48,7 +47,7 @@ def request_of(
             target_modules=list(lora.target_modules),
             exclude_modules=list(lora.exclude_modules or []),
             layers_to_transform=lora.layers_to_transform,
-            rank_pattern=most_specific_first(lora.rank_pattern or {}),
+            rank_pattern=dict(lora.rank_pattern or {}),
             modules_to_save=list(lora.modules_to_save or []),
             dora=lora.use_dora,
             double_quantization=spec.method.quantization.double_quantization,

@@ -33,7 +33,7 @@ class Tuning(ApiModel):
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = {}
-    """Ranks of single layers, in the order in which names are tried."""
+    """Ranks of single layers; the most specific name counts."""
     modules_to_save: list[str] = []
     dora: bool = False
     four_bit: bool = False

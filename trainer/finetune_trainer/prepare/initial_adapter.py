@@ -15,7 +15,7 @@ from finetune_api.failures import Reason
 from finetune_api.results import InitialAdapterRecord
 from finetune_api.snapshot import resolve_plan
 from finetune_api.spec import FineTuneJobSpec, Lora
-from finetune_api.targets import most_specific_first, setting_of
+from finetune_api.targets import as_peft_reads, setting_of
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
@@ -102,8 +102,8 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
             target_modules=[targets] if isinstance(targets, str) else sorted(targets or []),
             exclude_modules=config.get("exclude_modules") or None,
             layers_to_transform=[layers] if isinstance(layers, int) else layers,
-            rank_pattern=config.get("rank_pattern") or None,
-            alpha_pattern=config.get("alpha_pattern") or None,
+            rank_pattern=as_peft_reads(modules, config.get("rank_pattern") or {}) or None,
+            alpha_pattern=as_peft_reads(modules, config.get("alpha_pattern") or {}) or None,
             use_rslora=config.get("use_rslora", False),
             use_dora=config.get("use_dora", False),
             **{name: getattr(asked, name) for name in OF_THE_JOB},
@@ -126,7 +126,7 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
 def comparable(value: Any, modules: list[str]) -> Any:
     """A setting in a form in which two that mean the same are equal: lists without their order, patterns by what they say of each module."""
     if isinstance(value, dict):
-        return {module: setting_of(module, most_specific_first(value), 0) for module in modules}
+        return {module: setting_of(module, value, 0) for module in modules}
     return sorted(value) if isinstance(value, list) else value
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from finetune_api.failures import Reason
-from finetune_api.targets import setting_of
+from finetune_api.targets import as_peft_reads
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
 from finetune_trainer.publish.safetensors_stream import rows_per_chunk
@@ -125,7 +125,7 @@ def read_adapter(folder: Path) -> Adapter:
         }
     keys = {name: key for key, name in names.items()}
     modules = ranks.keys()
-    configured = {m: setting_of(m, config.get("rank_pattern") or {}, rank) for m in modules}
+    configured = dict.fromkeys(modules, rank) | as_peft_reads(modules, config.get("rank_pattern") or {})
     halves = {n.removesuffix(LORA_B) for n in keys if n.endswith(LORA_B)}
     magnitudes = {n.removesuffix(MAGNITUDE) for n in keys if n.endswith(MAGNITUDE)}
     wanted = modules if config.get("use_dora") else set()
@@ -136,6 +136,6 @@ def read_adapter(folder: Path) -> Adapter:
             f"{sorted(set(ranks.values()))}, configured {sorted(set(configured.values()))}{', with DoRA' if wanted else ''}.",
         )
     root = math.sqrt if config.get("use_rslora") else float
-    alphas = {m: setting_of(m, config.get("alpha_pattern") or {}, alpha) for m in modules}
+    alphas = dict.fromkeys(modules, alpha) | as_peft_reads(modules, config.get("alpha_pattern") or {})
     scalings = {m: alphas[m] / root(ranks[m]) for m in modules}
     return Adapter(folder, scalings, frozenset(n for n in keys if ".lora_" not in n), keys)
