@@ -13,17 +13,15 @@ import argparse
 import json
 import signal
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import boto3
-
-from tests.support import seaweed
 from tests.support.prepared import prepare_job
 from tests.support.tiny_model import build_tiny_model
 from tests.support.train_container import ENV_FLOAT32
 from tests.support.train_process import kill_all, pod_of
-from tests.trainer.conftest import S3
+from tests.trainer.conftest import S3, s3_server
 from tests.trainer.test_train_resume import curve, result
 
 ROWS, BATCH = 30, 10
@@ -79,18 +77,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as ended:
+        ended.callback(kill_all)
         folder = Path(name)
-        server = seaweed.start_seaweed(folder / "s3")
-        client = boto3.client(
-            "s3",
-            endpoint_url=server.endpoint,
-            aws_access_key_id=seaweed.ACCESS_KEY,
-            aws_secret_access_key=seaweed.SECRET_KEY,
-            region_name="us-east-1",
-        )
-        s3 = S3(server.endpoint, seaweed.WRITER_KEY, seaweed.WRITER_SECRET, client)
-        try:
+        with s3_server(folder / "s3") as s3:
             model = build_tiny_model(folder / "model")
             yardstick: tuple[list[float], float] | None = None
             for number, (label, changes) in enumerate(RUNS.items()):
@@ -111,9 +101,6 @@ def main() -> None:
                     f"{line['heldOutDifference']:.1e} |",
                     flush=True,
                 )
-        finally:
-            kill_all()
-            server.stop()
     if options.json is not None:
         options.json.write_text(json.dumps({"steps": options.steps, "runs": found}, indent=1) + "\n")
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -19,16 +18,14 @@ from time import monotonic
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the trainer sets it
 
-import boto3
 
 from finetune_api.names import Stage
 from finetune_api.results import TRAIN_RESULT, TrainResult
 from tests.chaos.parts import Figures
 from tests.chaos.run import BATCH, METHOD
-from tests.support import seaweed
 from tests.support.prepared import RecordingReporter, prepare_job
 from tests.support.tiny_model import build_tiny_model
-from tests.trainer.conftest import S3
+from tests.trainer.conftest import S3, s3_server
 
 STEPS, EVERY = 100, 5
 NEVER = 2 * STEPS
@@ -59,23 +56,6 @@ class Run:
     adapter: bytes
 
 
-@contextmanager
-def store(folder: Path) -> Iterator[S3]:
-    """An S3 server."""
-    server = seaweed.start_seaweed(folder)
-    client = boto3.client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=seaweed.ACCESS_KEY,
-        aws_secret_access_key=seaweed.SECRET_KEY,
-        region_name="us-east-1",
-    )
-    try:
-        yield S3(server.endpoint, seaweed.WRITER_KEY, seaweed.WRITER_SECRET, client)
-    finally:
-        server.stop()
-
-
 def train(s3: S3, model: Path, interval: int) -> Run:
     """One training in this process."""
     from finetune_trainer.train.run import run  # it imports torch: only whoever trains waits for that
@@ -101,7 +81,7 @@ def train(s3: S3, model: Path, interval: int) -> Run:
 def measure(figures: Figures, pairs: int, say: Callable[[str], None]) -> bool:
     """So many pairs, each in the other order than the one before; one run before them warms caches and is not counted."""
     figures |= {"steps": STEPS, "every_steps": EVERY, "pairs": []}
-    with tempfile.TemporaryDirectory() as folder, store(Path(folder) / "store") as s3:
+    with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder) / "store") as s3:
         model = build_tiny_model(Path(folder) / "tiny")
         expected = train(s3, model, EVERY).adapter
         for number in range(pairs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,10 +75,10 @@ class S3:
         (folder / "AWS_ENDPOINT_URL").write_text(endpoint or self.endpoint)
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+@contextmanager
+def s3_server(folder: Path) -> Iterator[S3]:
     """SeaweedFS. ``access_key`` may read and write everything but is no administrator, so that missing buckets stay missing."""
-    server = seaweed.start_seaweed(tmp_path_factory.mktemp("seaweed"))
+    server = seaweed.start_seaweed(folder)
     client = boto3.client(
         "s3",
         endpoint_url=server.endpoint,
@@ -89,6 +90,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield S3(server.endpoint, seaweed.WRITER_KEY, seaweed.WRITER_SECRET, client)
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A real S3 server."""
+    with s3_server(tmp_path_factory.mktemp("seaweed")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from finetune_api.spec import DataFormat, DataSource, FineTuneJobSpec, PiiPolicy
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.assess import Assessed, Batch, Kept, LeftOut, Recipe, Refused
-from finetune_trainer.prepare.detect import LOOKED_AT, check_columns, detect
-from finetune_trainer.prepare.examples import ALL_FIELDS
+from finetune_trainer.prepare.detect import check_columns, detect, with_format
 from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.problems import LOGGED, Problems, discreet
-from finetune_trainer.prepare.rows import RawRow, read_rows
+from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.prepare.split import copies
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Index, RowWriter
 from finetune_trainer.prepare.workers import BATCH_ROWS, Assessors
@@ -110,23 +108,18 @@ def _batches(
     checked: Checked, spec: FineTuneJobSpec, source: Source, mapping: Mapping[str, str], files: list[DataFile]
 ) -> Iterator[Batch]:
     """A source's rows, some at a time, with the format that the first of them have."""
-    wanted = {mapping.get(name, name) for name in ALL_FIELDS}
-    rows = itertools.chain.from_iterable(read_rows(file, wanted) for file in files)
-    first = list(itertools.islice(rows, LOOKED_AT))
-    fmt = _format(spec, source, mapping, first)
     batch: list[RawRow] = []
-    characters = 0
+    characters, of_batch = 0, None
 
     def done() -> Batch:
         problems = checked.problems
-        return Batch(batch, fmt, mapping, problems.too_many and problems.count > LOGGED)
+        return Batch(batch, of_batch, mapping, problems.too_many and problems.count > LOGGED)
 
-    for raw in itertools.chain(first, rows):
-        if fmt is None and raw.value is not None:
-            if batch:
-                yield done()
-                batch, characters = [], 0
-            fmt = _format(spec, source, mapping, [raw])
+    for raw, fmt in with_format(files, mapping, lambda rows: _format(spec, source, mapping, rows)):
+        if batch and fmt is not of_batch:
+            yield done()
+            batch, characters = [], 0
+        of_batch = fmt
         batch.append(raw)
         characters += _characters(raw.value)
         if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
@@ -137,7 +130,7 @@ def _batches(
 
 
 def _format(
-    spec: FineTuneJobSpec, source: Source, mapping: Mapping[str, str], first: list[RawRow]
+    spec: FineTuneJobSpec, source: Source, mapping: Mapping[str, str], first: Sequence[RawRow]
 ) -> DataFormat | None:
     fmt = detect(source.spec, source.field, mapping, first)
     if fmt is DataFormat.TOKENIZED and spec.data.checks.pii is PiiPolicy.REDACT:

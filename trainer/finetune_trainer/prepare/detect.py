@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 from finetune_api.failures import Reason
 from finetune_api.spec import DataFormat, DataSource
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.examples import ALL_FIELDS, FIELDS
-from finetune_trainer.prepare.rows import RawRow
+from finetune_trainer.prepare.rows import RawRow, read_rows
+from finetune_trainer.sources.data import DataFile
 from finetune_trainer.text import is_utf8
 
 LOOKED_AT = 100
@@ -63,3 +65,21 @@ def detect(
         f"{rows[0].source} has wrong columns: expected {wanted}, found {found}. "
         f"Rename the columns, or map them with {field}.columns, for example {{prompt: question, completion: answer}}.",
     )
+
+
+def with_format(
+    files: Sequence[DataFile], columns: Mapping[str, str], detected: Callable[[Sequence[RawRow]], DataFormat | None]
+) -> Iterator[tuple[RawRow, DataFormat | None]]:
+    """A source's rows, each with the format that the first of them have; None before the first row that can be read.
+
+    Args:
+        detected: :func:`detect` for this source.
+    """
+    wanted = {columns.get(name, name) for name in ALL_FIELDS}
+    rows = chain.from_iterable(read_rows(file, wanted) for file in files)
+    first = list(islice(rows, LOOKED_AT))
+    fmt = detected(first)
+    for raw in chain(first, rows):
+        if fmt is None and raw.value is not None:
+            fmt = detected([raw])
+        yield raw, fmt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,13 +14,13 @@ from finetune_api.results import PreparedPrompt
 from finetune_api.spec import DataFormat, DataSource, FineTuneJobSpec, PiiPolicy
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.detect import LOOKED_AT, Fields, check_columns, detect
-from finetune_trainer.prepare.examples import ALL_FIELDS, FIELDS, Completion, Conversation, to_example
+from finetune_trainer.prepare.detect import Fields, check_columns, detect, with_format
+from finetune_trainer.prepare.examples import FIELDS, Completion, Conversation, to_example
 from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.pii import redacted, redacted_example
 from finetune_trainer.prepare.problems import Problems, RowProblem, discreet
 from finetune_trainer.prepare.prompts import conversation_prompt, text_prompt
-from finetune_trainer.prepare.rows import RawRow, read_rows
+from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.prepare.split import group_of
 from finetune_trainer.prepare.turns import SHAREGPT_ROLES, text_of
 from finetune_trainer.private import without_credentials
@@ -129,14 +128,7 @@ def _rows(
     files = wait_until_available(ctx, lambda: fetch_data(ctx, source, slot, ctx.work_dir / "data" / slot, moved))
     ctx.reporter.report(activity="Checking")
     where = f"{FIELD}[{index}]"
-    wanted = {columns.get(name, name) for name in ALL_FIELDS}
-    rows = itertools.chain.from_iterable(read_rows(file, wanted) for file in files)
-    first = list(itertools.islice(rows, LOOKED_AT))
-    fmt = detect(source, where, columns, first, QUESTION_FIELDS)
-    for raw in itertools.chain(first, rows):
-        if fmt is None and raw.value is not None:
-            fmt = detect(source, where, columns, [raw], QUESTION_FIELDS)
-        yield raw, fmt
+    yield from with_format(files, columns, lambda rows: detect(source, where, columns, rows, QUESTION_FIELDS))
 
 
 def _prompt(
