@@ -1,0 +1,136 @@
+"""``FineTuneJob.spec``: what a user asks for.
+
+Every field here is API. Static defaults stand in the CRD; defaults that depend on other fields (alpha, learning rate,
+micro-batch) stay absent here and are resolved into the run snapshot by :func:`finetune_api.snapshot.resolve_plan`.
+Rules carry their CEL form beside them (``x-kubernetes-validations``), so that the apiserver refuses what pydantic would.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+from finetune_api.base import ApiModel
+from finetune_api.fieldtypes import cel
+from finetune_api.spec.compute import Compute, Queue
+from finetune_api.spec.data import Data
+from finetune_api.spec.evaluation import Evaluation
+from finetune_api.spec.method import Method
+from finetune_api.spec.model import Model
+from finetune_api.spec.objective import Objective
+from finetune_api.spec.output import Output
+from finetune_api.spec.recovery import Recovery
+from finetune_api.spec.runtime import Runtime
+from finetune_api.spec.trackers import Tracker, _each_once
+from finetune_api.spec.training import Training
+
+IMMUTABLE_FIELDS = (
+    "model",
+    "data",
+    "objective",
+    "method",
+    "training",
+    "evaluation",
+    "compute",
+    "queue",
+    "recovery",
+    "runtime",
+    "output",
+    "trackers",
+    "planOnly",
+)
+
+
+OPTIONAL_FIELDS = ("trackers",)
+"""Of those the ones without a default: CEL cannot compare what is absent."""
+
+
+def _immutable(name: str) -> tuple[str, str]:
+    same = f"self.{name} == oldSelf.{name}"
+    if name in OPTIONAL_FIELDS:
+        same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
+    return same, f"{name} is immutable: create a new FineTuneJob instead"
+
+
+class FineTuneJobSpec(ApiModel):
+    """What is to be trained, on what, how, and where the result goes."""
+
+    suspend: bool = Field(
+        False, description="Save a checkpoint, stop and release everything; false again goes on from there."
+    )
+    plan_only: bool = Field(
+        False,
+        description="Check model, data and output and plan the memory, and end there: no GPU is asked for and nothing is stored.",
+    )
+    model: Model
+    data: Data
+    objective: Objective = Field(default_factory=Objective)
+    method: Method = Field(default_factory=Method)
+    training: Training = Field(default_factory=Training)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    compute: Compute = Field(default_factory=Compute)
+    queue: Queue = Field(default_factory=Queue)
+    recovery: Recovery = Field(default_factory=Recovery)
+    runtime: Runtime = Field(default_factory=Runtime)
+    output: Output
+    trackers: Annotated[list[Tracker], Field(min_length=1, max_length=4), AfterValidator(_each_once)] | None = Field(
+        None,
+        description="Experiment trackers that follow the run, at most one of each type.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=2_147_483_647)] | None = Field(
+        None, description="Longest running time (time in a queue or suspended does not count), then the job fails."
+    )
+    pending_timeout_seconds: Annotated[int, Field(ge=1, le=2_147_483_647)] = Field(
+        3600,
+        description="Longest uninterrupted wait for one thing that is missing (Secret, image, endpoint, GPU), then the job fails.",
+    )
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = Field(
+        None,
+        description="The FineTuneJob is deleted so long after it finished; its results stay in the bucket unless output.deletionPolicy is Delete.",
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            *(_immutable(name) for name in IMMUTABLE_FIELDS),
+            (
+                "self.compute.gpusPerNode == 'Auto' || self.compute.gpusPerNode > 0 || self.training.useCpu",
+                "compute.gpusPerNode: 0 needs training.useCpu: true",
+            ),
+            (
+                "!self.method.lora.useDora || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                "method.lora.useDora needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+            ),
+            (
+                "!has(self.method.lora.modulesToSave) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                "method.lora.modulesToSave needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+            ),
+            (
+                "!(self.method.lora.initialization in ['EVA', 'LoftQ']) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                "method.lora.initialization: EVA and LoftQ need the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+            ),
+            (
+                "!has(self.model.initialAdapter) || self.method.lora.initialization == 'Default'",
+                "model.initialAdapter has weights already: leave method.lora.initialization out",
+            ),
+            (
+                "self.compute.gpusPerNode != 'Auto' || !self.training.useCpu",
+                "compute.gpusPerNode: Auto plans for GPUs: set a number with training.useCpu: true",
+            ),
+            (
+                "self.training.parallelism != 'FSDP' || self.training.cpuOffload != 'Never' || self.compute.nodes > 1 || "
+                "self.compute.gpusPerNode == 'Auto' || self.compute.gpusPerNode > 1",
+                "training.parallelism: FSDP needs compute.gpusPerNode of at least 2, several nodes, or training.cpuOffload",
+            ),
+            (
+                "!has(self.recovery.outOfMemory.maxMemory) || has(self.compute.memory)",
+                "recovery.outOfMemory.maxMemory needs compute.memory: that is what grows",
+            ),
+            (
+                "!has(self.recovery.outOfMemory.maxMemory) || !has(self.compute.memory) || "
+                "quantity(self.recovery.outOfMemory.maxMemory).compareTo(quantity(self.compute.memory)) >= 0",
+                "recovery.outOfMemory.maxMemory must not be less than compute.memory",
+            ),
+        )
+    )

@@ -1,0 +1,174 @@
+"""``spec.method``: how the model is adapted."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, model_validator
+
+from finetune_api.base import ApiModel
+from finetune_api.fieldtypes import MODULE_KEYS, Alpha, AlphaMap, ModuleName, Rank, RankMap, cel
+
+LayerIndex = Annotated[int, Field(ge=0, le=9999)]
+
+
+class MethodType(StrEnum):
+    """Fine-tuning methods."""
+
+    LORA = "LoRA"
+    QLORA = "QLoRA"
+    AUTO = "Auto"
+
+
+class LoraBias(StrEnum):
+    """Which biases are trained (peft's ``bias``)."""
+
+    NONE = "None"
+    ALL = "All"
+    LORA_ONLY = "LoRAOnly"
+
+
+class LoraInitialization(StrEnum):
+    """What the update matrices begin as (peft's ``init_lora_weights``). All but LoftQ begin with an update of nothing."""
+
+    DEFAULT = "Default"
+    GAUSSIAN = "Gaussian"
+    ORTHOGONAL = "Orthogonal"
+    EVA = "EVA"
+    LOFTQ = "LoftQ"
+
+
+class Lora(ApiModel):
+    """Low-rank adaptation (Hu et al., 2021). Defaults follow common practice: rank 16, alpha = 2 × rank, all linear layers."""
+
+    rank: Rank = Field(16, description="Rank r of the update matrices.")
+    alpha: Alpha | None = Field(None, description="Scaling numerator; the default is 2 × rank.")
+    rank_pattern: RankMap | None = Field(
+        None,
+        description=(
+            "Ranks of single modules, by the end of their names (down_proj, layers.0.self_attn.q_proj; the most specific counts). Without "
+            "alpha and alphaPattern their alpha is twice their rank, too."
+        ),
+        json_schema_extra=MODULE_KEYS,
+    )
+    alpha_pattern: AlphaMap | None = Field(
+        None, description="Alphas of single modules, named as in rankPattern.", json_schema_extra=MODULE_KEYS
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="Dropout probability on the adapter's input."
+    )
+    bias: LoraBias = Field(LoraBias.NONE)
+    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = Field(
+        default=["all-linear"],
+        description="Names of the linear layers to adapt, or all-linear. A name that matches nothing fails the job before a GPU is used.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    exclude_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] | None = Field(
+        None,
+        description="Names of layers that targetModules names and that are left as they are.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    layers_to_transform: Annotated[list[LayerIndex], Field(min_length=1, max_length=256)] | None = Field(
+        None,
+        description="Indices of the decoder layers that are adapted, from 0; the default is all of them.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    modules_to_save: Annotated[list[ModuleName], Field(min_length=1, max_length=8)] | None = Field(
+        None,
+        description=(
+            "Modules that are trained whole and stored with the adapter, such as embed_tokens and lm_head: for languages and tokens that the "
+            "base hardly knows. 16 bytes of GPU memory a weight with AdamW. Needs the whole base model on each GPU; vLLM serves such "
+            "adapters merged only."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    use_dora: bool = Field(
+        False,
+        description=(
+            "Train the magnitude of each output beside its direction (DoRA, Liu et al., 2024): better at low ranks, slower, and more memory. "
+            "Needs the whole base model on each GPU."
+        ),
+    )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1000)] | None = Field(
+        None,
+        alias="loraPlusLRRatio",
+        description=(
+            "LoRA+ (Hayou et al., 2024): the matrices B learn so many times as fast as the matrices A, whose rate is "
+            "training.optimizer.learningRate; 16 is usual, with a lower learningRate."
+        ),
+    )
+    initialization: LoraInitialization = Field(
+        LoraInitialization.DEFAULT,
+        description=(
+            "Default: A uniform (Kaiming), B zero. Gaussian, Orthogonal: A drawn so. EVA: A from the directions in which the layers' inputs vary most, "
+            "by a pass over the first training rows (Paischer et al., 2024). LoftQ: what 4 bits leave of the weights, as far as the rank goes "
+            "(Li et al., 2023; QLoRA only)."
+        ),
+    )
+    use_rslora: bool = Field(
+        False, description="Scale updates by alpha / √rank instead of alpha / rank (Kalajdzievski, 2023)."
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "!self.targetModules.exists(m, m == 'all-linear') || size(self.targetModules) == 1",
+                "all-linear already names every linear layer; list it alone or list module names",
+            ),
+            (
+                "!self.useDora || !(self.initialization in ['Orthogonal', 'LoftQ'])",
+                "useDora measures the weights before they are initialized so: leave initialization: Orthogonal and LoftQ out",
+            ),
+        )
+    )
+
+
+class QuantizationType(StrEnum):
+    """4-bit data types of bitsandbytes."""
+
+    NF4 = "NF4"
+    FP4 = "FP4"
+
+
+class Quantization(ApiModel):
+    """How QLoRA holds the frozen base (Dettmers et al., 2023)."""
+
+    type: QuantizationType = Field(QuantizationType.NF4)
+    double_quantization: bool = Field(
+        True, description="Quantize the quantization constants too (0.4 bit per parameter less)."
+    )
+
+
+_BIAS_MESSAGE = (
+    "QLoRA cannot train biases, and Auto may choose it: bitsandbytes holds those of quantized layers in 16 bit, where small updates "
+    "are lost; set lora.bias: None, or type: LoRA"
+)
+
+
+class Method(ApiModel):
+    """How the model is adapted."""
+
+    type: MethodType = Field(
+        MethodType.LORA,
+        description="LoRA keeps the base in 16 bit; QLoRA in 4 bit. Auto is LoRA if that fits the GPU, otherwise QLoRA.",
+    )
+    lora: Lora = Field(default_factory=Lora)
+    quantization: Quantization = Field(default_factory=Quantization, description="Used by QLoRA.")
+
+    # bitsandbytes casts the biases of quantized layers to the compute dtype in the first forward pass (Linear4bit.forward).
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("self.type == 'LoRA' || self.lora.bias == 'None'", _BIAS_MESSAGE),
+            (
+                "self.type == 'QLoRA' || self.lora.initialization != 'LoftQ'",
+                "lora.initialization: LoftQ makes good for quantization: it needs type: QLoRA",
+            ),
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _no_biases_in_16_bit(self) -> Method:
+        if self.type is not MethodType.LORA and self.lora.bias is not LoraBias.NONE:
+            raise ValueError(_BIAS_MESSAGE)
+        return self

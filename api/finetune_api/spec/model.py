@@ -1,0 +1,78 @@
+"""``spec.model``: the base model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, StringConstraints
+
+from finetune_api.base import ApiModel
+from finetune_api.fieldtypes import Name, cel
+from finetune_api.spec.references import RemoteSource
+from finetune_api.uris import MODEL_URI_PATTERN
+
+
+class ModelCache(ApiModel):
+    """A volume on which jobs share base models."""
+
+    claim_name: Name = Field(
+        description=(
+            "PersistentVolumeClaim in the same namespace, of access mode ReadWriteMany, or of another one where all jobs run on one node. "
+            "Models that were not used for the longest time leave it when there is no room."
+        )
+    )
+
+
+class InitialAdapter(RemoteSource):
+    """A LoRA adapter of peft's (adapter_config.json, adapter_model.safetensors) that training goes on from."""
+
+    uri: Annotated[str, StringConstraints(pattern=MODEL_URI_PATTERN, max_length=2048)] = Field(
+        description=(
+            "hf://org/name, s3://bucket/prefix or pvc://claim/path of the adapter's folder, such as the adapter/ of another job's output."
+        )
+    )
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="Branch, tag or commit (hf:// only)."
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("!has(self.revision) || self.uri.startsWith('hf://')", "revision applies to hf:// adapters only"),
+        )
+    )
+
+
+class Model(RemoteSource):
+    """The base model."""
+
+    uri: Annotated[str, StringConstraints(pattern=MODEL_URI_PATTERN, max_length=2048)] = Field(
+        description="hf://org/name, s3://bucket/prefix or pvc://claim/path of a Hugging Face model folder."
+    )
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="Branch, tag or commit (hf:// only). The commit it resolves to is recorded in status."
+    )
+    initial_adapter: InitialAdapter | None = Field(
+        None,
+        description=(
+            "Train on from this adapter's weights instead of fresh ones. Rank, alpha, modules and variant are the adapter's; of method.lora "
+            "only dropout and loraPlusLRRatio apply."
+        ),
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model repository ships.")
+    cache: ModelCache | None = Field(
+        None,
+        description=(
+            "Where the base model is kept between jobs (hf:// and s3://). The prepare stage fetches it, before a GPU is asked for, and the "
+            "later stages use it where it lies."
+        ),
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("!has(self.revision) || self.uri.startsWith('hf://')", "revision applies to hf:// models only"),
+            (
+                "!has(self.cache) || !self.uri.startsWith('pvc://')",
+                "a pvc:// model is used where it lies: cache applies to others",
+            ),
+        )
+    )

@@ -1,0 +1,159 @@
+"""``spec.training``: the optimization."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, model_validator
+
+from finetune_api.base import ApiModel
+from finetune_api.fieldtypes import cel, exactly_one
+from finetune_api.optimizers import OptimizerName
+
+
+class Length(ApiModel):
+    """How long to train: passes over the data, or optimizer steps."""
+
+    epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+
+    model_config = ConfigDict(json_schema_extra=cel(exactly_one("epochs", "steps")))
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Length:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("exactly one of epochs, steps must be set")
+        return self
+
+
+class Warmup(ApiModel):
+    """Learning-rate warm-up, as a share of the steps or as a number of steps."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    steps: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+
+    model_config = ConfigDict(json_schema_extra=cel(exactly_one("fraction", "steps")))
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Warmup:
+        if (self.fraction is None) == (self.steps is None):
+            raise ValueError("exactly one of fraction, steps must be set")
+        return self
+
+
+class Optimizer(ApiModel):
+    """The optimizer, by transformers' own name (``TrainingArguments.optim``)."""
+
+    name: OptimizerName = Field(OptimizerName.ADAMW_TORCH_FUSED)
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="Peak learning rate; the default is 2e-4."
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1.0, description="Gradient clipping norm; 0 switches it off."
+    )
+
+
+class Scheduler(StrEnum):
+    """Learning-rate schedules, all after the warm-up. CosineWithMinLR ends at a tenth of the peak; WarmupStableDecay is constant and
+    falls to zero over the last tenth of the steps."""
+
+    COSINE = "Cosine"
+    COSINE_WITH_MIN_LR = "CosineWithMinLR"
+    LINEAR = "Linear"
+    CONSTANT = "Constant"
+    INVERSE_SQRT = "InverseSqrt"
+    WARMUP_STABLE_DECAY = "WarmupStableDecay"
+
+
+class Parallelism(StrEnum):
+    """How several GPUs share the work."""
+
+    AUTO = "Auto"
+    DDP = "DDP"
+    FSDP = "FSDP"
+
+
+class CpuOffload(StrEnum):
+    """When the frozen base model lies in host memory, from where layers come to the GPU one at a time."""
+
+    NEVER = "Never"
+    IF_NEEDED = "IfNeeded"
+    ALWAYS = "Always"
+
+
+class Training(ApiModel):
+    """The optimization. Batch sizes are global, in sequences, whatever the number of GPUs."""
+
+    length: Length = Field(default=Length(epochs=3.0))
+    global_batch_sequences: Annotated[int, Field(ge=1, le=65536)] = Field(
+        16, description="Sequences per optimizer step, over all GPUs and accumulation steps."
+    )
+    micro_batch_sequences: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None,
+        description="Sequences per forward pass on one GPU. It changes speed and memory, never the result. Chosen when absent.",
+    )
+    max_sequence_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = Field(
+        2048, description="Longest sequence trained on, in tokens."
+    )
+    packing: bool = Field(
+        False,
+        description=(
+            "Lay several rows end to end in one sequence, as long as the longest row at most: less padding and fewer forward passes where rows "
+            "are of unlike length. Rows do not see each other (tried on the model before training; one that mixes them is trained unpacked, "
+            "with a warning), and a step has the same rows: the result is the same but for rounding and dropout."
+        ),
+    )
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    scheduler: Scheduler = Field(
+        Scheduler.COSINE,
+        description=(
+            "Learning rate after the warm-up. CosineWithMinLR ends at a tenth of the peak; WarmupStableDecay is constant and falls to zero over "
+            "the last tenth of the steps."
+        ),
+    )
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None,
+        description="Noise on the embeddings while training (NEFTune, Jain et al., 2023); 5 to 15 are usual. Evaluation has none.",
+    )
+    warmup: Warmup = Field(default=Warmup(fraction=0.03))
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass: less memory, about 30 % slower."
+    )
+    parallelism: Parallelism = Field(
+        Parallelism.AUTO,
+        description=(
+            "With several GPUs: DDP keeps the whole base model on each, FSDP a part of it, layer by layer; the adapter is whole on each. "
+            "Auto takes DDP if that fits (or nothing is known of the GPU), otherwise FSDP."
+        ),
+    )
+    cpu_offload: CpuOffload = Field(
+        CpuOffload.NEVER,
+        description=(
+            "Keep the frozen base model in the training pod's host memory and copy it to the GPU a layer at a time, twice a micro-batch: it "
+            "fits small GPUs, and takes several times as long. IfNeeded does so if nothing else fits by the memory plan."
+        ),
+    )
+    seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
+    use_cpu: bool = Field(
+        False,
+        description="Train on the CPU, whatever GPUs are asked for. Without it a container that finds no GPU fails.",
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "!has(self.microBatchSequences) || self.microBatchSequences <= self.globalBatchSequences",
+                "microBatchSequences must not exceed globalBatchSequences",
+            ),
+            (
+                "!has(self.neftuneNoiseAlpha) || !self.packing",
+                "neftuneNoiseAlpha depends on how long sequences are, which packing changes: leave one of them out",
+            ),
+            (
+                "self.cpuOffload == 'Never' || self.parallelism != 'DDP'",
+                "cpuOffload leaves no whole copy of the model on a GPU, as parallelism: DDP asks for: set parallelism: Auto",
+            ),
+        )
+    )
