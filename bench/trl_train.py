@@ -103,12 +103,13 @@ def load_base(job: dict[str, Any]) -> Any:
 
 def held_out_loss(job: dict[str, Any]) -> float:
     """Σ NLL / Σ learned tokens of the saved adapter on a fresh base, by the train stage's own measure."""
+    from finetune_api.spec import Training
     from finetune_trainer.train.device import pick_compute
     from finetune_trainer.train.evaluate import held_out_loss as measure
     from finetune_trainer.train.rows import read_rows
 
     tuned = PeftModel.from_pretrained(load_base(job), job["folder"] + "/adapter").get_base_model()
-    return measure(tuned, read_rows(Path(job["held_out"])), 0, pick_compute(use_cpu=True)).loss
+    return measure(tuned, read_rows(Path(job["held_out"])), 0, pick_compute(Training(use_cpu=True))).loss
 
 
 if __name__ == "__main__":

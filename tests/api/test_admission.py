@@ -65,6 +65,7 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("names of target modules", {"method": {"lora": {"targetModules": ["q_proj", "v_proj"]}}}),
     ("QLoRA without double quantization", {"method": {"type": "QLoRA", "quantization": {"doubleQuantization": False}}}),
     ("no GPU on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 0}}),
+    ("float32 on the CPU", {"training": {"useCpu": True, "computeDtype": "float32"}}),
     ("a GPU asked for on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 1}}),
     (
         "labels, annotations and a node selector as Kubernetes takes them",
@@ -168,6 +169,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a cache for a model that lies on a volume", {"model": {"uri": "pvc://models/llama", "cache": {"claimName": "models"}}}, "cache applies to others"),
     ("no node", {"compute": {"nodes": 0}}, "spec.compute.nodes"),
     ("half a GPU", {"compute": {"gpusPerNode": 0.5}}, "spec.compute.gpusPerNode"),
+    ("float16 on the CPU", {"training": {"useCpu": True, "computeDtype": "float16"}}, "computeDtype: float16 needs a GPU"),
+    ("float32 on a GPU", {"training": {"computeDtype": "float32"}}, "computeDtype: float32 is for training.useCpu"),
     ("GPUs by plan for a run on the CPU", {"compute": {"gpusPerNode": "Auto"}, "training": {"useCpu": True}}, "gpusPerNode: Auto plans for GPUs"),
     ("shards on one GPU", {"training": {"parallelism": "FSDP"}}, "FSDP needs compute.gpusPerNode of at least 2"),
     ("whole copies on GPUs from host memory", {"training": {"parallelism": "DDP", "cpuOffload": "Always"}}, "cpuOffload leaves no whole copy"),

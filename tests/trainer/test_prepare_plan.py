@@ -256,6 +256,14 @@ def test_what_cannot_fit_is_refused_with_how_much_is_missing_and_what_would_fit(
     assert planned(compute=gpu("Tesla-T4", memory="80Gi")) is not None, "what is declared counts"
 
 
+def test_a_type_that_a_gpu_has_not_is_refused() -> None:
+    asked = {"computeDtype": "bfloat16"}
+    with pytest.raises(StageError, match="computeDtype: bfloat16: Tesla T4 multiplies float16 only") as refused:
+        planned(method={"type": "QLoRA"}, compute=gpu("Tesla-T4"), training=asked)
+    assert refused.value.reason is Reason.INVALID_CONFIG
+    assert planned(method={"type": "QLoRA"}, compute=gpu("NVIDIA-A10G"), training=asked) is not None
+
+
 def on_nodes(*products: str, memory_mib: int | None = None) -> list[NodeGpu]:
     return [NodeGpu(product=product, memory_mib=memory_mib, nodes=1) for product in products]
 

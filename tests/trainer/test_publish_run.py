@@ -33,6 +33,7 @@ from finetune_api.results import (
 )
 from finetune_api.scores import JudgeVerdict
 from finetune_api.snapshot import Snapshot
+from finetune_api.spec import Training
 from finetune_trainer.errors import StageError
 from finetune_trainer.private import without_credentials
 from finetune_trainer.publish import run as publish
@@ -121,7 +122,7 @@ def test_the_merged_model_answers_as_base_and_adapter_do(published: PreparedJob,
     assert not hasattr(merged.config, "quantization_config")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prompts = inputs.PROMPTS.validate_json(published.context().workspace_store().get_bytes("prepare/prompts.json"))
-    compute = pick_compute(use_cpu=True)  # as in training
+    compute = pick_compute(Training(use_cpu=True))  # as in training
     answers = evaluate.greedy_answers(merged.to(compute.dtype), [p.input_ids for p in prompts], tokenizer, compute, 8)
     assert answers == [a["tuned"] for a in json.loads(store.get_bytes("reports/answers.json"))]
     assert tokenizer.chat_template

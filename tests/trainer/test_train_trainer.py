@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
+from finetune_api.spec import ComputeDtype, Training
 from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.shapes import count_parameters
@@ -311,14 +312,26 @@ def test_a_missing_gpu_is_an_error_that_says_what_was_found(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "void")
     with pytest.raises(StageError, match=r"sees no GPU.*NVIDIA_VISIBLE_DEVICES.*void") as caught:
-        device.pick_compute(use_cpu=False)
+        device.pick_compute(Training())
     assert caught.value.reason is Reason.NO_GPU
 
 
 def test_the_cpu_is_used_when_asked_for_even_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    compute = device.pick_compute(use_cpu=True)
+    compute = device.pick_compute(Training(use_cpu=True))
     assert (compute.device.type, compute.dtype) == ("cpu", device.cpu_dtype())
+
+
+def test_the_type_that_is_asked_for_counts() -> None:
+    asked = (
+        Training(use_cpu=True, compute_dtype=ComputeDtype.BFLOAT16),
+        Training(use_cpu=True, compute_dtype=ComputeDtype.FLOAT32),
+    )
+    assert [device.pick_compute(training).dtype for training in asked] == [torch.bfloat16, torch.float32]
+    assert device.gpu_dtype(ComputeDtype.FLOAT16, True, "an A10G") is torch.float16
+    assert device.gpu_dtype(ComputeDtype.AUTO, False, "a T4") is torch.float16
+    with pytest.raises(StageError, match=r"computeDtype: bfloat16: a T4 multiplies float16 only"):
+        device.gpu_dtype(ComputeDtype.BFLOAT16, False, "a T4")
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -37,7 +37,16 @@ from finetune_api.spec.recovery import (
 from finetune_api.spec.references import LocalObjectReference, RemoteSource
 from finetune_api.spec.runtime import EnvVar, Runtime, Toleration
 from finetune_api.spec.trackers import TRACKER_RULES, Tracker, TrackerType
-from finetune_api.spec.training import CpuOffload, Length, Optimizer, Parallelism, Scheduler, Training, Warmup
+from finetune_api.spec.training import (
+    ComputeDtype,
+    CpuOffload,
+    Length,
+    Optimizer,
+    Parallelism,
+    Scheduler,
+    Training,
+    Warmup,
+)
 
 __all__ = [
     "IMMUTABLE_FIELDS",
@@ -48,6 +57,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointInterval",
     "Compute",
+    "ComputeDtype",
     "CpuOffload",
     "Data",
     "DataChecks",

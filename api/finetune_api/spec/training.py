@@ -83,6 +83,28 @@ class CpuOffload(StrEnum):
     ALWAYS = "Always"
 
 
+class ComputeDtype(StrEnum):
+    """Element types of the base model's weights while training, and of the products with them."""
+
+    AUTO = "Auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+NO_BFLOAT16 = "training.computeDtype: bfloat16: {} multiplies float16 only. Leave it out, or set float16."
+COMPUTE_DTYPE_RULES = (
+    (
+        "self.computeDtype != 'float16' || !self.useCpu",
+        "computeDtype: float16 needs a GPU, for its loss scaling: leave it out, or set bfloat16 or float32",
+    ),
+    (
+        "self.computeDtype != 'float32' || self.useCpu",
+        "computeDtype: float32 is for training.useCpu: on a GPU it takes twice the memory, and what is trained is float32 anyway",
+    ),
+)
+
+
 class Training(ApiModel):
     """The optimization. Batch sizes are global, in sequences, whatever the number of GPUs."""
 
@@ -135,6 +157,13 @@ class Training(ApiModel):
             "fits small GPUs, and takes several times as long. IfNeeded does so if nothing else fits by the memory plan."
         ),
     )
+    compute_dtype: ComputeDtype = Field(
+        ComputeDtype.AUTO,
+        description=(
+            "Type of the frozen base's weights (for QLoRA: of the products with them) and of activations; what is trained is always float32. "
+            "Auto is bfloat16 where the device multiplies it fast, otherwise float16 with loss scaling on a GPU and float32 on a CPU."
+        ),
+    )
     seed: Annotated[int, Field(ge=0, le=4_294_967_295)] = 42
     use_cpu: bool = Field(
         False,
@@ -155,5 +184,13 @@ class Training(ApiModel):
                 "self.cpuOffload == 'Never' || self.parallelism != 'DDP'",
                 "cpuOffload leaves no whole copy of the model on a GPU, as parallelism: DDP asks for: set parallelism: Auto",
             ),
+            *COMPUTE_DTYPE_RULES,
         )
     )
+
+    @model_validator(mode="after")
+    def _a_type_for_the_device(self) -> Training:
+        wrong = {ComputeDtype.FLOAT16: self.use_cpu, ComputeDtype.FLOAT32: not self.use_cpu}
+        if wrong.get(self.compute_dtype):
+            raise ValueError(next(words for rule, words in COMPUTE_DTYPE_RULES if f"'{self.compute_dtype}'" in rule))
+        return self

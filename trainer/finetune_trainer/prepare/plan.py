@@ -36,7 +36,8 @@ from finetune_api.progress import Split
 from finetune_api.quantity import parse_quantity
 from finetune_api.results import DataSummary, RunPlan
 from finetune_api.snapshot import NodeGpu, largest_divisor, rank_count
-from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, MethodType, Parallelism
+from finetune_api.spec import MOST_GPUS_PER_NODE, ComputeDtype, CpuOffload, FineTuneJobSpec, MethodType, Parallelism
+from finetune_api.spec.training import NO_BFLOAT16
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.model import BaseModel
 
@@ -100,7 +101,7 @@ def candidates_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) ->
     """What is declared counts, then the product that is asked for, then what nodes tell.
 
     Raises:
-        StageError: InvalidConfig, where Auto needs to know and nothing is known.
+        StageError: InvalidConfig, where Auto needs to know and nothing is known, and for GPUs without the type that is asked for.
     """
     asked = spec.compute.gpu
     nodes = {gpu.product: None if gpu.shared else gpu.memory_mib for gpu in node_gpus or []}
@@ -116,6 +117,8 @@ def candidates_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) ->
         kinds = [labelled_gpu(product, memory) for product, memory in nodes.items() if product not in shared]
         gpus = [gpu for gpu in kinds if gpu is not None]
         found = Candidates(gpus, named=False, others=len(gpus) < len(nodes))
+    if spec.training.compute_dtype is ComputeDtype.BFLOAT16 and found.gpus and not any(g.bfloat16 for g in found.gpus):
+        raise StageError(Reason.INVALID_CONFIG, NO_BFLOAT16.format(names(found.gpus)))
     automatic = left_to_the_plan(spec)
     if not found.gpus and automatic:
         raise StageError(Reason.INVALID_CONFIG, f"{automatic}: {_nothing_known(asked.product, node_gpus)}")

@@ -10,8 +10,16 @@ from pathlib import Path
 import torch
 
 from finetune_api.failures import Reason
+from finetune_api.spec import ComputeDtype, Training
+from finetune_api.spec.training import NO_BFLOAT16
 from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
+
+DTYPES = {
+    ComputeDtype.BFLOAT16: torch.bfloat16,
+    ComputeDtype.FLOAT16: torch.float16,
+    ComputeDtype.FLOAT32: torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -31,22 +39,35 @@ class Compute:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
 
-def pick_compute(use_cpu: bool) -> Compute:
-    """The CPU if asked for, otherwise the first GPU.
-
-    A GPU without bfloat16 (before Ampere) gets float16 with loss scaling.
+def pick_compute(training: Training) -> Compute:
+    """The CPU if asked for, otherwise the first GPU, and the type that is asked for or suits it.
 
     Raises:
-        StageError: NoGPU.
+        StageError: NoGPU; InvalidConfig, for a GPU that lacks the type.
     """
-    if use_cpu:
+    asked = training.compute_dtype
+    if training.use_cpu:
         use_all_cpus()
-        return Compute(torch.device("cpu"), cpu_dtype(), f"cpu ({torch.get_num_threads()} threads)")
+        dtype = cpu_dtype() if asked is ComputeDtype.AUTO else DTYPES[asked]
+        return Compute(torch.device("cpu"), dtype, f"cpu ({torch.get_num_threads()} threads)")
     if not torch.cuda.is_available():
         raise StageError(Reason.NO_GPU, f"the training container sees no GPU: {what_was_found()}.")
     torch.cuda.set_device(0)
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return Compute(torch.device("cuda", 0), dtype, torch.cuda.get_device_name(0))
+    name, has_bfloat16 = torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False)
+    return Compute(torch.device("cuda", 0), gpu_dtype(asked, has_bfloat16, name), name)
+
+
+def gpu_dtype(asked: ComputeDtype, has_bfloat16: bool, gpu: str) -> torch.dtype:
+    """As asked for. Auto: a GPU without bfloat16 (before Ampere) gets float16 with loss scaling.
+
+    Raises:
+        StageError: InvalidConfig.
+    """
+    if asked is ComputeDtype.AUTO:
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if asked is ComputeDtype.BFLOAT16 and not has_bfloat16:
+        raise StageError(Reason.INVALID_CONFIG, NO_BFLOAT16.format(gpu))
+    return DTYPES[asked]
 
 
 def cpu_dtype() -> torch.dtype:

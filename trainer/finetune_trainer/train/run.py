@@ -97,7 +97,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     snapshot = chosen(ctx.snapshot, prepared.result)
     output, workspace = ctx.output_store(), ctx.workspace_store()
     owner = Owner(workspace, ctx.execution_id, began)
-    compute = pick_compute(spec.training.use_cpu)
+    compute = pick_compute(spec.training)
 
     begin(ctx, "Loading")
     rows, held_out = read_rows(prepared.train), read_rows(prepared.held_out)
@@ -297,7 +297,7 @@ def begin_execution(ctx: StageContext) -> int | TrainResult:
     claimed.touch()
     for store in (output, workspace):
         patiently(ctx, store.abort_orphans)
-    compute = pick_compute(ctx.snapshot.spec.training.use_cpu)
+    compute = pick_compute(ctx.snapshot.spec.training)
     log.info("computing on %s in %s", compute.name, compute.dtype)
     return owner.number
 
