@@ -33,7 +33,7 @@ from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
 from finetune_api.scores import JudgeVerdict, TextMetrics
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import CpuOffload, Lora, MethodType, Parallelism, TrackerType
+from finetune_api.spec import Lora, MethodType, TrackerType
 
 IGNORED = -100
 """Label of a token that is not learned, in ``prepare/*.parquet``: PyTorch's cross entropy skips it."""
@@ -247,20 +247,6 @@ def chosen(snapshot: Snapshot, prepared: PrepareResult) -> Snapshot:
     if prepared.initial_adapter is not None:
         snapshot = snapshot.with_lora(prepared.initial_adapter.lora)
     return snapshot.resolved(prepared.plan.method if prepared.plan is not None else None)
-
-
-def is_sharded(snapshot: Snapshot, prepared: PrepareResult) -> bool:
-    """Whether the ranks share the base out: by plan, or where nothing was planned because the spec says so."""
-    if prepared.plan is not None:
-        return prepared.plan.layout is Layout.FSDP
-    return snapshot.spec.training.parallelism is Parallelism.FSDP
-
-
-def is_offloaded(snapshot: Snapshot, prepared: PrepareResult) -> bool:
-    """Whether the base, or a rank's part of it, lies in host memory, decided likewise."""
-    if prepared.plan is not None:
-        return prepared.plan.layout is Layout.CPU_OFFLOAD
-    return snapshot.spec.training.cpu_offload is CpuOffload.ALWAYS
 
 
 class Verification(ApiModel):

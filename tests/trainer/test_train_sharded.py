@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from finetune_api.answering import GATHERED_PROMPTS
 from finetune_api.failures import FAILURES, Reason
 from finetune_trainer.errors import StageError
 from finetune_trainer.train import model, sharded
@@ -63,7 +64,13 @@ def test_four_ranks_with_a_quarter_each_train_as_one_process_does(s3: Any, tiny_
     method = {"type": "QLoRA", "lora": {"rank": 4, "dropout": 0.0}}
     training = {**SPEC["training"], "length": {"steps": 4}}
     alone = prepare_job(
-        s3, tmp_path / "one", tiny_model, method=method, training=training, evaluation={"generation": {"prompts": 1}}
+        s3,
+        tmp_path / "one",
+        tiny_model,
+        held_out_rows=10,
+        method=method,
+        training=training,
+        evaluation={"generation": {"prompts": 1}},
     )
     train.run(alone.context())
     shards = prepare_job(
@@ -73,13 +80,16 @@ def test_four_ranks_with_a_quarter_each_train_as_one_process_does(s3: Any, tiny_
         method=method,
         training={**training, "parallelism": "FSDP"},
         compute={"gpusPerNode": 4},
-        evaluation={"generation": {"prompts": 1}},
+        held_out_rows=10,
+        prompts=10,
+        evaluation={"generation": {"prompts": 10, "maxNewTokens": 2}},
     )
     pod = pod_of(shards)
     assert pod.start().wait() == 0, pod.log
     assert len(curve(shards)) == 4
     assert curve(shards) == pytest.approx(curve(alone), rel=ROUNDING)
     assert result(shards).metrics.held_out_loss == pytest.approx(result(alone).metrics.held_out_loss, rel=ROUNDING)
+    assert len(answers(shards)) == GATHERED_PROMPTS, "each token of an answer gathers the whole base"
 
 
 def as_whole_copies(

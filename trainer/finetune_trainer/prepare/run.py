@@ -14,6 +14,7 @@ from typing import TypeVar
 import httpx
 from pydantic import ValidationError
 
+from finetune_api.answering import capped
 from finetune_api.failures import Reason
 from finetune_api.results import (
     PREPARE_RESULT,
@@ -150,7 +151,8 @@ def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS, with_plan: bool
     if with_plan:
         planned = plan_run(snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
     steps = total_steps(ctx.snapshot.spec, prepared.data.train_rows)
-    return Examined(model, prepared, planned, steps, model.warnings + prepared.warnings)
+    warnings = model.warnings + prepared.warnings + (capped(snapshot.spec, planned) if with_plan else [])
+    return Examined(model, prepared, planned, steps, warnings)
 
 
 def check_judge(judge: Judge | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from finetune_api.answering import answer_limits, is_offloaded, is_sharded
 from finetune_api.base import ApiModel
 from finetune_api.failures import GPU_PATIENCE_SECONDS
 from finetune_api.progress import Split
@@ -28,8 +29,6 @@ from finetune_api.results import (
     TrainReport,
     TrainResult,
     chosen,
-    is_offloaded,
-    is_sharded,
 )
 from finetune_api.snapshot import Snapshot
 from finetune_trainer import heartbeat, memory
@@ -106,15 +105,16 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     used = verify.check_tokenizer_files(tokenizer, base_files.files, prepared.result)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     pad_id = evaluate.pad_token_id(tokenizer)
-    offloaded = is_offloaded(snapshot, prepared.result)
-    sharded = offloaded or (ranks.size > 1 and is_sharded(snapshot, prepared.result))
+    offloaded = is_offloaded(spec, prepared.result.plan)
+    sharded = offloaded or (ranks.size > 1 and is_sharded(spec, prepared.result.plan))
     ranks = replace(ranks, sharded=sharded, offloaded=offloaded)
     base, quantized = load(base_files.folder, snapshot, compute, ranks)
-    asked = [p for p in prepared.prompts if p.answered][: spec.evaluation.generation.prompts]
+    limits = answer_limits(spec, gathered=ranks.sharded)
+    asked = [p for p in prepared.prompts if p.answered][: limits.prompts]
     answering = Answering(
         [p.input_ids for p in asked],
         compute,
-        spec.evaluation.generation.max_new_tokens,
+        limits.new_tokens,
         spec.training.max_sequence_tokens,
         split.evaluation_divisor,
         ranks.agreed if ranks.sharded else None,
