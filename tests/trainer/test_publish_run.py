@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.failures import Reason
@@ -38,7 +40,9 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.private import without_credentials
 from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap
+from finetune_trainer.publish.facts import cost_facts, data_facts, method_facts
 from finetune_trainer.publish.report import html_report
+from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.publish.scores import publish_scores, score_rows
 from finetune_trainer.publish.text_metrics import text_metrics
 from finetune_trainer.train import evaluate, inputs, model
@@ -142,6 +146,89 @@ def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(publis
     trained = published.context().workspace_store().get_model(TRAIN_RESULT, TrainResult)
     bare = html_report(published.snapshot, manifest, trained, b"", b"[]", b"[]")
     assert "<svg" not in bare, "and a run without a single finite number has a page, too"
+
+
+def test_page_and_card_tell_the_same_facts(published: PreparedJob) -> None:
+    store = published.context(Stage.PUBLISH).output_store()
+    workspace = published.context().workspace_store()
+    trained, prepared = (
+        workspace.get_model(TRAIN_RESULT, TrainResult),
+        workspace.get_model(PREPARE_RESULT, PrepareResult),
+    )
+    method = published.snapshot.plan.method
+    facts = [
+        *method_facts(published.snapshot, method, prepared.plan, trained),
+        *data_facts(published.snapshot, prepared.data),
+        *cost_facts(prepared.plan, trained),
+    ]
+    page, card = (store.get_bytes(f).decode() for f in ("reports/index.html", "adapter/README.md"))
+    for name, value in facts:
+        assert f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" in page
+        assert f"| {name} | {value} |\n" in card
+    values = dict(facts)
+    assert values["base weights"] == ("4 bit NF4, double quantization" if method.quantization else trained.base_dtype)
+    assert values["rows"].startswith(f"{prepared.data.rows:,}: {prepared.data.train_rows:,} trained on")
+    assert "95 %" in values["row lengths"]
+    assert f"{trained.metrics.tokens_per_second:,.0f} tokens/s" in values["device"]
+
+
+def test_the_page_has_every_section_and_needs_nothing_else(published: PreparedJob) -> None:
+    store, manifest = published.context(Stage.PUBLISH).output_store(), manifest_of(published)
+    page = store.get_bytes("reports/index.html").decode()
+    sections = [
+        "Loss",
+        "Learning rate",
+        "Base and tuned, side by side",
+        "Verified",
+        "Data",
+        "Method",
+    ]
+    for section in [*sections, "Memory and time", "Lineage"]:
+        assert f"<h2>{section}" in page
+    for stage in ("train", "publish"):
+        assert f"<tr><th>{stage}</th><td>" in page, "how long it took"
+    assert "The specification" in page
+    assert f"&#34;uri&#34;: &#34;{published.snapshot.spec.model.uri}&#34;" in page, "what was asked"
+    assert manifest.snapshot_digest in page
+    assert all(f"{name} {version}" in page for name, version in manifest.versions.items())
+    assert "default-src 'none'" in page, "a browser loads nothing from elsewhere"
+    assert not re.findall(r"<(?:script|link|img|iframe)|url\(|@import", page)
+
+
+def test_the_layouts_that_inference_servers_expect(published: PreparedJob, s3: Any, tmp_path: Path) -> None:
+    """vLLM, TGI and Ollama read a folder of the Hub's layout: architectures, type, eos and chat template; shards under the Hub's names, of
+    torch's format; for the adapter vLLM asks for peft's LoRA type, its rank, and halves of nothing but linear layers."""
+    key = published.context(Stage.PUBLISH).output_store().location.key
+    for folder in ("merged", "adapter"):
+        s3.get_dir(published.bucket, f"{key}/{folder}", tmp_path / folder)
+    merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+    config, generation = (json.loads((merged / f).read_text()) for f in ("config.json", "generation_config.json"))
+    assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    assert "quantization_config" not in config
+    assert generation["eos_token_id"] is not None
+    assert "vocab_size" in config
+    shards = sorted(p.name for p in merged.glob("*.safetensors"))
+    assert shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    for shard in shards:
+        with safe_open(merged / shard, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert not [name for name in Checkpoint(merged).tensors if re.search("lora|base_layer|absmax|quant", name)]
+    for folder in (merged, adapter):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.chat_template
+        assert tokenizer.eos_token_id is not None
+        assert (folder / "tokenizer.json").exists()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["task_type"], settings["bias"]) == ("LORA", "CAUSAL_LM", "none")
+    assert not settings["modules_to_save"]
+    halves = r"base_model\.model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.lora_[AB]\.weight"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert [name for name in tensors if not re.fullmatch(halves, name)] == []
+    ranks = {min(tensor.shape) for tensor in tensors.values()}
+    assert ranks == {settings["r"]}
+    card = (adapter / "README.md").read_text()
+    assert f"--max-lora-rank {settings['r']} " in card
 
 
 def test_the_scores_of_base_and_tuned_model_stand_in_all_places(published: PreparedJob) -> None:

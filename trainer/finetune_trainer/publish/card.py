@@ -10,6 +10,7 @@ from finetune_api.results import DataSummary, MergeCheck, PrepareResult, Scores,
 from finetune_api.snapshot import Snapshot
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.private import without_credentials
+from finetune_trainer.publish.facts import cost_facts, data_facts, method_facts
 from finetune_trainer.publish.scores import score_rows
 from finetune_trainer.s3 import S3Store
 
@@ -23,6 +24,7 @@ def model_card(
     scores: Scores,
     output: S3Store,
     merge_check: MergeCheck | None,
+    warnings: list[str],
     *,
     merged: bool,
 ) -> str:
@@ -34,16 +36,19 @@ def model_card(
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701 - Markdown
     )
+    snapshot = chosen(snapshot, prepared)
+    method = snapshot.plan.method
     location = parse_uri(snapshot.spec.model.uri)
     return environment.from_string(TEMPLATE.read_text()).render(
         base_uri=snapshot.spec.model.uri,
         base_id=location.repo_id if isinstance(location, HubLocation) else None,
         commit=prepared.model_commit,
         job=snapshot.job,
-        method=chosen(snapshot, prepared).plan.method,
-        plan=snapshot.plan,
+        method=method,
+        method_facts=method_facts(snapshot, method, prepared.plan, trained),
+        data_facts=data_facts(snapshot, prepared.data),
+        cost_facts=cost_facts(prepared.plan, trained),
         initial_adapter=prepared.initial_adapter,
-        training=snapshot.spec.training,
         output=snapshot.spec.output,
         sources=[without_credentials(s.uri) for s in snapshot.spec.data.train],
         data=prepared.data,
@@ -56,6 +61,7 @@ def model_card(
         verification=trained.verification,
         trained=trained,
         merge_check=merge_check,
+        warnings=warnings,
         merged=merged,
         adapter_uri=output.uri("adapter"),
         merged_uri=output.uri("merged"),

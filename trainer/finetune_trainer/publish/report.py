@@ -16,6 +16,7 @@ from finetune_api.results import Answer, ExecutionRecord, Manifest, PreviewRow, 
 from finetune_api.snapshot import Snapshot
 from finetune_trainer.private import shareable, without_credentials
 from finetune_trainer.publish.chart import Point, Series, line_chart
+from finetune_trainer.publish.facts import cost_facts, data_facts, duration, method_facts, size
 from finetune_trainer.publish.scores import score_rows
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -47,6 +48,7 @@ def html_report(
     """
     if manifest.initial_adapter is not None:
         snapshot = snapshot.with_lora(manifest.initial_adapter.lora)
+    method = snapshot.resolved(manifest.plan.method if manifest.plan is not None else None).plan.method
     curves = read_curves(metrics)
     # Who wants no answers to held-out prompts in the bucket wants no other rows there either.
     shown = snapshot.spec.evaluation.generation.prompts
@@ -63,7 +65,10 @@ def html_report(
         data=manifest.data,
         trained=trained,
         planned=manifest.plan,
-        method=(manifest.plan.method if manifest.plan is not None else snapshot.plan.method.type).value,
+        method=method.type.value,
+        method_facts=method_facts(snapshot, method, manifest.plan, trained),
+        data_facts=data_facts(snapshot, manifest.data),
+        cost_facts=cost_facts(manifest.plan, trained),
         charts=charts(curves),
         smoothed_steps=SMOOTHED_STEPS,
         answers=[Answer.model_validate(a) for a in json.loads(answers)],
@@ -140,21 +145,3 @@ def stage_seconds(attempts: Sequence[ExecutionRecord], end: str) -> list[tuple[s
         (stage, max(0.0, (last - first).total_seconds()))
         for (stage, first), last in zip(begun.items(), ends, strict=True)
     ]
-
-
-def size(count: int) -> str:
-    """``168 MiB``."""
-    amount, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024:
-            break
-        amount, unit = amount / 1024, larger
-    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """``1 h 02 min``, ``4 min 10 s``, ``12 s``."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

@@ -82,12 +82,12 @@ def run(ctx: StageContext) -> PublishReport:
         check = model.check
         warnings += model.warnings
         (model.folder / "README.md").write_text(
-            model_card(ctx.snapshot, prepared, trained, scores, output, check, merged=True), encoding="utf-8"
+            model_card(ctx.snapshot, prepared, trained, scores, output, check, warnings, merged=True), encoding="utf-8"
         )
         files += merged.upload_merged(ctx, model.folder, output)
 
     # Describe.
-    card = model_card(ctx.snapshot, prepared, trained, scores, output, check, merged=False).encode()
+    card = model_card(ctx.snapshot, prepared, trained, scores, output, check, warnings, merged=False).encode()
     files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
     manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(

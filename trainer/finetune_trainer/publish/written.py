@@ -22,6 +22,9 @@ SLACK = 1e-5
 CHECK_BYTES = 2 << 20
 """Float32 values compared at a time."""
 NAMED = 3
+TOO_LARGE = (
+    " Some values are larger than the largest number of their type: set output.merged.dtype to bfloat16 or float32."
+)
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Written:
 
     elements: int = 0
     wrong: int = 0
+    overflowed: int = 0
+    """Of the wrong ones, those whose exact sum is larger than the largest number of the file's type."""
     arrived: float = 0.0
     """Σ (W' − W) · ΔW."""
     update: float = 0.0
@@ -58,16 +63,18 @@ def check_written(base: BaseWeights, adapter: Adapter, folder: Path) -> None:
             f"the merged model and the base have not the same tensors: {', '.join(missing[:NAMED])} stands in one of them only.",
         )
     wrong: list[str] = []
+    overflowed = False
     for name, info in merged.tensors.items():
         result = compare_tensor(base, adapter, merged, info)
         if result.wrong:
             update = f", {100 * result.share:.0f} % of its update arrived" if result.update else ""
             wrong.append(f"{name} ({result.wrong:,} of {result.elements:,} values{update})")
+            overflowed |= bool(result.overflowed)
     if wrong:
         raise StageError(
             Reason.VERIFICATION_FAILED,
             f"{len(wrong)} of {len(merged.tensors)} tensors of the merged model are not base + adapter within rounding: "
-            f"{', '.join(wrong[:NAMED])}.",
+            f"{', '.join(wrong[:NAMED])}.{TOO_LARGE if overflowed else ''}",
         )
 
 
@@ -104,8 +111,10 @@ def _compare(result: Written, weight: torch.Tensor, found: torch.Tensor, lora: L
     delta = exact - weight
     off = (found.float() - exact).abs()
     nearest = (exact.to(found.dtype).float() - exact).abs()
-    # "not …": NaN counts as wrong.
-    result.wrong += int((~(off <= nearest + SLACK * summands)).sum())
+    # "not …": NaN counts as wrong. Infinite is as near as the nearest number of its type, and wrong.
+    finite = found.isfinite()
+    result.wrong += int((~(off <= nearest + SLACK * summands) | ~finite).sum())
+    result.overflowed += int((exact.abs() > torch.finfo(found.dtype).max).sum())
     result.elements += found.numel()
     result.arrived += float(((found.float() - weight) * delta).sum(dtype=torch.float64))
     result.update += float((delta * delta).sum(dtype=torch.float64))
