@@ -252,8 +252,12 @@ def test_token_accuracy_is_a_share_of_all_learned_tokens_and_needs_no_other_pass
 ) -> None:
     measured = evaluate.HeldOutLoss([1.0, 2.0], [1, 9], [1, 0])
     assert measured.token_accuracy == 0.1, "not the mean of 1 and 0"
-    assert measured.line(7) == {"step": 7, "held_out_loss": 0.3, "token_accuracy": 0.1}
-    assert evaluate.HeldOutLoss([1.0, 2.0], [1, 9]).line(7) == {"step": 7, "held_out_loss": 0.3}
+    assert measured.line(7) == {"step": 7, "held_out_loss": 0.3, "perplexity": math.exp(0.3), "token_accuracy": 0.1}
+    assert evaluate.HeldOutLoss([1.0, 2.0], [1, 9]).line(7) == {
+        "step": 7,
+        "held_out_loss": 0.3,
+        "perplexity": math.exp(0.3),
+    }
     seen: list[int] = []
     head = model.get_output_embeddings()  # type: ignore[operator]
     hook = head.register_forward_hook(lambda *args: seen.append(args[2].shape[:-1].numel()))

@@ -21,6 +21,7 @@ from finetune_trainer.private import shareable, without_credentials
 from finetune_trainer.trackers.feeder import Feeder, Source
 from finetune_trainer.trackers.lines import Line
 from finetune_trainer.trackers.protocol import Ending, Opening
+from finetune_trainer.train.held_out_curve import evaluation_line
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Tracking:
         evaluations: Callable[[], Sequence[Line]],
     ) -> None:
         """Tell trackers of everything in these lists, and of what will be appended."""
-        source = Source([{"step": 0, "held_out_loss": base_loss}], steps, evaluations)
+        source = Source([evaluation_line(0, base_loss)], steps, evaluations)
         for tracker in self._ctx.snapshot.spec.trackers or []:
             # TensorBoard's files are made of the finished lists (event_files).
             if tracker.type is not TrackerType.TENSORBOARD:

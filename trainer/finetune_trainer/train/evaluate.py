@@ -17,6 +17,7 @@ from finetune_api.planner.plan import ANSWER_TOKENS, ANSWERED_AT_ONCE, EVALUATIO
 from finetune_api.results import IGNORED
 from finetune_trainer import heartbeat
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.held_out_curve import evaluation_line, perplexity
 from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import Rows, batches_by_length, collate
 from finetune_trainer.train.stop import TrainingStopped
@@ -57,13 +58,7 @@ class HeldOutLoss:
 
     def line(self, step: int) -> dict[str, Any]:
         """Of ``reports/metrics.jsonl``."""
-        accuracy = {} if self.right is None else {"token_accuracy": self.token_accuracy}
-        return {"step": step, "held_out_loss": self.loss, **accuracy}
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite beyond what a float holds."""
-    return math.exp(loss) if loss < 700 else math.inf
+        return evaluation_line(step, self.loss, self.token_accuracy)
 
 
 def never() -> bool:

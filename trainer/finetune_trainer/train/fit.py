@@ -28,7 +28,7 @@ from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.evaluate import HeldOutLoss
-from finetune_trainer.train.held_out_curve import is_enough
+from finetune_trainer.train.held_out_curve import evaluation_line, is_enough
 from finetune_trainer.train.model import take_up
 from finetune_trainer.train.packing import keeps_rows_apart
 from finetune_trainer.train.ranks import Ranks
@@ -238,7 +238,7 @@ class Fit:
         history, marker = self.history, restored.marker
         history.evaluations = progress["evaluations"]
         if marker.held_out_loss is not None and all(e["step"] != marker.step for e in history.evaluations):
-            history.evaluations.append({"step": marker.step, "held_out_loss": marker.held_out_loss})
+            history.evaluations.append(evaluation_line(marker.step, marker.held_out_loss))
         history.blocked_seconds = progress["blocked_seconds"]
         history.warnings = progress.get("warnings", [])  # an image before this one kept none
         known = [Restart.model_validate(r) for r in progress["restarts"]]

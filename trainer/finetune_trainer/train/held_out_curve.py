@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,18 @@ from finetune_api.spec import EarlyStopping
 
 OVERFITTED = 1.02
 """By so much the last held-out loss is above the lowest where it is no noise."""
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite beyond what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def evaluation_line(step: int, loss: float, token_accuracy: float | None = None) -> dict[str, Any]:
+    """An evaluation's line of ``reports/metrics.jsonl``."""
+    known = {"perplexity": perplexity(loss), "token_accuracy": token_accuracy}
+    shown = {name: value for name, value in known.items() if value is not None and math.isfinite(value)}
+    return {"step": step, "held_out_loss": loss, **shown}
 
 
 def is_enough(evaluations: Sequence[dict[str, Any]], rule: EarlyStopping | None) -> bool:
