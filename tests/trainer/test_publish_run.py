@@ -39,7 +39,7 @@ from finetune_api.spec import Training
 from finetune_trainer.errors import StageError
 from finetune_trainer.private import without_credentials
 from finetune_trainer.publish import run as publish
-from finetune_trainer.publish.card import held_out_overlap
+from finetune_trainer.publish.card import held_out_overlap, vllm_rank
 from finetune_trainer.publish.facts import cost_facts, data_facts, method_facts
 from finetune_trainer.publish.report import html_report
 from finetune_trainer.publish.safetensors_stream import Checkpoint
@@ -228,7 +228,11 @@ def test_the_layouts_that_inference_servers_expect(published: PreparedJob, s3: A
     ranks = {min(tensor.shape) for tensor in tensors.values()}
     assert ranks == {settings["r"]}
     card = (adapter / "README.md").read_text()
-    assert f"--max-lora-rank {settings['r']} " in card
+    assert settings["r"] <= 8
+    assert "--max-lora-rank 8 " in card, "the next of the ranks that vLLM takes"
+    lora = published.snapshot.plan.method.lora
+    assert [vllm_rank(lora.model_copy(update={"rank": r})) for r in (1, 8, 9, 500, 513)] == [8, 8, 16, 512, None]
+    assert vllm_rank(lora.model_copy(update={"use_dora": True})) is None
 
 
 def test_the_scores_of_base_and_tuned_model_stand_in_all_places(published: PreparedJob) -> None:

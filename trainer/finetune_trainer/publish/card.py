@@ -7,7 +7,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from finetune_api.results import DataSummary, MergeCheck, PrepareResult, Scores, TrainResult, chosen
-from finetune_api.snapshot import Snapshot
+from finetune_api.snapshot import ResolvedLora, Snapshot
+from finetune_api.spec import LoraBias
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.private import without_credentials
 from finetune_trainer.publish.facts import cost_facts, data_facts, method_facts
@@ -15,6 +16,8 @@ from finetune_trainer.publish.scores import score_rows
 from finetune_trainer.s3 import S3Store
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as ``--max-lora-rank`` (``vllm/config/lora.py``)."""
 
 
 def model_card(
@@ -62,10 +65,18 @@ def model_card(
         trained=trained,
         merge_check=merge_check,
         warnings=warnings,
+        vllm_rank=vllm_rank(method.lora),
         merged=merged,
         adapter_uri=output.uri("adapter"),
         merged_uri=output.uri("merged"),
     )
+
+
+def vllm_rank(lora: ResolvedLora) -> int | None:
+    """The least of VLLM_RANKS that an adapter may be served with; None for one that vLLM does not serve."""
+    if lora.use_dora or lora.modules_to_save or lora.bias is not LoraBias.NONE:
+        return None
+    return next((allowed for allowed in VLLM_RANKS if allowed >= lora.highest_rank), None)
 
 
 def held_out_overlap(data: DataSummary) -> str:

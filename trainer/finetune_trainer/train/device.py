@@ -14,6 +14,7 @@ from finetune_api.spec import ComputeDtype, Training
 from finetune_api.spec.training import NO_BFLOAT16
 from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
+from finetune_trainer.text import plural
 
 DTYPES = {
     ComputeDtype.BFLOAT16: torch.bfloat16,
@@ -49,7 +50,7 @@ def pick_compute(training: Training) -> Compute:
     if training.use_cpu:
         use_all_cpus()
         dtype = cpu_dtype() if asked is ComputeDtype.AUTO else DTYPES[asked]
-        return Compute(torch.device("cpu"), dtype, f"cpu ({torch.get_num_threads()} threads)")
+        return Compute(torch.device("cpu"), dtype, f"cpu ({plural(torch.get_num_threads(), 'thread')})")
     if not torch.cuda.is_available():
         raise StageError(Reason.NO_GPU, f"the training container sees no GPU: {what_was_found()}.")
     torch.cuda.set_device(0)
