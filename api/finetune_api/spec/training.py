@@ -137,7 +137,10 @@ class Training(ApiModel):
     )
     neftune_noise_alpha: Annotated[float, Field(gt=0, le=100)] | None = Field(
         None,
-        description="Noise on the embeddings while training (NEFTune, Jain et al., 2023); 5 to 15 are usual. Evaluation has none.",
+        description=(
+            "Noise on the embeddings while training (NEFTune, Jain et al., 2023); 5 to 15 are usual. Evaluation has none. Its size goes by the "
+            "padded length, so with noise the micro-batch changes the result a little."
+        ),
     )
     warmup: Warmup = Field(default=Warmup(fraction=0.03))
     gradient_checkpointing: bool = Field(
