@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from finetune_api.failures import Reason
 from finetune_api.progress import Split
@@ -113,6 +115,27 @@ def test_a_run_that_was_told_to_stop_ends_with_the_same_bytes(
     assert adapter(job) == undisturbed
     assert curve(job) == losses
     assert result(job).resumed_from_steps == ([step - 1] if step > 1 else [])
+
+
+def test_optimizer_states_in_8_bit_resume_with_the_same_bytes(
+    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes keeps matrices of 4,096 elements and more in 8 bit; with LoRA+ they are in groups of their own."""
+    lora = {**SPEC["method"]["lora"], "rank": 64, "loraPlusLRRatio": 2}
+    eight_bit = {**SPEC["training"], "optimizer": {"name": "adamw_8bit", "learningRate": 0.001}}
+    job = prepare_job(s3, tmp_path, tiny_model, **{**SPEC, "method": {"lora": lora}, "training": eight_bit})
+    train.run(job.context())
+    undisturbed = adapter(job)
+    forget_the_result(job)
+    interrupt(monkeypatch, 6, 2, sigterm)
+    with pytest.raises(Interrupted):
+        train.run(job.context(execution="execution-1"))
+    store = job.context().workspace_store()
+    saved = max(i.key for i in store.list(CHECKPOINTS_DIR) if i.key.endswith("optimizer.pt"))
+    states = tree_leaves(torch.load(io.BytesIO(store.get_bytes(saved)), weights_only=True))
+    assert torch.uint8 in {state.dtype for state in states if isinstance(state, torch.Tensor) and state.numel() >= 4096}
+    train.run(job.context(execution="execution-2"))
+    assert adapter(job) == undisturbed
 
 
 def test_any_number_of_interruptions_ends_with_the_same_bytes(
