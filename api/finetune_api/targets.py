@@ -1,12 +1,33 @@
-"""Which layers an adapter leaves out, and what is set for single ones: peft's ``exclude_modules``, ``layers_to_transform`` and patterns."""
+"""Which layers an adapter leaves out, and what is set for single ones: peft's ``exclude_modules``, ``layers_to_transform`` and patterns; and what
+no adapter is put on."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 _LAYER = re.compile(r"(?:.*?\.)?[^.]+\.(\d+)\.")
 """The first number in the name, as in peft (0.21, tuners_utils.check_target_module_exists); files may leave the model's own name out."""
+
+EXPERTS = ".experts."
+ROUTED = frozenset(
+    ("gate", "router", "shared_expert_gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
+)
+"""What the layers of experts, shared experts and routers are called."""
+
+
+def routed_kinds(tensors: Iterable[str]) -> frozenset[str]:
+    """Last parts of the names of layers that no adapter is put on in a mixture of experts; none in other models.
+
+    transformers 5 keeps experts and routers as bare parameters. peft (0.21, _convert_peft_config_moe) takes these names for those parameters,
+    also where a shared expert or a dense layer has them, adapts parameters without dropout only, and makes a copy of all experts' weights in each
+    pass. vLLM serves no adapter on a gate.
+
+    Args:
+        tensors: names of all tensors, as in the files or as transformers has them.
+    """
+    inside = {n.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for n in tensors if EXPERTS in n}
+    return ROUTED | inside if inside else frozenset()
 
 
 def is_named(module: str, names: Collection[str]) -> bool:

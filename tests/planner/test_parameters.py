@@ -58,7 +58,7 @@ def test_weight_bytes_are_those_of_transformers(name: str) -> None:
 def test_trainable_parameters_are_those_of_peft(name: str) -> None:
     arch, shapes = model(name)
     ours = trainable_parameters(shapes, arch, Tuning())
-    assert ours == trainable_by_peft(on_meta(name), "all-linear", 16, "none")
+    assert ours == trainable_by_peft(on_meta(name), QKVO if arch.experts else "all-linear", 16, "none")
 
 
 @pytest.mark.parametrize("bias", list(LoraBias))

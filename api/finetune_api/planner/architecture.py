@@ -17,6 +17,7 @@ class Family(StrEnum):
     MIXTRAL = "mixtral"
     QWEN2 = "qwen2"
     QWEN3 = "qwen3"
+    QWEN3_MOE = "qwen3_moe"
     GEMMA2 = "gemma2"
     GEMMA3 = "gemma3_text"
     PHI3 = "phi3"
@@ -28,7 +29,7 @@ class Family(StrEnum):
 LAYER_NORM = (Family.FALCON, Family.GPT2, Family.GPT_NEOX)
 FOUR_NORMS = (Family.GEMMA2, Family.GEMMA3)
 GEMMA = FOUR_NORMS
-HEAD_NORMS = (Family.QWEN3, Family.GEMMA3)
+HEAD_NORMS = (Family.QWEN3, Family.QWEN3_MOE, Family.GEMMA3)
 LOGIT_SETTINGS = (
     "logit_scale",
     "logits_scaling",
@@ -154,9 +155,13 @@ def parse_config(config: Mapping[str, Any]) -> Architecture:
 
 
 def _variant(values: Mapping[str, Any], family: Family) -> bool:
-    """Whether the layers differ from those the family is known by: Falcon 40B's and RW's, and biases in the MLP."""
+    """Whether the layers differ from those the family is known by: Falcon 40B's and RW's, biases in the MLP, and dense layers between those of
+    experts."""
     falcon = values.get("new_decoder_architecture") or values.get("alibi") or not values.get("parallel_attn", True)
-    return bool((family is Family.FALCON and falcon) or values.get("mlp_bias"))
+    dense = values.get("mlp_only_layers") or values.get("decoder_sparse_step", 1) != 1
+    return bool(
+        (family is Family.FALCON and falcon) or (family is Family.QWEN3_MOE and dense) or values.get("mlp_bias")
+    )
 
 
 def _integer(values: Mapping[str, Any], *names: str) -> int:
@@ -171,6 +176,8 @@ def _intermediate(values: Mapping[str, Any], family: Family, hidden: int) -> int
         return int(values.get("ffn_hidden_size") or 4 * hidden)
     if family is Family.GPT2:
         return int(values.get("n_inner") or 4 * hidden)
+    if family is Family.QWEN3_MOE:
+        return _integer(values, "moe_intermediate_size")
     return _integer(values, "intermediate_size")
 
 
@@ -197,7 +204,9 @@ def _activation(values: Mapping[str, Any], family: Family) -> str:
 
 def _window(values: Mapping[str, Any], family: Family) -> int | None:
     window = values.get("sliding_window")
-    if not isinstance(window, int) or (family in (Family.QWEN2, Family.QWEN3) and not values.get("use_sliding_window")):
+    if not isinstance(window, int) or (
+        family in (Family.QWEN2, Family.QWEN3, Family.QWEN3_MOE) and not values.get("use_sliding_window")
+    ):
         return None
     return window
 

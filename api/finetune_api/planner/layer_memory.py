@@ -12,7 +12,7 @@ import math
 
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture, Family
-from finetune_api.planner.linears import ALL_LINEAR, Linear
+from finetune_api.planner.linears import Linear
 from finetune_api.planner.workload import Attention, Batch, Tuning
 
 HALF, FULL, MASK = 2, 4, 1
@@ -53,12 +53,10 @@ def layer_memory(
         adapters += sum(2 * HALF * target.outputs for target in targets)
     kept = _norms(arch, wide) + attention + mlp + adapters
     down = _last(arch, linears)
-    adapted = any(t.name == down.name for t in targets) or (
-        bool(arch.experts) and tuning.target_modules == [ALL_LINEAR]
-    )
+    adapted = any(t.name == down.name for t in targets)
     last = _working(down, adapted, arch, tuning, quantized)
     tokens = batch.tokens
-    weight = _expert_weights(arch, adapted) if arch.experts else (_dequantized(down) if quantized else 0)
+    weight = _dequantized(down) if quantized and not arch.experts else 0
     working = max(tokens * last + weight, tokens * (_scores(arch, batch) - mlp))
     if tuning.dora:
         working += max((_dora_weights(target) for target in targets), default=0)
@@ -81,13 +79,6 @@ def _last(arch: Architecture, linears: list[Linear]) -> Linear:
         inputs = arch.experts_per_token * arch.intermediate_size
         return Linear(name="experts", inputs=inputs, outputs=arch.hidden_size)
     return max(linears, key=lambda layer: layer.name.endswith(("down_proj", "4h_to_h", "mlp.c_proj")))
-
-
-def _expert_weights(arch: Architecture, adapted: bool) -> int:
-    """PEFT 0.21 adapts a fused parameter by making the adapted weight anew in each pass: the update and the sum. Unverified."""
-    if not adapted:
-        return 0
-    return 2 * HALF * arch.experts * 2 * arch.intermediate_size * arch.hidden_size
 
 
 def _norms(arch: Architecture, wide: bool) -> float:

@@ -10,10 +10,10 @@ from finetune_api.planner.architecture import Architecture, Family
 from finetune_api.planner.tensors import EMBEDDING, HEAD, Shapes
 from finetune_api.planner.workload import Tuning
 from finetune_api.spec import LoraBias
-from finetune_api.targets import is_left_out, is_named
+from finetune_api.targets import is_left_out, is_named, routed_kinds
 
 ALL_LINEAR = "all-linear"
-ROUTER = re.compile(r"\.mlp\.gate\.weight$")
+ROUTER = re.compile(r"\.mlp\.(gate|router)\.weight$")
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -27,6 +27,8 @@ class Linear(ApiModel):
     name: str
     inputs: int
     outputs: int
+    adaptable: bool = True
+    """It may get an adapter; shared experts and what belongs to them may not."""
 
     @property
     def kind(self) -> str:
@@ -43,13 +45,15 @@ class Linear(ApiModel):
 def linear_layers(shapes: Shapes, arch: Architecture) -> list[Linear]:
     """Every linear layer but the output head, in the model's order. Routers and fused experts are none: transformers 5 keeps
     them as bare parameters."""
-    found = []
+    found, routed = [], routed_kinds(shapes)
     for name, shape in shapes.items():
         if len(shape) != 2 or not name.endswith(".weight") or any(p.search(name) for p in (EMBEDDING, HEAD, ROUTER)):
             continue
         rows, columns = shape
         inputs, outputs = (rows, columns) if arch.family is Family.GPT2 else (columns, rows)
-        found.append(Linear(name=name.removesuffix(".weight"), inputs=inputs, outputs=outputs))
+        module = name.removesuffix(".weight")
+        adaptable = module.rpartition(".")[2] not in routed
+        found.append(Linear(name=module, inputs=inputs, outputs=outputs, adaptable=adaptable))
     return found
 
 
@@ -59,7 +63,7 @@ def adapted_layers(linears: list[Linear], tuning: Tuning) -> list[Linear]:
     Raises:
         UnknownTarget: a name that matches nothing, or nothing is left.
     """
-    named = linears
+    named = linears = [layer for layer in linears if layer.adaptable]
     if tuning.target_modules != [ALL_LINEAR]:
         for module in tuning.target_modules:
             if not any(is_named(layer.name, [module]) for layer in linears):
@@ -85,31 +89,12 @@ def quantized_layers(linears: list[Linear], arch: Architecture) -> list[Linear]:
 
 def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> int:
     """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), with DoRA its outputs once more, the biases PEFT's ``bias`` names, and modules
-    that are trained whole.
-
-    With all-linear, PEFT 0.21 adapts a mixture of experts too: its router, each expert's down projection, and each expert's
-    fused gate and up projection with twice the rank.
-    """
+    that are trained whole."""
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
     count = sum(
         tuning.rank_of(layer.name) * (layer.inputs + layer.outputs) + tuning.dora * layer.outputs for layer in targets
     )
-    if tuning.target_modules == [ALL_LINEAR]:
-        count += sum(
-            tuning.rank * _expert_features(name, shape)
-            for name, shape in shapes.items()
-            if not is_left_out(name.removesuffix(".weight"), tuning.exclude_modules, tuning.layers_to_transform)
-        )
     return count + _biases(shapes, targets, tuning.bias) + _saved(shapes, tuning.modules_to_save)
-
-
-def _expert_features(name: str, shape: tuple[int, ...]) -> int:
-    if ROUTER.search(name):
-        return sum(shape)
-    if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-        experts, outputs, inputs = shape
-        return experts * (outputs + inputs) * (2 if name.endswith("gate_up_proj") else 1)
-    return 0
 
 
 def _saved(shapes: Shapes, modules: list[str]) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 
 from finetune_api.failures import Reason
 from finetune_api.results import SourceFile
-from finetune_api.snapshot import ResolvedLora
-from finetune_api.spec import CpuOffload, LoraInitialization, MethodType, Parallelism
+from finetune_api.spec import CpuOffload, MethodType, Parallelism
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
+from finetune_trainer.prepare.four_bit import left_in_16_bit
 from finetune_trainer.prepare.initial_adapter import InitialAdapter, fetch_initial_adapter, must_fit
 from finetune_trainer.prepare.shapes import (
     Parameters,
@@ -87,11 +87,6 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     adapter = fetch_initial_adapter(ctx)
     snapshot = ctx.snapshot if adapter is None else ctx.snapshot.with_lora(adapter.record.lora)
     lora = snapshot.plan.method.lora
-    if is_mixture_of_experts(headers):
-        refuse_for_experts(lora)
-        warnings.append(
-            "mixture of experts: only layers outside the experts are adapted; the parameter count is an estimate"
-        )
     training = snapshot.spec.training
     shards = training.parallelism is Parallelism.FSDP or training.cpu_offload is not CpuOffload.NEVER
     if adapter is not None and lora.use_dora and shards:
@@ -103,7 +98,11 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     four_bit = snapshot.plan.method.type is not MethodType.LORA
     refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), four_bit)
     parameters = count_parameters(headers, lora)
+    if is_mixture_of_experts(headers):
+        warnings.append(of_experts(parameters))
     shapes = {name: shape for name, (_, shape) in headers.items()}
+    if much := left_in_16_bit(snapshot.plan.method.type, config, shapes, spec.uri):
+        warnings.append(much)
     if adapter is not None:
         must_fit(adapter, snapshot.spec, shapes, parameters)
     return BaseModel(
@@ -123,26 +122,10 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     )
 
 
-def refuse_for_experts(lora: ResolvedLora) -> None:
-    """What peft ignores for fused experts, or fails at when a GPU is held.
-
-    Raises:
-        StageError: InvalidConfig.
-    """
-    asked = {
-        "useDora": lora.use_dora,
-        "excludeModules": bool(lora.exclude_modules),
-        "layersToTransform": lora.layers_to_transform is not None,
-        "rankPattern": bool(lora.rank_pattern),
-        "alphaPattern": bool(lora.alpha_pattern),
-        "modulesToSave": bool(lora.modules_to_save),
-        "initialization": lora.initialization is not LoraInitialization.DEFAULT,
-    }
-    if found := [name for name, is_set in asked.items() if is_set]:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            f"method.lora.{', '.join(found)}: not for a mixture of experts, whose experts are one fused parameter. Leave it out.",
-        )
+def of_experts(parameters: Parameters) -> str:
+    """What of a mixture of experts is adapted, and what is not."""
+    kinds = sorted({name.rpartition(".")[2] for name in parameters.targets})
+    return f"mixture of experts: the adapter is on {', '.join(kinds)}; all experts (shared ones, too) and their routers stay as they are"
 
 
 def _vocabulary(config: dict[str, Any], headers: TensorHeaders, uri: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
-from finetune_api.targets import is_left_out, is_named, setting_of
+from finetune_api.targets import EXPERTS, is_left_out, is_named, routed_kinds, setting_of
 from finetune_trainer.errors import StageError
 from finetune_trainer.sources.model import TensorHeaders
 
@@ -80,7 +80,8 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
         for name, shape in tensors.items()
         if name.endswith(".weight") and len(shape) == 2
     }
-    linear = {name: shape for name, shape in matrices.items() if _is_linear(name)}
+    routed = routed_kinds(tensors)
+    linear = {n: shape for n, shape in matrices.items() if _is_linear(n) and n.rpartition(".")[2] not in routed}
     targets = _remaining(_match(lora.target_modules, linear, matrices), lora)
     _patterns_name(targets, lora)
     trainable = sum(
@@ -88,6 +89,7 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
         + lora.use_dora * _outputs(name, linear[name])
         for name in targets
     )
+    _no_routed_is_saved(routed, lora)
     trainable += _biases(tensors, targets, lora.bias) + _saved(tensors, targets, lora.modules_to_save)
     return Parameters(trainable, sum(math.prod(shape) for shape in tensors.values()), targets)
 
@@ -98,8 +100,8 @@ def _outputs(name: str, shape: tuple[int, ...]) -> int:
 
 
 def is_mixture_of_experts(headers: TensorHeaders) -> bool:
-    """Whether experts exist, whose layers transformers fuses so that PEFT's rules do not see them."""
-    return any(EXPERT.search(name) or ".experts." in name for name in headers)
+    """Whether experts exist."""
+    return any(EXPERTS in name for name in headers)
 
 
 def _is_linear(name: str) -> bool:
@@ -167,13 +169,24 @@ def _unknown(module: str, linear: Mapping[str, Any], matrices: Mapping[str, Any]
     if any(is_named(name, [module]) for name in matrices):
         return StageError(
             Reason.INVALID_CONFIG,
-            f"method.lora.targetModules: {module} is the output head, an embedding or an expert, which cannot be adapted; "
+            f"method.lora.targetModules: {module} is the output head, an embedding, or of a mixture of experts (their layers, also of shared ones, and "
+            "routers), which cannot be adapted; "
             f"use some of {choices}, or {ALL_LINEAR}",
         )
     return StageError(
         Reason.UNKNOWN_TARGET_MODULE,
         f"method.lora.targetModules: {module} does not exist in this model, which has {choices}",
     )
+
+
+def _no_routed_is_saved(routed: frozenset[str], lora: ResolvedLora) -> None:
+    """The files have other names for experts and routers than the model."""
+    for module in lora.modules_to_save:
+        if module.rpartition(".")[2] in routed:
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"method.lora.modulesToSave: {module} is of this model's mixture of experts, which stays as it is. Leave it out.",
+            )
 
 
 def _biases(tensors: Mapping[str, tuple[int, ...]], targets: list[str], bias: LoraBias) -> int:

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora, Snapshot
 from finetune_api.spec import LoraBias, LoraInitialization, Quantization
-from finetune_api.targets import is_named, setting_of
+from finetune_api.targets import is_named, routed_kinds, setting_of
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
 from finetune_trainer.remote_code import remote_code
@@ -197,10 +197,13 @@ def refuse_tied_head(base: Any, lora: ResolvedLora) -> None:
 
 
 def target_modules(base: Any, lora: ResolvedLora) -> str | list[str]:
-    """In peft's words, which takes all-linear only for all layers."""
+    """In peft's words, which takes all-linear only for all layers, and in a mixture of experts for more than there are adapters for."""
     if lora.target_modules != [ALL_LINEAR]:
         return list(lora.target_modules)
-    return ALL_LINEAR if lora.layers_to_transform is None else linear_names(base)
+    routed = routed_kinds(name for name, _ in base.named_parameters())
+    if lora.layers_to_transform is None and not routed:
+        return ALL_LINEAR
+    return [name for name in linear_names(base) if name not in routed]
 
 
 def by_full_name(base: Any, pattern: dict[str, int]) -> dict[str, int]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from finetune_api.failures import Reason
 from finetune_api.results import QuantizedModule
+from finetune_trainer.errors import StageError
 
 SAMPLE_BYTES = 64
 
@@ -19,6 +21,19 @@ def quantized_modules(model: Any) -> list[QuantizedModule]:
         describe(name.replace("base_model.model.", "", 1).removesuffix(".base_layer"), module.weight.data, state)
         for name, module, state in _linear4bit(model)
     ]
+
+
+def must_be_quantized(records: list[QuantizedModule], model: Any) -> None:
+    """bitsandbytes has only a warning for a model without layers that it knows.
+
+    Raises:
+        StageError: UnsupportedModel, where no weight is in 4 bit.
+    """
+    if not records:
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"bitsandbytes quantized none of the layers of {type(model).__name__}: all of it would be held in 16 bit. Use method.type: LoRA.",
+        )
 
 
 def describe(name: str, packed: torch.Tensor, state: Any) -> QuantizedModule:

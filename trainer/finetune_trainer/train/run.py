@@ -47,7 +47,7 @@ from finetune_trainer.train.fit import Fit, History
 from finetune_trainer.train.held_out_curve import overfitting
 from finetune_trainer.train.initialization import initialize
 from finetune_trainer.train.owner import Owner, claim
-from finetune_trainer.train.quantized import quantized_modules
+from finetune_trainer.train.quantized import must_be_quantized, quantized_modules
 from finetune_trainer.train.ranks import Ranks, join, leave
 from finetune_trainer.train.rows import Rows, read_rows
 from finetune_trainer.train.schedule import make_schedule
@@ -370,9 +370,13 @@ def store_adapter(
 def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tuple[Any, list[QuantizedModule]]:
     """The base, all of it or this rank's part, and the records of its 4-bit weights."""
     if ranks.sharded:
-        return load_sharded(folder, snapshot, compute, ranks)
-    base = model.load_base(folder, snapshot, compute)
-    return base, quantized_modules(base)
+        base, records = load_sharded(folder, snapshot, compute, ranks)
+    else:
+        base = model.load_base(folder, snapshot, compute)
+        records = quantized_modules(base)
+    if snapshot.plan.method.quantization is not None:
+        must_be_quantized(records, base)
+    return base, records
 
 
 def begin(ctx: StageContext, activity: str, **fields: object) -> None:

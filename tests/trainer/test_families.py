@@ -1,0 +1,178 @@
+"""Families of models: the layers that prepare resolves are those that peft adapts, and a job on each ends in a verified adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from finetune_api.failures import Reason
+from finetune_api.names import Stage
+from finetune_api.planner import Tuning, parameter_shapes, parse_config
+from finetune_api.planner.linears import trainable_parameters
+from finetune_api.results import Manifest, PrepareResult
+from finetune_api.spec import MethodType
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.four_bit import left_in_16_bit
+from finetune_trainer.prepare.run import run as prepare
+from finetune_trainer.prepare.shapes import count_parameters
+from finetune_trainer.publish.run import run as publish
+from finetune_trainer.sources.model import TensorHeaders
+from finetune_trainer.train.model import attach_adapter
+from finetune_trainer.train.ranks import Ranks
+from finetune_trainer.train.run import load
+from finetune_trainer.train.run import run as train
+from tests.planner.simulator.golden import read_config
+from tests.support.prepare_bench import ROWS, Bench
+from tests.support.prepared import deep_merge, job_spec, questions
+from tests.support.tiny_families import build_tiny_family
+from tests.support.trainer_run import Pod
+from tests.trainer.test_train_trainer import CPU16, snapshot
+
+CONFIGS = ("phi-3-mini", "gpt2", "gemma-2-2b", "gemma-3-1b", "qwen2.5-0.5b", "qwen3-0.6b", "falcon-7b", "pythia-1.4b", "mixtral-8x7b", "qwen3-30b-a3b")  # fmt: skip
+
+
+def two_layers(config: dict[str, Any]) -> dict[str, Any]:
+    """The same model with two of its layers."""
+    kinds = {"layer_types": config["layer_types"][:2]} if "layer_types" in config else {}
+    return {**config, "n_layer" if "n_layer" in config else "num_hidden_layers": 2, **kinds}
+
+
+def on_meta(config: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+
+
+def headers_of(base: Any) -> TensorHeaders:
+    """What stands in the model's files: names of the Hub's."""
+    stored = revert_weight_conversion(base, {n: p.detach() for n, p in base.named_parameters()})
+    hub = {n.removeprefix("transformer.") if base.config.model_type == "gpt2" else n: t for n, t in stored.items()}
+    return {name: ("BF16", tuple(tensor.shape)) for name, tensor in hub.items()}
+
+
+def configuration(name: str) -> dict[str, Any]:
+    """A committed one, or transformers' defaults for a model type, which are those of its first model."""
+    return read_config(name) if name in CONFIGS else AutoConfig.for_model(name).to_dict()
+
+
+@pytest.mark.parametrize("lora", [{}, {"layersToTransform": [1], "useDora": True}], ids=["all-linear", "one layer"])
+@pytest.mark.parametrize("name", [*CONFIGS, "qwen2_moe"])
+def test_the_layers_that_prepare_resolves_are_those_that_are_adapted(name: str, lora: dict[str, Any]) -> None:
+    """By name, with the number of weights that are trained; so does the planner count."""
+    config = two_layers(configuration(name))
+    base = on_meta(config)
+    headers = headers_of(base)
+    run = snapshot(method={"lora": {"rank": 8, "dropout": 0.05, **lora}})
+    counted = count_parameters(headers, run.plan.method.lora)
+    adapted = attach_adapter(base, run)
+    modules = [n for n, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+    prefix = "transformer." if name == "gpt2" else ""
+    assert sorted(modules) == sorted(f"{prefix}{target}" for target in counted.targets)
+    assert counted.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    arch = parse_config(config)
+    tuning = Tuning(rank=8, layers_to_transform=lora.get("layersToTransform"), dora=bool(lora))
+    shapes = parameter_shapes({n: shape for n, (_, shape) in headers.items()}, arch)
+    assert counted.trainable == trainable_parameters(shapes, arch, tuning)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen2_moe", "qwen3-30b-a3b"])
+def test_experts_and_routers_cannot_be_named(name: str) -> None:
+    headers = headers_of(on_meta(two_layers(configuration(name))))
+    expert = "w1" if name == "mixtral-8x7b" else "up_proj"
+    for module in (expert, "gate"):
+        for setting in ("targetModules", "modulesToSave"):
+            lora = snapshot(method={"lora": {"targetModules": ["q_proj"], setting: [module]}}).plan.method.lora
+            with pytest.raises(StageError, match=f"{setting}: {module} is .*of .*mixture of experts") as caught:
+                count_parameters(headers, lora)
+            assert caught.value.reason is Reason.INVALID_CONFIG
+
+
+FAMILIES = ["phi3", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen2_moe"]
+NOT_MERGED = ("gpt2", "mixtral", "qwen2_moe")
+
+
+def run_job(s3: Any, folder: Path, family: str, **changes: Any) -> tuple[PrepareResult, Manifest, Path]:
+    """Two steps of a job on a tiny model, from prepare to publish; what prepare and publish wrote, and the adapter's folder."""
+    base = build_tiny_family(folder / "base", family)
+    bucket = s3.new_bucket()
+    s3.put_dir(bucket, "base", base)
+    s3.put(bucket, "train.jsonl", "".join(json.dumps({"messages": m}) + "\n" for m in questions(24)))
+    pod = Pod(folder / "pod")
+    for slot in ("model", "output", "train-0"):
+        s3.write_secret(pod.secrets / slot)
+    own = {
+        "method": {"lora": {"dropout": 0.05}},
+        "training": {"length": {"steps": 2}},
+        "evaluation": {"generation": {"prompts": 1, "maxNewTokens": 2}},
+        "output": {
+            "merged": {"enabled": family not in NOT_MERGED, "dtype": "float32"},
+            "workspace": {"retention": "Keep"},
+        },
+    }
+    spec = deep_merge(deep_merge(job_spec(s3, bucket), own), changes)
+    prepare(pod.context(spec))
+    train(pod.context(spec, Stage.TRAIN))
+    publish(pod.context(spec, Stage.PUBLISH))
+    context = pod.context(spec, Stage.PUBLISH)
+    prepared = context.workspace_store().get_model("prepare/result.json", PrepareResult)
+    store = context.output_store()
+    s3.get_dir(bucket, f"{store.location.key}/adapter", folder / "adapter")
+    return prepared, store.get_model("manifest.json", Manifest), folder / "adapter"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_job_on_any_family_ends_in_a_verified_adapter(s3: Any, tmp_path: Path, family: str) -> None:
+    prepared, manifest, adapter = run_job(s3, tmp_path, family)
+    with safe_open(adapter / "adapter_model.safetensors", "np") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    assert prepared.trainable_parameters == sum(a * b for a, b in stored.values())
+    assert manifest.verification is not None
+    assert manifest.verification.relative_difference < 1e-6
+    mixture = [
+        w
+        for w in prepared.warnings
+        if w.startswith("mixture of experts: the adapter is on k_proj, o_proj, q_proj, v_proj;")
+    ]
+    assert len(mixture) == (family in ("mixtral", "qwen2_moe"))
+    assert not any("experts" in name for name in stored)
+
+
+def test_qlora_of_experts_tells_how_much_stays_in_16_bit(s3: Any, tmp_path: Path) -> None:
+    prepared, manifest, _ = run_job(s3, tmp_path, "mixtral", method={"type": "QLoRA"})
+    assert any(w.startswith("QLoRA leaves 86% of its layers' weights in 16 bit") for w in prepared.warnings)
+    assert manifest.verification is not None
+
+
+def test_qlora_that_would_quantize_nothing_is_refused(bench: Bench, tmp_path: Path) -> None:
+    bench.s3.put_dir(bench.bucket, "model", build_tiny_family(tmp_path / "falcon", "falcon"))
+    bench.put(ROWS)
+    error = bench.fails(method={"type": "QLoRA"})
+    assert error.reason is Reason.INVALID_CONFIG
+    assert "would leave all of s3://" in error.message
+    assert bench.run().trainable_parameters
+
+
+def test_training_does_not_take_a_base_for_quantized_that_is_not(tmp_path: Path) -> None:
+    base = build_tiny_family(tmp_path / "falcon", "falcon")
+    with pytest.raises(StageError, match="quantized none of the layers of FalconForCausalLM") as caught:
+        load(base, snapshot(method={"type": "QLoRA"}), CPU16, Ranks())
+    assert caught.value.reason is Reason.UNSUPPORTED_MODEL
+
+
+def test_what_stays_in_16_bit_is_told_where_it_is_much() -> None:
+    def told(name: str, method: MethodType) -> str | None:
+        config = configuration(name)
+        shapes = {n: shape for n, (_, shape) in headers_of(on_meta(two_layers(config))).items()}
+        return left_in_16_bit(method, config, shapes, "hf://org/name")
+
+    assert told("mixtral-8x7b", MethodType.LORA) is None
+    assert "leaves 97% of its layers' weights" in (told("mixtral-8x7b", MethodType.AUTO) or "")
+    for dense in ("phi-3-mini", "gpt2", "gemma-2-2b"):
+        assert told(dense, MethodType.QLORA) is None
