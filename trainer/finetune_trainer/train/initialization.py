@@ -8,15 +8,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, initialize_lora_eva_weights
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from transformers.pytorch_utils import Conv1D
 
 from finetune_api.progress import Split
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import LoraInitialization
 from finetune_trainer import heartbeat
 from finetune_trainer.train.device import Compute
-from finetune_trainer.train.evaluate import inference
+from finetune_trainer.train.eva import eva
 from finetune_trainer.train.model import take_up
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Batch, Rows, collate
@@ -53,14 +54,13 @@ def initialize(
 
     def made() -> dict[str, torch.Tensor]:
         if kind is LoraInitialization.EVA:
-            eva(
-                model,
-                batches(rows, schedule, max(1, split.micro_batch_sequences // split.evaluation_divisor), pad_id),
-                compute,
-            )
+            size = max(1, split.micro_batch_sequences // split.evaluation_divisor)
+            eva(model, list(batches(rows, schedule, size, pad_id)), compute)
         else:
             with ExitStack() as opened:
-                loftq(model, Stored(folder, opened).read)
+                stored = Stored(folder, opened)
+                own = f"{model.get_base_model().base_model_prefix}."
+                loftq(model, lambda name: stored.read(name if name in stored else name.removeprefix(own)))
         return {n: t.detach().cpu() for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
     take_up(model, ranks.share(made))
@@ -71,24 +71,7 @@ def batches(rows: Rows, schedule: Schedule, size: int, pad_id: int) -> Iterator[
     for step in range(min(EVA_STEPS, schedule.steps)):
         ids = schedule.step_rows(step)
         for start in range(0, len(ids), size):
-            heartbeat.beat()
             yield collate(rows, ids[start : start + size], pad_id)
-
-
-def eva(model: PeftModel, data: Iterator[Batch], compute: Compute) -> None:
-    """Matrices A are the directions in which the layers' inputs vary most, on the learned tokens (Paischer et al., 2024); every layer keeps its
-    rank."""
-    on_device = [{k: v.to(compute.device) for k, v in batch.items()} for batch in data]
-
-    def forward(_: PeftModel, batch: Batch) -> None:
-        """Without logits: nothing is adapted behind the decoder."""
-        decoder = model.get_base_model().base_model
-        decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-
-    with inference(model), compute.autocast():
-        initialize_lora_eva_weights(
-            model, on_device, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
-        )
 
 
 def loftq(model: PeftModel, read: Callable[[str], torch.Tensor]) -> None:
@@ -97,7 +80,7 @@ def loftq(model: PeftModel, read: Callable[[str], torch.Tensor]) -> None:
     Not peft's, which asks for CUDA and does not divide by the scaling, so that the error is made good for twice at alpha = 2 × rank.
 
     Args:
-        read: a weight as it is stored, by its name in the base.
+        read: a weight as it is stored, by its name in the base's files.
     """
     from bitsandbytes.functional import dequantize_4bit  # only here: a base that is not quantized needs no bitsandbytes
 
@@ -109,7 +92,10 @@ def loftq(model: PeftModel, read: Callable[[str], torch.Tensor]) -> None:
         heartbeat.beat()
         packed = module.get_base_layer().weight.data
         held = dequantize_4bit(packed, state).float()
-        left = read(f"{name}.weight").to(device=held.device, dtype=state.dtype).float() - held
+        stored = read(f"{name}.weight")
+        if issubclass(module.get_base_layer().source_cls, Conv1D):
+            stored = stored.T  # (inputs, outputs) in the files; transformers turns it before it is quantized
+        left = stored.to(device=held.device, dtype=state.dtype).float() - held
         a, b = factors(left, module.r[adapter])
         module.lora_A[adapter].weight.data = a
         module.lora_B[adapter].weight.data = b / module.scaling[adapter]

@@ -234,6 +234,9 @@ class Stored:
             tensors = opened.enter_context(safe_open(folder / file, framework="pt"))
             self._where.update(dict.fromkeys(tensors.keys(), tensors))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, as it is stored."""
         found: torch.Tensor = self._where[name].get_tensor(name)
