@@ -17,6 +17,7 @@ from finetune_trainer.publish.run import run as publish
 from finetune_trainer.train.run import run as train
 from tests.support.prepare_bench import REF, ROWS, Bench
 from tests.support.prepared import deep_merge, job_spec, questions
+from tests.support.tiny_families import build_tiny_family
 from tests.support.trainer_run import Pod
 from tests.trainer.test_publish_merge import adapter_for
 
@@ -172,3 +173,32 @@ def test_training_goes_on_from_the_adapters_weights(
         assert f"s3://{bucket}/old" in store.get_bytes("reports/index.html").decode()
         assert f"s3://{bucket}/old" in store.get_bytes("adapter/README.md").decode()
     assert losses[1] < losses[0]
+
+
+def test_training_goes_on_from_an_adapter_of_gpt2s(s3: Any, tmp_path: Path) -> None:
+    """Its matrices lie the other way round, and its files leave the model's own name out, which the adapter's do not."""
+    bucket = s3.new_bucket()
+    base = build_tiny_family(tmp_path / "base", "gpt2")
+    file = base / "model.safetensors"
+    save_file({n.removeprefix("transformer."): t for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    s3.put_dir(bucket, "base", base)
+    old = put_adapter(s3, bucket, base, tmp_path / "old", rank_pattern={"transformer.h.0.mlp.c_fc": 2})
+    assert json.loads((old / "adapter_config.json").read_text())["fan_in_fan_out"]
+    s3.put(bucket, "train.jsonl", "".join(json.dumps({"messages": m}) + "\n" for m in questions(16)))
+    pod = Pod(tmp_path / "pod")
+    for slot in ("model", "output", "train-0", "initial-adapter"):
+        s3.write_secret(pod.secrets / slot)
+    own = {
+        "model": goes_on(bucket),
+        "training": {"length": {"steps": 1}, "optimizer": {"learningRate": 1e-12}},
+        "output": {"uri": f"s3://{bucket}/out"},
+    }
+    spec = deep_merge(job_spec(s3, bucket), own)
+    report = prepare(pod.context(spec))
+    train(pod.context(spec, Stage.TRAIN))
+    got = tmp_path / "got.safetensors"
+    got.write_bytes(pod.context(spec, Stage.PUBLISH).output_store().get_bytes("adapter/adapter_model.safetensors"))
+    before, after = load_file(old / "adapter_model.safetensors"), load_file(got)
+    assert before.keys() == after.keys()
+    assert report.trainable_parameters == sum(w.numel() for w in before.values())
+    assert max((before[n].float() - after[n]).abs().max().item() for n in before) < 1e-6

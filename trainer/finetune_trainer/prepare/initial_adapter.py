@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from finetune_api.targets import as_peft_reads, setting_of
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
-from finetune_trainer.prepare.shapes import Parameters
+from finetune_trainer.prepare.shapes import CONV1D, Parameters
 from finetune_trainer.sources.model import resolve_source
 from finetune_trainer.waiting import wait_until_available
 
@@ -40,8 +41,11 @@ class InitialAdapter:
     """By their names in the base's words."""
 
 
-def fetch_initial_adapter(ctx: StageContext) -> InitialAdapter | None:
+def fetch_initial_adapter(ctx: StageContext, stored: Collection[str]) -> InitialAdapter | None:
     """None where the job starts afresh.
+
+    Args:
+        stored: names of the tensors in the base's files.
 
     Raises:
         StageError: InvalidConfig for one that cannot be trained on; what its source raises.
@@ -59,14 +63,34 @@ def fetch_initial_adapter(ctx: StageContext) -> InitialAdapter | None:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="np") as file:
             keys = file.keys()
-            tensors: Shapes = {tensor_name(key): tuple(file.get_slice(key).get_shape()) for key in keys}
+            tensors: Shapes = {as_stored(tensor_name(k), stored): tuple(file.get_slice(k).get_shape()) for k in keys}
     except (ValueError, SafetensorError) as error:
         raise StageError(
             Reason.INVALID_CONFIG, f"model.initialAdapter: {asked.uri} is no adapter of peft's ({error})."
         ) from error
     modules = sorted(name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A))
-    lora = settings_of(config, ctx.snapshot.spec.method.lora, asked.uri, modules)
+    lora = settings_of(named_as_stored(config, stored), ctx.snapshot.spec.method.lora, asked.uri, modules)
     return InitialAdapter(folder, InitialAdapterRecord(uri=asked.uri, commit=commit, lora=lora), tensors)
+
+
+def as_stored(name: str, stored: Collection[str]) -> str:
+    """An adapter's tensor, or a module, in the words of the base's files, which may leave the model's own name out: GPT-2's ``h.0`` is ``transformer.h.0``."""
+    module, mark, kind = name.partition(".lora_")
+    tail = module.partition(".")[2]
+    left_out = f"{module}.weight" not in stored and f"{tail}.weight" in stored
+    return f"{tail if left_out else module}{mark}{kind}"
+
+
+def named_as_stored(config: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """The same of the names in its settings, which may be full ones."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {as_stored(name, stored): number for name, number in value.items()}
+        return [as_stored(name, stored) for name in value] if isinstance(value, list) else value
+
+    naming = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    return {key: renamed(value) if key in naming else value for key, value in config.items()}
 
 
 def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str]) -> Lora:
@@ -78,6 +102,8 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
     Raises:
         StageError: InvalidConfig, for an adapter that cannot be trained on, or a job that asks for another.
     """
+    if all(CONV1D.search(module) for module in modules):
+        config = {**config, "fan_in_fan_out": False}  # peft sets it for such layers, by itself
     if (
         config.get("peft_type") != "LORA"
         or (strange := strange_settings(config, "modules_to_save"))
@@ -134,7 +160,7 @@ def must_fit(adapter: InitialAdapter, spec: FineTuneJobSpec, base: Shapes, count
     """Every layer that its settings name is there with the shapes that the base asks for, and nothing besides.
 
     Args:
-        base: shape (outputs, inputs) of the base's tensors, by name.
+        base: shape (outputs, inputs; of GPT-2's the other way round) of the base's tensors, by name.
         counted: what would be adapted by its settings.
 
     Raises:
@@ -144,7 +170,8 @@ def must_fit(adapter: InitialAdapter, spec: FineTuneJobSpec, base: Shapes, count
     wanted: Shapes = {}
     for module in counted.targets:
         rank = setting_of(module, lora.rank_pattern, lora.rank)
-        outputs, inputs = base[f"{module}.weight"]
+        shape = base[f"{module}.weight"]
+        outputs, inputs = shape[::-1] if CONV1D.search(module) else shape
         wanted[f"{module}{LORA_A}"], wanted[f"{module}{LORA_B}"] = (rank, inputs), (outputs, rank)
         if lora.use_dora:
             wanted[f"{module}{MAGNITUDE}"] = (outputs,)

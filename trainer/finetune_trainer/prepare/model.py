@@ -84,7 +84,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         warnings.append(
             f"training.maxSequenceTokens {limit:,} is beyond the {positions:,} positions the model was trained for"
         )
-    adapter = fetch_initial_adapter(ctx)
+    adapter = fetch_initial_adapter(ctx, headers)
     snapshot = ctx.snapshot if adapter is None else ctx.snapshot.with_lora(adapter.record.lora)
     lora = snapshot.plan.method.lora
     training = snapshot.spec.training
