@@ -29,6 +29,7 @@ from finetune_trainer.train import device, evaluate, model
 from finetune_trainer.train.quantized import describe, quantized_modules
 from finetune_trainer.train.rows import Rows
 from tests.support.prepared import deep_merge, encode, job_spec, questions, snapshot_of, table
+from tests.support.tiny_families import build_tiny_family
 from tests.support.tiny_model import build_tiny_model
 
 CPU32 = device.Compute(torch.device("cpu"), torch.float32, "cpu")
@@ -92,6 +93,41 @@ def test_the_merge_is_pefts_merge(base: Path, tmp_path: Path, settings: dict[str
     assert set(ours) == set(Checkpoint(base).tensors)
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+EVERYTHING = {"use_dora": True, **PATTERNS}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("phi3", {"rank_pattern": {"qkv_proj": 6}, "use_dora": True}),
+        ("gemma3_text", EVERYTHING),
+        ("qwen3", {**EVERYTHING, "bias": "all", "attention_bias": True}),
+        ("qwen2", {**EVERYTHING, "bias": "none"}),
+        ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj", "up_proj"], "use_rslora": True}),
+    ],
+    ids=["fused layers", "Gemma", "every bias", "biases of layers with DoRA", "biases of adapted layers"],
+)
+def test_the_merge_is_pefts_merge_in_other_families(
+    tmp_path: Path, family: str, settings: dict[str, Any], small_chunks: None
+) -> None:
+    settings = dict(settings)
+    own = {name: settings.pop(name) for name in ("attention_bias",) if name in settings}
+    base = build_tiny_family(tmp_path / "base", family, **own)
+    adapter = adapter_for(base, tmp_path / "adapter", **settings)
+    weights = BaseWeights(Checkpoint(base), None)
+    ours = merged(weights, adapter, torch.float32, tmp_path / "merged")
+    theirs = peft_merged(base, adapter)
+    assert set(ours) == set(Checkpoint(base).tensors)
+    changed = 0
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+        changed += not torch.equal(value, weights.checkpoint.read(name))
+    expected = len(read_adapter(adapter).modules) + len(read_adapter(adapter).replaced)
+    assert changed == expected
+    write_companions(base, sorted(p.name for p in base.iterdir()), adapter, torch.float32, tmp_path / "merged")
+    check_written(weights, read_adapter(adapter), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
