@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -142,6 +143,27 @@ def test_a_job_on_any_family_ends_in_a_verified_adapter(s3: Any, tmp_path: Path,
     ]
     assert len(mixture) == (family in ("mixtral", "qwen2_moe"))
     assert not any("experts" in name for name in stored)
+
+
+@pytest.mark.parametrize("bias", ["All", "LoRAOnly"])
+def test_trained_biases_reach_adapter_and_merged_model(s3: Any, tmp_path: Path, bias: str) -> None:
+    """Training's held-out loss, the reloaded adapter's and the merged model's agree, at a rate that moves the biases far."""
+    changes = {
+        "method": {"lora": {"bias": bias, "targetModules": ["q_proj", "up_proj"]}},
+        "training": {"optimizer": {"learningRate": 0.1}},
+    }
+    prepared, manifest, adapter = run_job(s3, tmp_path, "qwen2", **changes)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    biases = {name.removeprefix("base_model.model."): value for name, value in stored.items() if name.endswith(".bias")}
+    plain = {name.replace(".base_layer.", "."): value for name, value in biases.items()}
+    named = {n for n in base if n.endswith(".bias") and (bias == "All" or "q_proj" in n)}
+    assert plain.keys() == named
+    assert all((plain[name] - base[name]).abs().max() > 0.01 for name in named)
+    assert prepared.trainable_parameters == sum(value.numel() for value in stored.values())
+    assert manifest.verification is not None
+    assert manifest.verification.relative_difference < 1e-6
+    assert manifest.merge_check is not None
 
 
 def test_qlora_of_experts_tells_how_much_stays_in_16_bit(s3: Any, tmp_path: Path) -> None:
