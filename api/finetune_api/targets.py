@@ -9,10 +9,12 @@ from collections.abc import Collection, Iterable, Mapping
 _LAYER = re.compile(r"(?:.*?\.)?[^.]+\.(\d+)\.")
 """The first number in the name, as in peft (0.21, tuners_utils.check_target_module_exists); files may leave the model's own name out."""
 
-EXPERTS = ".experts."
+_MIXTURE = re.compile(r"\.experts\.|\.router\.|\.block_sparse_moe\.")
+"""In the names of experts and routers; files and transformers do not always have the same."""
 ROUTED = frozenset(
-    ("gate", "router", "shared_expert_gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
-)
+    ("gate", "router", "shared_expert_gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj",
+     "input_linear", "output_linear")
+)  # fmt: skip
 """What the layers of experts, shared experts and routers are called."""
 
 
@@ -26,7 +28,7 @@ def routed_kinds(tensors: Iterable[str]) -> frozenset[str]:
     Args:
         tensors: names of all tensors, as in the files or as transformers has them.
     """
-    inside = {n.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for n in tensors if EXPERTS in n}
+    inside = {n.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2] for n in tensors if _MIXTURE.search(n)}
     return ROUTED | inside if inside else frozenset()
 
 

@@ -23,7 +23,7 @@ from finetune_api.spec import MethodType
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.four_bit import left_in_16_bit
 from finetune_trainer.prepare.run import run as prepare
-from finetune_trainer.prepare.shapes import count_parameters
+from finetune_trainer.prepare.shapes import Parameters, count_parameters, refuse_mamba_projections
 from finetune_trainer.publish.run import run as publish
 from finetune_trainer.sources.model import TensorHeaders
 from finetune_trainer.train.model import attach_adapter
@@ -64,7 +64,7 @@ def configuration(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("lora", [{}, {"layersToTransform": [1], "useDora": True}], ids=["all-linear", "one layer"])
-@pytest.mark.parametrize("name", [*CONFIGS, "qwen2_moe"])
+@pytest.mark.parametrize("name", [*CONFIGS, "qwen2_moe", "granitemoeshared", "gpt_oss"])
 def test_the_layers_that_prepare_resolves_are_those_that_are_adapted(name: str, lora: dict[str, Any]) -> None:
     """By name, with the number of weights that are trained; so does the planner count."""
     config = two_layers(configuration(name))
@@ -93,6 +93,22 @@ def test_experts_and_routers_cannot_be_named(name: str) -> None:
             with pytest.raises(StageError, match=f"{setting}: {module} is .*of .*mixture of experts") as caught:
                 count_parameters(headers, lora)
             assert caught.value.reason is Reason.INVALID_CONFIG
+
+
+def test_layers_of_mamba_that_peft_refuses_are_refused_before_a_gpu_is_used() -> None:
+    def counted(**lora: Any) -> Parameters:
+        return count_parameters(headers, snapshot(method={"lora": lora}).plan.method.lora)
+
+    base = on_meta(two_layers(configuration("falcon_h1")))
+    headers = headers_of(base)
+    with pytest.raises(StageError, match=r"excludeModules: \[out_proj\]") as caught:
+        refuse_mamba_projections("falcon_h1", counted())
+    assert caught.value.reason is Reason.INVALID_CONFIG
+    without = {"excludeModules": ["out_proj"]}
+    refuse_mamba_projections("falcon_h1", counted(**without))
+    adapted = attach_adapter(base, snapshot(method={"lora": without}))
+    modules = [n for n, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+    assert sorted(modules) == sorted(counted(**without).targets)
 
 
 FAMILIES = ["phi3", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen2_moe"]

@@ -21,6 +21,7 @@ from finetune_trainer.prepare.shapes import (
     check_mergeable,
     count_parameters,
     is_mixture_of_experts,
+    refuse_mamba_projections,
     refuse_unsaveable,
 )
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
@@ -98,6 +99,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     four_bit = snapshot.plan.method.type is not MethodType.LORA
     refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), four_bit)
     parameters = count_parameters(headers, lora)
+    refuse_mamba_projections(config.get("model_type"), parameters)
     if is_mixture_of_experts(headers):
         warnings.append(of_experts(parameters))
     shapes = {name: shape for name, (_, shape) in headers.items()}

@@ -13,7 +13,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
-from finetune_api.targets import EXPERTS, is_left_out, is_named, routed_kinds, setting_of
+from finetune_api.targets import is_left_out, is_named, routed_kinds, setting_of
 from finetune_trainer.errors import StageError
 from finetune_trainer.sources.model import TensorHeaders
 
@@ -24,6 +24,7 @@ BLOCK = re.compile(r"\.\d+\.")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|c_fc|c_proj|q_attn)$")
 BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|\.attention\.masked_bias)$")
+MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -101,7 +102,20 @@ def _outputs(name: str, shape: tuple[int, ...]) -> int:
 
 def is_mixture_of_experts(headers: TensorHeaders) -> bool:
     """Whether experts exist."""
-    return any(EXPERTS in name for name in headers)
+    return bool(routed_kinds(headers))
+
+
+def refuse_mamba_projections(model_type: object, parameters: Parameters) -> None:
+    """peft (0.21, _check_lora_target_modules_mamba) puts no adapter on them: their weights go into a kernel of its own.
+
+    Raises:
+        StageError: InvalidConfig.
+    """
+    if model_type in MAMBA and any(name.endswith(".out_proj") for name in parameters.targets):
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"method.lora.targetModules: no adapter can be put on out_proj of a {model_type}. Set method.lora.excludeModules: [out_proj].",
+        )
 
 
 def _is_linear(name: str) -> bool:

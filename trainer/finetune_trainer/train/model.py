@@ -154,12 +154,11 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(snapshot.spec.training.seed)
+    linear = ", ".join(linear_names(base))  # before peft has put its own layers between them
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
-        raise StageError(
-            Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {', '.join(linear_names(base))}."
-        ) from error
+        raise StageError(Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {linear}.") from error
     make_trainables_float32(model)
     if initial is not None:
         take_up(model, load_file(initial))
