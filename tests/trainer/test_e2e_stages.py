@@ -43,7 +43,7 @@ PATTERNS = {
         ("LoRA", "Quantized", {"useDora": True}),
         ("QLoRA", "Quantized", {"useDora": True}),
         ("LoRA", "Quantized", {"useRslora": True, "excludeModules": ["gate_proj"], "layersToTransform": [1]}),
-        ("LoRA", "Quantized", {"initialization": "EVA"}),
+        ("LoRA", "Quantized", {"initialization": "EVA", "rankPattern": {"v_proj": 6}}),
         ("QLoRA", "Quantized", {"initialization": "LoftQ"}),
         ("QLoRA", "Quantized", {"modulesToSave": ["embed_tokens", "lm_head"], "rank": 4}),
         ("QLoRA", "Quantized", PATTERNS),
