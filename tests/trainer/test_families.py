@@ -111,8 +111,8 @@ def test_layers_of_mamba_that_peft_refuses_are_refused_before_a_gpu_is_used() ->
     assert sorted(modules) == sorted(counted(**without).targets)
 
 
-FAMILIES = ["phi3", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen2_moe"]
-NOT_MERGED = ("gpt2", "mixtral", "qwen2_moe")
+FAMILIES = ["phi3", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"]
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def run_job(s3: Any, folder: Path, family: str, **changes: Any) -> tuple[PrepareResult, Manifest, Path]:
@@ -129,7 +129,7 @@ def run_job(s3: Any, folder: Path, family: str, **changes: Any) -> tuple[Prepare
         "training": {"length": {"steps": 2}},
         "evaluation": {"generation": {"prompts": 1, "maxNewTokens": 2}},
         "output": {
-            "merged": {"enabled": family not in NOT_MERGED, "dtype": "float32"},
+            "merged": {"enabled": family not in ("gpt2", *MIXTURES), "dtype": "float32"},
             "workspace": {"retention": "Keep"},
         },
     }
@@ -157,7 +157,7 @@ def test_a_job_on_any_family_ends_in_a_verified_adapter(s3: Any, tmp_path: Path,
         for w in prepared.warnings
         if w.startswith("mixture of experts: the adapter is on k_proj, o_proj, q_proj, v_proj;")
     ]
-    assert len(mixture) == (family in ("mixtral", "qwen2_moe"))
+    assert len(mixture) == (family in MIXTURES)
     assert not any("experts" in name for name in stored)
 
 
