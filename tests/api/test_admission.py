@@ -63,6 +63,10 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("EVA", {"method": {"lora": {"initialization": "EVA"}}}),
     ("LoftQ", {"method": {"type": "QLoRA", "lora": {"initialization": "LoftQ"}}}),
     ("names of target modules", {"method": {"lora": {"targetModules": ["q_proj", "v_proj"]}}}),
+    (
+        "patterns of target modules",
+        {"method": {"lora": {"targetModules": ["layers.[0-7].self_attn.*", "up_pro?"], "excludeModules": ["*.k_proj"]}}},
+    ),
     ("QLoRA without double quantization", {"method": {"type": "QLoRA", "quantization": {"doubleQuantization": False}}}),
     ("no GPU on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 0}}),
     ("float32 on the CPU", {"training": {"useCpu": True, "computeDtype": "float32"}}),
@@ -137,6 +141,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("rank 0", {"method": {"lora": {"rank": 0}}}, "spec.method.lora.rank: Invalid value: 0"),
     ("a rank of what is no name", {"method": {"lora": {"rankPattern": {"q proj": 8}}}}, "every key must be a module's name such as q_proj"),
     ("a rank of 0 for one module", {"method": {"lora": {"rankPattern": {"q_proj": 0}}}}, "spec.method.lora.rankPattern.q_proj"),
+    ("a target that is a regular expression", {"method": {"lora": {"targetModules": ["(q|k)_proj"]}}}, "spec.method.lora.targetModules[0]"),
     ("early stopping without evaluations", {"evaluation": {"earlyStopping": {"patience": 2}}}, "set evaluation.intervalSteps"),
     ("packing with noise", {"training": {"packing": True, "neftuneNoiseAlpha": 5}}, "neftuneNoiseAlpha depends on how long sequences are"),
     ("a revision of an adapter in a bucket", {"model": {"uri": "hf://org/model", "initialAdapter": {"uri": "s3://b/a", "revision": "x"}}}, "revision applies to hf:// adapters only"),

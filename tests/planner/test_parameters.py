@@ -96,6 +96,21 @@ def test_what_is_left_out_is_not_counted_as_peft_does_not(name: str, left_out: d
 
 
 @pytest.mark.parametrize(
+    ("name", "targets", "expression"),
+    [
+        ("qwen3-0.6b", ["layers.[0-7].self_attn.?_proj", "1?.mlp.*"], r".*\.([0-7]\.self_attn\.._proj|1\d\.mlp\..*_proj)"),
+        ("gpt2", ["h.[!1]*.c_fc"], r".*h\.[^1].*\.c_fc"),
+    ],
+)
+def test_patterns_are_counted_as_peft_counts_the_same_regular_expression(
+    name: str, targets: list[str], expression: str
+) -> None:
+    arch, shapes = model(name)
+    ours = trainable_parameters(shapes, arch, Tuning(target_modules=targets))
+    assert ours == trainable_by_peft(on_meta(name), expression, 16, "none")
+
+
+@pytest.mark.parametrize(
     ("name", "pattern"),
     [("qwen3-0.6b", {"layers.1.mlp.up_proj": 2, "up_proj": 4}), ("gpt2", {"mlp.c_fc": 3, "c_attn": 1})],
 )

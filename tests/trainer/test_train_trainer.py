@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer
@@ -15,6 +16,7 @@ from transformers import Trainer
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import ComputeDtype, Training
+from finetune_api.targets import is_pattern
 from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.shapes import count_parameters
@@ -147,6 +149,24 @@ def test_updates_and_layers_are_those_that_were_asked_for(tiny_model: Path) -> N
         "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"
     }  # fmt: skip
     assert {m.scaling["default"] for m in updates.values()} == {8 / 4**0.5}
+
+
+def test_the_layers_that_patterns_fit_are_adapted(tiny_model: Path, tmp_path: Path) -> None:
+    """The same as prepare counts; and what is published names them without patterns, which peft does not know."""
+    lora = {"targetModules": ["layers.1.self_attn.*", "*.down_proj"], "excludeModules": ["[kv]_proj"]}
+    run = snapshot(method={"lora": lora})
+    adapted = model.attach_adapter(model.load_base(tiny_model, run, CPU32), run)
+    prefix = "base_model.model."
+    found = {n.removeprefix(prefix) for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    headers = {name: ("F32", tuple(t.shape)) for name, t in load_file(tiny_model / "model.safetensors").items()}
+    assert found == set(count_parameters(headers, run.plan.method.lora).targets)
+    assert found == {
+        *(f"model.layers.1.self_attn.{m}_proj" for m in "qo"), *(f"model.layers.{n}.mlp.down_proj" for n in (0, 1)),
+    }  # fmt: skip
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = PeftModel.from_pretrained(model.load_base(tiny_model, run, CPU32), tmp_path)
+    assert {n.removeprefix(prefix) for n, m in again.named_modules() if hasattr(m, "lora_A")} == found
+    assert not any(is_pattern(name) for name in again.peft_config["default"].target_modules)
 
 
 def test_ranks_and_alphas_of_single_modules(tiny_model: Path) -> None:

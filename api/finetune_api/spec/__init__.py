@@ -14,6 +14,7 @@ from finetune_api.spec.data import (
 from finetune_api.spec.evaluation import EarlyStopping, Evaluation, Generation, Judge, TextMetric
 from finetune_api.spec.job import IMMUTABLE_FIELDS, OPTIONAL_FIELDS, FineTuneJobSpec
 from finetune_api.spec.method import (
+    MOST_MODULES,
     LayerIndex,
     Lora,
     LoraBias,
@@ -51,6 +52,7 @@ from finetune_api.spec.training import (
 __all__ = [
     "IMMUTABLE_FIELDS",
     "MOST_GPUS_PER_NODE",
+    "MOST_MODULES",
     "MOST_NODES",
     "OPTIONAL_FIELDS",
     "TRACKER_RULES",

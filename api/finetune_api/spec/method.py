@@ -8,9 +8,11 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
-from finetune_api.fieldtypes import MODULE_KEYS, Alpha, AlphaMap, ModuleName, Rank, RankMap, cel
+from finetune_api.fieldtypes import MODULE_KEYS, Alpha, AlphaMap, ModuleName, ModulePattern, Rank, RankMap, cel
 
 LayerIndex = Annotated[int, Field(ge=0, le=9999)]
+MOST_MODULES = 64
+"""Names in a list."""
 
 
 class MethodType(StrEnum):
@@ -59,14 +61,18 @@ class Lora(ApiModel):
         0.05, description="Dropout probability on the adapter's input."
     )
     bias: LoraBias = Field(LoraBias.NONE)
-    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = Field(
+    target_modules: Annotated[list[ModulePattern], Field(min_length=1, max_length=MOST_MODULES)] = Field(
         default=["all-linear"],
-        description="Names of the linear layers to adapt, or all-linear. A name that matches nothing fails the job before a GPU is used.",
+        description=(
+            "The linear layers to adapt: all-linear, or ends of their names (q_proj, layers.0.mlp.up_proj), in which * stands for any "
+            "characters, ? for one and [0-9] for one of a set (layers.[0-7].self_attn.*). One that matches nothing fails the job before a GPU is "
+            "used."
+        ),
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
-    exclude_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] | None = Field(
+    exclude_modules: Annotated[list[ModulePattern], Field(min_length=1, max_length=MOST_MODULES)] | None = Field(
         None,
-        description="Names of layers that targetModules names and that are left as they are.",
+        description="Layers that targetModules names and that are left as they are, named likewise.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     layers_to_transform: Annotated[list[LayerIndex], Field(min_length=1, max_length=256)] | None = Field(

@@ -13,7 +13,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
-from finetune_api.targets import is_left_out, is_named, setting_of
+from finetune_api.targets import is_left_out, is_named, is_pattern, setting_of
 from finetune_trainer.errors import StageError
 from finetune_trainer.sources.model import TensorHeaders
 
@@ -169,6 +169,11 @@ def _unknown(module: str, linear: Mapping[str, Any], matrices: Mapping[str, Any]
             Reason.INVALID_CONFIG,
             f"method.lora.targetModules: {module} is the output head, an embedding or an expert, which cannot be adapted; "
             f"use some of {choices}, or {ALL_LINEAR}",
+        )
+    if is_pattern(module):
+        return StageError(
+            Reason.UNKNOWN_TARGET_MODULE,
+            f"method.lora.targetModules: {module} fits none of this model's linear layers, which are {choices}, such as {next(iter(linear))}",
         )
     return StageError(
         Reason.UNKNOWN_TARGET_MODULE,

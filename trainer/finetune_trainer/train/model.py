@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora, Snapshot
 from finetune_api.spec import LoraBias, LoraInitialization, Quantization
-from finetune_api.targets import is_named, setting_of
+from finetune_api.targets import is_named, setting_of, without_patterns
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
 from finetune_trainer.remote_code import remote_code
@@ -139,7 +139,7 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         lora_dropout=lora.dropout,
         bias=BIAS[lora.bias],
         target_modules=target_modules(base, lora),
-        exclude_modules=list(lora.exclude_modules) or None,
+        exclude_modules=without_patterns(lora.exclude_modules, linear_layers(base)) or None,
         layers_to_transform=lora.layers_to_transform,
         rank_pattern=by_full_name(base, lora.rank_pattern),
         alpha_pattern=by_full_name(base, lora.alpha_pattern),
@@ -158,7 +158,7 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         model = get_peft_model(base, config)
     except ValueError as error:
         raise StageError(
-            Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {', '.join(linear_names(base))}."
+            Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {', '.join(linear_kinds(base))}."
         ) from error
     make_trainables_float32(model)
     if initial is not None:
@@ -197,10 +197,10 @@ def refuse_tied_head(base: Any, lora: ResolvedLora) -> None:
 
 
 def target_modules(base: Any, lora: ResolvedLora) -> str | list[str]:
-    """In peft's words, which takes all-linear only for all layers."""
+    """In peft's words, which takes all-linear only for all layers, and a regular expression where we take patterns."""
     if lora.target_modules != [ALL_LINEAR]:
-        return list(lora.target_modules)
-    return ALL_LINEAR if lora.layers_to_transform is None else linear_names(base)
+        return without_patterns(lora.target_modules, linear_layers(base))
+    return ALL_LINEAR if lora.layers_to_transform is None else linear_kinds(base)
 
 
 def by_full_name(base: Any, pattern: dict[str, int]) -> dict[str, int]:
@@ -214,11 +214,15 @@ def saved_modules(base: Any, lora: ResolvedLora) -> list[str]:
     return [name for name, _ in base.named_modules() if is_named(name, lora.modules_to_save)]
 
 
-def linear_names(base: Any) -> list[str]:
-    """The names of the linear layers but the output head."""
+def linear_layers(base: Any) -> list[str]:
+    """The full names of the linear layers but the output head."""
     head = base.get_output_embeddings()
-    linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    return sorted({name.rpartition(".")[2] for name in linear})
+    return [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+
+
+def linear_kinds(base: Any) -> list[str]:
+    """The last parts of their names."""
+    return sorted({name.rpartition(".")[2] for name in linear_layers(base)})
 
 
 def make_trainables_float32(model: Any) -> None:
