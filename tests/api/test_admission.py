@@ -61,6 +61,7 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("modules trained whole", {"method": {"lora": {"modulesToSave": ["embed_tokens", "lm_head"]}}}),
     ("EVA", {"method": {"lora": {"initialization": "EVA"}}}),
+    ("PiSSA with QLoRA", {"method": {"type": "QLoRA", "lora": {"initialization": "PiSSA"}}}),
     ("LoftQ", {"method": {"type": "QLoRA", "lora": {"initialization": "LoftQ"}}}),
     ("names of target modules", {"method": {"lora": {"targetModules": ["q_proj", "v_proj"]}}}),
     (
@@ -148,7 +149,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("modules trained whole, with shards", {"method": {"lora": {"modulesToSave": ["lm_head"]}}, "training": {"cpuOffload": "Always"}}, "modulesToSave needs the whole base model"),
     ("LoftQ in 16 bit", {"method": {"lora": {"initialization": "LoftQ"}}}, "LoftQ makes good for quantization: it needs type: QLoRA"),
     ("LoftQ with DoRA", {"method": {"type": "QLoRA", "lora": {"initialization": "LoftQ", "useDora": True}}}, "useDora measures the weights"),
-    ("EVA with offload", {"method": {"lora": {"initialization": "EVA"}}, "training": {"cpuOffload": "IfNeeded"}}, "EVA and LoftQ need the whole base model"),
+    ("PiSSA with DoRA", {"method": {"lora": {"initialization": "PiSSA", "useDora": True}}}, "useDora and initialization: PiSSA or OLoRA each say"),
+    ("OLoRA in shards", {"method": {"lora": {"initialization": "OLoRA"}}, "training": {"parallelism": "FSDP"}, "compute": {"gpusPerNode": 2}}, "PiSSA and OLoRA need the whole base model"),
+    ("EVA with offload", {"method": {"lora": {"initialization": "EVA"}}, "training": {"cpuOffload": "IfNeeded"}}, "EVA, LoftQ, PiSSA and OLoRA need the whole base model"),
     ("EVA and an adapter", {"model": {"uri": "hf://org/model", "initialAdapter": {"uri": "s3://bucket/adapter"}}, "method": {"lora": {"initialization": "EVA"}}}, "model.initialAdapter has weights already"),
     ("dropout 1", {"method": {"lora": {"dropout": 1}}}, "spec.method.lora.dropout"),
     ("an unknown method", {"method": {"type": "Full"}}, 'Unsupported value: "Full": supported values: "LoRA", "QLoRA"'),

@@ -28,6 +28,7 @@ def request_for(case: Case) -> Request:
             target_modules=list(case.target_modules),
             four_bit=case.quantized,
             double_quantization=case.double_quantization,
+            offset=case.offset,
         ),
         batch=Batch(
             sequence_tokens=case.sequence_tokens,

@@ -60,6 +60,18 @@ def test_a_simulation_now_gives_what_the_golden_file_says() -> None:
     assert now.step_peak_bytes == pytest.approx(golden.step_peak_bytes, rel=1e-4)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_an_adapter_that_begins_at_weights_is_planned_as_it_is_simulated(checkpointing: bool) -> None:
+    """At a rank at which the adapter is a third of what is held."""
+    case = Case("smollm2-135m", True, 1024, 1, checkpointing, rank=128, offset=True)
+    simulated, planned = simulate(case, read_config(case.model), 16384), plan(request_for(case))
+    assert planned.trainable_parameters == simulated.trainable_parameters
+    assert planned.adapter_bytes == pytest.approx(simulated.adapter_bytes, rel=0.005)
+    assert planned.gradient_bytes == pytest.approx(simulated.gradient_bytes, rel=0.005)
+    assert MOST_BELOW <= planned.peak_allocated_bytes / simulated.step_peak_bytes - 1 <= MOST_ABOVE
+    assert MOST_BELOW <= planned.peak_evaluation_bytes / simulated.evaluation_peak_bytes - 1 <= EVALUATION_MOST_ABOVE
+
+
 def test_golden_files_name_their_versions() -> None:
     for path in (Path(__file__).parent / "golden").glob("*.json"):
         assert set(json.loads(path.read_text())["versions"]) == {"torch", "transformers", "peft"}

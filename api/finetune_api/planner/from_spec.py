@@ -13,9 +13,16 @@ from finetune_api.planner.sentences import gib
 from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
 from finetune_api.quantity import parse_quantity
-from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, LoraInitialization, Parallelism
+from finetune_api.spec import (
+    BEGIN_AT_WEIGHTS,
+    MOST_GPUS_PER_NODE,
+    CpuOffload,
+    FineTuneJobSpec,
+    LoraInitialization,
+    Parallelism,
+)
 
-WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ)
+WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ, *BEGIN_AT_WEIGHTS)
 """Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA and modulesToSave need that, too."""
 
 
@@ -50,6 +57,7 @@ def request_of(
             rank_pattern=dict(lora.rank_pattern or {}),
             modules_to_save=list(lora.modules_to_save or []),
             dora=lora.use_dora,
+            offset=lora.initialization in BEGIN_AT_WEIGHTS,
             double_quantization=spec.method.quantization.double_quantization,
         ),
         batch=Batch(

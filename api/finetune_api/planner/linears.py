@@ -91,9 +91,7 @@ def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> 
     fused gate and up projection with twice the rank.
     """
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
-    count = sum(
-        tuning.rank_of(layer.name) * (layer.inputs + layer.outputs) + tuning.dora * layer.outputs for layer in targets
-    )
+    count = matrix_parameters(targets, tuning) + tuning.dora * sum(layer.outputs for layer in targets)
     if tuning.target_modules == [ALL_LINEAR]:
         count += sum(
             tuning.rank * _expert_features(name, shape)
@@ -101,6 +99,11 @@ def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> 
             if not is_left_out(name.removesuffix(".weight"), tuning.exclude_modules, tuning.layers_to_transform)
         )
     return count + _biases(shapes, targets, tuning.bias) + _saved(shapes, tuning.modules_to_save)
+
+
+def matrix_parameters(targets: list[Linear], tuning: Tuning) -> int:
+    """rank × (inputs + outputs) for each adapted layer: what A and B have."""
+    return sum(tuning.rank_of(layer.name) * (layer.inputs + layer.outputs) for layer in targets)
 
 
 def _expert_features(name: str, shape: tuple[int, ...]) -> int:

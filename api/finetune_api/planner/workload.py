@@ -36,6 +36,8 @@ class Tuning(ApiModel):
     """Ranks of single layers; the most specific name counts."""
     modules_to_save: list[str] = []
     dora: bool = False
+    offset: bool = False
+    """PiSSA, OLoRA: as many weights as the matrices have are held beside them, frozen, and products are of twice the rank."""
     four_bit: bool = False
     double_quantization: bool = True
 

@@ -107,8 +107,8 @@ class FineTuneJobSpec(ApiModel):
                 "method.lora.modulesToSave needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
             ),
             (
-                "!(self.method.lora.initialization in ['EVA', 'LoftQ']) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
-                "method.lora.initialization: EVA and LoftQ need the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+                "!(self.method.lora.initialization in ['EVA', 'LoftQ', 'PiSSA', 'OLoRA']) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                "method.lora.initialization: EVA, LoftQ, PiSSA and OLoRA need the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
             ),
             (
                 "!has(self.model.initialAdapter) || self.method.lora.initialization == 'Default'",

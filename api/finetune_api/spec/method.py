@@ -39,6 +39,15 @@ class LoraInitialization(StrEnum):
     ORTHOGONAL = "Orthogonal"
     EVA = "EVA"
     LOFTQ = "LoftQ"
+    PISSA = "PiSSA"
+    OLORA = "OLoRA"
+
+
+BEGIN_AT_WEIGHTS = (LoraInitialization.PISSA, LoraInitialization.OLORA)
+"""Those whose matrices begin at parts of the weights. What is published is a plain adapter of twice the rank."""
+
+
+_DORA_MESSAGE = "useDora and initialization: PiSSA or OLoRA each say what the update is: leave one of them out"
 
 
 class Lora(ApiModel):
@@ -109,7 +118,9 @@ class Lora(ApiModel):
         description=(
             "Default: A uniform (Kaiming), B zero. Gaussian, Orthogonal: A drawn so. EVA: A from the directions in which the layers' inputs vary most, "
             "by a pass over the first training rows (Paischer et al., 2024). LoftQ: what 4 bits leave of the weights, as far as the rank goes "
-            "(Li et al., 2023; QLoRA only)."
+            "(Li et al., 2023; QLoRA only). PiSSA: A and B from the weight's largest singular values (Meng et al., 2024), OLoRA: from its QR "
+            "decomposition (Büyükakyüz, 2024), and the update is what they gain on that: the base stays as it is, and the adapter is published "
+            "as a plain one of twice the rank."
         ),
     )
     use_rslora: bool = Field(
@@ -126,8 +137,15 @@ class Lora(ApiModel):
                 "!self.useDora || !(self.initialization in ['Orthogonal', 'LoftQ'])",
                 "useDora measures the weights before they are initialized so: leave initialization: Orthogonal and LoftQ out",
             ),
+            ("!self.useDora || !(self.initialization in ['PiSSA', 'OLoRA'])", _DORA_MESSAGE),
         )
     )
+
+    @model_validator(mode="after")
+    def _no_dora_of_what_begins_at_weights(self) -> Lora:
+        if self.use_dora and self.initialization in BEGIN_AT_WEIGHTS:
+            raise ValueError(_DORA_MESSAGE)
+        return self
 
 
 class QuantizationType(StrEnum):

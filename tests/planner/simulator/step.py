@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_trainer.train.loss import LearnedTokenLoss, head_stands_apart
 from finetune_trainer.train.model import make_trainables_float32
+from finetune_trainer.train.offset_lora import make_offset
 from tests.planner.simulator.gpu_kernels import cuda_kernels
 from tests.planner.simulator.linear4bit import quantize
 from tests.planner.simulator.tracker import LiveStorages
@@ -38,6 +39,8 @@ class Case:
     dropout: float = 0.05
     target_modules: tuple[str, ...] = ("all-linear",)
     double_quantization: bool = True
+    offset: bool = False
+    """The adapter begins at parts of the weights (PiSSA, OLoRA)."""
 
     @property
     def padded(self) -> bool:
@@ -156,6 +159,8 @@ def adapted(case: Case, config: dict[str, Any]) -> Any:
         )
         model = get_peft_model(base, lora)
         make_trainables_float32(model)
+        if case.offset:
+            make_offset(model)
     return model
 
 

@@ -99,7 +99,8 @@ def _update(lora: ResolvedLora) -> str:
     parts += ["DoRA"] if lora.use_dora else []
     parts += [f"LoRA+ {lora.loraplus_lr_ratio:g}"] if lora.loraplus_lr_ratio else []
     if lora.initialization is not LoraInitialization.DEFAULT:
-        parts.append(f"initialized by {lora.initialization.value}")
+        doubled = " (published with twice the rank and alpha)" if lora.begins_at_weights else ""
+        parts.append(f"initialized by {lora.initialization.value}{doubled}")
     return ", ".join(parts)
 
 

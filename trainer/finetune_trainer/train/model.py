@@ -26,6 +26,7 @@ from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
 from finetune_trainer.remote_code import remote_code
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.offset_lora import make_offset
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ INITIALIZATION = {
     LoraInitialization.ORTHOGONAL: "orthogonal",
     LoraInitialization.EVA: "eva",
 }
-"""peft's ``init_lora_weights``; LoftQ begins as the default does and is computed afterwards."""
+"""peft's ``init_lora_weights``; the others begin as the default does and are computed afterwards."""
 ALL_LINEAR = "all-linear"
 SAVED = ".modules_to_save."
 """In the names of parameters: peft's copies of modules that are trained whole."""
@@ -161,6 +162,8 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
             Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {', '.join(linear_kinds(base))}."
         ) from error
     make_trainables_float32(model)
+    if lora.begins_at_weights:
+        make_offset(model)
     if initial is not None:
         take_up(model, load_file(initial))
     config.base_model_name_or_path = public_name(snapshot)
