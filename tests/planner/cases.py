@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from finetune_api.planner import Architecture, Attention, Batch, Request, Shapes, Tuning, describe, parse_config
+from finetune_api.spec import QuantizationType
 from tests.planner.simulator.golden import read_config
 from tests.planner.simulator.step import Case
 
@@ -26,7 +27,8 @@ def request_for(case: Case) -> Request:
             rank=case.rank,
             dropout=case.dropout,
             target_modules=list(case.target_modules),
-            four_bit=case.quantized,
+            quantized=case.quantized,
+            quantization=QuantizationType.INT8 if case.eight_bit else QuantizationType.NF4,
             double_quantization=case.double_quantization,
             offset=case.offset,
         ),

@@ -72,6 +72,18 @@ def test_an_adapter_that_begins_at_weights_is_planned_as_it_is_simulated(checkpo
     assert MOST_BELOW <= planned.peak_evaluation_bytes / simulated.evaluation_peak_bytes - 1 <= EVALUATION_MOST_ABOVE
 
 
+@pytest.mark.parametrize(
+    ("model", "checkpointing"), [("smollm2-135m", True), ("smollm2-135m", False), ("gpt2", True), ("gpt2", False)]
+)
+def test_a_base_in_8_bit_is_planned_as_it_is_simulated(model: str, checkpointing: bool) -> None:
+    case = Case(model, True, 1024, 2, checkpointing, eight_bit=True)
+    simulated, planned = simulate(case, read_config(model), 16384), plan(request_for(case))
+    weights = planned.weight_bytes + planned.quantization_constant_bytes
+    assert weights == pytest.approx(simulated.base_bytes, rel=0.005)
+    assert MOST_BELOW <= planned.peak_allocated_bytes / simulated.step_peak_bytes - 1 <= MOST_ABOVE
+    assert MOST_BELOW <= planned.peak_evaluation_bytes / simulated.evaluation_peak_bytes - 1 <= EVALUATION_MOST_ABOVE
+
+
 def test_golden_files_name_their_versions() -> None:
     for path in (Path(__file__).parent / "golden").glob("*.json"):
         assert set(json.loads(path.read_text())["versions"]) == {"torch", "transformers", "peft"}

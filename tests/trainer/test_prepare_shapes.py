@@ -209,13 +209,13 @@ def test_modules_that_cannot_be_trained_whole() -> None:
     with pytest.raises(StageError, match="modulesToSave: q_proj gets an adapter, too"):
         count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], modules_to_save=["q_proj"]))
     head = lora(8, ["q_proj"], modules_to_save=["lm_head"])
-    refuse_unsaveable(LLAMA_3_8B, head, tied=False, four_bit=True)
+    refuse_unsaveable(LLAMA_3_8B, head, tied=False, quantized=True)
     with pytest.raises(StageError, match="name embed_tokens, and both are trained as one"):
-        refuse_unsaveable(LLAMA_3_8B, head, tied=True, four_bit=False)
+        refuse_unsaveable(LLAMA_3_8B, head, tied=True, quantized=False)
     linear = lora(8, ["q_proj"], modules_to_save=["down_proj"])
-    refuse_unsaveable(LLAMA_3_8B, linear, tied=False, four_bit=False)
+    refuse_unsaveable(LLAMA_3_8B, linear, tied=False, quantized=False)
     with pytest.raises(StageError, match=r"QLoRA holds model.layers.\d+.mlp.down_proj in 4 bit"):
-        refuse_unsaveable(LLAMA_3_8B, linear, tied=False, four_bit=True)
+        refuse_unsaveable(LLAMA_3_8B, linear, tied=False, quantized=True)
 
 
 def test_patterns_name_layers_that_are_adapted() -> None:

@@ -242,16 +242,20 @@ def test_gradient_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path
     assert [s["loss"] for s in log_on.steps] == pytest.approx([s["loss"] for s in log_off.steps], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
-def test_trainables_are_float32_and_the_base_is_not_touched(tiny_model: Path, tmp_path: Path, method: str) -> None:
-    run = snapshot(method={"type": method}, training={"length": {"steps": 2}})
+@pytest.mark.parametrize(
+    "method", [{"type": "LoRA"}, {"type": "QLoRA"}, {"type": "QLoRA", "quantization": {"type": "Int8"}}]
+)
+def test_trainables_are_float32_and_the_base_is_not_touched(
+    tiny_model: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    run = snapshot(method=method, training={"length": {"steps": 2}})
     fresh = dict(model.load_base(tiny_model, run, CPU16).named_parameters())
     trained, _ = fit(tiny_model, tmp_path, run, CPU16)
     assert {p.dtype for p in weights_of(trained).values()} == {torch.float32}
     for name, parameter in trained.get_base_model().named_parameters():
         if "lora_" not in name:
             assert torch.equal(parameter, fresh[name.replace(".base_layer.", ".")]), name
-            assert parameter.dtype in (torch.bfloat16, torch.uint8)
+            assert parameter.dtype in (torch.bfloat16, torch.uint8, torch.int8)
 
 
 def test_evaluating_a_4_bit_base_first_does_not_cut_its_gradient(tiny_model: Path) -> None:

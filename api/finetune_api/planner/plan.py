@@ -133,8 +133,8 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     """
     arch, tuning, batch, shapes = request.architecture, request.tuning, request.batch, request.shapes
     quantized = weights.quantized_names(shapes, arch, tuning)
-    base = weights.tensor_bytes(shapes, quantized)
-    with_weights = weights.quantization_bytes(shapes, quantized, tuning.double_quantization)
+    base = weights.tensor_bytes(shapes, quantized, tuning)
+    with_weights = weights.quantization_bytes(shapes, quantized, tuning, arch)
     trainable = trainable_parameters(shapes, arch, tuning)
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
     frozen = matrix_parameters(targets, tuning) if tuning.offset else 0
@@ -159,7 +159,9 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     mlp_adapted = any(".mlp." in target.name for target in targets)
     evaluation = _evaluation(request, quantized, mlp_adapted, trainable + frozen)
     fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
-    largest = max((2 * math.prod(shapes[name]) for name in quantized), default=0)
+    # In 8 bit a tensor is there as it was loaded, and once more in float16 (transformers' Bnb8bitQuantize, bitsandbytes' Int8Params).
+    unpacked = 4 if tuning.eight_bit else 2
+    largest = max((unpacked * math.prod(shapes[name]) for name in quantized), default=0)
     flop = training_flop_per_token(arch, shapes, targets, tuning, batch)
     return MemoryPlan(
         weight_bytes=weight,

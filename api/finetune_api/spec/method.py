@@ -149,24 +149,65 @@ class Lora(ApiModel):
 
 
 class QuantizationType(StrEnum):
-    """4-bit data types of bitsandbytes."""
+    """bitsandbytes' data types: two of 4 bit, and one of 8."""
 
     NF4 = "NF4"
     FP4 = "FP4"
+    INT8 = "Int8"
+
+
+_DOUBLE_MESSAGE = "doubleQuantization is for the constants of the 4-bit types: leave it out with type: Int8"
 
 
 class Quantization(ApiModel):
     """How QLoRA holds the frozen base (Dettmers et al., 2023)."""
 
-    type: QuantizationType = Field(QuantizationType.NF4)
-    double_quantization: bool = Field(
-        True, description="Quantize the quantization constants too (0.4 bit per parameter less)."
+    type: QuantizationType = Field(
+        QuantizationType.NF4,
+        description=(
+            "NF4 and FP4 take 4 bit a weight, with a constant for 64; Int8 takes 8, with one for each row (the weights of LLM.int8(), Dettmers et "
+            "al., 2022): nearer to the base in 16 bit, and half its memory. Products are computed in 16 bit with all of them. Int8 needs "
+            "the whole base model on each GPU."
+        ),
     )
+    double_quantization: bool | None = Field(
+        None,
+        description="Quantize the constants of 4-bit types too (0.4 bit per parameter less); the default is true.",
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "self.type != 'Int8' || !has(self.doubleQuantization) || !self.doubleQuantization",
+                _DOUBLE_MESSAGE,
+            )
+        )
+    )
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return 8 if self.type is QuantizationType.INT8 else 4
+
+    @property
+    def doubled(self) -> bool:
+        """Whether constants are quantized, too."""
+        return self.bits == 4 and self.double_quantization is not False
+
+    @model_validator(mode="after")
+    def _constants_of_4_bit(self) -> Quantization:
+        if self.bits == 8 and self.double_quantization:
+            raise ValueError(_DOUBLE_MESSAGE)
+        return self
 
 
 _BIAS_MESSAGE = (
     "QLoRA cannot train biases, and Auto may choose it: bitsandbytes holds those of quantized layers in 16 bit, where small updates "
     "are lost; set lora.bias: None, or type: LoRA"
+)
+
+_LOFTQ_MESSAGE = (
+    "lora.initialization: LoftQ makes good for what 4 bits leave of the weights: leave it out with quantization.type: Int8"
 )
 
 
@@ -175,7 +216,7 @@ class Method(ApiModel):
 
     type: MethodType = Field(
         MethodType.LORA,
-        description="LoRA keeps the base in 16 bit; QLoRA in 4 bit. Auto is LoRA if that fits the GPU, otherwise QLoRA.",
+        description="LoRA keeps the base in 16 bit; QLoRA quantized, in 4 bit unless quantization.type says otherwise. Auto is LoRA if that fits the GPU, otherwise QLoRA.",
     )
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization, description="Used by QLoRA.")
@@ -188,6 +229,7 @@ class Method(ApiModel):
                 "self.type == 'QLoRA' || self.lora.initialization != 'LoftQ'",
                 "lora.initialization: LoftQ makes good for quantization: it needs type: QLoRA",
             ),
+            ("self.quantization.type != 'Int8' || self.lora.initialization != 'LoftQ'", _LOFTQ_MESSAGE),
         ),
     )
 
@@ -195,4 +237,10 @@ class Method(ApiModel):
     def _no_biases_in_16_bit(self) -> Method:
         if self.type is not MethodType.LORA and self.lora.bias is not LoraBias.NONE:
             raise ValueError(_BIAS_MESSAGE)
+        return self
+
+    @model_validator(mode="after")
+    def _loftq_of_4_bit(self) -> Method:
+        if self.quantization.bits == 8 and self.lora.initialization is LoraInitialization.LOFTQ:
+            raise ValueError(_LOFTQ_MESSAGE)
         return self

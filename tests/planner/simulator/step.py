@@ -39,6 +39,8 @@ class Case:
     dropout: float = 0.05
     target_modules: tuple[str, ...] = ("all-linear",)
     double_quantization: bool = True
+    eight_bit: bool = False
+    """A quantized base is held in 8 bit, not in 4."""
     offset: bool = False
     """The adapter begins at parts of the weights (PiSSA, OLoRA)."""
 
@@ -148,7 +150,7 @@ def adapted(case: Case, config: dict[str, Any]) -> Any:
     base.requires_grad_(False)
     with torch.device("meta"):
         if case.quantized:
-            quantize(base, case.double_quantization)
+            quantize(base, case.double_quantization, case.eight_bit)
         targets = "all-linear" if case.target_modules == ("all-linear",) else list(case.target_modules)
         lora = LoraConfig(
             r=case.rank,

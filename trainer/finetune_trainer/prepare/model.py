@@ -100,8 +100,8 @@ def inspect_model(ctx: StageContext) -> BaseModel:
             "model.initialAdapter is trained with DoRA, which needs the whole base model on each GPU: leave training.parallelism: FSDP and "
             "cpuOffload out",
         )
-    four_bit = snapshot.plan.method.type is not MethodType.LORA
-    refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), four_bit)
+    quantized = snapshot.plan.method.type is not MethodType.LORA
+    refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), quantized)
     parameters = count_parameters(headers, lora)
     shapes = {name: shape for name, (_, shape) in headers.items()}
     if adapter is not None:

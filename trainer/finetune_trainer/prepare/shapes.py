@@ -208,12 +208,12 @@ def _saved(tensors: Mapping[str, tuple[int, ...]], targets: list[str], modules: 
     return sum(math.prod(shape) for name, shape in tensors.items() if is_named(owners[name], modules))
 
 
-def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, four_bit: bool) -> None:
+def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, quantized: bool) -> None:
     """What cannot be trained whole.
 
     Args:
         tied: input embeddings and output head are one.
-        four_bit: linear layers are, or may be.
+        quantized: linear layers are, or may be.
 
     Raises:
         StageError: InvalidConfig.
@@ -228,10 +228,10 @@ def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, fo
         n.removesuffix(".weight") for n, (_, shape) in headers.items() if n.endswith(".weight") and len(shape) == 2
     ]
     packed = [n for n in matrices if _is_linear(n) and is_named(n, lora.modules_to_save)]
-    if four_bit and packed:
+    if quantized and packed:
         raise StageError(
             Reason.INVALID_CONFIG,
-            f"method.lora.modulesToSave: QLoRA holds {packed[0]} in 4 bit, which cannot be trained; use type: LoRA, or an adapter on it",
+            f"method.lora.modulesToSave: QLoRA holds {packed[0]} quantized, which cannot be trained; use type: LoRA, or an adapter on it",
         )
 
 

@@ -119,8 +119,8 @@ def _patterns(lora: ResolvedLora) -> str:
 
 
 def _quantized(quantization: Quantization) -> str:
-    double = ", double quantization" if quantization.double_quantization else ""
-    return f"4 bit {quantization.type.value}{double}"
+    double = ", double quantization" if quantization.doubled else ""
+    return f"{quantization.bits} bit {quantization.type.value}{double}"
 
 
 def _batch(snapshot: Snapshot, trained: TrainResult) -> str:

@@ -45,7 +45,7 @@ disable_progress_bar()  # a pod's log is no terminal
 
 
 def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
-    """The base as a causal language model: in the computing type, or in 4 bit for QLoRA.
+    """The base as a causal language model: in the computing type, or quantized for QLoRA.
 
     Raises:
         StageError: UnsupportedModel, if transformers cannot load the folder.
@@ -65,6 +65,10 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
     model.config.use_cache = False
     model.requires_grad_(False)
     keep_training_layout(model)
+    if quantization is not None and quantization.bits == 8:
+        from finetune_trainer.train.int8 import multiply_in_16_bit  # only here: others need no bitsandbytes
+
+        multiply_in_16_bit(model, compute.dtype)
     return model
 
 
@@ -106,11 +110,13 @@ def load_tokenizer(folder: Path, snapshot: Snapshot) -> Any:
 
 
 def bits_and_bytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's own: 4 bit, and products in ``dtype`` (bitsandbytes' default would be float32)."""
+    """QLoRA's own: 4 bit, and products in ``dtype`` (bitsandbytes' default would be float32); or 8 bit."""
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type.value.lower(),
-        bnb_4bit_use_double_quant=quantization.double_quantization,
+        bnb_4bit_use_double_quant=quantization.doubled,
         bnb_4bit_compute_dtype=dtype,
     )
 
