@@ -66,10 +66,17 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("names of target modules", {"method": {"lora": {"targetModules": ["q_proj", "v_proj"]}}}),
     (
         "patterns of target modules",
-        {"method": {"lora": {"targetModules": ["layers.[0-7].self_attn.*", "up_pro?"], "excludeModules": ["*.k_proj"]}}},
+        {
+            "method": {
+                "lora": {"targetModules": ["layers.[0-7].self_attn.*", "up_pro?"], "excludeModules": ["*.k_proj"]}
+            }
+        },
     ),
     ("a base in 8 bit", {"method": {"type": "QLoRA", "quantization": {"type": "Int8"}}}),
-    ("LoRA in shards with a type that it does not use", {"method": {"quantization": {"type": "Int8"}}, "training": {"cpuOffload": "IfNeeded"}}),
+    (
+        "LoRA in shards with a type that it does not use",
+        {"method": {"quantization": {"type": "Int8"}}, "training": {"cpuOffload": "IfNeeded"}},
+    ),
     ("QLoRA without double quantization", {"method": {"type": "QLoRA", "quantization": {"doubleQuantization": False}}}),
     ("no GPU on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 0}}),
     ("float32 on the CPU", {"training": {"useCpu": True, "computeDtype": "float32"}}),

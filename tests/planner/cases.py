@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from finetune_api.planner import Architecture, Attention, Batch, Request, Shapes, Tuning, describe, parse_config
 from finetune_api.spec import QuantizationType
@@ -17,9 +18,16 @@ def model(name: str) -> tuple[Architecture, Shapes]:
     return arch, describe(arch)
 
 
-def request_for(case: Case) -> Request:
-    """What the planner is asked for a simulated case."""
+def request_for(case: Case, config: dict[str, Any] | None = None) -> Request:
+    """What the planner is asked for a simulated case.
+
+    Args:
+        config: another config.json than the model's.
+    """
     arch, shapes = model(case.model)
+    if config is not None:
+        arch = parse_config(config)
+        shapes = describe(arch)
     return Request(
         architecture=arch,
         shapes=shapes,

@@ -6,8 +6,10 @@ import pytest
 
 from finetune_api.planner import Batch, Request, Tuning, find_gpu, fit, known_gpus, misfit_sentence, plan
 from finetune_api.planner.distributed import Layout
-from finetune_api.planner.fit import Alternative, alternatives, quantized, limit, with_batch
+from finetune_api.planner.fit import Alternative, alternatives, limit, quantized, with_batch
 from finetune_api.planner.plan import Decisive
+from finetune_api.planner.sentences import alternative_phrase
+from finetune_api.spec import QuantizationType
 from tests.planner.cases import model
 
 GIB = 1 << 30

@@ -99,7 +99,11 @@ def test_what_is_left_out_is_not_counted_as_peft_does_not(name: str, left_out: d
 @pytest.mark.parametrize(
     ("name", "targets", "expression"),
     [
-        ("qwen3-0.6b", ["layers.[0-7].self_attn.?_proj", "1?.mlp.*"], r".*\.([0-7]\.self_attn\.._proj|1\d\.mlp\..*_proj)"),
+        (
+            "qwen3-0.6b",
+            ["layers.[0-7].self_attn.?_proj", "1?.mlp.*"],
+            r".*\.([0-7]\.self_attn\.._proj|1\d\.mlp\..*_proj)",
+        ),
         ("gpt2", ["h.[!1]*.c_fc"], r".*h\.[^1].*\.c_fc"),
     ],
 )

@@ -59,7 +59,9 @@ def test_rank_modules_and_variant_are_the_adapters(ready: Bench, tiny_model: Pat
     assert kept == (adapter / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": r".*\.1\.(self_attn\.[qv]|mlp\.up)_proj"}, {"exclude_modules": ".*mlp.*"}])
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": r".*\.1\.(self_attn\.[qv]|mlp\.up)_proj"}, {"exclude_modules": ".*mlp.*"}]
+)
 def test_modules_that_a_regular_expression_names_are_taken_over(
     ready: Bench, tiny_model: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -89,7 +89,9 @@ def test_olora_begins_as_pefts_does(tiny_model: Path) -> None:
     for mine, other in zip(lora_layers(ours), lora_layers(theirs), strict=True):
         for name in "AB":
             begin = getattr(mine, f"{OFFSET}{name}")["default"].weight
-            torch.testing.assert_close(begin, getattr(other, f"lora_{name}")["default"].weight.data, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                begin, getattr(other, f"lora_{name}")["default"].weight.data, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_pissa_begins_with_the_largest_singular_values(tiny_model: Path) -> None:
@@ -149,7 +151,10 @@ def test_what_is_published_is_a_plain_adapter_for_the_base_as_it_is(
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
     tensors = load_file(folder / "adapter_model.safetensors")
-    found = {n: tensors[f"base_model.model.model.layers.0.{n}.lora_A.weight"].shape[0] for n in ("mlp.up_proj", "self_attn.q_proj")}
+    found = {
+        n: tensors[f"base_model.model.model.layers.0.{n}.lora_A.weight"].shape[0]
+        for n in ("mlp.up_proj", "self_attn.q_proj")
+    }
     assert found == {"mlp.up_proj": 4 if "rankPattern" in lora else 8, "self_attn.q_proj": 8}
     if "modulesToSave" not in lora:
         modules = [n.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n]

@@ -109,10 +109,12 @@ def test_patterns_name_the_layers_that_they_fit() -> None:
     parameters = count_parameters(LLAMA_3_8B, asked)
     attention = {f"model.layers.{n}.self_attn.{m}" for n in range(8) for m in ("q_proj", "v_proj")}
     assert set(parameters.targets) == attention | {f"model.layers.11.mlp.{m}_proj" for m in ("gate", "up", "down")}
-    with pytest.raises(StageError, match=r"blocks\.\[0-9\]\.\* fits none of this model's linear layers, .* such as model\.layers\.0\.") as info:
+    with pytest.raises(
+        StageError, match=r"blocks\.\[0-9\]\.\* fits none of this model's linear layers, .* such as model\.layers\.0\."
+    ) as info:
         count_parameters(LLAMA_3_8B, lora(8, ["q_proj", "blocks.[0-9].*"]))
     assert info.value.reason is Reason.UNKNOWN_TARGET_MODULE
-    with pytest.raises(StageError, match="lm_.* is the output head"):
+    with pytest.raises(StageError, match=r"lm_\* is the output head"):
         count_parameters(LLAMA_3_8B, lora(8, ["lm_*"]))
 
 
@@ -214,7 +216,7 @@ def test_modules_that_cannot_be_trained_whole() -> None:
         refuse_unsaveable(LLAMA_3_8B, head, tied=True, quantized=False)
     linear = lora(8, ["q_proj"], modules_to_save=["down_proj"])
     refuse_unsaveable(LLAMA_3_8B, linear, tied=False, quantized=False)
-    with pytest.raises(StageError, match=r"QLoRA holds model.layers.\d+.mlp.down_proj in 4 bit"):
+    with pytest.raises(StageError, match=r"QLoRA holds model.layers.\d+.mlp.down_proj quantized"):
         refuse_unsaveable(LLAMA_3_8B, linear, tied=False, quantized=True)
 
 

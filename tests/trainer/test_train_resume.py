@@ -97,7 +97,14 @@ def forget_the_result(job: PreparedJob) -> None:
     [("LoRA", "Default", 1, 2), ("QLoRA", "Default", 5, 1), ("LoRA", "PiSSA", 8, 3)],
 )
 def test_a_run_that_was_told_to_stop_ends_with_the_same_bytes(
-    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, begun: str, step: int, micro_batch: int
+    s3: Any,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    begun: str,
+    step: int,
+    micro_batch: int,
 ) -> None:
     lora = {**SPEC["method"]["lora"], "initialization": begun}
     job = prepare_job(s3, tmp_path, tiny_model, **{**SPEC, "method": {"type": method, "lora": lora}})

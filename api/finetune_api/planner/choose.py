@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
-from finetune_api.planner.fit import Fit, fit, quantized, limit, with_batch
+from finetune_api.planner.fit import Fit, fit, limit, quantized, with_batch
 from finetune_api.planner.gpus import Gpu
 from finetune_api.planner.plan import MemoryPlan, Request, plan
 from finetune_api.planner.sentences import gib

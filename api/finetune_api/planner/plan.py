@@ -157,7 +157,8 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     }
     step = steps[batch.gradient_checkpointing]
     mlp_adapted = any(".mlp." in target.name for target in targets)
-    evaluation = _evaluation(request, quantized, mlp_adapted, trainable + frozen)
+    # Matrices that are put together for each product have no copy that autocast keeps.
+    evaluation = _evaluation(request, quantized, mlp_adapted, trainable - frozen)
     fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
     # In 8 bit a tensor is there as it was loaded, and once more in float16 (transformers' Bnb8bitQuantize, bitsandbytes' Int8Params).
     unpacked = 4 if tuning.eight_bit else 2
@@ -201,7 +202,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     )
 
 
-def _step(request: Request, batch: Batch, adapter: int) -> activations.StepMemory:
+def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory:
     arch, tuning, shapes = request.architecture, request.tuning, request.shapes
     linears = linear_layers(shapes, arch)
     targets = adapted_layers(linears, tuning)
@@ -218,10 +219,10 @@ def _step(request: Request, batch: Batch, adapter: int) -> activations.StepMemor
         [layer for layer in targets if layer.layer == first],
         bool(weights.quantized_names(shapes, arch, tuning)),
     )
-    return activations.step_memory(arch, batch, layer, adapter)
+    return activations.step_memory(arch, batch, layer, copied)
 
 
-def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, adapter: int) -> int:
+def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, copied: int) -> int:
     arch, tokens = request.architecture, request.batch.sequence_tokens
     widest = max((2 * math.prod(request.shapes[name]) for name in quantized), default=0)
 
@@ -230,11 +231,11 @@ def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, adapte
         return batch, activations.forward_bytes(arch, batch, bool(quantized), mlp_adapted, widest)
 
     peak = activations.evaluation_bytes(
-        arch, *rows(max(1, evaluated_tokens(arch, request.evaluation_tokens) // tokens)), adapter
+        arch, *rows(max(1, evaluated_tokens(arch, request.evaluation_tokens) // tokens)), copied
     )
     if request.generation_prompts:
         fitting = max(1, ANSWER_TOKENS // (tokens + request.generation_new_tokens))
         prompts = min(request.generation_prompts, ANSWERED_AT_ONCE, fitting)
-        answers = activations.generation_bytes(arch, *rows(prompts), adapter, request.generation_new_tokens)
+        answers = activations.generation_bytes(arch, *rows(prompts), copied, request.generation_new_tokens)
         peak = max(peak, answers)
     return peak

@@ -72,9 +72,7 @@ def tensor_bytes(shapes: Shapes, quantized: set[str], tuning: Tuning) -> dict[st
     return {name: held(shape) if name in quantized else HALF * math.prod(shape) for name, shape in shapes.items()}
 
 
-def quantization_bytes(
-    shapes: Shapes, quantized: set[str], tuning: Tuning, arch: Architecture
-) -> dict[str, int]:
+def quantization_bytes(shapes: Shapes, quantized: set[str], tuning: Tuning, arch: Architecture) -> dict[str, int]:
     """Constants of each quantized weight."""
     return {
         name: row_scale_bytes(shape, arch) if tuning.eight_bit else constants_bytes(shape, tuning.double_quantization)

@@ -206,9 +206,7 @@ _BIAS_MESSAGE = (
     "are lost; set lora.bias: None, or type: LoRA"
 )
 
-_LOFTQ_MESSAGE = (
-    "lora.initialization: LoftQ makes good for what 4 bits leave of the weights: leave it out with quantization.type: Int8"
-)
+_LOFTQ_MESSAGE = "lora.initialization: LoftQ makes good for what 4 bits leave of the weights: leave it out with quantization.type: Int8"
 
 
 class Method(ApiModel):

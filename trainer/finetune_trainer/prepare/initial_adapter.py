@@ -124,12 +124,12 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
     return lora
 
 
-def named_layers(
-    config: Mapping[str, Any], modules: list[str]
-) -> tuple[list[int] | None, list[str], list[str] | None]:
+def named_layers(config: Mapping[str, Any], modules: list[str]) -> tuple[list[int] | None, list[str], list[str] | None]:
     """Layers, targets and exclusions of an adapter's file. A regular expression of peft's, or more names than a job may have, become what
     the modules that are there are called within their layers; whether that names them all and no others is seen when tensors are compared."""
-    layers, targets, excluded = (config.get(key) for key in ("layers_to_transform", "target_modules", "exclude_modules"))
+    layers, targets, excluded = (
+        config.get(key) for key in ("layers_to_transform", "target_modules", "exclude_modules")
+    )
     expressions = isinstance(excluded, str) or (isinstance(targets, str) and targets != ALL_LINEAR)
     if expressions or (not isinstance(targets, str) and len(targets or []) > MOST_MODULES):
         kinds, found = kinds_and_layers(modules)

@@ -53,7 +53,8 @@ class Int8Linear(Linear8bitLt):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As Linear4bit does: products in the computing type, results in the input's."""
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        product: torch.Tensor = Product.apply(x.to(self.compute_dtype), self.weight, self.scales, bias)
+        # Its data: bitsandbytes' parameter has a ``to`` of its own.
+        product: torch.Tensor = Product.apply(x.to(self.compute_dtype), self.weight.data, self.scales, bias)
         return product.to(x.dtype)
 
 

@@ -49,11 +49,15 @@ class OffsetLora(LoraVariant):  # type: ignore[misc]
         module.lora_variant[adapter_name] = OffsetLora()
 
     @staticmethod
-    def forward(module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
         """As peft's own layer of twice the rank computes it, so that what is loaded again is the same to the bit."""
         begun = [getattr(module, f"{OFFSET}{name}")[active_adapter].weight for name in ("A", "B")]
         a, b = doubled(module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight, *begun)
-        return result + F.linear(F.linear(module.lora_dropout[active_adapter](x), a), b) * module.scaling[active_adapter]
+        return (
+            result + F.linear(F.linear(module.lora_dropout[active_adapter](x), a), b) * module.scaling[active_adapter]
+        )
 
 
 def doubled(
@@ -85,9 +89,7 @@ def begin_at(module: LoraLayer, adapter: str, a: torch.Tensor, b: torch.Tensor) 
         getattr(module, f"{OFFSET}{name}")[adapter].weight.copy_(value)
 
 
-def plain_lora(
-    config: LoraConfig, tensors: Mapping[str, torch.Tensor]
-) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def plain_lora(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """What is published: configuration and tensors of a LoRA adapter that says nothing of how it began.
 
     Ranks and alphas are doubled, which leaves alpha / rank as it is; alpha / √rank becomes √2 times as much, which B makes good for.
