@@ -55,9 +55,9 @@ class OffsetLora(LoraVariant):  # type: ignore[misc]
         """As peft's own layer of twice the rank computes it, so that what is loaded again is the same to the bit."""
         begun = [getattr(module, f"{OFFSET}{name}")[active_adapter].weight for name in ("A", "B")]
         a, b = doubled(module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight, *begun)
-        return (
-            result + F.linear(F.linear(module.lora_dropout[active_adapter](x), a), b) * module.scaling[active_adapter]
-        )
+        update = F.linear(F.linear(module.lora_dropout[active_adapter](x), a), b) * module.scaling[active_adapter]
+        total: torch.Tensor = result + update
+        return total
 
 
 def doubled(
