@@ -1,6 +1,6 @@
 """A frozen base in 8 bit: bitsandbytes' row-wise weights (LLM.int8(), Dettmers et al. 2022), multiplied in 16 bit as QLoRA's 4-bit ones are.
 
-Not by bitsandbytes' own product, which is made for inference (read and tried with 0.50.2): it rounds the inputs to 8 bit in the forward pass and
+Not by bitsandbytes' own product, which is made for inference (read in 0.50.2): it rounds the inputs to 8 bit in the forward pass and
 not in the backward pass, nor does a merged model; it looks for outliers in every product, for which the CPU waits for the GPU; and it keeps each
 layer's input where gradient checkpointing cannot drop it. So there is no outlier threshold here: inputs are never rounded, and the weights that
 training sees are those that are merged.

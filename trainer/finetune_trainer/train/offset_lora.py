@@ -98,7 +98,7 @@ def plain_lora(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> tuple
         tensors: the adapter's, as peft names them.
     """
     plain = copy.copy(config)
-    plain.r, plain.lora_alpha, plain.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
+    plain.r, plain.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     plain.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
     plain.alpha_pattern = {name: 2 * alpha for name, alpha in config.alpha_pattern.items()}
     found = {name: value for name, value in tensors.items() if f".{OFFSET}" not in name}
