@@ -32,7 +32,7 @@ import finetune_trainer.train  # noqa: F401 - sets how threads wait, before torc
 from finetune_api.spec import Quantization
 from finetune_trainer.publish.adapter import read_adapter
 from finetune_trainer.publish.merge import BaseWeights, merge, module_of
-from finetune_trainer.publish.nf4 import RoundTrip, double_quantized
+from finetune_trainer.publish.round_trip import RoundTrip, double_quantized
 from finetune_trainer.publish.safetensors_stream import INDEX, Checkpoint
 from finetune_trainer.publish.streamed import StreamedModel
 from finetune_trainer.publish.written import check_written

@@ -15,6 +15,10 @@ MAX_MODULE = 128
 _MODULE = r"^[A-Za-z0-9_.-]+$"
 _MODULE_MESSAGE = "every key must be a module's name such as q_proj or layers.0.mlp.up_proj"
 ModuleName = Annotated[str, StringConstraints(pattern=_MODULE, min_length=1, max_length=MAX_MODULE)]
+ModulePattern = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_.*?!\[\]-]+$", min_length=1, max_length=MAX_MODULE)
+]
+"""A module's name, or a pattern of names (:func:`finetune_api.targets.is_pattern`)."""
 LabelValue = Annotated[str, StringConstraints(pattern=r"^(([A-Za-z0-9][A-Za-z0-9_.-]*)?[A-Za-z0-9])?$", max_length=63)]
 ShortText = Annotated[str, StringConstraints(max_length=4096)]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=256)]

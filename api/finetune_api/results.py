@@ -330,16 +330,16 @@ class TrainMetrics(ApiModel):
 
 
 class QuantizedModule(ApiModel):
-    """A base weight that training held in 4 bit: the SHA-256 of its packed bytes and quantization constants."""
+    """A base weight that training held in 4 or 8 bit: the SHA-256 of its bytes and quantization constants."""
 
     name: str
     sha256: Sha256
     offset: float | None = None
     """What double quantization took off the constants: their mean, whose last bits differ between CPU and GPU."""
     constants_mean: float
-    """Mean of the block constants as used."""
+    """Mean of the constants of blocks (4 bit) or rows (8 bit) as used."""
     codes_sample: Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]
-    """Packed bytes at evenly spread positions. Sample and mean tell another device's rounding from another weight where
+    """Bytes at evenly spread positions. Sample and mean tell another device's rounding from another weight where
     ``sha256`` differs."""
 
 

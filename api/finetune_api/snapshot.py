@@ -13,7 +13,15 @@ import math
 from finetune_api.base import ApiModel
 from finetune_api.names import job_key
 from finetune_api.progress import Split
-from finetune_api.spec import FineTuneJobSpec, Lora, LoraBias, LoraInitialization, MethodType, Quantization
+from finetune_api.spec import (
+    BEGIN_AT_WEIGHTS,
+    FineTuneJobSpec,
+    Lora,
+    LoraBias,
+    LoraInitialization,
+    MethodType,
+    Quantization,
+)
 from finetune_api.uris import S3Location, parse_uri
 
 SNAPSHOT_VERSION = 1
@@ -56,9 +64,14 @@ class ResolvedLora(ApiModel):
     use_dora: bool = False
 
     @property
+    def begins_at_weights(self) -> bool:
+        """Whether a plain adapter of twice the rank is published."""
+        return self.initialization in BEGIN_AT_WEIGHTS
+
+    @property
     def highest_rank(self) -> int:
-        """Of all modules."""
-        return max(self.rank, *self.rank_pattern.values(), 0)
+        """Of all modules of the published adapter."""
+        return (2 if self.begins_at_weights else 1) * max(self.rank, *self.rank_pattern.values(), 0)
 
 
 class ResolvedMethod(ApiModel):

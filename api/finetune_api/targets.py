@@ -1,13 +1,24 @@
-"""Which layers an adapter leaves out, and what is set for single ones: peft's ``exclude_modules``, ``layers_to_transform`` and patterns; and what
-no adapter is put on."""
+"""Which layers an adapter is put on or leaves out, and what is set for single ones: peft's ``target_modules``, ``exclude_modules``,
+``layers_to_transform`` and patterns; and what no adapter is put on."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 
 _LAYER = re.compile(r"(?:.*?\.)?[^.]+\.(\d+)\.")
 """The first number in the name, as in peft (0.21, tuners_utils.check_target_module_exists); files may leave the model's own name out."""
+_WILDCARDS = frozenset("*?[")
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for several: ``*`` for any characters, ``?`` for one, ``[0-9]`` and ``[!0-9]`` for one in or out of a set.
+
+    No regular expressions: those can take years to find out that they do not match.
+    """
+    return not _WILDCARDS.isdisjoint(name)
+
 
 _MIXTURE = re.compile(r"\.experts\.|\.router\.|\.block_sparse_moe\.")
 """In the names of experts and routers; files and transformers do not always have the same."""
@@ -33,8 +44,27 @@ def routed_kinds(tensors: Iterable[str]) -> frozenset[str]:
 
 
 def is_named(module: str, names: Collection[str]) -> bool:
-    """Whether a module has one of these names, or ends with a dot and one of them."""
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    """Whether a module has one of these names, or ends with a dot and one of them; names may be patterns."""
+    return any(
+        fnmatchcase(f".{module}", f"*.{name}") if is_pattern(name) else module == name or module.endswith(f".{name}")
+        for name in names
+    )
+
+
+def without_patterns(names: Collection[str], modules: Collection[str]) -> list[str]:
+    """The same in peft's words: the full names of the modules that patterns fit in their place."""
+    patterns = [name for name in names if is_pattern(name)]
+    fitting = [module for module in modules if is_named(module, patterns)]
+    return sorted({*(name for name in names if not is_pattern(name)), *fitting})
+
+
+def kinds_and_layers(modules: Collection[str]) -> tuple[list[str], list[int] | None]:
+    """Modules as target_modules and layers_to_transform: what they are called within their layers, and the indices of those; no indices
+    where some are in no layer."""
+    found = {module: _LAYER.match(module) for module in modules}
+    kinds = {module[match.end() :] if match else module for module, match in found.items()}
+    layers = {int(match[1]) for match in found.values() if match}
+    return sorted(kinds), sorted(layers) if all(found.values()) else None
 
 
 def is_left_out(module: str, exclude_modules: Collection[str], layers_to_transform: Collection[int] | None) -> bool:

@@ -61,8 +61,22 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("modules trained whole", {"method": {"lora": {"modulesToSave": ["embed_tokens", "lm_head"]}}}),
     ("EVA", {"method": {"lora": {"initialization": "EVA"}}}),
+    ("PiSSA with QLoRA", {"method": {"type": "QLoRA", "lora": {"initialization": "PiSSA"}}}),
     ("LoftQ", {"method": {"type": "QLoRA", "lora": {"initialization": "LoftQ"}}}),
     ("names of target modules", {"method": {"lora": {"targetModules": ["q_proj", "v_proj"]}}}),
+    (
+        "patterns of target modules",
+        {
+            "method": {
+                "lora": {"targetModules": ["layers.[0-7].self_attn.*", "up_pro?"], "excludeModules": ["*.k_proj"]}
+            }
+        },
+    ),
+    ("a base in 8 bit", {"method": {"type": "QLoRA", "quantization": {"type": "Int8"}}}),
+    (
+        "LoRA in shards with a type that it does not use",
+        {"method": {"quantization": {"type": "Int8"}}, "training": {"cpuOffload": "IfNeeded"}},
+    ),
     ("QLoRA without double quantization", {"method": {"type": "QLoRA", "quantization": {"doubleQuantization": False}}}),
     ("no GPU on a CPU run", {"training": {"useCpu": True}, "compute": {"gpusPerNode": 0}}),
     ("float32 on the CPU", {"training": {"useCpu": True, "computeDtype": "float32"}}),
@@ -137,13 +151,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("rank 0", {"method": {"lora": {"rank": 0}}}, "spec.method.lora.rank: Invalid value: 0"),
     ("a rank of what is no name", {"method": {"lora": {"rankPattern": {"q proj": 8}}}}, "every key must be a module's name such as q_proj"),
     ("a rank of 0 for one module", {"method": {"lora": {"rankPattern": {"q_proj": 0}}}}, "spec.method.lora.rankPattern.q_proj"),
+    ("a target that is a regular expression", {"method": {"lora": {"targetModules": ["(q|k)_proj"]}}}, "spec.method.lora.targetModules[0]"),
     ("early stopping without evaluations", {"evaluation": {"earlyStopping": {"patience": 2}}}, "set evaluation.intervalSteps"),
     ("packing with noise", {"training": {"packing": True, "neftuneNoiseAlpha": 5}}, "neftuneNoiseAlpha depends on how long sequences are"),
     ("a revision of an adapter in a bucket", {"model": {"uri": "hf://org/model", "initialAdapter": {"uri": "s3://b/a", "revision": "x"}}}, "revision applies to hf:// adapters only"),
     ("modules trained whole, with shards", {"method": {"lora": {"modulesToSave": ["lm_head"]}}, "training": {"cpuOffload": "Always"}}, "modulesToSave needs the whole base model"),
     ("LoftQ in 16 bit", {"method": {"lora": {"initialization": "LoftQ"}}}, "LoftQ makes good for quantization: it needs type: QLoRA"),
     ("LoftQ with DoRA", {"method": {"type": "QLoRA", "lora": {"initialization": "LoftQ", "useDora": True}}}, "useDora measures the weights"),
-    ("EVA with offload", {"method": {"lora": {"initialization": "EVA"}}, "training": {"cpuOffload": "IfNeeded"}}, "EVA and LoftQ need the whole base model"),
+    ("PiSSA with DoRA", {"method": {"lora": {"initialization": "PiSSA", "useDora": True}}}, "useDora and initialization: PiSSA or OLoRA each say"),
+    ("OLoRA in shards", {"method": {"lora": {"initialization": "OLoRA"}}, "training": {"parallelism": "FSDP"}, "compute": {"gpusPerNode": 2}}, "PiSSA and OLoRA need the whole base model"),
+    ("8 bit with double quantization", {"method": {"type": "QLoRA", "quantization": {"type": "Int8", "doubleQuantization": True}}}, "doubleQuantization is for the constants of the 4-bit types"),
+    ("8 bit with LoftQ", {"method": {"type": "QLoRA", "quantization": {"type": "Int8"}, "lora": {"initialization": "LoftQ"}}}, "LoftQ makes good for what 4 bits leave"),
+    ("8 bit with offload", {"method": {"type": "Auto", "quantization": {"type": "Int8"}}, "training": {"cpuOffload": "IfNeeded"}}, "Int8 needs the whole base model on each GPU"),
+    ("EVA with offload", {"method": {"lora": {"initialization": "EVA"}}, "training": {"cpuOffload": "IfNeeded"}}, "EVA, LoftQ, PiSSA and OLoRA need the whole base model"),
     ("EVA and an adapter", {"model": {"uri": "hf://org/model", "initialAdapter": {"uri": "s3://bucket/adapter"}}, "method": {"lora": {"initialization": "EVA"}}}, "model.initialAdapter has weights already"),
     ("dropout 1", {"method": {"lora": {"dropout": 1}}}, "spec.method.lora.dropout"),
     ("an unknown method", {"method": {"type": "Full"}}, 'Unsupported value: "Full": supported values: "LoRA", "QLoRA"'),

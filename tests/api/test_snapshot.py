@@ -31,6 +31,27 @@ def test_alpha_is_twice_the_rank_unless_given() -> None:
     assert resolve_plan(spec(method={"lora": {"rank": 8, "alpha": 8}})).method.lora.alpha == 8
 
 
+def test_constants_are_quantized_by_default_in_4_bit_only() -> None:
+    def resolved(**quantization: object) -> bool:
+        found = resolve_plan(spec(method={"type": "QLoRA", "quantization": quantization})).method.quantization
+        assert found is not None
+        return found.doubled
+
+    assert resolved()
+    assert resolved(type="FP4", doubleQuantization=True)
+    assert not resolved(doubleQuantization=False)
+    assert not resolved(type="Int8")
+
+
+def test_an_adapter_that_begins_at_weights_is_published_with_twice_the_rank() -> None:
+    ranks = {"rank": 8, "rankPattern": {"q_proj": 12}}
+    found = [
+        resolve_plan(spec(method={"lora": {**ranks, "initialization": kind}})).method.lora.highest_rank
+        for kind in ("EVA", "PiSSA", "OLoRA")
+    ]
+    assert found == [12, 24, 24]
+
+
 def test_quantization_is_resolved_for_qlora_only() -> None:
     assert resolve_plan(spec()).method.quantization is None
     assert resolve_plan(spec(method={"type": "QLoRA"})).method.quantization is not None

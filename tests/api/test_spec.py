@@ -20,6 +20,23 @@ MINIMAL: dict[str, Any] = {
     ("fields", "words"),
     [
         ({"method": {"type": "QLoRA", "lora": {"bias": "All"}}}, "QLoRA cannot train biases"),
+        ({"method": {"lora": {"targetModules": ["(q|k)_proj"]}}}, "String should match pattern"),
+        (
+            {"method": {"lora": {"initialization": "OLoRA", "useDora": True}}},
+            "useDora and initialization: PiSSA or OLoRA",
+        ),
+        (
+            {"method": {"type": "QLoRA", "quantization": {"type": "Int8", "doubleQuantization": True}}},
+            "doubleQuantization is for the constants of the 4-bit types",
+        ),
+        (
+            {"method": {"type": "QLoRA", "quantization": {"type": "Int8"}, "lora": {"initialization": "LoftQ"}}},
+            "LoftQ makes good for what 4 bits leave",
+        ),
+        (
+            {"method": {"type": "Auto", "quantization": {"type": "Int8"}}, "training": {"cpuOffload": "IfNeeded"}},
+            "Int8 needs the whole base model on each GPU",
+        ),
         ({"runtime": {"labels": {"a b": "c"}}}, "'a b': every key must be a name"),
         ({"runtime": {"annotations": {"/x": "c"}}}, "'/x': every key must be a name"),
         ({"runtime": {"nodeSelector": {"a": "b c"}}}, "String should match pattern"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.planner import plan
+from finetune_api.planner import MemoryPlan, plan
 from tests.planner.cases import request_for
 from tests.planner.simulator.golden import HELD_OUT, MODELS, cases_of, read_config, read_golden
 from tests.planner.simulator.step import Case, Simulated, simulate
@@ -58,6 +58,35 @@ def test_a_simulation_now_gives_what_the_golden_file_says() -> None:
     case, golden = read_golden("smollm2-135m")[0]
     now = simulate(case, read_config(case.model))
     assert now.step_peak_bytes == pytest.approx(golden.step_peak_bytes, rel=1e-4)
+
+
+def compared(case: Case, layers: int = 3) -> tuple[MemoryPlan, Simulated]:
+    """Plan and simulation of a few of a model's layers, both within their bounds."""
+    config = read_config(case.model)
+    config |= {"num_hidden_layers" if "num_hidden_layers" in config else "n_layer": layers}
+    planned, simulated = plan(request_for(case, config)), simulate(case, config, 8192)
+    assert planned.weight_bytes + planned.quantization_constant_bytes == pytest.approx(simulated.base_bytes, rel=0.005)
+    assert MOST_BELOW <= planned.peak_allocated_bytes / simulated.step_peak_bytes - 1 <= MOST_ABOVE
+    evaluation = plan(request_for(case, config).model_copy(update={"evaluation_tokens": 8192})).peak_evaluation_bytes
+    assert MOST_BELOW <= evaluation / simulated.evaluation_peak_bytes - 1 <= EVALUATION_MOST_ABOVE
+    return planned, simulated
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_an_adapter_that_begins_at_weights_is_planned_as_it_is_simulated(checkpointing: bool) -> None:
+    """At a rank at which the adapter is a third of what is held."""
+    case = Case("smollm2-135m", True, 512, 2, checkpointing, rank=128, offset=True)
+    planned, simulated = compared(case)
+    assert planned.trainable_parameters == simulated.trainable_parameters
+    assert planned.adapter_bytes == pytest.approx(simulated.adapter_bytes, rel=0.005)
+    assert planned.gradient_bytes == pytest.approx(simulated.gradient_bytes, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpointing"), [("llama-3-8b", True), ("smollm2-135m", False), ("gpt2", True), ("gpt2", False)]
+)
+def test_a_base_in_8_bit_is_planned_as_it_is_simulated(model: str, checkpointing: bool) -> None:
+    compared(Case(model, True, 1024, 2, checkpointing, eight_bit=True))
 
 
 def test_golden_files_name_their_versions() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_api.planner import Batch, Request, choose, find_gpu, plan
+from finetune_api.planner import Batch, Request, choose, find_gpu, plan, rounds
 from finetune_api.planner.choose import micro_batches
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import limit
-from finetune_api.spec import MethodType
+from finetune_api.spec import FineTuneJobSpec, MethodType
 from tests.planner.cases import model
 
 GIB = 1 << 30
@@ -36,6 +38,26 @@ def test_the_reason_says_what_the_better_method_would_need() -> None:
     assert choice.reason.startswith("QLoRA (it fits): ")
     assert "LoRA would need " in choice.reason
     assert "does not fit with the 5 % margin (13.8 GiB)." in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("method", "layouts"),
+    [
+        ({}, [Layout.DDP, Layout.FSDP]),
+        ({"lora": {"initialization": "PiSSA"}}, [Layout.DDP]),
+        ({"lora": {"initialization": "OLoRA"}}, [Layout.DDP]),
+        ({"type": "QLoRA", "quantization": {"type": "Int8"}}, [Layout.DDP]),
+        ({"quantization": {"type": "Int8"}}, [Layout.DDP, Layout.FSDP]),
+    ],
+)
+def test_what_needs_the_whole_base_is_never_sharded(method: dict[str, Any], layouts: list[Layout]) -> None:
+    uris = {
+        "model": {"uri": "hf://a/b"},
+        "data": {"train": [{"uri": "s3://bucket/x"}]},
+        "output": {"uri": "s3://bucket"},
+    }
+    spec = FineTuneJobSpec.model_validate({**uris, "method": method, "compute": {"gpusPerNode": 4}})
+    assert rounds(spec) == [tuple(layouts)]
 
 
 def test_a_method_asked_for_is_kept_though_it_does_not_fit() -> None:

@@ -6,8 +6,10 @@ import pytest
 
 from finetune_api.planner import Batch, Request, Tuning, find_gpu, fit, known_gpus, misfit_sentence, plan
 from finetune_api.planner.distributed import Layout
-from finetune_api.planner.fit import Alternative, alternatives, four_bit, limit, with_batch
+from finetune_api.planner.fit import Alternative, alternatives, limit, quantized, with_batch
 from finetune_api.planner.plan import Decisive
+from finetune_api.planner.sentences import alternative_phrase
+from finetune_api.spec import QuantizationType
 from tests.planner.cases import model
 
 GIB = 1 << 30
@@ -20,7 +22,7 @@ def request(name: str, **batch: int | bool) -> Request:
 
 def changed(base: Request, alternative: Alternative) -> Request:
     if alternative.method == "QLoRA":
-        base = four_bit(base)
+        base = quantized(base)
         if alternative.gpus or alternative.cpu_offload:
             base = with_batch(base, micro_batch_sequences=1, gradient_checkpointing=True)
     settings = {
@@ -84,7 +86,7 @@ def test_a_misfit_says_by_how_much_and_what_to_write_instead() -> None:
 def test_evaluation_is_named_where_it_needs_the_most() -> None:
     """A 70B in 4 bit, with one short row a step: the 16,384 tokens of an evaluation batch are more."""
     arch, shapes = model("llama-3-70b")
-    asked = Request(architecture=arch, shapes=shapes, tuning=Tuning(four_bit=True), batch=Batch(sequence_tokens=1024))
+    asked = Request(architecture=arch, shapes=shapes, tuning=Tuning(quantized=True), batch=Batch(sequence_tokens=1024))
     planned = plan(asked)
     assert planned.decisive is Decisive.EVALUATION
     gpu = find_gpu("a40")
@@ -93,10 +95,20 @@ def test_evaluation_is_named_where_it_needs_the_most() -> None:
     )
 
 
+def test_4_bit_is_offered_where_8_do_not_fit() -> None:
+    arch, shapes = model("llama-3-8b")
+    tuning = Tuning(quantized=True, quantization=QuantizationType.INT8)
+    asked = Request(architecture=arch, shapes=shapes, tuning=tuning, batch=Batch(sequence_tokens=1024))
+    planned, offered = plan(asked), alternatives(asked, plan(asked), 9 * GIB)
+    [packed] = [a for a in offered if a.quantization]
+    assert packed.needed_bytes <= 9 * GIB < planned.needed_bytes
+    assert alternative_phrase(packed).startswith("method.quantization.type: NF4 (")
+
+
 def test_loading_can_need_more_than_training() -> None:
     """A 4-bit base is read a tensor at a time in 16 bit; with a tiny batch that is the most."""
     arch, shapes = model("gemma-3-1b")
-    tuning = Tuning(four_bit=True, rank=1, target_modules=["k_proj"])
+    tuning = Tuning(quantized=True, rank=1, target_modules=["k_proj"])
     asked = Request(
         architecture=arch, shapes=shapes, tuning=tuning, batch=Batch(sequence_tokens=16), evaluation_tokens=16
     )

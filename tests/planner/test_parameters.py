@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_api.planner import Request, Tuning, UnknownTarget, describe, parameter_shapes, parse_config, plan
 from finetune_api.planner.linears import linear_layers, trainable_parameters
-from finetune_api.spec import LoraBias
+from finetune_api.spec import LoraBias, QuantizationType
 from tests.planner.cases import model
 from tests.planner.simulator.golden import read_config
 from tests.planner.simulator.linear4bit import FakeLinear4bit, quantize
+from tests.planner.simulator.linear8bit import FakeLinear8bit
 
 MODELS = sorted(path.stem for path in (Path(__file__).parent / "configs").glob("*.json"))
 BIASES = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
@@ -96,6 +97,25 @@ def test_what_is_left_out_is_not_counted_as_peft_does_not(name: str, left_out: d
 
 
 @pytest.mark.parametrize(
+    ("name", "targets", "expression"),
+    [
+        (
+            "qwen3-0.6b",
+            ["layers.[0-7].self_attn.?_proj", "1?.mlp.*"],
+            r".*\.([0-7]\.self_attn\.._proj|1\d\.mlp\..*_proj)",
+        ),
+        ("gpt2", ["h.[!1]*.c_fc"], r".*h\.[^1].*\.c_fc"),
+    ],
+)
+def test_patterns_are_counted_as_peft_counts_the_same_regular_expression(
+    name: str, targets: list[str], expression: str
+) -> None:
+    arch, shapes = model(name)
+    ours = trainable_parameters(shapes, arch, Tuning(target_modules=targets))
+    assert ours == trainable_by_peft(on_meta(name), expression, 16, "none")
+
+
+@pytest.mark.parametrize(
     ("name", "pattern"),
     [("qwen3-0.6b", {"layers.1.mlp.up_proj": 2, "up_proj": 4}), ("gpt2", {"mlp.c_fc": 3, "c_attn": 1})],
 )
@@ -109,7 +129,7 @@ def test_ranks_of_single_layers_are_counted_as_peft_counts_them(name: str, patte
 
 def test_modules_that_are_trained_whole_are_counted_and_planned_for() -> None:
     arch, shapes = model("llama-3-8b")
-    plain, whole = (Tuning(four_bit=True), Tuning(four_bit=True, modules_to_save=["embed_tokens", "lm_head"]))
+    plain, whole = (Tuning(quantized=True), Tuning(quantized=True, modules_to_save=["embed_tokens", "lm_head"]))
     extra = 2 * 128256 * 4096
     assert trainable_parameters(shapes, arch, whole) - trainable_parameters(shapes, arch, plain) == extra
     small, large, eight = (
@@ -141,7 +161,7 @@ def test_llama_3_8b_at_rank_16_over_the_attention_trains_13_631_488_parameters()
 def test_quantized_bytes_are_those_of_the_layers_transformers_replaces(name: str, double: bool) -> None:
     """Falcon's layers and fused experts are not replaced: they stay in 16 bit."""
     arch, shapes = model(name)
-    planned = plan(Request(architecture=arch, shapes=shapes, tuning=Tuning(four_bit=True, double_quantization=double)))
+    planned = plan(Request(architecture=arch, shapes=shapes, tuning=Tuning(quantized=True, double_quantization=double)))
     base = on_meta(name)
     with torch.device("meta"):
         quantize(base, double)
@@ -153,6 +173,19 @@ def test_quantized_bytes_are_those_of_the_layers_transformers_replaces(name: str
     )
     assert planned.weight_bytes == sum(p.numel() * p.element_size() for p in base.parameters())
     assert planned.quantization_constant_bytes == constants
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gpt2", "falcon-7b", "qwen2-7b"])
+def test_8_bit_bytes_are_those_of_the_layers_transformers_replaces(name: str) -> None:
+    arch, shapes = model(name)
+    tuning = Tuning(quantized=True, quantization=QuantizationType.INT8)
+    planned = plan(Request(architecture=arch, shapes=shapes, tuning=tuning))
+    base = on_meta(name)
+    with torch.device("meta"):
+        quantize(base, False, eight_bit=True)
+    scales = [m.scales for m in base.modules() if isinstance(m, FakeLinear8bit)]
+    assert planned.weight_bytes == sum(p.numel() * p.element_size() for p in base.parameters())
+    assert planned.quantization_constant_bytes == sum(s.numel() * s.element_size() for s in scales)
 
 
 @pytest.mark.parametrize("double", [True, False])

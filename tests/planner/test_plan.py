@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetune_api.planner import Attention, Batch, Request, Tuning, parse_config, plan, request_of
 from finetune_api.planner.distributed import Layout
-from finetune_api.planner.fit import four_bit, with_batch
+from finetune_api.planner.fit import quantized, with_batch
 from finetune_api.planner.weights import optimizer_bytes
 from finetune_api.spec import FineTuneJobSpec
 from tests.planner.cases import model
@@ -34,7 +34,7 @@ def requests(draw: st.DrawFn) -> Request:
         attention=draw(st.sampled_from(Attention)),
     )
     tuning = Tuning(
-        rank=draw(st.integers(1, 256)), dropout=draw(st.sampled_from([0.0, 0.1])), four_bit=draw(st.booleans())
+        rank=draw(st.integers(1, 256)), dropout=draw(st.sampled_from([0.0, 0.1])), quantized=draw(st.booleans())
     )
     return request(draw(st.sampled_from(NAMES)), batch=batch, tuning=tuning)
 
@@ -53,7 +53,7 @@ def test_longer_rows_more_rows_and_higher_ranks_never_need_less(asked: Request) 
 @settings(max_examples=60, deadline=None)
 @given(asked=requests())
 def test_checkpointing_never_keeps_more_and_4_bit_never_weighs_more(asked: Request) -> None:
-    planned, packed = plan(asked), plan(four_bit(asked))
+    planned, packed = plan(asked), plan(quantized(asked))
     assert packed.weight_bytes + packed.quantization_constant_bytes <= 2 * planned.total_parameters
     checkpointed = with_batch(asked, gradient_checkpointing=True)
     kept = with_batch(asked, gradient_checkpointing=False)
@@ -72,12 +72,12 @@ def test_a_peak_is_at_least_the_sum_of_what_is_held(asked: Request) -> None:
 
 @pytest.mark.parametrize("name", ["falcon-7b", "mixtral-8x7b"])
 def test_what_transformers_does_not_quantize_is_planned_in_16_bit(name: str) -> None:
-    full, packed = plan(request(name)), plan(request(name, tuning=Tuning(four_bit=True)))
+    full, packed = plan(request(name)), plan(request(name, tuning=Tuning(quantized=True)))
     assert packed.weight_bytes > 0.95 * full.weight_bytes
 
 
 def test_shards_hold_their_part_of_weights_and_constants() -> None:
-    asked = request("llama-3-70b", tuning=Tuning(four_bit=True))
+    asked = request("llama-3-70b", tuning=Tuning(quantized=True))
     one = plan(asked)
     four = plan(asked.model_copy(update={"layout": Layout.FSDP, "gpus": 4}))
     assert four.weight_bytes * 4 == pytest.approx(one.weight_bytes, rel=1e-6)
@@ -89,7 +89,7 @@ def test_shards_hold_their_part_of_weights_and_constants() -> None:
 
 def test_an_offloaded_base_is_on_the_host_and_takes_its_time_to_come() -> None:
     asked = request(
-        "llama-3-70b", tuning=Tuning(four_bit=True), batch=Batch(sequence_tokens=1024), run_tokens=1_024_000
+        "llama-3-70b", tuning=Tuning(quantized=True), batch=Batch(sequence_tokens=1024), run_tokens=1_024_000
     )
     here = plan(asked, sustained_tflops=100.0)
     there = plan(asked.model_copy(update={"layout": Layout.CPU_OFFLOAD}), sustained_tflops=100.0)
@@ -112,7 +112,7 @@ def test_tied_embeddings_stay_on_the_gpu() -> None:
 
 def test_the_constants_of_a_70b_are_a_gigabyte() -> None:
     """Measured: about 1.1 GB with double quantization, which bitsandbytes and FSDP alone would leave whole on every rank."""
-    planned = plan(request("llama-3-70b", tuning=Tuning(four_bit=True)))
+    planned = plan(request("llama-3-70b", tuning=Tuning(quantized=True)))
     assert 1.0e9 < planned.quantization_constant_bytes < 1.2e9
 
 

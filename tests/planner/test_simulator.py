@@ -54,11 +54,11 @@ def test_a_real_backward_pass_frees_what_it_kept() -> None:
         assert live.live_bytes - before == gradients
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", [{}, {"quantized": True}, {"quantized": True, "eight_bit": True}])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fakes_take_to_the_byte_what_real_tensors_take(quantized: bool, checkpointing: bool) -> None:
+def test_fakes_take_to_the_byte_what_real_tensors_take(quantized: dict[str, bool], checkpointing: bool) -> None:
     """The same steps with real tensors on the CPU, counted by the same tracker."""
-    case = replace(CASE, quantized=quantized, checkpointing=checkpointing, micro_batch_sequences=2)
+    case = replace(CASE, **quantized, checkpointing=checkpointing, micro_batch_sequences=2)
     assert simulate(case, TINY, 256, fake=False) == simulate(case, TINY, 256)
 
 

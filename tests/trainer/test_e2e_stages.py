@@ -26,6 +26,11 @@ from tests.support.trainer_run import Pod
 COMPUTE = Compute(torch.device("cpu"), torch.float32, "cpu")
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {"type": "LoRA"},
+    "QLoRA": {"type": "QLoRA"},
+    "8 bit": {"type": "QLoRA", "quantization": {"type": "Int8"}},
+}
 PATTERNS = {
     # In a file that is sorted by name the general ones come first.
     "rankPattern": {"down_proj": 2, "layers.1.mlp.down_proj": 5},
@@ -45,6 +50,9 @@ PATTERNS = {
         ("LoRA", "Quantized", {"useRslora": True, "excludeModules": ["gate_proj"], "layersToTransform": [1]}),
         ("LoRA", "Quantized", {"initialization": "EVA", "rankPattern": {"v_proj": 6}}),
         ("QLoRA", "Quantized", {"initialization": "LoftQ"}),
+        ("LoRA", "Quantized", {"initialization": "PiSSA", "useRslora": True}),
+        ("QLoRA", "Quantized", {"initialization": "OLoRA"}),
+        ("8 bit", "Quantized", {"useDora": True}),
         ("QLoRA", "Quantized", {"modulesToSave": ["embed_tokens", "lm_head"], "rank": 4}),
         ("QLoRA", "Quantized", PATTERNS),
     ],
@@ -57,6 +65,9 @@ PATTERNS = {
         "rsLoRA of some layers",
         "EVA",
         "LoftQ",
+        "PiSSA with rsLoRA",
+        "QLoRA with OLoRA",
+        "8 bit with DoRA",
         "embeddings and head",
         "ranks and LoRA+",
     ],
@@ -74,7 +85,7 @@ def test_a_job_ends_in_an_adapter_and_a_merged_model_that_others_can_load(
     spec = deep_merge(
         job_spec(s3, bucket),
         {
-            "method": {"type": method, "lora": variant},
+            "method": {**METHODS[method], "lora": variant},
             "output": {"merged": {"enabled": True, "dtype": "float32", "base": base_weights}},
             "training": {"length": {"epochs": 4}, "microBatchSequences": 3},
         },

@@ -60,6 +60,26 @@ def test_rank_modules_and_variant_are_the_adapters(ready: Bench, tiny_model: Pat
     assert kept == (adapter / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": r".*\.1\.(self_attn\.[qv]|mlp\.up)_proj"}, {"exclude_modules": ".*mlp.*"}]
+)
+def test_modules_that_a_regular_expression_names_are_taken_over(
+    ready: Bench, tiny_model: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = put_adapter(ready.s3, ready.bucket, tiny_model, tmp_path / "old", **settings)
+    report = ready.run()
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert report.trainable_parameters == sum(w.numel() for w in weights.values())
+
+
+def test_modules_that_no_setting_names_together_are_refused(ready: Bench, tiny_model: Path, tmp_path: Path) -> None:
+    odd = r".*\.(0\.self_attn\.q|1\.self_attn\.v)_proj"
+    put_adapter(ready.s3, ready.bucket, tiny_model, tmp_path / "old", target_modules=odd)
+    error = ready.fails()
+    assert error.reason is Reason.INVALID_CONFIG
+    assert "is not in the adapter" in error.message
+
+
 def spoil_config(adapter: Path, **changes: Any) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))

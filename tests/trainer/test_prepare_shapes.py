@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
-from finetune_api.targets import is_left_out
+from finetune_api.targets import is_left_out, is_named
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.shapes import check_mergeable, count_parameters, refuse_unsaveable
 from finetune_trainer.sources.model import TensorHeaders
@@ -103,6 +104,28 @@ def test_a_module_that_cannot_be_adapted_is_named_with_those_that_can(module: st
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in info.value.message
 
 
+def test_patterns_name_the_layers_that_they_fit() -> None:
+    asked = lora(8, ["layers.[0-7].self_attn.?_proj", "*.11.mlp.*"], exclude_modules=["[ko]_proj"])
+    parameters = count_parameters(LLAMA_3_8B, asked)
+    attention = {f"model.layers.{n}.self_attn.{m}" for n in range(8) for m in ("q_proj", "v_proj")}
+    assert set(parameters.targets) == attention | {f"model.layers.11.mlp.{m}_proj" for m in ("gate", "up", "down")}
+    with pytest.raises(
+        StageError, match=r"blocks\.\[0-9\]\.\* fits none of this model's linear layers, .* such as model\.layers\.0\."
+    ) as info:
+        count_parameters(LLAMA_3_8B, lora(8, ["q_proj", "blocks.[0-9].*"]))
+    assert info.value.reason is Reason.UNKNOWN_TARGET_MODULE
+    with pytest.raises(StageError, match=r"lm_\* is the output head"):
+        count_parameters(LLAMA_3_8B, lora(8, ["lm_*"]))
+
+
+def test_no_pattern_takes_long() -> None:
+    """Of as many wildcards as a name may have, on names that it almost fits."""
+    hostile = "*a" * 63 + "b"
+    began = time.perf_counter()
+    assert not is_named("model.layers.0." + "a" * 5000, [hostile])
+    assert time.perf_counter() - began < 1
+
+
 def test_something_must_be_left_to_adapt() -> None:
     with pytest.raises(StageError, match="leave none of 32 layers to adapt") as info:
         count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], exclude_modules=["q_proj"]))
@@ -188,13 +211,13 @@ def test_modules_that_cannot_be_trained_whole() -> None:
     with pytest.raises(StageError, match="modulesToSave: q_proj gets an adapter, too"):
         count_parameters(LLAMA_3_8B, lora(8, ["q_proj"], modules_to_save=["q_proj"]))
     head = lora(8, ["q_proj"], modules_to_save=["lm_head"])
-    refuse_unsaveable(LLAMA_3_8B, head, tied=False, four_bit=True)
+    refuse_unsaveable(LLAMA_3_8B, head, tied=False, quantized=True)
     with pytest.raises(StageError, match="name embed_tokens, and both are trained as one"):
-        refuse_unsaveable(LLAMA_3_8B, head, tied=True, four_bit=False)
+        refuse_unsaveable(LLAMA_3_8B, head, tied=True, quantized=False)
     linear = lora(8, ["q_proj"], modules_to_save=["down_proj"])
-    refuse_unsaveable(LLAMA_3_8B, linear, tied=False, four_bit=False)
-    with pytest.raises(StageError, match=r"QLoRA holds model.layers.\d+.mlp.down_proj in 4 bit"):
-        refuse_unsaveable(LLAMA_3_8B, linear, tied=False, four_bit=True)
+    refuse_unsaveable(LLAMA_3_8B, linear, tied=False, quantized=False)
+    with pytest.raises(StageError, match=r"QLoRA holds model.layers.\d+.mlp.down_proj quantized"):
+        refuse_unsaveable(LLAMA_3_8B, linear, tied=False, quantized=True)
 
 
 def test_patterns_name_layers_that_are_adapted() -> None:

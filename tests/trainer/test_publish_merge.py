@@ -18,15 +18,16 @@ from finetune_api.failures import Reason
 from finetune_api.results import TrainMetrics
 from finetune_api.spec import Quantization
 from finetune_trainer.errors import StageError
-from finetune_trainer.publish import nf4, safetensors_stream, written
+from finetune_trainer.publish import safetensors_stream, written
 from finetune_trainer.publish.adapter import Lora, read_adapter
 from finetune_trainer.publish.check import TRAINED_ABSOLUTE, TRAINED_TOLERANCE, may_be_rounded_away, must_agree
 from finetune_trainer.publish.merge import BaseWeights, merge, merged_config, write_companions
+from finetune_trainer.publish.round_trip import RoundTrip
 from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.publish.streamed import StreamedModel
 from finetune_trainer.publish.written import check_written
-from finetune_trainer.train import device, evaluate, model
-from finetune_trainer.train.quantized import describe, quantized_modules
+from finetune_trainer.train import device, evaluate, int8, model
+from finetune_trainer.train.quantized import describe, describe_int8, quantized_modules
 from finetune_trainer.train.rows import Rows
 from tests.support.prepared import deep_merge, encode, job_spec, questions, snapshot_of, table
 from tests.support.tiny_families import build_tiny_family
@@ -165,9 +166,9 @@ def test_the_configuration_names_the_merged_type_and_no_quantization() -> None:
     assert merged_config({}, torch.float16) == {"dtype": "float16"}
 
 
-@pytest.mark.parametrize(("double", "kind"), [(True, "NF4"), (False, "NF4"), (True, "FP4")])
+@pytest.mark.parametrize(("double", "kind"), [(True, "NF4"), (False, "NF4"), (True, "FP4"), (None, "Int8")])
 def test_after_qlora_exactly_the_quantized_weights_make_the_round_trip(
-    base: Path, tmp_path: Path, double: bool, kind: str
+    base: Path, tmp_path: Path, double: bool | None, kind: str
 ) -> None:
     quantization = {"type": kind, "doubleQuantization": double}
     run = snapshot_of(
@@ -176,15 +177,19 @@ def test_after_qlora_exactly_the_quantized_weights_make_the_round_trip(
     loaded = model.load_base(base, run, device.Compute(torch.device("cpu"), torch.bfloat16, "cpu"))
     records = quantized_modules(loaded)
     assert len(records) == 14
-    round_trip = nf4.RoundTrip(Quantization.model_validate(quantization), records, torch.bfloat16)
+    round_trip = RoundTrip(Quantization.model_validate(quantization), records, torch.bfloat16)
     adapter = adapter_for(base, tmp_path / "adapter")
     ours = merged(BaseWeights(Checkpoint(base), round_trip), adapter, torch.float32, tmp_path / "merged")
     assert not round_trip.inexact
-    # The reference: training's own 4-bit weights, dequantized, merged by peft.
+    # The reference: training's own quantized weights, dequantized, merged by peft.
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for record in records:
-        weight = loaded.get_submodule(record.name).weight
-        plain.get_submodule(record.name).weight.data = dequantize_4bit(weight.data, weight.quant_state).float()
+        module = loaded.get_submodule(record.name)
+        if kind == "Int8":
+            held = (module.weight.data * (module.weight.SCB / 127)[:, None]).bfloat16()
+        else:
+            held = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        plain.get_submodule(record.name).weight.data = held.float()
     theirs = PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
@@ -204,12 +209,32 @@ def test_another_weight_than_training_quantized_fails_and_a_rounding_difference_
     assert elsewhere.sha256 != record.sha256
     assert elsewhere.offset is not None
     rounding = elsewhere.model_copy(update={"offset": elsewhere.offset * (1 + 1e-6)})
-    round_trip = nf4.RoundTrip(Quantization(), [rounding], torch.bfloat16)
+    round_trip = RoundTrip(Quantization(), [rounding], torch.bfloat16)
     round_trip("layer", weight)
     assert round_trip.inexact == {"layer"}
     with pytest.raises(StageError, match="quantizes to other values") as caught:
-        nf4.RoundTrip(Quantization(), [record], torch.bfloat16)("layer", torch.randn(256, 512, dtype=torch.bfloat16))
+        RoundTrip(Quantization(), [record], torch.bfloat16)("layer", torch.randn(256, 512, dtype=torch.bfloat16))
     assert caught.value.reason is Reason.VERIFICATION_FAILED
+
+
+def test_the_same_of_8_bit_weights() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 512, dtype=torch.bfloat16)
+    codes, scales = int8.quantized(weight)
+    record = describe_int8("layer", codes, scales)
+    in_8_bit = Quantization.model_validate({"type": "Int8"})
+    round_trip = RoundTrip(in_8_bit, [record], torch.bfloat16)
+    assert torch.equal(round_trip("layer", weight), int8.dequantized(codes, scales, torch.bfloat16))
+    assert not round_trip.inexact
+    tie = codes.clone()
+    tie[0, 0] += 1
+    round_trip = RoundTrip(in_8_bit, [describe_int8("layer", tie, scales)], torch.bfloat16)
+    round_trip("layer", weight)
+    assert round_trip.inexact == {"layer"}
+    for other in (torch.randn(256, 512, dtype=torch.bfloat16), weight * 1.01):
+        with pytest.raises(StageError, match="quantizes to other values") as caught:
+            RoundTrip(in_8_bit, [record], torch.bfloat16)("layer", other)
+        assert caught.value.reason is Reason.VERIFICATION_FAILED
 
 
 def test_trained_biases_are_merged(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ from finetune_api.results import (
     TrainResult,
 )
 from finetune_api.scores import JudgeVerdict
-from finetune_api.snapshot import Snapshot
-from finetune_api.spec import Training
+from finetune_api.snapshot import Snapshot, resolve_plan
+from finetune_api.spec import Method, Training
 from finetune_trainer.errors import StageError
 from finetune_trainer.private import without_credentials
 from finetune_trainer.publish import run as publish
@@ -170,6 +170,15 @@ def test_page_and_card_tell_the_same_facts(published: PreparedJob) -> None:
     assert values["rows"].startswith(f"{prepared.data.rows:,}: {prepared.data.train_rows:,} trained on")
     assert "95 %" in values["row lengths"]
     assert f"{trained.metrics.tokens_per_second:,.0f} tokens/s" in values["device"]
+
+
+def test_facts_tell_of_8_bit_and_of_a_rank_that_is_published_otherwise(published: PreparedJob) -> None:
+    trained = published.context().workspace_store().get_model(TRAIN_RESULT, TrainResult)
+    given = {"type": "QLoRA", "quantization": {"type": "Int8"}, "lora": {"initialization": "PiSSA"}}
+    spec = published.snapshot.spec.model_copy(update={"method": Method.model_validate(given)})
+    values = dict(method_facts(published.snapshot, resolve_plan(spec).method, None, trained))
+    assert values["base weights"] == "8 bit Int8"
+    assert "initialized by PiSSA (published with twice the rank and alpha)" in values["method"]
 
 
 def test_the_page_has_every_section_and_needs_nothing_else(published: PreparedJob) -> None:

@@ -92,11 +92,22 @@ def forget_the_result(job: PreparedJob) -> None:
     job.context().output_store().delete_prefix("adapter")
 
 
-@pytest.mark.parametrize(("method", "step", "micro_batch"), [("LoRA", 1, 2), ("QLoRA", 5, 1), ("LoRA", 8, 3)])
+@pytest.mark.parametrize(
+    ("method", "begun", "step", "micro_batch"),
+    [("LoRA", "Default", 1, 2), ("QLoRA", "Default", 5, 1), ("LoRA", "PiSSA", 8, 3)],
+)
 def test_a_run_that_was_told_to_stop_ends_with_the_same_bytes(
-    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, step: int, micro_batch: int
+    s3: Any,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    begun: str,
+    step: int,
+    micro_batch: int,
 ) -> None:
-    job = prepare_job(s3, tmp_path, tiny_model, **{**SPEC, "method": {**SPEC["method"], "type": method}})
+    lora = {**SPEC["method"]["lora"], "initialization": begun}
+    job = prepare_job(s3, tmp_path, tiny_model, **{**SPEC, "method": {"type": method, "lora": lora}})
     train.run(job.context())
     undisturbed, losses = adapter(job), curve(job)
     forget_the_result(job)

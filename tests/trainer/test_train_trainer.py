@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer
@@ -15,6 +16,7 @@ from transformers import Trainer
 from finetune_api.failures import Reason
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import ComputeDtype, Training
+from finetune_api.targets import is_pattern
 from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.shapes import count_parameters
@@ -149,6 +151,24 @@ def test_updates_and_layers_are_those_that_were_asked_for(tiny_model: Path) -> N
     assert {m.scaling["default"] for m in updates.values()} == {8 / 4**0.5}
 
 
+def test_the_layers_that_patterns_fit_are_adapted(tiny_model: Path, tmp_path: Path) -> None:
+    """The same as prepare counts; and what is published names them without patterns, which peft does not know."""
+    lora = {"targetModules": ["layers.1.self_attn.*", "*.down_proj"], "excludeModules": ["[kv]_proj"]}
+    run = snapshot(method={"lora": lora})
+    adapted = model.attach_adapter(model.load_base(tiny_model, run, CPU32), run)
+    prefix = "base_model.model."
+    found = {n.removeprefix(prefix) for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    headers = {name: ("F32", tuple(t.shape)) for name, t in load_file(tiny_model / "model.safetensors").items()}
+    assert found == set(count_parameters(headers, run.plan.method.lora).targets)
+    assert found == {
+        *(f"model.layers.1.self_attn.{m}_proj" for m in "qo"), *(f"model.layers.{n}.mlp.down_proj" for n in (0, 1)),
+    }  # fmt: skip
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = PeftModel.from_pretrained(model.load_base(tiny_model, run, CPU32), tmp_path)
+    assert {n.removeprefix(prefix) for n, m in again.named_modules() if hasattr(m, "lora_A")} == found
+    assert not any(is_pattern(name) for name in again.peft_config["default"].target_modules)
+
+
 def test_ranks_and_alphas_of_single_modules(tiny_model: Path) -> None:
     """The most specific name counts, in whatever order YAML's map comes; alpha is twice the rank where nothing says otherwise."""
     pattern = {"down_proj": 6, "layers.1.mlp.down_proj": 3, "up_proj": 5}
@@ -222,16 +242,20 @@ def test_gradient_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path
     assert [s["loss"] for s in log_on.steps] == pytest.approx([s["loss"] for s in log_off.steps], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
-def test_trainables_are_float32_and_the_base_is_not_touched(tiny_model: Path, tmp_path: Path, method: str) -> None:
-    run = snapshot(method={"type": method}, training={"length": {"steps": 2}})
+@pytest.mark.parametrize(
+    "method", [{"type": "LoRA"}, {"type": "QLoRA"}, {"type": "QLoRA", "quantization": {"type": "Int8"}}]
+)
+def test_trainables_are_float32_and_the_base_is_not_touched(
+    tiny_model: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    run = snapshot(method=method, training={"length": {"steps": 2}})
     fresh = dict(model.load_base(tiny_model, run, CPU16).named_parameters())
     trained, _ = fit(tiny_model, tmp_path, run, CPU16)
     assert {p.dtype for p in weights_of(trained).values()} == {torch.float32}
     for name, parameter in trained.get_base_model().named_parameters():
         if "lora_" not in name:
             assert torch.equal(parameter, fresh[name.replace(".base_layer.", ".")]), name
-            assert parameter.dtype in (torch.bfloat16, torch.uint8)
+            assert parameter.dtype in (torch.bfloat16, torch.uint8, torch.int8)
 
 
 def test_evaluating_a_4_bit_base_first_does_not_cut_its_gradient(tiny_model: Path) -> None:

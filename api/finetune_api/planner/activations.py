@@ -28,14 +28,14 @@ class StepMemory(ApiModel):
         return self.kept_bytes + max(self.working_bytes, self.loss_bytes)
 
 
-def step_memory(arch: Architecture, batch: Batch, layer: LayerMemory, trainable: int) -> StepMemory:
+def step_memory(arch: Architecture, batch: Batch, layer: LayerMemory, copied: int) -> StepMemory:
     """A training step.
 
     With gradient checkpointing (Chen et al. 2016) each layer keeps its input only, and one layer at a time is recomputed.
     Without it, autocast's half-precision copies of the adapter are kept as well.
 
     Args:
-        trainable: parameters of the adapter.
+        copied: weights of the adapter that autocast makes 16-bit copies of.
     """
     tokens, hidden = batch.tokens, arch.hidden_size
     # the last hidden states (those of learned tokens are copied) and the final norm's float32 input
@@ -44,7 +44,7 @@ def step_memory(arch: Architecture, batch: Batch, layer: LayerMemory, trainable:
         kept = arch.layers * layer.input_bytes
         working = layer.kept_bytes + layer.working_bytes
     else:
-        kept = arch.layers * layer.kept_bytes + HALF * trainable
+        kept = arch.layers * layer.kept_bytes + HALF * copied
         working = layer.working_bytes
     return StepMemory(kept_bytes=kept + around, working_bytes=working, loss_bytes=training_loss_bytes(arch, tokens))
 
@@ -71,19 +71,19 @@ def forward_bytes(arch: Architecture, batch: Batch, quantized: bool, mlp_adapted
     return int(max(layer, product)) + mask_bytes(arch, batch)
 
 
-def evaluation_bytes(arch: Architecture, batch: Batch, forward: int, trainable: int) -> int:
+def evaluation_bytes(arch: Architecture, batch: Batch, forward: int, copied: int) -> int:
     """A batch of held-out rows (finetune_trainer.train.evaluate): layers, then head and loss; and autocast's half-precision
     copies of the adapter.
 
     Args:
         forward: what :func:`forward_bytes` says of the batch.
-        trainable: parameters of the adapter.
+        copied: weights of the adapter that autocast makes 16-bit copies of.
     """
     loss = evaluation_loss_bytes(arch, batch.tokens) + HALF * arch.hidden_size * batch.tokens
-    return max(forward, loss) + HALF * trainable
+    return max(forward, loss) + HALF * copied
 
 
-def generation_bytes(arch: Architecture, batch: Batch, forward: int, trainable: int, new_tokens: int) -> int:
+def generation_bytes(arch: Architecture, batch: Batch, forward: int, copied: int, new_tokens: int) -> int:
     """Answers to a batch of prompts: the prompts' forward pass beside the keys and values of all layers. Not simulated."""
     cached = batch.micro_batch_sequences * (batch.sequence_tokens + new_tokens) * 2 * HALF * arch.key_value_size
-    return forward + arch.layers * cached + HALF * trainable
+    return forward + arch.layers * cached + HALF * copied

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
-from finetune_api.planner.fit import Fit, fit, four_bit, limit, with_batch
+from finetune_api.planner.fit import Fit, fit, limit, quantized, with_batch
 from finetune_api.planner.gpus import Gpu
 from finetune_api.planner.plan import MemoryPlan, Request, plan
 from finetune_api.planner.sentences import gib
@@ -43,7 +43,7 @@ def choose(
     QLoRA (or the method asked for) with the smallest micro-batch, and its ``fit`` says what would.
 
     Args:
-        request: all that is settled; its tuning's ``four_bit`` and its micro-batch are chosen here.
+        request: all that is settled; its tuning's ``quantized`` and its micro-batch are chosen here.
         method: chosen when absent.
         micro_batch_sequences: the most the user allows; chosen when absent.
         evaluation_follows: the trainer takes the evaluation batch from the plan, so it is made as small as training allows.
@@ -54,7 +54,7 @@ def choose(
     rejected: list[str] = []
     last: tuple[MethodType, Request, MemoryPlan] | None = None
     for candidate in methods:
-        base = four_bit(request) if candidate is MethodType.QLORA else request
+        base = quantized(request) if candidate is MethodType.QLORA else request
         for layout in layouts(request, several):
             for rows in micro_batches(per_gpu, request.batch.sequence_tokens, micro_batch_sequences):
                 tried = with_batch(base.model_copy(update={"layout": layout}), micro_batch_sequences=rows)

@@ -6,7 +6,7 @@ import math
 
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture
-from finetune_api.planner.linears import Linear
+from finetune_api.planner.linears import Linear, matrix_parameters
 from finetune_api.planner.tensors import EMBEDDING, Shapes
 from finetune_api.planner.workload import Batch, Tuning
 
@@ -42,7 +42,7 @@ def training_flop_per_token(
     weights = sum(_used(name, shape, arch) for name, shape in shapes.items() if not EMBEDDING.search(name))
     if arch.tied_embeddings:
         weights += arch.vocabulary_size * arch.hidden_size
-    adapter = sum(tuning.rank_of(t.name) * (t.inputs + t.outputs) for t in targets)
+    adapter = (2 if tuning.offset else 1) * matrix_parameters(targets, tuning)
     attention = arch.layers * 4 * arch.query_size * batch.sequence_tokens / 2
     return 2 * weights * passes + 2 * adapter * (passes + 1) + attention * (passes + 1)
 

@@ -8,7 +8,7 @@ from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.gpus import known_gpus
 from finetune_api.planner.plan import Decisive, MemoryPlan, Request, plan
-from finetune_api.spec import MOST_GPUS_PER_NODE
+from finetune_api.spec import MOST_GPUS_PER_NODE, QuantizationType
 
 MARGIN = 0.05
 """Share of a GPU's usable memory that a plan leaves free: what the accuracy is tested to."""
@@ -20,6 +20,7 @@ class Alternative(ApiModel):
     """A change that makes the run fit. What is absent stays as it was."""
 
     method: str | None = None
+    quantization: str | None = None
     sequence_tokens: int | None = None
     micro_batch_sequences: int | None = None
     gradient_checkpointing: bool | None = None
@@ -80,12 +81,16 @@ def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[
         if size <= bound:
             yield Alternative(micro_batch_sequences=rows, needed_bytes=size)
             break
-    lean = with_batch(four_bit(request), micro_batch_sequences=1, gradient_checkpointing=True)
-    if not request.tuning.four_bit:
-        size = needed(four_bit(request))
+    lean = with_batch(quantized(request), micro_batch_sequences=1, gradient_checkpointing=True)
+    if not request.tuning.quantized:
+        size = needed(quantized(request))
         if size <= bound:
             yield Alternative(method="QLoRA", needed_bytes=size)
-    if needed(lean) > bound or request.tuning.four_bit:
+    if request.tuning.quantized and request.tuning.eight_bit:
+        size = needed(in_4_bit(request))
+        if size <= bound:
+            yield Alternative(quantization=QuantizationType.NF4, needed_bytes=size)
+    if needed(lean) > bound or request.tuning.quantized:
         yield from shorter(request, lean, bound)
     yield from more_gpus(request, lean, bound)
     products = [gpu.product for gpu in known_gpus() if planned.needed_bytes <= limit(gpu.usable_bytes)]
@@ -105,7 +110,7 @@ def shorter(request: Request, lean: Request, bound: int) -> Iterator[Alternative
         size = plan(with_batch(lean, sequence_tokens=tokens)).needed_bytes
         if size <= bound:
             yield Alternative(
-                method=None if request.tuning.four_bit else "QLoRA",
+                method=None if request.tuning.quantized else "QLoRA",
                 sequence_tokens=tokens,
                 micro_batch_sequences=None if request.batch.micro_batch_sequences == 1 else 1,
                 needed_bytes=size,
@@ -125,7 +130,7 @@ def more_gpus(request: Request, lean: Request, bound: int) -> Iterator[Alternati
 
 def as_it_is_and_lean(request: Request, lean: Request) -> list[tuple[Request, str | None]]:
     """Both, each with the method that it would change to."""
-    return [(request, None), (lean, None if request.tuning.four_bit else "QLoRA")]
+    return [(request, None), (lean, None if request.tuning.quantized else "QLoRA")]
 
 
 def smaller(value: int, least: int) -> Iterator[int]:
@@ -135,9 +140,15 @@ def smaller(value: int, least: int) -> Iterator[int]:
         yield value
 
 
-def four_bit(request: Request) -> Request:
-    """The same with a 4-bit base."""
-    return request.model_copy(update={"tuning": request.tuning.model_copy(update={"four_bit": True})})
+def quantized(request: Request) -> Request:
+    """The same by QLoRA."""
+    return request.model_copy(update={"tuning": request.tuning.model_copy(update={"quantized": True})})
+
+
+def in_4_bit(request: Request) -> Request:
+    """The same with another type of quantization."""
+    tuning = request.tuning.model_copy(update={"quantization": QuantizationType.NF4})
+    return request.model_copy(update={"tuning": tuning})
 
 
 def with_batch(request: Request, **changes: int | bool) -> Request:

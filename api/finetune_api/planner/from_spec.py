@@ -13,10 +13,18 @@ from finetune_api.planner.sentences import gib
 from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
 from finetune_api.quantity import parse_quantity
-from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, LoraInitialization, Parallelism
+from finetune_api.spec import (
+    BEGIN_AT_WEIGHTS,
+    MOST_GPUS_PER_NODE,
+    CpuOffload,
+    FineTuneJobSpec,
+    LoraInitialization,
+    MethodType,
+    Parallelism,
+)
 
-WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ)
-"""Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA and modulesToSave need that, too."""
+WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ, *BEGIN_AT_WEIGHTS)
+"""Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA, modulesToSave and 8 bits need that, too."""
 
 
 def request_of(
@@ -50,7 +58,9 @@ def request_of(
             rank_pattern=dict(lora.rank_pattern or {}),
             modules_to_save=list(lora.modules_to_save or []),
             dora=lora.use_dora,
-            double_quantization=spec.method.quantization.double_quantization,
+            offset=lora.initialization in BEGIN_AT_WEIGHTS,
+            quantization=spec.method.quantization.type,
+            double_quantization=spec.method.quantization.doubled,
         ),
         batch=Batch(
             sequence_tokens=training.max_sequence_tokens,
@@ -74,7 +84,8 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
         shardable: whether the model can be loaded and sharded a layer at a time.
     """
     lora = spec.method.lora
-    whole = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS
+    eight_bit = spec.method.type is not MethodType.LORA and spec.method.quantization.bits == 8
+    whole = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS or eight_bit
     shardable = shardable and not whole
     first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:

@@ -136,7 +136,7 @@ def _mlp(arch: Architecture, wide: bool) -> float:
 
 def _adapter(target: Linear, arch: Architecture, tuning: Tuning, quantized: bool) -> float:
     """A LoRA layer: its input in half precision after dropout, dropout's mask, and A's output."""
-    inner = HALF * tuning.rank_of(target.name)
+    inner = HALF * tuning.rank_of(target.name) * (2 if tuning.offset else 1)
     if tuning.dropout:
         return (HALF + MASK) * target.inputs + inner
     fresh = not quantized or arch.layer_norm  # otherwise the input itself is kept

@@ -91,10 +91,13 @@ def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> 
     """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), with DoRA its outputs once more, the biases PEFT's ``bias`` names, and modules
     that are trained whole."""
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
-    count = sum(
-        tuning.rank_of(layer.name) * (layer.inputs + layer.outputs) + tuning.dora * layer.outputs for layer in targets
-    )
+    count = matrix_parameters(targets, tuning) + tuning.dora * sum(layer.outputs for layer in targets)
     return count + _biases(shapes, targets, tuning.bias) + _saved(shapes, tuning.modules_to_save)
+
+
+def matrix_parameters(targets: list[Linear], tuning: Tuning) -> int:
+    """rank × (inputs + outputs) for each adapted layer: what A and B have."""
+    return sum(tuning.rank_of(layer.name) * (layer.inputs + layer.outputs) for layer in targets)
 
 
 def _saved(shapes: Shapes, modules: list[str]) -> int:

@@ -14,7 +14,7 @@ from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.compute import Work, training_flop_per_token, work
 from finetune_api.planner.distributed import Layout, communication, offloaded, pinned, sharded
 from finetune_api.planner.layer_memory import layer_memory
-from finetune_api.planner.linears import adapted_layers, linear_layers, trainable_parameters
+from finetune_api.planner.linears import adapted_layers, linear_layers, matrix_parameters, trainable_parameters
 from finetune_api.planner.loss_memory import evaluated_tokens
 from finetune_api.planner.tensors import Shapes, parameters
 from finetune_api.planner.workload import Batch, Count, Tuning
@@ -133,36 +133,42 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     """
     arch, tuning, batch, shapes = request.architecture, request.tuning, request.batch, request.shapes
     quantized = weights.quantized_names(shapes, arch, tuning)
-    base = weights.tensor_bytes(shapes, quantized)
-    with_weights = weights.quantization_bytes(shapes, quantized, tuning.double_quantization)
+    base = weights.tensor_bytes(shapes, quantized, tuning)
+    with_weights = weights.quantization_bytes(shapes, quantized, tuning, arch)
     trainable = trainable_parameters(shapes, arch, tuning)
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
+    frozen = matrix_parameters(targets, tuning) if tuning.offset else 0
     units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
     shared = communication(request.layout, units, trainable)
 
     adapter, optimizer = (
-        4 * trainable,
+        4 * (trainable + frozen),
         weights.optimizer_bytes(request.optimizer, trainable, weights.trained_embedding(shapes, tuning)),
     )
     weight = sharded(base, request.layout, request.gpus, arch.tied_embeddings)
     constants = sharded(with_weights, request.layout, request.gpus, tied=False)
     offload = offloaded(units, request.gpus, arch.tied_embeddings) if request.layout is Layout.CPU_OFFLOAD else []
-    held = weight + constants + 2 * adapter + optimizer + shared.gathered_bytes + shared.buffer_bytes
+    held = weight + constants + adapter + 4 * trainable + optimizer + shared.gathered_bytes + shared.buffer_bytes
     steps = {
-        checkpointing: _step(request, batch.model_copy(update={"gradient_checkpointing": checkpointing}), trainable)
+        checkpointing: _step(
+            request, batch.model_copy(update={"gradient_checkpointing": checkpointing}), trainable + frozen
+        )
         for checkpointing in (True, False)
     }
     step = steps[batch.gradient_checkpointing]
     mlp_adapted = any(".mlp." in target.name for target in targets)
-    evaluation = _evaluation(request, quantized, mlp_adapted, trainable)
+    # Matrices that are put together for each product have no copy that autocast keeps.
+    evaluation = _evaluation(request, quantized, mlp_adapted, trainable - frozen)
     fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
-    largest = max((2 * math.prod(shapes[name]) for name in quantized), default=0)
+    # In 8 bit a tensor is there as it was loaded, and once more in float16 (transformers' Bnb8bitQuantize, bitsandbytes' Int8Params).
+    unpacked = 4 if tuning.eight_bit else 2
+    largest = max((unpacked * math.prod(shapes[name]) for name in quantized), default=0)
     flop = training_flop_per_token(arch, shapes, targets, tuning, batch)
     return MemoryPlan(
         weight_bytes=weight,
         quantization_constant_bytes=constants,
         adapter_bytes=adapter,
-        gradient_bytes=adapter,
+        gradient_bytes=4 * trainable,
         optimizer_bytes=optimizer,
         activation_bytes=step.kept_bytes + step.working_bytes,
         activation_bytes_with_checkpointing=steps[True].kept_bytes + steps[True].working_bytes,
@@ -178,10 +184,10 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         peak_loading_bytes=weight + constants + shared.gathered_bytes + largest + CONTEXT_BYTES,
         host_memory_bytes=HOST_BYTES
         + max(2 * math.prod(shape) for shape in shapes.values())
-        + 3 * 4 * trainable
+        + 4 * (3 * trainable + frozen)
         + pinned(offload),
         offloaded_bytes=pinned(offload),
-        disk_bytes=weights.checkpoint_bytes(shapes) + 2 * 4 * trainable,
+        disk_bytes=weights.checkpoint_bytes(shapes) + 2 * adapter,
         trainable_parameters=trainable,
         total_parameters=parameters(shapes),
         work=work(
@@ -196,7 +202,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     )
 
 
-def _step(request: Request, batch: Batch, trainable: int) -> activations.StepMemory:
+def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory:
     arch, tuning, shapes = request.architecture, request.tuning, request.shapes
     linears = linear_layers(shapes, arch)
     targets = adapted_layers(linears, tuning)
@@ -213,10 +219,10 @@ def _step(request: Request, batch: Batch, trainable: int) -> activations.StepMem
         [layer for layer in targets if layer.layer == first],
         bool(weights.quantized_names(shapes, arch, tuning)),
     )
-    return activations.step_memory(arch, batch, layer, trainable)
+    return activations.step_memory(arch, batch, layer, copied)
 
 
-def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, trainable: int) -> int:
+def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, copied: int) -> int:
     arch, tokens = request.architecture, request.batch.sequence_tokens
     widest = max((2 * math.prod(request.shapes[name]) for name in quantized), default=0)
 
@@ -225,11 +231,11 @@ def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, traina
         return batch, activations.forward_bytes(arch, batch, bool(quantized), mlp_adapted, widest)
 
     peak = activations.evaluation_bytes(
-        arch, *rows(max(1, evaluated_tokens(arch, request.evaluation_tokens) // tokens)), trainable
+        arch, *rows(max(1, evaluated_tokens(arch, request.evaluation_tokens) // tokens)), copied
     )
     if request.generation_prompts:
         fitting = max(1, ANSWER_TOKENS // (tokens + request.generation_new_tokens))
         prompts = min(request.generation_prompts, ANSWERED_AT_ONCE, fitting)
-        answers = activations.generation_bytes(arch, *rows(prompts), trainable, request.generation_new_tokens)
+        answers = activations.generation_bytes(arch, *rows(prompts), copied, request.generation_new_tokens)
         peak = max(peak, answers)
     return peak

@@ -68,6 +68,8 @@ def alternative_phrase(alternative: Alternative) -> str:
     parts = []
     if alternative.method:
         parts.append(f"method.type: {alternative.method}")
+    if alternative.quantization:
+        parts.append(f"method.quantization.type: {alternative.quantization}")
     if alternative.gradient_checkpointing:
         parts.append("training.gradientCheckpointing: true")
     if alternative.sequence_tokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from finetune_api.planner.architecture import Architecture
+from finetune_api.planner.architecture import Architecture, Family
 from finetune_api.planner.linears import linear_layers, quantized_layers
 from finetune_api.planner.tensors import EMBEDDING, Shapes, parameters
 from finetune_api.planner.workload import Tuning
@@ -54,23 +54,31 @@ def constants_bytes(shape: tuple[int, ...], double: bool) -> int:
     return blocks + math.ceil(blocks / NESTED_BLOCK) * FULL + CODE_BYTES + NESTED_CODE_BYTES
 
 
+def row_scale_bytes(shape: tuple[int, ...], arch: Architecture) -> int:
+    """The constants of one 8-bit weight: float32 for each output. GPT-2's layers are stored the other way round, and turned."""
+    return FULL * (shape[1] if arch.family is Family.GPT2 else shape[0])
+
+
 def quantized_names(shapes: Shapes, arch: Architecture, tuning: Tuning) -> set[str]:
-    """Names of the tensors that are held in 4 bit."""
-    if not tuning.four_bit:
+    """Names of the tensors that are held in 4 or 8 bit."""
+    if not tuning.quantized:
         return set()
     return {f"{layer.name}.weight" for layer in quantized_layers(linear_layers(shapes, arch), arch)}
 
 
-def tensor_bytes(shapes: Shapes, quantized: set[str]) -> dict[str, int]:
-    """Bytes of each tensor on the GPU: 16 bit (the trainer loads in bfloat16 or float16), or packed."""
+def tensor_bytes(shapes: Shapes, quantized: set[str], tuning: Tuning) -> dict[str, int]:
+    """Bytes of each tensor on the GPU: 16 bit (the trainer loads in bfloat16 or float16), 8 bit, or packed."""
+    held = math.prod if tuning.eight_bit else packed_bytes
+    return {name: held(shape) if name in quantized else HALF * math.prod(shape) for name, shape in shapes.items()}
+
+
+def quantization_bytes(shapes: Shapes, quantized: set[str], tuning: Tuning, arch: Architecture) -> dict[str, int]:
+    """Constants of each quantized weight."""
     return {
-        name: packed_bytes(shape) if name in quantized else HALF * math.prod(shape) for name, shape in shapes.items()
+        name: row_scale_bytes(shape, arch) if tuning.eight_bit else constants_bytes(shape, tuning.double_quantization)
+        for name, shape in shapes.items()
+        if name in quantized
     }
-
-
-def quantization_bytes(shapes: Shapes, quantized: set[str], double: bool) -> dict[str, int]:
-    """Constants of each 4-bit weight."""
-    return {name: constants_bytes(shapes[name], double) for name in shapes if name in quantized}
 
 
 def checkpoint_bytes(shapes: Shapes) -> int:

@@ -10,7 +10,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.tensors import EMBEDDING
-from finetune_api.spec import LoraBias
+from finetune_api.spec import LoraBias, QuantizationType
 from finetune_api.targets import setting_of
 
 Count = Annotated[int, Field(ge=1)]
@@ -24,7 +24,7 @@ class Attention(StrEnum):
 
 
 class Tuning(ApiModel):
-    """LoRA, or QLoRA where ``four_bit`` is set."""
+    """LoRA, or QLoRA where ``quantized`` is set."""
 
     rank: Count = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -36,8 +36,13 @@ class Tuning(ApiModel):
     """Ranks of single layers; the most specific name counts."""
     modules_to_save: list[str] = []
     dora: bool = False
-    four_bit: bool = False
+    offset: bool = False
+    """PiSSA, OLoRA: as many weights as the matrices have are held beside them, frozen, and products are of twice the rank."""
+    quantized: bool = False
+    quantization: QuantizationType = QuantizationType.NF4
+    """Where it is."""
     double_quantization: bool = True
+    """Of 4-bit types."""
 
     def rank_of(self, layer: str) -> int:
         """The rank of one layer's adapter."""
@@ -49,9 +54,15 @@ class Tuning(ApiModel):
         return any(EMBEDDING.search(f"{module}.weight") for module in self.modules_to_save)
 
     @property
+    def eight_bit(self) -> bool:
+        """Whether a quantized base is held in 8 bit."""
+        return self.quantization is QuantizationType.INT8
+
+    @property
     def name(self) -> str:
         """As a person says it."""
-        return ("QLoRA" if self.four_bit else "LoRA") + (" with DoRA" if self.dora else "")
+        bits = " in 8 bit" if self.eight_bit else ""
+        return (f"QLoRA{bits}" if self.quantized else "LoRA") + (" with DoRA" if self.dora else "")
 
 
 class Batch(ApiModel):

@@ -14,6 +14,8 @@ from finetune_api.spec.data import (
 from finetune_api.spec.evaluation import EarlyStopping, Evaluation, Generation, Judge, TextMetric
 from finetune_api.spec.job import IMMUTABLE_FIELDS, OPTIONAL_FIELDS, FineTuneJobSpec
 from finetune_api.spec.method import (
+    BEGIN_AT_WEIGHTS,
+    MOST_MODULES,
     LayerIndex,
     Lora,
     LoraBias,
@@ -49,8 +51,10 @@ from finetune_api.spec.training import (
 )
 
 __all__ = [
+    "BEGIN_AT_WEIGHTS",
     "IMMUTABLE_FIELDS",
     "MOST_GPUS_PER_NODE",
+    "MOST_MODULES",
     "MOST_NODES",
     "OPTIONAL_FIELDS",
     "TRACKER_RULES",

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import cel
 from finetune_api.spec.compute import Compute, Queue
 from finetune_api.spec.data import Data
 from finetune_api.spec.evaluation import Evaluation
-from finetune_api.spec.method import Method
+from finetune_api.spec.method import Method, MethodType
 from finetune_api.spec.model import Model
 from finetune_api.spec.objective import Objective
 from finetune_api.spec.output import Output
 from finetune_api.spec.recovery import Recovery
 from finetune_api.spec.runtime import Runtime
 from finetune_api.spec.trackers import Tracker, _each_once
-from finetune_api.spec.training import Training
+from finetune_api.spec.training import CpuOffload, Parallelism, Training
 
 IMMUTABLE_FIELDS = (
     "model",
@@ -51,6 +51,12 @@ def _immutable(name: str) -> tuple[str, str]:
     if name in OPTIONAL_FIELDS:
         same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
     return same, f"{name} is immutable: create a new FineTuneJob instead"
+
+
+_INT8_MESSAGE = (
+    "method.quantization.type: Int8 needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out, or "
+    "take a 4-bit type"
+)
 
 
 class FineTuneJobSpec(ApiModel):
@@ -107,8 +113,13 @@ class FineTuneJobSpec(ApiModel):
                 "method.lora.modulesToSave needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
             ),
             (
-                "!(self.method.lora.initialization in ['EVA', 'LoftQ']) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
-                "method.lora.initialization: EVA and LoftQ need the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+                "!(self.method.lora.initialization in ['EVA', 'LoftQ', 'PiSSA', 'OLoRA']) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                "method.lora.initialization: EVA, LoftQ, PiSSA and OLoRA need the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+            ),
+            (
+                "self.method.type == 'LoRA' || self.method.quantization.type != 'Int8' || "
+                "(self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                _INT8_MESSAGE,
             ),
             (
                 "!has(self.model.initialAdapter) || self.method.lora.initialization == 'Default'",
@@ -134,3 +145,11 @@ class FineTuneJobSpec(ApiModel):
             ),
         )
     )
+
+    @model_validator(mode="after")
+    def _whole_in_8_bit(self) -> FineTuneJobSpec:
+        eight_bit = self.method.type is not MethodType.LORA and self.method.quantization.bits == 8
+        shards = self.training.parallelism is Parallelism.FSDP or self.training.cpu_offload is not CpuOffload.NEVER
+        if eight_bit and shards:
+            raise ValueError(_INT8_MESSAGE)
+        return self

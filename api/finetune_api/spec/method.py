@@ -8,9 +8,11 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
-from finetune_api.fieldtypes import MODULE_KEYS, Alpha, AlphaMap, ModuleName, Rank, RankMap, cel
+from finetune_api.fieldtypes import MODULE_KEYS, Alpha, AlphaMap, ModuleName, ModulePattern, Rank, RankMap, cel
 
 LayerIndex = Annotated[int, Field(ge=0, le=9999)]
+MOST_MODULES = 64
+"""Names in a list."""
 
 
 class MethodType(StrEnum):
@@ -37,6 +39,15 @@ class LoraInitialization(StrEnum):
     ORTHOGONAL = "Orthogonal"
     EVA = "EVA"
     LOFTQ = "LoftQ"
+    PISSA = "PiSSA"
+    OLORA = "OLoRA"
+
+
+BEGIN_AT_WEIGHTS = (LoraInitialization.PISSA, LoraInitialization.OLORA)
+"""Those whose matrices begin at parts of the weights. What is published is a plain adapter of twice the rank."""
+
+
+_DORA_MESSAGE = "useDora and initialization: PiSSA or OLoRA each say what the update is: leave one of them out"
 
 
 class Lora(ApiModel):
@@ -59,14 +70,18 @@ class Lora(ApiModel):
         0.05, description="Dropout probability on the adapter's input."
     )
     bias: LoraBias = Field(LoraBias.NONE)
-    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = Field(
+    target_modules: Annotated[list[ModulePattern], Field(min_length=1, max_length=MOST_MODULES)] = Field(
         default=["all-linear"],
-        description="Names of the linear layers to adapt, or all-linear. A name that matches nothing fails the job before a GPU is used.",
+        description=(
+            "The linear layers to adapt: all-linear, or ends of their names (q_proj, layers.0.mlp.up_proj), in which * stands for any "
+            "characters, ? for one and [0-9] for one of a set (layers.[0-7].self_attn.*). One that matches nothing fails the job before a GPU is "
+            "used."
+        ),
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
-    exclude_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] | None = Field(
+    exclude_modules: Annotated[list[ModulePattern], Field(min_length=1, max_length=MOST_MODULES)] | None = Field(
         None,
-        description="Names of layers that targetModules names and that are left as they are.",
+        description="Layers that targetModules names and that are left as they are, named likewise.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     layers_to_transform: Annotated[list[LayerIndex], Field(min_length=1, max_length=256)] | None = Field(
@@ -103,7 +118,9 @@ class Lora(ApiModel):
         description=(
             "Default: A uniform (Kaiming), B zero. Gaussian, Orthogonal: A drawn so. EVA: A from the directions in which the layers' inputs vary most, "
             "by a pass over the first training rows (Paischer et al., 2024). LoftQ: what 4 bits leave of the weights, as far as the rank goes "
-            "(Li et al., 2023; QLoRA only)."
+            "(Li et al., 2023; QLoRA only). PiSSA: A and B from the weight's largest singular values (Meng et al., 2024), OLoRA: from its QR "
+            "decomposition (Büyükakyüz, 2024), and the update is what they gain on that: the base stays as it is, and the adapter is published "
+            "as a plain one of twice the rank."
         ),
     )
     use_rslora: bool = Field(
@@ -120,24 +137,68 @@ class Lora(ApiModel):
                 "!self.useDora || !(self.initialization in ['Orthogonal', 'LoftQ'])",
                 "useDora measures the weights before they are initialized so: leave initialization: Orthogonal and LoftQ out",
             ),
+            ("!self.useDora || !(self.initialization in ['PiSSA', 'OLoRA'])", _DORA_MESSAGE),
         )
     )
 
+    @model_validator(mode="after")
+    def _no_dora_of_what_begins_at_weights(self) -> Lora:
+        if self.use_dora and self.initialization in BEGIN_AT_WEIGHTS:
+            raise ValueError(_DORA_MESSAGE)
+        return self
+
 
 class QuantizationType(StrEnum):
-    """4-bit data types of bitsandbytes."""
+    """bitsandbytes' data types: two of 4 bit, and one of 8."""
 
     NF4 = "NF4"
     FP4 = "FP4"
+    INT8 = "Int8"
+
+
+_DOUBLE_MESSAGE = "doubleQuantization is for the constants of the 4-bit types: leave it out with type: Int8"
 
 
 class Quantization(ApiModel):
     """How QLoRA holds the frozen base (Dettmers et al., 2023)."""
 
-    type: QuantizationType = Field(QuantizationType.NF4)
-    double_quantization: bool = Field(
-        True, description="Quantize the quantization constants too (0.4 bit per parameter less)."
+    type: QuantizationType = Field(
+        QuantizationType.NF4,
+        description=(
+            "NF4 and FP4 take 4 bit a weight, with a constant for 64; Int8 takes 8, with one for each row (the weights of LLM.int8(), Dettmers et "
+            "al., 2022): nearer to the base in 16 bit, and half its memory. Products are computed in 16 bit with all of them. Int8 needs "
+            "the whole base model on each GPU."
+        ),
     )
+    double_quantization: bool | None = Field(
+        None,
+        description="Quantize the constants of 4-bit types too (0.4 bit per parameter less); the default is true.",
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "self.type != 'Int8' || !has(self.doubleQuantization) || !self.doubleQuantization",
+                _DOUBLE_MESSAGE,
+            )
+        )
+    )
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return 8 if self.type is QuantizationType.INT8 else 4
+
+    @property
+    def doubled(self) -> bool:
+        """Whether constants are quantized, too."""
+        return self.bits == 4 and self.double_quantization is not False
+
+    @model_validator(mode="after")
+    def _constants_of_4_bit(self) -> Quantization:
+        if self.bits == 8 and self.double_quantization:
+            raise ValueError(_DOUBLE_MESSAGE)
+        return self
 
 
 _BIAS_MESSAGE = (
@@ -145,13 +206,15 @@ _BIAS_MESSAGE = (
     "are lost; set lora.bias: None, or type: LoRA"
 )
 
+_LOFTQ_MESSAGE = "lora.initialization: LoftQ makes good for what 4 bits leave of the weights: leave it out with quantization.type: Int8"
+
 
 class Method(ApiModel):
     """How the model is adapted."""
 
     type: MethodType = Field(
         MethodType.LORA,
-        description="LoRA keeps the base in 16 bit; QLoRA in 4 bit. Auto is LoRA if that fits the GPU, otherwise QLoRA.",
+        description="LoRA keeps the base in 16 bit; QLoRA quantized, in 4 bit unless quantization.type says otherwise. Auto is LoRA if that fits the GPU, otherwise QLoRA.",
     )
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization, description="Used by QLoRA.")
@@ -164,6 +227,7 @@ class Method(ApiModel):
                 "self.type == 'QLoRA' || self.lora.initialization != 'LoftQ'",
                 "lora.initialization: LoftQ makes good for quantization: it needs type: QLoRA",
             ),
+            ("self.quantization.type != 'Int8' || self.lora.initialization != 'LoftQ'", _LOFTQ_MESSAGE),
         ),
     )
 
@@ -171,4 +235,10 @@ class Method(ApiModel):
     def _no_biases_in_16_bit(self) -> Method:
         if self.type is not MethodType.LORA and self.lora.bias is not LoraBias.NONE:
             raise ValueError(_BIAS_MESSAGE)
+        return self
+
+    @model_validator(mode="after")
+    def _loftq_of_4_bit(self) -> Method:
+        if self.quantization.bits == 8 and self.lora.initialization is LoraInitialization.LOFTQ:
+            raise ValueError(_LOFTQ_MESSAGE)
         return self

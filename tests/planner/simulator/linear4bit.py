@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.planner.simulator.linear8bit import FakeLinear8bit
+
 BLOCK = 64
 """Weights that share a constant (Linear4bit's default on CUDA)."""
 NESTED_BLOCK = 256
@@ -71,7 +73,7 @@ class FakeLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
         return result.to(x.dtype)
 
 
-def quantize(model: Any, double: bool) -> None:
+def quantize(model: Any, double: bool, eight_bit: bool = False) -> None:
     """Replace what transformers replaces (integrations/bitsandbytes.py): every Linear and Conv1D but the output head."""
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
@@ -79,5 +81,6 @@ def quantize(model: Any, double: bool) -> None:
             continue
         rows, columns = module.weight.shape
         inputs, outputs = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
-        model.set_submodule(name, FakeLinear4bit(inputs, outputs, module.bias, double))
-    model.is_loaded_in_4bit = True
+        fake: nn.Module = FakeLinear4bit(inputs, outputs, module.bias, double)
+        model.set_submodule(name, FakeLinear8bit(inputs, outputs, module.bias) if eight_bit else fake)
+    setattr(model, "is_loaded_in_8bit" if eight_bit else "is_loaded_in_4bit", True)

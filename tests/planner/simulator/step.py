@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_trainer.train.loss import LearnedTokenLoss, head_stands_apart
 from finetune_trainer.train.model import make_trainables_float32
+from finetune_trainer.train.offset_lora import make_offset
 from tests.planner.simulator.gpu_kernels import cuda_kernels
 from tests.planner.simulator.linear4bit import quantize
 from tests.planner.simulator.tracker import LiveStorages
@@ -38,6 +39,10 @@ class Case:
     dropout: float = 0.05
     target_modules: tuple[str, ...] = ("all-linear",)
     double_quantization: bool = True
+    eight_bit: bool = False
+    """A quantized base is held in 8 bit, not in 4."""
+    offset: bool = False
+    """The adapter begins at parts of the weights (PiSSA, OLoRA)."""
 
     @property
     def padded(self) -> bool:
@@ -145,7 +150,7 @@ def adapted(case: Case, config: dict[str, Any]) -> Any:
     base.requires_grad_(False)
     with torch.device("meta"):
         if case.quantized:
-            quantize(base, case.double_quantization)
+            quantize(base, case.double_quantization, case.eight_bit)
         targets = "all-linear" if case.target_modules == ("all-linear",) else list(case.target_modules)
         lora = LoraConfig(
             r=case.rank,
@@ -156,6 +161,8 @@ def adapted(case: Case, config: dict[str, Any]) -> Any:
         )
         model = get_peft_model(base, lora)
         make_trainables_float32(model)
+        if case.offset:
+            make_offset(model)
     return model
 
 

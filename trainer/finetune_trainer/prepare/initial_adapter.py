@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from finetune_api import names
 from finetune_api.failures import Reason
 from finetune_api.results import InitialAdapterRecord
 from finetune_api.snapshot import resolve_plan
-from finetune_api.spec import FineTuneJobSpec, Lora
-from finetune_api.targets import as_peft_reads, setting_of
+from finetune_api.spec import MOST_MODULES, FineTuneJobSpec, Lora
+from finetune_api.targets import as_peft_reads, kinds_and_layers, setting_of
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
-from finetune_trainer.prepare.shapes import CONV1D, Parameters
+from finetune_trainer.prepare.shapes import ALL_LINEAR, CONV1D, Parameters
 from finetune_trainer.sources.model import resolve_source
 from finetune_trainer.waiting import wait_until_available
 
@@ -120,14 +120,14 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
             f"model.initialAdapter: {uri} was initialized by {begun}, which changed the base's weights: on the base as it is published it means "
             "something else. Convert it with peft (path_initial_model_for_weight_conversion), or merge it.",
         )
-    layers, targets = config.get("layers_to_transform"), config.get("target_modules")
+    layers, targets, excluded = named_layers(config, modules)
     try:
         lora = Lora(
             rank=config["r"],
             alpha=config["lora_alpha"],
-            target_modules=[targets] if isinstance(targets, str) else sorted(targets or []),
-            exclude_modules=config.get("exclude_modules") or None,
-            layers_to_transform=[layers] if isinstance(layers, int) else layers,
+            target_modules=targets,
+            exclude_modules=excluded,
+            layers_to_transform=layers,
             rank_pattern=as_peft_reads(modules, config.get("rank_pattern") or {}) or None,
             alpha_pattern=as_peft_reads(modules, config.get("alpha_pattern") or {}) or None,
             use_rslora=config.get("use_rslora", False),
@@ -147,6 +147,23 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
                 f"method.lora asks for {name}: {mine}, and the initial adapter has {theirs}. Leave it out: the adapter's own settings are used.",
             )
     return lora
+
+
+def named_layers(config: Mapping[str, Any], modules: list[str]) -> tuple[list[int] | None, list[str], list[str] | None]:
+    """Layers, targets and exclusions of an adapter's file. A regular expression of peft's, or more names than a job may have, become what
+    the modules that are there are called within their layers; whether that names them all and no others is seen when tensors are compared."""
+    layers, targets, excluded = (
+        config.get(key) for key in ("layers_to_transform", "target_modules", "exclude_modules")
+    )
+    expressions = isinstance(excluded, str) or (isinstance(targets, str) and targets != ALL_LINEAR)
+    if expressions or (not isinstance(targets, str) and len(targets or []) > MOST_MODULES):
+        kinds, found = kinds_and_layers(modules)
+        return found, kinds, None
+    return (
+        [layers] if isinstance(layers, int) else layers,
+        [targets] if isinstance(targets, str) else sorted(targets or []),
+        excluded or None,
+    )
 
 
 def comparable(value: Any, modules: list[str]) -> Any:

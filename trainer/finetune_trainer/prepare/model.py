@@ -96,8 +96,8 @@ def inspect_model(ctx: StageContext) -> BaseModel:
             "model.initialAdapter is trained with DoRA, which needs the whole base model on each GPU: leave training.parallelism: FSDP and "
             "cpuOffload out",
         )
-    four_bit = snapshot.plan.method.type is not MethodType.LORA
-    refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), four_bit)
+    quantized = snapshot.plan.method.type is not MethodType.LORA
+    refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), quantized)
     parameters = count_parameters(headers, lora)
     refuse_mamba_projections(config.get("model_type"), parameters)
     if is_mixture_of_experts(headers):

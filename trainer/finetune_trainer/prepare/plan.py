@@ -244,10 +244,10 @@ def _of_unknown(
     several: tuple[Layout, ...],
     unsuitable: list[Gpu],
 ) -> RunPlan:
-    four_bit = request.tuning.model_copy(update={"four_bit": method is MethodType.QLORA})
+    quantized = request.tuning.model_copy(update={"quantized": method is MethodType.QLORA})
     batch = request.batch.model_copy(update={"micro_batch_sequences": split.micro_batch_sequences})
     layout = layouts(request, several)[0]
-    planned = plan(request.model_copy(update={"tuning": four_bit, "batch": batch, "layout": layout}))
+    planned = plan(request.model_copy(update={"tuning": quantized, "batch": batch, "layout": layout}))
     return RunPlan(
         method=method,
         split=split,

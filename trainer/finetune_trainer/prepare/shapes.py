@@ -13,7 +13,7 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
-from finetune_api.targets import is_left_out, is_named, routed_kinds, setting_of
+from finetune_api.targets import is_left_out, is_named, is_pattern, routed_kinds, setting_of
 from finetune_trainer.errors import StageError
 from finetune_trainer.sources.model import TensorHeaders
 
@@ -187,6 +187,11 @@ def _unknown(module: str, linear: Mapping[str, Any], matrices: Mapping[str, Any]
             "routers), which cannot be adapted; "
             f"use some of {choices}, or {ALL_LINEAR}",
         )
+    if is_pattern(module):
+        return StageError(
+            Reason.UNKNOWN_TARGET_MODULE,
+            f"method.lora.targetModules: {module} fits none of this model's linear layers, which are {choices}, such as {next(iter(linear))}",
+        )
     return StageError(
         Reason.UNKNOWN_TARGET_MODULE,
         f"method.lora.targetModules: {module} does not exist in this model, which has {choices}",
@@ -230,12 +235,12 @@ def _saved(tensors: Mapping[str, tuple[int, ...]], targets: list[str], modules: 
     return sum(math.prod(shape) for name, shape in tensors.items() if is_named(owners[name], modules))
 
 
-def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, four_bit: bool) -> None:
+def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, quantized: bool) -> None:
     """What cannot be trained whole.
 
     Args:
         tied: input embeddings and output head are one.
-        four_bit: linear layers are, or may be.
+        quantized: linear layers are, or may be.
 
     Raises:
         StageError: InvalidConfig.
@@ -250,10 +255,10 @@ def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, fo
         n.removesuffix(".weight") for n, (_, shape) in headers.items() if n.endswith(".weight") and len(shape) == 2
     ]
     packed = [n for n in matrices if _is_linear(n) and is_named(n, lora.modules_to_save)]
-    if four_bit and packed:
+    if quantized and packed:
         raise StageError(
             Reason.INVALID_CONFIG,
-            f"method.lora.modulesToSave: QLoRA holds {packed[0]} in 4 bit, which cannot be trained; use type: LoRA, or an adapter on it",
+            f"method.lora.modulesToSave: QLoRA holds {packed[0]} quantized, which cannot be trained; use type: LoRA, or an adapter on it",
         )
 
 

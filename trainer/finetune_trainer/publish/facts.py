@@ -99,7 +99,8 @@ def _update(lora: ResolvedLora) -> str:
     parts += ["DoRA"] if lora.use_dora else []
     parts += [f"LoRA+ {lora.loraplus_lr_ratio:g}"] if lora.loraplus_lr_ratio else []
     if lora.initialization is not LoraInitialization.DEFAULT:
-        parts.append(f"initialized by {lora.initialization.value}")
+        doubled = " (published with twice the rank and alpha)" if lora.begins_at_weights else ""
+        parts.append(f"initialized by {lora.initialization.value}{doubled}")
     return ", ".join(parts)
 
 
@@ -118,8 +119,8 @@ def _patterns(lora: ResolvedLora) -> str:
 
 
 def _quantized(quantization: Quantization) -> str:
-    double = ", double quantization" if quantization.double_quantization else ""
-    return f"4 bit {quantization.type.value}{double}"
+    double = ", double quantization" if quantization.doubled else ""
+    return f"{quantization.bits} bit {quantization.type.value}{double}"
 
 
 def _batch(snapshot: Snapshot, trained: TrainResult) -> str:

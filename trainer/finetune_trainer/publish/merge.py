@@ -16,7 +16,7 @@ from finetune_api.results import FileRecord
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, WEIGHTS
 from finetune_trainer.publish.adapter import Adapter
-from finetune_trainer.publish.nf4 import RoundTrip
+from finetune_trainer.publish.round_trip import RoundTrip
 from finetune_trainer.publish.safetensors_stream import (
     CODES,
     INDEX,

@@ -25,7 +25,7 @@ from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.publish.adapter import read_adapter
 from finetune_trainer.publish.check import lost_in_rounding, merge_check
 from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
-from finetune_trainer.publish.nf4 import RoundTrip
+from finetune_trainer.publish.round_trip import RoundTrip
 from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.publish.written import check_written
 from finetune_trainer.s3 import S3Store
@@ -88,11 +88,11 @@ def make_merged(
 
 
 def quantization_warnings(round_trip: RoundTrip | None) -> list[str]:
-    """What a reader of the manifest should know about the 4-bit round trip."""
+    """What a reader of the manifest should know about the quantized weights."""
     if round_trip is None or not round_trip.inexact:
         return []
     return [
-        f"{len(round_trip.inexact)} of {len(round_trip.modules)} weights quantize on this CPU to 4-bit values that differ in "
+        f"{len(round_trip.inexact)} of {len(round_trip.modules)} weights quantize on this CPU to values that differ in "
         f"rounding from those of training (such as {min(round_trip.inexact)})."
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,15 +11,18 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from finetune_api.progress import Split
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import LoraInitialization
+from finetune_api.spec import BEGIN_AT_WEIGHTS, LoraInitialization
 from finetune_trainer import heartbeat
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.eva import eva
 from finetune_trainer.train.model import take_up
+from finetune_trainer.train.offset_lora import begin_at, lora_layers
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Batch, Rows, collate
 from finetune_trainer.train.schedule import Schedule
@@ -49,13 +53,15 @@ def initialize(
         folder: the base model's files.
     """
     kind = snapshot.plan.method.lora.initialization
-    if kind not in (LoraInitialization.EVA, LoraInitialization.LOFTQ):
+    if kind not in (LoraInitialization.EVA, LoraInitialization.LOFTQ, *BEGIN_AT_WEIGHTS):
         return
 
     def made() -> dict[str, torch.Tensor]:
         if kind is LoraInitialization.EVA:
             size = max(1, split.micro_batch_sequences // split.evaluation_divisor)
             eva(model, list(batches(rows, schedule, size, pad_id)), compute)
+        elif kind in BEGIN_AT_WEIGHTS:
+            begin_at_weights(model, kind)
         else:
             with ExitStack() as opened:
                 stored = Stored(folder, opened)
@@ -101,9 +107,38 @@ def loftq(model: PeftModel, read: Callable[[str], torch.Tensor]) -> None:
         module.lora_B[adapter].weight.data = b / module.scaling[adapter]
 
 
+def begin_at_weights(model: PeftModel, kind: LoraInitialization) -> None:
+    """PiSSA (Meng et al., 2024): A0 and B0 are the weight's largest singular values and their vectors, shared out evenly and over the scaling.
+    OLoRA (Büyükakyüz, 2024): R and Q of its QR decomposition, as in peft without regard to the scaling. Of a quantized weight, as training sees it."""
+    adapter = model.active_adapter
+    for module in lora_layers(model):
+        heartbeat.beat()
+        weight = dequantize_module_weight(module.get_base_layer()).data.float()
+        weight = weight.T if module.fan_in_fan_out else weight
+        rank = module.r[adapter]
+        if kind is LoraInitialization.PISSA:
+            root = math.sqrt(module.scaling[adapter])
+            a, b = (part / root for part in factors(weight, rank))
+        else:
+            a, b = orthogonal_factors(weight, rank)
+        begin_at(module, adapter, a, b)
+
+
+def orthogonal_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first rows of R (rank, inputs) and columns of Q (outputs, rank). Those of Q follow from as many columns of the matrix alone."""
+    q = torch.linalg.qr(matrix[:, :rank]).Q
+    return _padded(q.T @ matrix, q, rank)
+
+
 def factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A (rank, inputs) and B (outputs, rank), float32, whose product is the nearest matrix of that rank to ``matrix`` (outputs, inputs)."""
     wanted = min(rank + OVERSAMPLING, *matrix.shape)
     left, values, right = torch.svd_lowrank(matrix, q=wanted, niter=ITERATIONS)
     root = values[:rank].sqrt()
-    return (root[:, None] * right[:, :rank].T).contiguous(), (left[:, :rank] * root).contiguous()
+    return _padded(root[:, None] * right[:, :rank].T, left[:, :rank] * root, rank)
+
+
+def _padded(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """With zeros, where a small matrix has no such rank."""
+    missing = rank - len(a)
+    return pad(a, (0, 0, 0, missing)).contiguous(), pad(b, (0, missing)).contiguous()

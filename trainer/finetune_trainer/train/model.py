@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora, Snapshot
 from finetune_api.spec import LoraBias, LoraInitialization, Quantization
-from finetune_api.targets import is_named, routed_kinds, setting_of
+from finetune_api.targets import is_named, routed_kinds, setting_of, without_patterns
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
 from finetune_trainer.remote_code import remote_code
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.offset_lora import make_offset
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ INITIALIZATION = {
     LoraInitialization.ORTHOGONAL: "orthogonal",
     LoraInitialization.EVA: "eva",
 }
-"""peft's ``init_lora_weights``; LoftQ begins as the default does and is computed afterwards."""
+"""peft's ``init_lora_weights``; the others begin as the default does and are computed afterwards."""
 ALL_LINEAR = "all-linear"
 SAVED = ".modules_to_save."
 """In the names of parameters: peft's copies of modules that are trained whole."""
@@ -44,7 +45,7 @@ disable_progress_bar()  # a pod's log is no terminal
 
 
 def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
-    """The base as a causal language model: in the computing type, or in 4 bit for QLoRA.
+    """The base as a causal language model: in the computing type, or quantized for QLoRA.
 
     Raises:
         StageError: UnsupportedModel, if transformers cannot load the folder.
@@ -64,6 +65,10 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
     model.config.use_cache = False
     model.requires_grad_(False)
     keep_training_layout(model)
+    if quantization is not None and quantization.bits == 8:
+        from finetune_trainer.train.int8 import multiply_in_16_bit  # only here: others need no bitsandbytes
+
+        multiply_in_16_bit(model, compute.dtype)
     return model
 
 
@@ -105,11 +110,13 @@ def load_tokenizer(folder: Path, snapshot: Snapshot) -> Any:
 
 
 def bits_and_bytes(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's own: 4 bit, and products in ``dtype`` (bitsandbytes' default would be float32)."""
+    """QLoRA's own: 4 bit, and products in ``dtype`` (bitsandbytes' default would be float32); or 8 bit."""
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type.value.lower(),
-        bnb_4bit_use_double_quant=quantization.double_quantization,
+        bnb_4bit_use_double_quant=quantization.doubled,
         bnb_4bit_compute_dtype=dtype,
     )
 
@@ -139,7 +146,7 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         lora_dropout=lora.dropout,
         bias=BIAS[lora.bias],
         target_modules=target_modules(base, lora),
-        exclude_modules=list(lora.exclude_modules) or None,
+        exclude_modules=without_patterns(lora.exclude_modules, linear_layers(base)) or None,
         layers_to_transform=lora.layers_to_transform,
         rank_pattern=by_full_name(base, lora.rank_pattern),
         alpha_pattern=by_full_name(base, lora.alpha_pattern),
@@ -154,12 +161,14 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(snapshot.spec.training.seed)
-    linear = ", ".join(linear_names(base))  # before peft has put its own layers between them
+    linear = ", ".join(kinds(linear_layers(base)))  # before peft has put its own layers between them
     try:
         model = get_peft_model(base, config)
     except ValueError as error:
         raise StageError(Reason.UNKNOWN_TARGET_MODULE, f"{error} The linear layers are: {linear}.") from error
     make_trainables_float32(model)
+    if lora.begins_at_weights:
+        make_offset(model)
     if initial is not None:
         take_up(model, load_file(initial))
     config.base_model_name_or_path = public_name(snapshot)
@@ -196,13 +205,15 @@ def refuse_tied_head(base: Any, lora: ResolvedLora) -> None:
 
 
 def target_modules(base: Any, lora: ResolvedLora) -> str | list[str]:
-    """In peft's words, which takes all-linear only for all layers, and in a mixture of experts for more than there are adapters for."""
-    if lora.target_modules != [ALL_LINEAR]:
-        return list(lora.target_modules)
+    """In peft's words, which takes all-linear only for all layers, full names where we take patterns, and in a mixture of experts more layers than
+    there are adapters for."""
     routed = routed_kinds(name for name, _ in base.named_parameters())
+    layers = [name for name in linear_layers(base) if name.rpartition(".")[2] not in routed]
+    if lora.target_modules != [ALL_LINEAR]:
+        return without_patterns(lora.target_modules, layers)
     if lora.layers_to_transform is None and not routed:
         return ALL_LINEAR
-    return [name for name in linear_names(base) if name not in routed]
+    return kinds(layers)
 
 
 def by_full_name(base: Any, pattern: dict[str, int]) -> dict[str, int]:
@@ -216,11 +227,15 @@ def saved_modules(base: Any, lora: ResolvedLora) -> list[str]:
     return [name for name, _ in base.named_modules() if is_named(name, lora.modules_to_save)]
 
 
-def linear_names(base: Any) -> list[str]:
-    """The names of the linear layers but the output head."""
+def linear_layers(base: Any) -> list[str]:
+    """The full names of the linear layers but the output head."""
     head = base.get_output_embeddings()
-    linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    return sorted({name.rpartition(".")[2] for name in linear})
+    return [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+
+
+def kinds(layers: Collection[str]) -> list[str]:
+    """The last parts of layers' names."""
+    return sorted({name.rpartition(".")[2] for name in layers})
 
 
 def make_trainables_float32(model: Any) -> None:

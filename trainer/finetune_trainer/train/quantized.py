@@ -1,4 +1,4 @@
-"""What 4-bit weights training used, recorded so that publish can prove it merges into the same."""
+"""What quantized weights training used, recorded so that publish can prove it merges into the same."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ SAMPLE_BYTES = 64
 
 
 def quantized_modules(model: Any) -> list[QuantizedModule]:
-    """A record of each 4-bit weight of the model, adapter attached or not, by its name in the bare base."""
-    return [
-        describe(name.replace("base_model.model.", "", 1).removesuffix(".base_layer"), module.weight.data, state)
-        for name, module, state in _linear4bit(model)
+    """A record of each quantized weight of the model, adapter attached or not, by its name in the bare base."""
+    found = [describe(_bare(name), module.weight.data, state) for name, module, state in _linear4bit(model)]
+    return found + [
+        describe_int8(_bare(name), module.weight.data, module.scales)
+        for name, module in model.named_modules()
+        if hasattr(module, "scales")
     ]
 
 
@@ -27,13 +29,17 @@ def must_be_quantized(records: list[QuantizedModule], model: Any) -> None:
     """bitsandbytes has only a warning for a model without layers that it knows.
 
     Raises:
-        StageError: UnsupportedModel, where no weight is in 4 bit.
+        StageError: UnsupportedModel, where no weight is quantized.
     """
     if not records:
         raise StageError(
             Reason.UNSUPPORTED_MODEL,
             f"bitsandbytes quantized none of the layers of {type(model).__name__}: all of it would be held in 16 bit. Use method.type: LoRA.",
         )
+
+
+def _bare(name: str) -> str:
+    return name.replace("base_model.model.", "", 1).removesuffix(".base_layer")
 
 
 def describe(name: str, packed: torch.Tensor, state: Any) -> QuantizedModule:
@@ -51,15 +57,38 @@ def describe(name: str, packed: torch.Tensor, state: Any) -> QuantizedModule:
     for tensor in (state.absmax, state.code, *nested):
         digest.update(_bytes(tensor))
     digest.update(f"{state.quant_type} {state.blocksize} {tuple(state.shape)} {state.dtype}".encode())
-    codes = packed.detach().reshape(-1).view(torch.uint8)
-    spread = torch.linspace(0, codes.numel() - 1, min(SAMPLE_BYTES, codes.numel()), dtype=torch.float64).long()
     return QuantizedModule(
         name=name,
         sha256=digest.hexdigest(),
         offset=float(state.offset) if state.nested else None,
         constants_mean=float(constants(state).double().mean()),
-        codes_sample=_bytes(codes[spread.to(codes.device)]).hex(),
+        codes_sample=sample(packed),
     )
+
+
+def describe_int8(name: str, codes: torch.Tensor, scales: torch.Tensor) -> QuantizedModule:
+    """One record of a weight in 8 bit.
+
+    Args:
+        codes: int8.
+        scales: float32, one a row.
+    """
+    digest = hashlib.sha256(_bytes(codes))
+    digest.update(_bytes(scales))
+    digest.update(f"int8 {tuple(codes.shape)}".encode())
+    return QuantizedModule(
+        name=name,
+        sha256=digest.hexdigest(),
+        constants_mean=float(scales.double().mean()),
+        codes_sample=sample(codes),
+    )
+
+
+def sample(values: torch.Tensor) -> str:
+    """Bytes at evenly spread positions, hexadecimal."""
+    codes = values.detach().reshape(-1).view(torch.uint8)
+    spread = torch.linspace(0, codes.numel() - 1, min(SAMPLE_BYTES, codes.numel()), dtype=torch.float64).long()
+    return _bytes(codes[spread.to(codes.device)]).hex()
 
 
 def constants(state: Any) -> torch.Tensor:

@@ -368,7 +368,7 @@ def store_adapter(
 
 
 def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tuple[Any, list[QuantizedModule]]:
-    """The base, all of it or this rank's part, and the records of its 4-bit weights."""
+    """The base, all of it or this rank's part, and the records of its quantized weights."""
     if ranks.sharded:
         base, records = load_sharded(folder, snapshot, compute, ranks)
     else:

@@ -150,7 +150,7 @@ def fill(
     packed = Params4bit(
         value,
         requires_grad=False,
-        compress_statistics=quantization.double_quantization,
+        compress_statistics=quantization.doubled,
         quant_type=quantization.type.value.lower(),
         quant_storage=STORAGE,
         module=module,

@@ -1,4 +1,4 @@
-"""The 4-bit round trip: base weights as training saw them, proven by the records that training left."""
+"""Quantized and back: base weights as training saw them, proven by the records that training left."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from finetune_api.failures import Reason
 from finetune_api.results import QuantizedModule
 from finetune_api.spec import Quantization
 from finetune_trainer.errors import StageError
-from finetune_trainer.train.quantized import describe
+from finetune_trainer.train import int8
+from finetune_trainer.train.quantized import describe, describe_int8
 
 BLOCK_WEIGHTS = 64
 BLOCK_CONSTANTS = 256
 SAMPLE_SHARE = 0.95
-"""Share of the sampled 4-bit codes that must agree within one step. Of another weight's codes about a fifth do."""
+"""Share of the sampled codes that must agree within one step. Of another weight's 4-bit codes about a fifth do, of its 8-bit codes fewer."""
 CONSTANTS_TOLERANCE = 1e-3
 """Largest relative difference of the mean block constant."""
 
 
 class RoundTrip:
-    """Quantizes and dequantizes exactly the modules that training held in 4 bit, and checks each against its record.
+    """Quantizes and dequantizes exactly the modules that training held quantized, and checks each against its record.
 
-    A record's SHA-256 covers the packed weights and all constants. Where it matches, the weights are training's, bit for
+    A record's SHA-256 covers the quantized weights and all constants. Where it matches, the weights are training's, bit for
     bit; that is the rule when both stages ran on CPUs. A GPU's kernels may break a tie the other way (they multiply by the
     reciprocal where the CPU divides), so a mismatch is accepted with a warning if sampled codes and the mean constant agree
     as only the same weights' do. What it means for the model is then for the merge check to say.
     """
 
     def __init__(self, quantization: Quantization, records: list[QuantizedModule], dtype: torch.dtype) -> None:
-        self._type = quantization.type.value.lower()
+        self._quantization = quantization
         self._dtype = dtype
         self._records = {r.name: r for r in records}
         self.inexact: set[str] = set()
@@ -48,21 +49,25 @@ class RoundTrip:
             StageError: VerificationFailed, if training used another weight.
         """
         record = self._records[module]
+        if self._quantization.bits == 8:
+            codes, scales = int8.quantized(weight.to(self._dtype))
+            self._compare(describe_int8(module, codes, scales), record)
+            return int8.dequantized(codes, scales, self._dtype)
         packed, state = quantize_4bit(
             weight.to(self._dtype).contiguous(),
             blocksize=BLOCK_WEIGHTS,
             compress_statistics=False,
-            quant_type=self._type,
+            quant_type=self._quantization.type.value.lower(),
         )
         if record.offset is not None:
             state = double_quantized(state, record.offset)
-        found = describe(module, packed, state)
-        if found.sha256 != record.sha256:
-            self._judge(found, record)
+        self._compare(describe(module, packed, state), record)
         return dequantize_4bit(packed, state)  # type: ignore[no-any-return]
 
-    def _judge(self, found: QuantizedModule, record: QuantizedModule) -> None:
-        agreeing = agreement(found.codes_sample, record.codes_sample)
+    def _compare(self, found: QuantizedModule, record: QuantizedModule) -> None:
+        if found.sha256 == record.sha256:
+            return
+        agreeing = agreement(found.codes_sample, record.codes_sample, self._quantization.bits)
         constants = abs(found.constants_mean - record.constants_mean) / max(abs(record.constants_mean), 1e-12)
         if agreeing < SAMPLE_SHARE or constants > CONSTANTS_TOLERANCE:
             raise StageError(
@@ -73,11 +78,18 @@ class RoundTrip:
         self.inexact.add(record.name)
 
 
-def agreement(first: str, second: str) -> float:
-    """Share of two samples' 4-bit codes (one hexadecimal digit each) that differ by at most one step."""
+def agreement(first: str, second: str, bits: int) -> float:
+    """Share of two samples' codes (4 bit: one hexadecimal digit each; 8 bit: two, signed) that differ by at most one step."""
     if len(first) != len(second):
         return 0.0
-    return sum(abs(int(a, 16) - int(b, 16)) <= 1 for a, b in zip(first, second, strict=True)) / len(first)
+    one, other = (_codes(sample, bits) for sample in (first, second))
+    return sum(abs(a - b) <= 1 for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def _codes(sample: str, bits: int) -> list[int]:
+    if bits == 4:
+        return [int(digit, 16) for digit in sample]
+    return [int.from_bytes([byte], signed=True) for byte in bytes.fromhex(sample)]
 
 
 def double_quantized(state: Any, offset: float) -> Any:
