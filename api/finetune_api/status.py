@@ -167,7 +167,7 @@ class GpuTimeStatus(ApiModel):
     """What the GPUs were held for. GPU-seconds: of a pod with two GPUs, each second counts twice."""
 
     held_seconds: int = Field(
-        description="From when a training pod was bound to its node until it ended, over all that ran."
+        description="From when a training pod was bound to its node until it ended, over all pods, each for itself."
     )
     training_seconds: int | None = Field(
         None,
@@ -175,6 +175,16 @@ class GpuTimeStatus(ApiModel):
     )
     utilization: float | None = Field(None, description="trainingSeconds / heldSeconds.")
     summary: str
+
+
+class GpuHolder(ApiModel):
+    """A training pod that holds GPUs, or has held them and is still there."""
+
+    execution_id: str
+    since: Annotated[str, Field(json_schema_extra=DATE_TIME)] = Field(description="It was bound to its node.")
+    until: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = Field(
+        None, description="It ended: its time is part of gpuTime."
+    )
 
 
 class ArtifactsStatus(ApiModel):
@@ -212,8 +222,7 @@ class AttemptStatus(ApiModel):
     index: int | None = Field(
         None,
         description=(
-            "Which of several pods that train together, if not the first. Only those stand here that ended for a reason of their own; "
-            "their time is the first pod's."
+            "Which of several pods that train together, if not the first. Only those stand here that ended for a reason of their own."
         ),
     )
 
@@ -290,6 +299,9 @@ class FineTuneJobStatus(ApiModel):
     data: DataStatus | None = None
     metrics: MetricsStatus | None = None
     gpu_time: GpuTimeStatus | None = None
+    gpu_holders: Annotated[
+        list[GpuHolder], Field(max_length=128, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = Field([], description="Training pods that are counted for gpuTime, until the job has finished.")
     artifacts: ArtifactsStatus | None = None
     snapshot: SnapshotStatus | None = None
     progress: ProgressStatus | None = None
