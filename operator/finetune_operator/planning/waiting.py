@@ -77,7 +77,9 @@ def _node_wait(pod: Pod, view: StageView) -> Wait:
 def podless(obs: Observation, config: PlannerConfig) -> StageJob | None:
     """The Job that should long have a pod and has none: quota, policy or a missing service account refuse them."""
     grace = timedelta(seconds=config.pod_grace_seconds)
-    return next((j for j in obs.jobs if (due := _pod_due(j, obs.pods)) is not None and obs.now >= due + grace), None)
+    # Nothing waits for what is fetched beside a queued Job.
+    jobs = [j for j in obs.jobs if j.stage is not Stage.FETCH]
+    return next((j for j in jobs if (due := _pod_due(j, obs.pods)) is not None and obs.now >= due + grace), None)
 
 
 def _pod_due(job: StageJob, pods: tuple[Pod, ...]) -> datetime | None:
