@@ -106,6 +106,22 @@ class ProgressStatus(ApiModel):
     updated_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
 
 
+class GpuStock(ApiModel):
+    """GPUs of one kind on the nodes that a training pod may land on."""
+
+    product: Annotated[str, Field(max_length=63)] = Field(description="Node label nvidia.com/gpu.product.")
+    nodes: int
+    total: int
+    most_per_node: int = Field(description="The most that one node has.")
+    free: int | None = Field(
+        None,
+        description=(
+            "What nodes that take pods offer, minus what pods that have not ended ask for; absent where the operator may not list all pods."
+        ),
+    )
+    most_free_on_a_node: int | None = None
+
+
 class PlanStatus(ApiModel):
     """The resolved method and sizes."""
 
@@ -127,6 +143,15 @@ class PlanStatus(ApiModel):
         None,
         description="GPUs of the cluster (label nvidia.com/gpu.product) that cannot hold it: the training pod avoids them.",
     )
+    gpu_stock: Annotated[list[GpuStock], Field(max_length=16)] | None = Field(
+        None,
+        description=(
+            "The kinds of GPU that it fits, and what was free of them when that was last looked at: where the job leaves a choice, and while "
+            "its pod finds no place."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    availability: str | None = Field(None, description="The same in words, and how many GPUs the run takes.")
     memory: str | None = Field(None, description="The memory plan in words, and why method and micro-batch are so.")
     summary: str = Field("", description="The plan in one sentence.")
 

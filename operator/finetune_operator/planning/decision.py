@@ -22,6 +22,7 @@ from finetune_operator.planning.gpu_time import count_held
 from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import data_status, gpu_time_status, metrics_status, plan_status, with_split
 from finetune_operator.planning.model import AS_ASKED, Allotment, DeleteJob, Plan, Urgency
+from finetune_operator.planning.stock import with_stock
 from finetune_operator.planning.story import recoveries
 from finetune_operator.planning.transitions import notes
 
@@ -151,14 +152,15 @@ def _facts(look: Look) -> dict[str, object]:
     before, record = look.before, look.obs.snapshot
     facts: dict[str, object] = {}
     split = before.progress.split if before.progress is not None else None
-    if before.plan is not None and split is not None:
-        facts["plan"] = with_split(before.plan, split)
+    plan, report = before.plan, look.prepare_report
+    if record is not None and (report is not None or plan is None):
+        plan = plan_status(record.snapshot, report)
+    if plan is not None:
+        plan = with_stock(plan, before.plan, look.obs)
+        facts["plan"] = with_split(plan, split) if split is not None else plan
     if record is None:
         return facts
-    snapshot, report = record.snapshot, look.prepare_report
-    if report is not None or before.plan is None:
-        plan = plan_status(snapshot, report)
-        facts["plan"] = with_split(plan, split) if split is not None else plan
+    snapshot = record.snapshot
     if report is not None:
         facts["data"] = data_status(report, snapshot.spec.training.max_sequence_tokens)
     old = before.snapshot
