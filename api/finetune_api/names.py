@@ -6,16 +6,19 @@ from enum import StrEnum
 
 
 class Stage(StrEnum):
-    """The Jobs of a FineTuneJob: the pipeline's three, in order, and the one that may follow its deletion."""
+    """The Jobs of a FineTuneJob: the pipeline's three, in order, the one that may run beside a queued training Job, and the one that may
+    follow its deletion."""
 
     PREPARE = "prepare"
     TRAIN = "train"
     PUBLISH = "publish"
+    FETCH = "fetch"
     CLEANUP = "cleanup"
 
 
 PIPELINE = (Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH)
-"""What a FineTuneJob runs through. Cleanup is no part of it: it runs once the FineTuneJob is being deleted."""
+"""What a FineTuneJob runs through. Fetch is no part of it, as nothing waits for it, nor is cleanup, which runs once the FineTuneJob is
+being deleted."""
 
 
 GPU_RESOURCE = "nvidia.com/gpu"

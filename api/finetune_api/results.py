@@ -486,7 +486,16 @@ class PrepareReport(ApiModel):
     plan: RunPlan | None = None
     trained: bool
     """A complete ``train/result.json`` of this snapshot exists already: training need not run (again)."""
+    fetch_pending: bool = False
+    """The base model is not in the cache yet: it may be fetched while the training Job waits in its queue."""
     warnings: list[str] = []
+
+
+class FetchReport(ApiModel):
+    """``StageReport.result`` of fetch."""
+
+    cached: bool
+    """The base model is in the cache; otherwise that cannot hold it."""
 
 
 class TrainReport(ApiModel):

@@ -106,6 +106,22 @@ class ProgressStatus(ApiModel):
     updated_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
 
 
+class GpuStock(ApiModel):
+    """GPUs of one kind on the nodes that a training pod may land on."""
+
+    product: Annotated[str, Field(max_length=63)] = Field(description="Node label nvidia.com/gpu.product.")
+    nodes: int
+    total: int
+    most_per_node: int = Field(description="The most that one node has.")
+    free: int | None = Field(
+        None,
+        description=(
+            "What nodes that take pods offer, minus what pods that have not ended ask for; absent where the operator may not list all pods."
+        ),
+    )
+    most_free_on_a_node: int | None = None
+
+
 class PlanStatus(ApiModel):
     """The resolved method and sizes."""
 
@@ -127,6 +143,15 @@ class PlanStatus(ApiModel):
         None,
         description="GPUs of the cluster (label nvidia.com/gpu.product) that cannot hold it: the training pod avoids them.",
     )
+    gpu_stock: Annotated[list[GpuStock], Field(max_length=16)] | None = Field(
+        None,
+        description=(
+            "The kinds of GPU that it fits, and what was free of them when that was last looked at: where the job leaves a choice, and while "
+            "its pod finds no place."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    availability: str | None = Field(None, description="The same in words, and how many GPUs the run takes.")
     memory: str | None = Field(None, description="The memory plan in words, and why method and micro-batch are so.")
     summary: str = Field("", description="The plan in one sentence.")
 
@@ -167,7 +192,7 @@ class GpuTimeStatus(ApiModel):
     """What the GPUs were held for. GPU-seconds: of a pod with two GPUs, each second counts twice."""
 
     held_seconds: int = Field(
-        description="From when a training pod was bound to its node until it ended, over all that ran."
+        description="From when a training pod was bound to its node until it ended, over all pods, each for itself."
     )
     training_seconds: int | None = Field(
         None,
@@ -175,6 +200,16 @@ class GpuTimeStatus(ApiModel):
     )
     utilization: float | None = Field(None, description="trainingSeconds / heldSeconds.")
     summary: str
+
+
+class GpuHolder(ApiModel):
+    """A training pod that holds GPUs, or has held them and is still there."""
+
+    execution_id: str
+    since: Annotated[str, Field(json_schema_extra=DATE_TIME)] = Field(description="It was bound to its node.")
+    until: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = Field(
+        None, description="It ended: its time is part of gpuTime."
+    )
 
 
 class ArtifactsStatus(ApiModel):
@@ -212,8 +247,7 @@ class AttemptStatus(ApiModel):
     index: int | None = Field(
         None,
         description=(
-            "Which of several pods that train together, if not the first. Only those stand here that ended for a reason of their own; "
-            "their time is the first pod's."
+            "Which of several pods that train together, if not the first. Only those stand here that ended for a reason of their own."
         ),
     )
 
@@ -290,6 +324,9 @@ class FineTuneJobStatus(ApiModel):
     data: DataStatus | None = None
     metrics: MetricsStatus | None = None
     gpu_time: GpuTimeStatus | None = None
+    gpu_holders: Annotated[
+        list[GpuHolder], Field(max_length=128, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+    ] = Field([], description="Training pods that are counted for gpuTime, until the job has finished.")
     artifacts: ArtifactsStatus | None = None
     snapshot: SnapshotStatus | None = None
     progress: ProgressStatus | None = None

@@ -15,6 +15,7 @@ from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import Api, ApiError, load_configuration
 from finetune_operator.events import EventRecorder, JobEvents
+from finetune_operator.free_gpus import FreeGpus
 from finetune_operator.fresh_pods import FreshPods
 from finetune_operator.handlers import Informer
 from finetune_operator.health import Health, start_health
@@ -52,6 +53,7 @@ class Operator:
             self.events,
             JobEvents(api),
             FreshPods(api, self.cache),
+            FreeGpus(api, snapshots.gpus, settings.count_free_gpus),
             self.pace,
         )
         self.informer = Informer(self.cache, self.queue, self.reconciler)

@@ -166,12 +166,19 @@ class Api:
         return await self.request("DELETE", f"{jobs_path(namespace)}/{quote(delete.name)}", options)
 
     async def list_all(
-        self, path: str, label_selector: str = "", page: int = 500, trim: Callable[[Raw], Raw] = lambda item: item
+        self,
+        path: str,
+        label_selector: str = "",
+        page: int = 500,
+        trim: Callable[[Raw], Raw] = lambda item: item,
+        field_selector: str = "",
     ) -> tuple[list[Raw], int]:
         """Every object of a collection, of each what ``trim`` leaves of it, and the list's resourceVersion."""
         query = {"limit": str(page)}
         if label_selector:
             query["labelSelector"] = label_selector
+        if field_selector:
+            query["fieldSelector"] = field_selector
         items: list[Raw] = []
         while True:
             answer = await self.request("GET", path, query=query)

@@ -41,10 +41,15 @@ class NodeGpus:
         """
         if not needed(spec):
             return None
-        nodes = await self._fresh()
+        nodes = await self.nodes()
         return kinds(nodes, spec) if nodes is not None else None
 
-    async def _fresh(self) -> list[Raw] | None:
+    async def nodes(self) -> list[Raw] | None:
+        """What is looked at of the nodes with GPUs (see :func:`_trimmed`); None without the right to list them.
+
+        Raises:
+            ApiError: they were never read, and cannot be now.
+        """
         async with self._lock:
             if self._nodes is None or self._read_at is None or time.monotonic() - self._read_at > FRESH_SECONDS:
                 try:
@@ -86,7 +91,7 @@ def kinds(nodes: Iterable[Raw], spec: FineTuneJobSpec) -> list[NodeGpu]:
     found: dict[str, NodeGpu] = {}
     for node in nodes:
         labels = node["metadata"]["labels"]
-        if not _may_land(node, spec):
+        if not may_land(node, spec):
             continue
         product, memory = labels[GPU_PRODUCT_LABEL], _number(labels.get(GPU_MEMORY_LABEL))
         shared = product.endswith(SHARED) or (_number(labels.get(GPU_REPLICAS_LABEL)) or 0) > 1
@@ -96,29 +101,43 @@ def kinds(nodes: Iterable[Raw], spec: FineTuneJobSpec) -> list[NodeGpu]:
             memory_mib=min(filter(None, (memory, known.memory_mib)), default=None),
             shared=shared or known.shared,
             nodes=known.nodes + 1,
-            per_node=max(_count(node, spec), known.per_node or 0),
+            per_node=max(gpu_count(node, spec), known.per_node or 0),
         )
     return [found[product] for product in sorted(found)]
 
 
-def _may_land(node: Raw, spec: FineTuneJobSpec) -> bool:
+def may_land(node: Raw, spec: FineTuneJobSpec) -> bool:
+    """Whether a job's training pod may be on a node at all, whoever is there now."""
     labels, gpu = node["metadata"]["labels"], spec.compute.gpu
     wanted = dict(spec.runtime.node_selector or {})
     if gpu.product is not None:
         wanted[GPU_PRODUCT_LABEL] = gpu.product
     return (
         wanted.items() <= labels.items()
-        and _count(node, spec) >= (spec.compute.gpus() or 1)
+        and gpu_count(node, spec) >= (spec.compute.gpus() or 1)
         and all(
             _tolerated(taint, gpu.resource_name, spec.runtime.tolerations or []) for taint in node["spec"]["taints"]
         )
     )
 
 
-def _count(node: Raw, spec: FineTuneJobSpec) -> int:
+def gpu_count(node: Raw, spec: FineTuneJobSpec) -> int:
     """How many GPUs a node has. What is allocatable is 0 for a moment whenever the device plugin starts anew."""
-    allocatable = parse_quantity(str(node["status"]["allocatable"].get(spec.compute.gpu.resource_name, "0")))
-    return max(int(allocatable), _number(node["metadata"]["labels"].get(GPU_COUNT_LABEL)) or 0)
+    label = _number(node["metadata"]["labels"].get(GPU_COUNT_LABEL)) or 0
+    return max(allocatable(node, spec.compute.gpu.resource_name), label)
+
+
+def allocatable(node: Raw, resource: str) -> int:
+    """How much of a resource a node offers just now, to all its pods together."""
+    return int(parse_quantity(str(node["status"]["allocatable"].get(resource, "0"))))
+
+
+def closed(node: Raw) -> bool:
+    """Whether its state keeps new pods away: cordoned, not ready, short of something."""
+    return any(
+        str(taint.get("key", "")).startswith(CONDITIONS) and taint.get("effect") != "PreferNoSchedule"
+        for taint in node["spec"]["taints"]
+    )
 
 
 def _tolerated(taint: dict[str, Any], resource: str, tolerations: Iterable[Toleration]) -> bool:
@@ -141,7 +160,7 @@ def _number(label: str | None) -> int | None:
 def _trimmed(node: Raw) -> Raw:
     """What is looked at; a whole node with its images and its state is a hundred times as much."""
     return {
-        "metadata": {"labels": node["metadata"].get("labels") or {}},
+        "metadata": {"name": node["metadata"].get("name", ""), "labels": node["metadata"].get("labels") or {}},
         "spec": {"taints": (node.get("spec") or {}).get("taints") or []},
         "status": {"allocatable": (node.get("status") or {}).get("allocatable") or {}},
     }

@@ -23,6 +23,7 @@ from finetune_api.names import (
     LABEL_NAME,
     LABEL_STAGE,
     LABEL_UID,
+    PIPELINE,
     SNAPSHOT_KEY,
     SNAPSHOT_MOUNT,
     TOKEN_KEY,
@@ -351,8 +352,8 @@ def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Se
     endpoint = f"{settings.progress_url.rstrip('/')}/v1/namespaces/{owner.namespace}/finetunejobs/{owner.name}"
     values = {
         ENV_STAGE: stage.value,
-        # Cleanup reports to nobody: its FineTuneJob is about to be gone.
-        **({ENV_ENDPOINT: endpoint} if stage is not Stage.CLEANUP else {}),
+        # status.progress is the pipeline's: fetch runs beside training, and cleanup's FineTuneJob is about to be gone.
+        **({ENV_ENDPOINT: endpoint} if stage in PIPELINE else {}),
         ENV_GRACE_SECONDS: str(grace_seconds(spec, stage)),
         "HOME": f"{WORK_MOUNT}/home",
         "TMPDIR": f"{WORK_MOUNT}/tmp",  # noqa: S108 - below the pod's own emptyDir

@@ -13,6 +13,7 @@ from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import ApiError
 from finetune_operator.events import EventRecorder, JobEvents
+from finetune_operator.free_gpus import FreeGpus
 from finetune_operator.fresh_pods import FreshPods
 from finetune_operator.observe import CachedJob
 from finetune_operator.pace import Pace
@@ -22,6 +23,7 @@ from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import EventType, Urgency
 from finetune_operator.planning.nodetime import in_server_time
 from finetune_operator.planning.outcome import untold_end
+from finetune_operator.planning.stock import stock_wanted
 from finetune_operator.planning.waiting import podless
 from finetune_operator.snapshots import Conflict, Snapshots
 from finetune_operator.workqueue import WorkQueue
@@ -43,6 +45,7 @@ class Reconciler:
         events: EventRecorder,
         job_events: JobEvents,
         fresh_pods: FreshPods,
+        free_gpus: FreeGpus,
         pace: Pace,
         config: PlannerConfig | None = None,
     ) -> None:
@@ -53,6 +56,7 @@ class Reconciler:
         self._events = events
         self._job_events = job_events
         self._fresh_pods = fresh_pods
+        self._free_gpus = free_gpus
         self._pace = pace
         self._config = config or PlannerConfig()
         self._dirty: dict[str, float] = {}
@@ -152,6 +156,9 @@ class Reconciler:
         if (finished := untold_end(seen, self._config)) is not None:
             await self._fresh_pods.read(view, finished)
             seen = replace(seen, pods=in_server_time(tuple(self._cache.family(cached.uid).pods.values()), now))
+        if stock_wanted(seen):
+            assert view.spec is not None
+            seen = replace(seen, stock=await self._free_gpus.for_job(view.spec))
         job = podless(seen, self._config)
         return seen if job is None else replace(seen, pod_refusal=await self._job_events.pod_refusal(view, job))
 

@@ -33,6 +33,8 @@ class Settings(BaseSettings):
 
     namespaces: Annotated[tuple[str, ...], NoDecode] = ()
     """Empty: the whole cluster."""
+    count_free_gpus: bool = True
+    """List the pods of all namespaces, at most once a minute, where a job has a use for what is free."""
 
     leader_election: bool = True
     lease_name: str = "finetune-operator"

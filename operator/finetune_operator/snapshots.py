@@ -35,7 +35,7 @@ class Snapshots:
     def __init__(self, api: Api, settings: Settings) -> None:
         self._api = api
         self._settings = settings
-        self._gpus = NodeGpus(api)
+        self.gpus = NodeGpus(api)
         self._known: dict[str, SnapshotRecord] = {}
         self._version = operator_version()
         self._bundle: tuple[int, str] | None = None
@@ -72,7 +72,7 @@ class Snapshots:
             ApiError: the API server refused, or could not be reached.
         """
         assert job.spec is not None
-        return await self._gpus.for_job(job.spec)
+        return await self.gpus.for_job(job.spec)
 
     async def create(self, job: JobView, node_gpus: list[NodeGpu] | None) -> SnapshotRecord:
         """Freeze a job, once: what is there already stays as it is.

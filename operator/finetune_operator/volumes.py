@@ -93,9 +93,9 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
         slots |= {prompts_slot(i): source for i, source in enumerate(spec.evaluation.generation.sources or [])}
     references: dict[str, LocalObjectReference | None] = {slot: source.secret_ref for slot, source in slots.items()}
-    if stage is not Stage.PUBLISH:
+    if stage in (Stage.PREPARE, Stage.TRAIN):
         references |= {tracker_slot(tracker.type): tracker.secret_ref for tracker in spec.trackers or []}
-    elif spec.evaluation.judge is not None:
+    elif stage is Stage.PUBLISH and spec.evaluation.judge is not None:
         references[JUDGE_SLOT] = spec.evaluation.judge.secret_ref
     return {slot: reference.name for slot, reference in references.items() if reference is not None}
 

@@ -104,6 +104,7 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("several nodes", {"compute": {"nodes": 4, "gpusPerNode": 8}, "recovery": {"placementTimeoutSeconds": 60}}),
     ("shards over two nodes with one GPU each", {"compute": {"nodes": 2}, "training": {"parallelism": "FSDP"}}),
     ("a model that is kept for other jobs", {"model": {"cache": {"claimName": "models"}}}),
+    ("a model that is fetched before the queue", {"model": {"cache": {"claimName": "models", "fetch": "BeforeQueue"}}}),
     (
         "a regular expression to look for",
         {"evaluation": {"generation": {"metrics": ["JSONValidity", "Regex"], "regex": "^yes"}}},

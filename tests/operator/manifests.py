@@ -10,6 +10,7 @@ from finetune_api.progress import Split, StageReport
 from finetune_api.results import (
     CleanupReport,
     DataSummary,
+    FetchReport,
     LengthPercentiles,
     PrepareReport,
     PublishReport,
@@ -155,6 +156,7 @@ def success(stage: Stage, trained: bool = False) -> StageReport:
         Stage.PREPARE: prepare_report(trained),
         Stage.TRAIN: train_report(),
         Stage.PUBLISH: publish_report(),
+        Stage.FETCH: FetchReport(cached=True),
         Stage.CLEANUP: CleanupReport(objects=9),
     }[stage]
     return StageReport(stage=stage, succeeded=True, reason="Succeeded", message="done", result=result.to_json_dict())

@@ -15,7 +15,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_cluster.steps import Pod, Running, Step, Terminated
 from finetune_operator.client import NODES_PATH, ApiError
 from finetune_operator.gpus import NodeGpus, kinds, needed
-from tests.operator.harness import Bench, stage_of, succeed_stage
+from tests.operator.harness import Bench, pods_of, stage_of, succeed_stage
 from tests.operator.manifests import Raw, finetunejob, planned_success, termination_message
 
 A10, T4 = "NVIDIA-A10G", "Tesla-T4"
@@ -172,6 +172,9 @@ def test_what_nodes_have_is_frozen_and_the_training_pod_avoids_what_does_not_fit
             return [Running(), Terminated(0, message=termination_message(planned_success(2, [T4])))]
         return succeed_stage(pod)
 
+    other = {"name": "c", "image": "i", "resources": {"limits": {"nvidia.com/gpu": "1"}}}
+    somebody = {"containers": [other], "nodeName": f"{bench.namespace}-{A10.lower()}"}
+    bench.api.create(pods_of(bench.namespace), {"metadata": {"name": "somebody"}, "spec": somebody})
     bench.start_operator()
     with bench.script(script, labels=pool) as kubelet:
         job = finetunejob("story").set(runtime={"nodeSelector": pool}, compute={"gpusPerNode": "Auto"}).build()
@@ -194,3 +197,12 @@ def test_what_nodes_have_is_frozen_and_the_training_pod_avoids_what_does_not_fit
     assert done["status"]["plan"]["gpusPerNode"] == 2
     assert "on 2 × nvidia.com/gpu" in done["status"]["plan"]["summary"]
     assert not any("affinity" in pods[stage] for stage in ("prepare", "publish"))
+
+    with bench.script(script, labels=pool):
+        job = finetunejob("asks").set(runtime={"nodeSelector": pool}, compute={"gpusPerNode": "Auto"}, planOnly=True)
+        bench.apply(job.build())
+        plan = bench.until_finished("asks")["status"]["plan"]
+    stock = {s["product"]: (s["nodes"], s["total"], s["free"]) for s in plan["gpuStock"]}
+    assert stock[A10] == (1, 2, 1), "somebody's pod has one"
+    assert T4 not in stock
+    assert "Takes 2 on 1 node." in plan["availability"]

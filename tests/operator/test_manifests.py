@@ -47,6 +47,14 @@ def test_a_runtime_class_is_the_training_pods_alone() -> None:
     assert "runtimeClassName" not in pod_spec(Stage.TRAIN)
 
 
+@pytest.mark.parametrize("stage", list(Stage))
+def test_no_pod_has_access_to_the_api(stage: Stage) -> None:
+    """Ranks find each other by the Service's name and their index, progress is posted with a token for that alone."""
+    pod = pod_spec(stage)
+    assert pod["automountServiceAccountToken"] is False
+    assert "serviceAccountName" not in pod
+
+
 def test_only_the_training_pod_asks_for_a_gpu_and_for_where_to_find_it() -> None:
     asked = {"nodeSelector": {"pool": "gpu"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
     train = pod_spec(Stage.TRAIN, runtime=asked)

@@ -34,9 +34,10 @@ LEASES = {("coordination.k8s.io", "leases"): {"get", "create", "update"}}
 Rights = dict[tuple[str, str], set[str]]
 
 
-def rendered(release: str, namespace: str, watched: str = "") -> list[Raw]:
+def rendered(release: str, namespace: str, watched: str = "", **values: str) -> list[Raw]:
     """The chart's objects."""
     options = ["--set-string", f"watchNamespaces[0]={watched}"] if watched else []
+    options += [f"--set=operator.{name}={value}" for name, value in values.items()]
     command = [str(ensure_helm()), "template", release, str(ROOT / "charts/finetune-operator")]
     command += ["--kube-version", "1.34", "--namespace", namespace, *options]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -64,6 +65,21 @@ def test_the_chart_grants_what_is_used_and_nothing_else() -> None:
     assert rights(narrow, "ClusterRole", "finetune-operator") == EVERYWHERE
     assert rights(narrow, "Role", "finetune-operator") == ON_JOBS
     assert {d["metadata"]["namespace"] for d in narrow if d["kind"] == "Role"} == {"system", "team-a"}
+
+
+def counts_free_gpus(documents: list[Raw]) -> str:
+    [deployment] = [d for d in documents if d["kind"] == "Deployment"]
+    env = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    return next(str(e["value"]) for e in env if e["name"] == "FINETUNE_COUNT_FREE_GPUS")
+
+
+def test_free_gpus_are_counted_where_that_needs_no_right_and_else_where_it_is_asked_for() -> None:
+    assert counts_free_gpus(rendered("finetune", "system")) == "true"
+    assert counts_free_gpus(rendered("finetune", "system", countFreeGPUs="false")) == "false"
+    assert counts_free_gpus(rendered("finetune", "system", "team-a")) == "false"
+    asked = rendered("finetune", "system", "team-a", countFreeGPUs="true")
+    assert counts_free_gpus(asked) == "true"
+    assert rights(asked, "ClusterRole", "finetune-operator") == {**EVERYWHERE, ("", "pods"): {"list"}}
 
 
 def test_of_leases_only_its_own_can_be_read_and_changed() -> None:

@@ -30,6 +30,7 @@ from finetune_api.results import (
     Manifest,
     PrepareResult,
     PreviewRow,
+    RunPlan,
     Scores,
     TrainResult,
 )
@@ -116,6 +117,26 @@ def test_the_manifest_lists_every_file_with_its_hash(published: PreparedJob, s3:
     assert manifest.merge_check is not None
     assert manifest.merge_check.relative_difference < 0.01
     assert manifest.warnings == []
+
+
+def test_the_manifest_has_what_was_planned_beside_what_was_measured(copy: PreparedJob) -> None:
+    store = copy.context(Stage.PUBLISH).workspace_store()
+    plan = RunPlan(
+        method=copy.snapshot.plan.method.type,
+        split=copy.snapshot.split,
+        needed_bytes=3,
+        peak_allocated_bytes=2,
+        estimated_seconds=5.0,
+        verified=True,
+        summary="so",
+    )
+    prepared = store.get_model(PREPARE_RESULT, PrepareResult)
+    store.put_model(PREPARE_RESULT, prepared.model_copy(update={"plan": plan}))
+    publish.run(copy.context(Stage.PUBLISH))
+    manifest = manifest_of(copy)
+    assert manifest.plan == plan
+    assert manifest.metrics.train_seconds > 0
+    assert manifest.metrics.peak_gpu_bytes is None, "measured on GPUs only"
 
 
 def test_the_merged_model_answers_as_base_and_adapter_do(published: PreparedJob, s3: Any, tmp_path: Path) -> None:

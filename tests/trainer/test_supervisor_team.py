@@ -15,6 +15,7 @@ from finetune_api.failures import MAX_FRUITLESS, MAX_RESTARTS, Reason
 from finetune_api.progress import Split, StageReport
 from finetune_trainer.errors import StageError
 from finetune_trainer.supervisor.decide import Again, Ended, Failed, Limits, Succeeded, Tally, decide, first_cause
+from finetune_trainer.supervisor.line import Line
 from finetune_trainer.supervisor.place import Place
 from finetune_trainer.supervisor.process import Stop
 from finetune_trainer.supervisor.team import MOST_STRANGERS, Follower, Leader, wait_for
@@ -107,6 +108,20 @@ def leader() -> Iterator[Leader]:
 
 def connect(leader: Leader) -> socket.socket:
     return socket.create_connection(("localhost", leader._place.port), timeout=10)
+
+
+def test_a_node_that_lost_its_power_is_gone_within_a_minute() -> None:
+    """It says nothing, and nobody says it for it: the kernel breaks the connection, whether something was sent or not."""
+    with socket.create_server(("localhost", 0)) as server, socket.create_connection(server.getsockname()) as connection:
+        Line(connection)
+
+        def option(name: int) -> int:
+            return connection.getsockopt(socket.IPPROTO_TCP, name)
+
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        tries = option(socket.TCP_KEEPCNT) * option(socket.TCP_KEEPINTVL)
+        assert option(socket.TCP_KEEPIDLE) + tries <= 60
+        assert 0 < option(socket.TCP_USER_TIMEOUT) <= 60_000
 
 
 def hear(leader: Leader, until: Callable[[], bool]) -> None:

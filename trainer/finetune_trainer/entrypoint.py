@@ -1,4 +1,4 @@
-"""``python -m finetune_trainer prepare|train|publish|cleanup``: run a stage and tell how it ended, in every way there is.
+"""``python -m finetune_trainer prepare|train|publish|fetch|cleanup``: run a stage and tell how it ended, in every way there is.
 
 Exit code, termination message and final post all carry the same reason; any one of them may be lost.
 """

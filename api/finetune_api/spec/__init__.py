@@ -25,7 +25,7 @@ from finetune_api.spec.method import (
     Quantization,
     QuantizationType,
 )
-from finetune_api.spec.model import InitialAdapter, Model, ModelCache
+from finetune_api.spec.model import CacheFetch, InitialAdapter, Model, ModelCache
 from finetune_api.spec.objective import LossOn, Objective, ObjectiveType, SupervisedFineTuning
 from finetune_api.spec.output import DeletionPolicy, Merged, MergedBase, MergedDtype, Output, Selection, Workspace
 from finetune_api.spec.recovery import (
@@ -58,6 +58,7 @@ __all__ = [
     "MOST_NODES",
     "OPTIONAL_FIELDS",
     "TRACKER_RULES",
+    "CacheFetch",
     "Checkpoint",
     "CheckpointInterval",
     "Compute",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, StringConstraints
@@ -12,6 +13,13 @@ from finetune_api.spec.references import RemoteSource
 from finetune_api.uris import MODEL_URI_PATTERN
 
 
+class CacheFetch(StrEnum):
+    """When a base model that is not in the cache yet is fetched, for a job with a queue."""
+
+    WHILE_QUEUED = "WhileQueued"
+    BEFORE_QUEUE = "BeforeQueue"
+
+
 class ModelCache(ApiModel):
     """A volume on which jobs share base models."""
 
@@ -20,6 +28,14 @@ class ModelCache(ApiModel):
             "PersistentVolumeClaim in the same namespace, of access mode ReadWriteMany, or of another one where all jobs run on one node. "
             "Models that were not used for the longest time leave it when there is no room."
         )
+    )
+    fetch: CacheFetch = Field(
+        CacheFetch.WHILE_QUEUED,
+        description=(
+            "With queue.name. WhileQueued: the training Job joins its queue as soon as the plan stands, and the base model is fetched while it "
+            "waits there; if it is admitted before that is done, its GPUs wait for the rest. BeforeQueue: it joins its queue when the base "
+            "model is in the cache. Without a queue the base model is always fetched first."
+        ),
     )
 
 
@@ -62,8 +78,8 @@ class Model(RemoteSource):
     cache: ModelCache | None = Field(
         None,
         description=(
-            "Where the base model is kept between jobs (hf:// and s3://). The prepare stage fetches it, before a GPU is asked for, and the "
-            "later stages use it where it lies."
+            "Where the base model is kept between jobs (hf:// and s3://). It is fetched on a CPU, before a GPU is asked for or while the "
+            "training Job waits in its queue, and the later stages use it where it lies."
         ),
     )
 

@@ -33,6 +33,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- default (printf "%s-tls" (include "finetune.fullname" .)) .Values.tls.existingSecret -}}
 {{- end -}}
 
+{{- /* Whether free GPUs are counted: "true" or nothing. */ -}}
+{{- define "finetune.countsFreeGPUs" -}}
+{{- if kindIs "bool" .Values.operator.countFreeGPUs -}}
+{{- if .Values.operator.countFreeGPUs -}}true{{- end -}}
+{{- else if not .Values.watchNamespaces -}}
+true
+{{- end -}}
+{{- end -}}
+
 {{- /* Rights on the objects of jobs. No Secret is ever read: pods mount what they need themselves. */ -}}
 {{- define "finetune.jobRules" -}}
 - apiGroups: [finetune.dev]

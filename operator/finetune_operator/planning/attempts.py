@@ -26,8 +26,6 @@ class Ledger:
     attempts: tuple[AttemptStatus, ...]
     active_seconds: int
     running_since: datetime | None
-    held_seconds: int
-    """For which training pods that ended since the last look had held their GPUs."""
 
 
 def keep_ledger(
@@ -82,7 +80,7 @@ def keep_ledger(
     running = [parse_time(a.started_at) for a in kept if a.outcome == "Running"]
     since = min((t for t in running if t is not None), default=None)
     active = (before.active_seconds or 0) + sum(_seconds(a) for a in ended)
-    return Ledger(tuple(kept), active, since, sum(held_seconds(a, now) for a in ended))
+    return Ledger(tuple(kept), active, since)
 
 
 def attempts_of(ledger: Ledger, stage: Stage) -> list[AttemptStatus]:
@@ -173,12 +171,6 @@ def _lost_job(view: StageView) -> AttemptStatus:
         reason=REPORT_LOST,
         message="The Job is complete, its pods are gone and no report arrived.",
     )
-
-
-def held_seconds(attempt: AttemptStatus, now: datetime) -> int:
-    """For how long a training pod that ran has held its GPUs; 0 for another stage's."""
-    ran = attempt.stage == Stage.TRAIN and attempt.started_at is not None and not attempt.index
-    return _between(attempt.scheduled_at or attempt.started_at, attempt.finished_at or rfc3339(now)) if ran else 0
 
 
 def _seconds(attempt: AttemptStatus) -> int:

@@ -21,6 +21,7 @@ from finetune_operator.planning.clock import exact_duration, parse_time, rfc3339
 from finetune_operator.planning.conditions import Wish
 from finetune_operator.planning.decision import Decision, finish
 from finetune_operator.planning.endings import pod_failure
+from finetune_operator.planning.fetching import fetch_while_queued
 from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import NO_GPU_USED, sentence
 from finetune_operator.planning.model import DeleteJob, Observation, Plan, PlannerConfig, StageState
@@ -142,7 +143,7 @@ def got_nowhere(look: Look) -> Decision | None:
 def handed_back(look: Look) -> Decision | None:
     """Back to prepare, which waits without a GPU, if training waited for something as long as it may hold one.
 
-    Told first, then both Jobs go: the number of returns is counted from the attempts in status.
+    Told first, then the Jobs go: the number of returns is counted from the attempts in status.
     """
     failure = look.handed_back
     if (
@@ -158,7 +159,9 @@ def handed_back(look: Look) -> Decision | None:
     text = f"Training gave its GPU back; prepare waits without one. {failure.reason}: {sentence(failure.message)}"
     # (Where status never said that prepare was done, there is nothing to take back: an operator died before it told.)
     recorded = look.attempts_recorded and not conditions.is_true(look.before, ConditionType.PREPARED)
-    gone = [v.job for v in (look.views[Stage.TRAIN], look.views[Stage.PREPARE]) if v.job is not None]
+    # What was fetched goes first: as long as the training Job is there, this rule decides.
+    jobs = (look.fetch_job, look.views[Stage.TRAIN].job, look.views[Stage.PREPARE].job)
+    gone = [j for j in jobs if j is not None]
     wish = Wish(ConditionType.PREPARED, False, failure.reason, text)
     decision = phases.current(
         look, deletes=tuple(DeleteJob(j.name, j.uid) for j in gone if recorded and not j.deleting)
@@ -355,5 +358,6 @@ RULES: tuple[Rule, ...] = (
     waited_too_long,
     prepare_again,
     repeat_lost_stage,
+    fetch_while_queued,
     advance,
 )

@@ -16,12 +16,13 @@ from finetune_api.status import (
     StageTimes,
 )
 from finetune_api.uris import display_name
-from finetune_operator.planning.attempts import held_seconds
 from finetune_operator.planning.clock import rfc3339
 from finetune_operator.planning.conditions import Wish, apply_wishes, find
+from finetune_operator.planning.gpu_time import count_held
 from finetune_operator.planning.look import Look
 from finetune_operator.planning.messages import data_status, gpu_time_status, metrics_status, plan_status, with_split
 from finetune_operator.planning.model import AS_ASKED, Allotment, DeleteJob, Plan, Urgency
+from finetune_operator.planning.stock import with_stock
 from finetune_operator.planning.story import recoveries
 from finetune_operator.planning.transitions import notes
 
@@ -102,19 +103,19 @@ def _status(look: Look, decision: Decision) -> FineTuneJobStatus:
 
 
 def _gpu_time(look: Look, finished: bool) -> dict[str, object]:
-    """Counted as pods end, and once, as an ended attempt never changes; a finished job's last may still run for a moment."""
-    before, spec = look.before.gpu_time, look.obs.job.spec
-    # Of several nodes the first one's pod stands for all: they start and stop together.
-    gpus = (look.obs.job.gpus_per_node or 0) * (spec.compute.nodes if spec is not None else 1)
-    seconds = look.ledger.held_seconds
-    if finished:
-        seconds += sum(held_seconds(a, look.now) for a in look.ledger.attempts if a.outcome == "Running")
-    held = (before.held_seconds if before else 0) + gpus * seconds
-    if not held:
+    """Counted as pods end, each once; a finished job's last may still run for a moment."""
+    before, obs, gpus = look.before.gpu_time, look.obs, look.obs.job.gpus_per_node
+    if gpus == 0:
         return {}
+    counted = count_held(look.before, obs.pods, obs.gone, look.now, finished)
+    facts: dict[str, object] = {"gpu_holders": list(counted.holders)}
+    held = (before.held_seconds if before else 0) + (gpus or 0) * counted.seconds
+    if not held:
+        return facts
     known = before.training_seconds if before else None
-    trained = round(gpus * look.metrics.train_seconds) if look.metrics is not None else known
-    return {"gpu_time": gpu_time_status(held, trained)}
+    ranks = (gpus or 0) * (obs.job.spec.compute.nodes if obs.job.spec is not None else 1)
+    trained = round(ranks * look.metrics.train_seconds) if look.metrics is not None else known
+    return {**facts, "gpu_time": gpu_time_status(held, trained)}
 
 
 def _attempts(look: Look, decision: Decision) -> list[AttemptStatus]:
@@ -151,14 +152,15 @@ def _facts(look: Look) -> dict[str, object]:
     before, record = look.before, look.obs.snapshot
     facts: dict[str, object] = {}
     split = before.progress.split if before.progress is not None else None
-    if before.plan is not None and split is not None:
-        facts["plan"] = with_split(before.plan, split)
+    plan, report = before.plan, look.prepare_report
+    if record is not None and (report is not None or plan is None):
+        plan = plan_status(record.snapshot, report)
+    if plan is not None:
+        plan = with_stock(plan, before.plan, look.obs)
+        facts["plan"] = with_split(plan, split) if split is not None else plan
     if record is None:
         return facts
-    snapshot, report = record.snapshot, look.prepare_report
-    if report is not None or before.plan is None:
-        plan = plan_status(snapshot, report)
-        facts["plan"] = with_split(plan, split) if split is not None else plan
+    snapshot = record.snapshot
     if report is not None:
         facts["data"] = data_status(report, snapshot.spec.training.max_sequence_tokens)
     old = before.snapshot

@@ -15,7 +15,14 @@ from finetune_operator.planning import conditions
 from finetune_operator.planning.attempts import Ledger, executions, keep_ledger
 from finetune_operator.planning.budget import HANDED_BACK, wanted_memory
 from finetune_operator.planning.clock import parse_time
-from finetune_operator.planning.model import Observation, PlannerConfig, StageFailure, StageState, StageView
+from finetune_operator.planning.model import (
+    Observation,
+    PlannerConfig,
+    StageFailure,
+    StageJob,
+    StageState,
+    StageView,
+)
 from finetune_operator.planning.outcome import stage_view
 from finetune_operator.planning.waiting import Wait, find_wait
 
@@ -51,7 +58,7 @@ class Look:
     @cached_property
     def ledger(self) -> Ledger:
         """Attempts and running time."""
-        gone = tuple(pod for pod in self.obs.gone if pod.counts)
+        gone = tuple(pod for pod in self.obs.gone if pod.counts and pod.stage in PIPELINE)
         return keep_ledger(self.before, tuple(self.views.values()), self.now, gone)
 
     @cached_property
@@ -69,6 +76,11 @@ class Look:
         """Only a post tells prepare's result, the next stage's posts replace it, and status does not hold what follows from it yet."""
         told = any(p.report is not None and p.report.succeeded for p in self.views[Stage.PREPARE].pods)
         return self.prepare_report is not None and not told and self.before.data is None
+
+    @cached_property
+    def fetch_job(self) -> StageJob | None:
+        """The Job that brings the base model into the cache while training is queued."""
+        return next((j for j in self.obs.jobs if j.stage is Stage.FETCH), None)
 
     @cached_property
     def train_report(self) -> TrainReport | None:

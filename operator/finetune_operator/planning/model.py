@@ -11,7 +11,7 @@ from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import FineTuneJobStatus, GpuStock
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,8 @@ class Observation:
     """The object that exists under a name we need and belongs to something else."""
     gone: tuple[Pod, ...] = ()
     """The last pods that have gone, as they ended. Only attempts are told of them."""
+    stock: tuple[GpuStock, ...] | None = None
+    """What the training pod may land on, and what is free of it; absent where nobody needs to know (see stock_wanted), or nodes tell nothing."""
 
 
 class EventType(StrEnum):

@@ -10,7 +10,7 @@ from finetune_operator.planning.model import Pod
 
 
 def in_server_time(pods: Sequence[Pod], now: datetime) -> tuple[Pod, ...]:
-    """Pods whose containers began after the pod was bound and ended before now, or before the next pod of their Job was created.
+    """Pods whose containers began after the pod was bound and ended before now, or before the pod was created that replaced them.
 
     How long a container ran its node knows right, whatever its clock shows.
     """
@@ -18,8 +18,9 @@ def in_server_time(pods: Sequence[Pod], now: datetime) -> tuple[Pod, ...]:
 
 
 def _latest(pod: Pod, pods: Sequence[Pod], now: datetime) -> datetime:
-    """A Job's next pod is created only once this one has ended."""
-    later = [p.created for p in pods if p.owner_uid == pod.owner_uid and p.created > pod.created]
+    """A Job's next pod is created only once this one has ended; of several that train together, the next one of the same index."""
+    mine = [p for p in pods if (p.owner_uid, p.index) == (pod.owner_uid, pod.index)]
+    later = [p.created for p in mine if p.created > pod.created]
     return min([now, *later]) if pod.ended else now
 
 

@@ -76,7 +76,11 @@ def untold_end(obs: Observation, config: PlannerConfig) -> StageJob | None:
         return None
     for job in obs.jobs:
         # Almost every look ends here, and reads no report a second time.
-        if not job.finished or any(p.owner_uid == job.uid and p.exit_code == 0 and p.counts for p in obs.pods):
+        if (
+            not job.finished
+            or job.stage is Stage.FETCH
+            or any(p.owner_uid == job.uid and p.exit_code == 0 and p.counts for p in obs.pods)
+        ):
             continue
         view = stage_view(obs, job.stage, config)
         untold = view.state is StageState.FAILED and not any(p.ended for p in view.pods)

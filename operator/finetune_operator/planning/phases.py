@@ -128,8 +128,21 @@ def _phase(look: Look) -> tuple[Phase, str]:
         return phase, f"Starts {look.stage}{again if look.stage is Stage.PREPARE else ''}."
     if state is StageState.QUEUED:
         queue = look.view.job.queue if look.view.job else ""
-        return Phase.QUEUED, queued_message(look.spec, look.obs.job.gpus_per_node, look.stage, queue, admitted=False)
+        waits = queued_message(look.spec, look.obs.job.gpus_per_node, look.stage, queue, admitted=False)
+        return Phase.QUEUED, f"{waits}{_fetched_meanwhile(look)}"
     return _stage_phase(look.stage, look), _stage_message(look)
+
+
+def _fetched_meanwhile(look: Look) -> str:
+    """What becomes of the base model while training is queued; with a leading blank."""
+    job = look.fetch_job if look.stage is Stage.TRAIN else None
+    if job is None:
+        return ""
+    if job.complete_at is not None:
+        return " The base model was fetched meanwhile."
+    if job.failed_at is not None:
+        return f" The base model could not be fetched meanwhile (Job {job.name}): training will try to."
+    return " The base model is fetched meanwhile."
 
 
 def _stage_phase(stage: Stage, look: Look) -> Phase:

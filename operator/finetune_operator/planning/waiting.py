@@ -8,8 +8,9 @@ from datetime import datetime, timedelta
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
 from finetune_operator.planning.clock import rfc3339
-from finetune_operator.planning.messages import gpu_request
+from finetune_operator.planning.messages import gpu_request, sentence
 from finetune_operator.planning.model import Observation, PlannerConfig, Pod, StageJob, StageState, StageView
+from finetune_operator.planning.stock import free_words, suitable
 
 _IMAGE_REASONS = {
     "ErrImagePull",
@@ -77,7 +78,9 @@ def _node_wait(pod: Pod, view: StageView) -> Wait:
 def podless(obs: Observation, config: PlannerConfig) -> StageJob | None:
     """The Job that should long have a pod and has none: quota, policy or a missing service account refuse them."""
     grace = timedelta(seconds=config.pod_grace_seconds)
-    return next((j for j in obs.jobs if (due := _pod_due(j, obs.pods)) is not None and obs.now >= due + grace), None)
+    # Nothing waits for what is fetched beside a queued Job.
+    jobs = [j for j in obs.jobs if j.stage is not Stage.FETCH]
+    return next((j for j in jobs if (due := _pod_due(j, obs.pods)) is not None and obs.now >= due + grace), None)
 
 
 def _pod_due(job: StageJob, pods: tuple[Pod, ...]) -> datetime | None:
@@ -112,7 +115,9 @@ def _pod_wait(obs: Observation, pod: Pod, stage: Stage, config: PlannerConfig) -
         spec = obs.job.spec
         asked = gpu_request(spec, obs.job.gpus_per_node) if stage is Stage.TRAIN and spec is not None else ""
         what = f"no node has room for {asked or 'the pod'}"
-        return Wait(Reason.UNSCHEDULABLE, f"{what}: {pod.unschedulable}", since)
+        free = _free(obs) if stage is Stage.TRAIN else ""
+        words = f"{sentence(pod.unschedulable)} {free}" if free else pod.unschedulable
+        return Wait(Reason.UNSCHEDULABLE, f"{what}: {words}", since)
     if pod.waiting_reason in _IMAGE_REASONS:
         return Wait(
             Reason.IMAGE_UNAVAILABLE, f"{pod.waiting_reason}: {pod.waiting_message or 'the image cannot be pulled'}"
@@ -131,6 +136,14 @@ def _pod_wait(obs: Observation, pod: Pod, stage: Stage, config: PlannerConfig) -
             missing_since,
         )
     return None
+
+
+def _free(obs: Observation) -> str:
+    """What is free of what a training pod may use, as far as that was looked at."""
+    plan = obs.job.status.plan
+    if obs.stock is None or plan is None:
+        return ""
+    return f"GPUs when last looked at: {free_words(suitable(obs.stock, plan))}"
 
 
 def _told_wait(obs: Observation, pod: Pod) -> Wait | None:

@@ -44,8 +44,7 @@ from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.prepare.questions import read_questions
 from finetune_trainer.prepare.trackers import check_trackers
 from finetune_trainer.s3 import S3Store
-from finetune_trainer.sources.cache import cache_of
-from finetune_trainer.sources.model import resolve_model
+from finetune_trainer.sources.ahead import fetch_or_leave
 from finetune_trainer.stored import read_stored
 from finetune_trainer.text import plural
 from finetune_trainer.waiting import wait_until_available
@@ -68,9 +67,8 @@ def run(ctx: StageContext) -> PrepareReport:
     earlier = wait_until_available(ctx, lambda: find_earlier(ctx))
     if earlier.prepared is not None:
         log.info("prepared before: %s", plural(earlier.prepared.data.train_rows, "training row"))
-        if not plan_only and not earlier.trained:
-            fetch_ahead(ctx, earlier.prepared.model_commit)
-        return report(earlier.prepared, earlier.trained)
+        left = not plan_only and not earlier.trained and fetch_or_leave(ctx, earlier.prepared.model_commit)
+        return report(earlier.prepared, earlier.trained, left)
     wait_until_available(ctx, lambda: check_output(ctx))
     of_trackers = wait_until_available(ctx, lambda: check_trackers(ctx))
     if not plan_only:
@@ -100,16 +98,17 @@ def run(ctx: StageContext) -> PrepareReport:
         files=files,
         warnings=warnings,
     )
+    left = False
     if not plan_only:
         wait_until_available(ctx, lambda: ctx.workspace_store().put_model(PREPARE_RESULT, result))
-        fetch_ahead(ctx, model.commit)
+        left = fetch_or_leave(ctx, model.commit)
     log.info(
         "%s checked: %s train, %s held out",
         plural(prepared.data.rows, "row"),
         prepared.data.train_rows,
         prepared.data.held_out_rows,
     )
-    return report(result, earlier.trained)
+    return report(result, earlier.trained, left)
 
 
 @dataclass(frozen=True)
@@ -192,20 +191,6 @@ def find_earlier(ctx: StageContext) -> Earlier:
     return Earlier(prepared, trained is not None and trained.snapshot_digest == digest)
 
 
-def fetch_ahead(ctx: StageContext, commit: str | None) -> None:
-    """Bring the base into the cache, while no GPU waits for it. Where the cache cannot hold it, training fetches it itself."""
-    cache = cache_of(ctx)
-    if cache is None:
-        return
-    ctx.reporter.report(activity="Downloading")
-
-    def fetch() -> None:
-        source = resolve_model(ctx, commit)
-        cache.fetch(source, ctx.reporter.transfer("download", sum(f.size for f in source.list_files())))
-
-    wait_until_available(ctx, fetch)
-
-
 def check_output(ctx: StageContext) -> None:
     """Write where results will be written: found out now, not after hours on a GPU.
 
@@ -237,7 +222,7 @@ def upload(ctx: StageContext, prepared: Prepared, adapter: InitialAdapter | None
     return [wait_until_available(ctx, partial(send, name)) for name in paths]
 
 
-def report(result: PrepareResult, trained: bool) -> PrepareReport:
+def report(result: PrepareResult, trained: bool, fetch_pending: bool) -> PrepareReport:
     """What the operator is told."""
     return PrepareReport(
         data=result.data,
@@ -248,6 +233,7 @@ def report(result: PrepareResult, trained: bool) -> PrepareReport:
         total_steps=result.total_steps,
         plan=result.plan,
         trained=trained,
+        fetch_pending=fetch_pending,
         warnings=result.warnings,
     )
 

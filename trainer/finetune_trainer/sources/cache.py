@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -57,7 +57,7 @@ UNUSABLE = (
 LOCK_PAUSE_SECONDS = 1.0
 """Between two tries to get a lock: another machine's cannot be waited on with a limit."""
 LONGEST_WAIT_SECONDS = 3600.0
-"""For another job that fetches the same model. A stage that holds a GPU waits no longer than for anything else."""
+"""For another pod that fetches the same model and gets no farther. A stage that holds a GPU waits no longer than for anything else."""
 _HELD: dict[Path, int] = {}
 """Locks of the entries that this process uses, until it ends."""
 
@@ -84,6 +84,17 @@ class ModelCache:
                 raise
             log.warning("the model cache cannot be used: %s", error)
             return None
+
+    def holds(self, source: ModelSource) -> bool:
+        """Whether a model is there; then it counts as used now."""
+        folder = self._root / key_of(source)
+        try:
+            return folder.is_dir() and self._use(folder)
+        except OSError as error:
+            if error.errno not in UNUSABLE:
+                raise
+            log.warning("the model cache cannot be used: %s", error)
+            return False
 
     def hashed(self, folder: Path, names: list[str]) -> list[FileRecord] | None:
         """The files as they are; None if they are not what was fetched. What this process has just fetched is not read again."""
@@ -149,13 +160,15 @@ class ModelCache:
     def _lock(self, folder: Path, how: int) -> int:
         """
         Raises:
-            BlockingIOError: somebody else has it for too long.
+            BlockingIOError: somebody else has it for too long and gets no farther.
         """
-        due = time.monotonic() + self._wait_seconds
+        due, fetched = time.monotonic() + self._wait_seconds, 0
         while (lock := _held(_beside(folder, ".lock"), how | fcntl.LOCK_NB)) is None:
+            if (now_fetched := _bytes_below(_beside(folder, ".part"))) > fetched:
+                due, fetched = time.monotonic() + self._wait_seconds, now_fetched
             if time.monotonic() >= due:
                 raise BlockingIOError(
-                    errno.EAGAIN, f"another job has held {folder.name} for {self._wait_seconds:.0f} s"
+                    errno.EAGAIN, f"another pod holds {folder.name} and got no farther for {self._wait_seconds:.0f} s"
                 )
             heartbeat.beat()
             time.sleep(LOCK_PAUSE_SECONDS)
@@ -222,6 +235,16 @@ def key_of(source: ModelSource) -> str:
 
 def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(f"{folder.name}{suffix}")
+
+
+def _bytes_below(part: Path) -> int:
+    """What is fetched so far; files come and go while somebody does that."""
+    total = 0
+    for folder, _, names in os.walk(part):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(folder, name).stat().st_size
+    return total
 
 
 def _held(path: Path, how: int) -> int | None:

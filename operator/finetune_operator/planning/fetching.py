@@ -1,0 +1,25 @@
+"""The base model is brought into the cache while training waits in its queue, by a Job of its own that nothing waits for."""
+
+from __future__ import annotations
+
+from finetune_api.names import Stage
+from finetune_operator.planning import phases
+from finetune_operator.planning.decision import Decision
+from finetune_operator.planning.look import Look
+from finetune_operator.planning.model import StageState
+from finetune_operator.planning.waiting import next_look
+
+
+def fetch_while_queued(look: Look) -> Decision | None:
+    """Create the fetch Job, once for each time that prepare said that the base model is not in the cache, as long as no training pod runs.
+
+    The training Job has joined its queue before: the wait there is what the fetch is to be hidden in.
+    """
+    report = look.prepare_report
+    waits = look.stage is Stage.TRAIN and look.view.state in (StageState.QUEUED, StageState.STARTING)
+    if report is None or not report.fetch_pending or not waits or look.fetch_job is not None:
+        return None
+    refusal, again = look.obs.refusal, next_look(look.obs, look.view, look.config)
+    if refusal is not None and refusal.retry_at > look.now:
+        return phases.current(look, requeue_at=min(again or refusal.retry_at, refusal.retry_at))
+    return phases.current(look, create=Stage.FETCH, requeue_at=again)
