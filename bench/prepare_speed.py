@@ -53,7 +53,7 @@ def write_rows(path: Path, count: int | None, size: int | None = None) -> int:
 
 def ours(rows: Path, tokenizer_folder: Path, scratch: Path) -> None:
     """The prepare stage from the file to the prepared rows."""
-    import bench.without_torch
+    import bench.prepare_image
     from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer
     from finetune_trainer.prepare.check import check_data
     from finetune_trainer.prepare.finish import finish
@@ -62,7 +62,7 @@ def ours(rows: Path, tokenizer_folder: Path, scratch: Path) -> None:
     from finetune_trainer.prepare import workers
     from tests.support.trainer_run import Pod
 
-    workers.PRELOADED[:0] = [bench.without_torch.__name__]
+    workers.PRELOADED[:0] = [bench.prepare_image.__name__]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the stage's entry point sets it
     pod = Pod(scratch)
     (pod.volumes / "data").mkdir(parents=True)

@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.near import CHUNK, distinct
+from finetune_trainer.prepare.near import distinct
+
+NUMBERS = 4096
 
 
 def fingerprint(of: bytes | npt.NDArray[np.int32]) -> int:
@@ -51,9 +53,8 @@ def held_out_rows(groups: npt.NDArray[np.uint64], fraction: float, seed: int) ->
         )
     target = max(1, round(fraction * rows))
     counts = np.bincount(index)
-    keys = b"".join(hashlib.blake2b(b"%d:%d" % (seed, name), digest_size=8).digest() for name in _numbers(groups, first))
-    order = np.argsort(np.frombuffer(keys, ">u8"), kind="stable")
-    del keys
+    keys = (hashlib.blake2b(b"%d:%d" % (seed, name), digest_size=8).digest() for name in _numbers(groups, first))
+    order = np.argsort(np.fromiter((int.from_bytes(key, "big") for key in keys), np.uint64, len(first)), kind="stable")
     chosen: list[int] = []
     held = 0
     for group in map(int, order):
@@ -71,5 +72,5 @@ def held_out_rows(groups: npt.NDArray[np.uint64], fraction: float, seed: int) ->
 
 def _numbers(groups: npt.NDArray[np.uint64], places: npt.NDArray[np.int32]) -> Iterator[int]:
     """The groups at some places, as Python's numbers, which take five times the memory: some at a time."""
-    for start in range(0, len(places), CHUNK):
-        yield from groups[places[start : start + CHUNK]].tolist()
+    for start in range(0, len(places), NUMBERS):
+        yield from groups[places[start : start + NUMBERS]].tolist()
