@@ -54,12 +54,12 @@ def write_rows(path: Path, count: int | None, size: int | None = None) -> int:
 def ours(rows: Path, tokenizer_folder: Path, scratch: Path) -> None:
     """The prepare stage from the file to the prepared rows."""
     import bench.prepare_image
+    from finetune_trainer.prepare import workers
     from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer
     from finetune_trainer.prepare.check import check_data
     from finetune_trainer.prepare.finish import finish
     from finetune_trainer.prepare.model import BaseModel
     from finetune_trainer.prepare.shapes import Parameters
-    from finetune_trainer.prepare import workers
     from tests.support.trainer_run import Pod
 
     workers.PRELOADED[:0] = [bench.prepare_image.__name__]

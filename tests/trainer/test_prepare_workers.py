@@ -49,7 +49,11 @@ def test_rows_assessed_one_at_a_time_are_assessed_as_many_at_a_time(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ids, labels, counts and what is told of bad rows; long rows and short ones, with answers in several turns, texts of many alphabets."""
-    turns = [{"role": role, "content": f"{role} {i} 東京 ñ 👩‍🚀 " * (1 + i)} for i in range(3) for role in ("user", "assistant")]
+    turns = [
+        {"role": role, "content": f"{role} {i} 東京 ñ 👩‍🚀 " * (1 + i)}
+        for i in range(3)
+        for role in ("user", "assistant")
+    ]
     texts = [row(f"ask {i} ", "tell " * (i % 90 + 1)) for i in range(150)]
     bad = [{"messages": turns[:1]}, row("", "empty"), {"messages": [{**turns[0], "role": "assistant"}]}, "torn{"]
     bench.put([*texts[:70], *bad, {"messages": turns}, {"messages": turns[:2]}, *texts[70:]])
@@ -66,7 +70,9 @@ def test_rows_assessed_one_at_a_time_are_assessed_as_many_at_a_time(
 
 
 @pytest.mark.usefixtures("in_processes")
-def test_all_bad_rows_are_counted_also_those_that_only_tokens_show(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_bad_rows_are_counted_also_those_that_only_tokens_show(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = row("q", "long " * 300)
     bench.put([*[{"messages": []}] * 30, *[long, row("q", "a")] * 500])
     changes = {"data": {"checks": {"overlength": "Fail"}}, "training": {"maxSequenceTokens": 64}}

@@ -50,7 +50,9 @@ class TextTokenizer:
         if not texts:
             return []
         if self._backend is None:
-            return [_ids(found) for found in self._tokenizer(texts, add_special_tokens=special, **IDS_ALONE)["input_ids"]]
+            return [
+                _ids(found) for found in self._tokenizer(texts, add_special_tokens=special, **IDS_ALONE)["input_ids"]
+            ]
         self._backend.no_truncation()
         self._backend.no_padding()
         return [_ids(found.ids) for found in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
@@ -68,7 +70,9 @@ class TextTokenizer:
 
     def _by_bytes(self, texts: Sequence[str]) -> list[Placed | None]:
         assert self._lengths is not None
-        return [_placed(text, ids, self._lengths) for text, ids in zip(texts, self.ids(texts, special=False), strict=True)]
+        return [
+            _placed(text, ids, self._lengths) for text, ids in zip(texts, self.ids(texts, special=False), strict=True)
+        ]
 
 
 def token_bytes(backend: Any) -> Places | None:
