@@ -9,7 +9,7 @@ sentences from Python's own documentation (``pydoc_data``). Each run is a proces
 includes its worker processes' start. Pairs alternate in one run.
 
 The ratio by CPU seconds, of all processes of a run without the imports of the first, is what other work on the machine disturbs least. Memory is
-sampled from outside. ``--gigabytes`` runs ours once on so much data, which takes an hour for each 5 GB, and tells its memory.
+sampled from outside. ``--gigabytes`` runs ours once on so much data, which takes about an hour for 5 GB on two cores, and tells its memory.
 """
 
 from __future__ import annotations

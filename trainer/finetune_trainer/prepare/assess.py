@@ -194,7 +194,7 @@ class Assessor:
             ),
             remembered=Remembered(
                 groups=np.array([group_of(group) for group in groups], np.uint64),
-                contents=np.array([fingerprint(row.whole.ids) for row in usable], np.uint64),
+                contents=np.array([fingerprint(row.whole.ids.data) for row in usable], np.uint64),
                 lengths=np.array([row.whole.length for row in usable], np.uint32),
                 sketches=sketch(shingles(said)) if self._sketches else sketch([]),
             ),

@@ -16,7 +16,7 @@ from finetune_trainer.prepare.near import distinct
 NUMBERS = 4096
 
 
-def fingerprint(of: bytes | npt.NDArray[np.int32]) -> int:
+def fingerprint(of: bytes | memoryview) -> int:
     """64 bits of a text or of token ids. Two of a million collide with a chance of 3e-8."""
     return int.from_bytes(hashlib.blake2b(of, digest_size=8).digest(), "little")
 

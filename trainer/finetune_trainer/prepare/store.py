@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_api.results import IGNORED, PREPARED_VERSION
-from finetune_trainer.prepare.encode import Ids
 from finetune_trainer.prepare.near import SLOTS
+from finetune_trainer.prepare.tokens import Ids
 
 ROW_GROUP_ROWS = 1024
 ROW_GROUP_TOKENS = 1 << 20
