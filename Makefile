@@ -78,6 +78,7 @@ bench: setup ## Benchmarks; each prints a table and writes JSON
 	$(PYTHON) -m bench.merge_memory --json bench/results/merge_memory.json
 	$(PYTHON) -m bench.merge_pairs --json bench/results/merge_pairs.json
 	$(PYTHON) -m bench.training_speed --json bench/results/training_speed.json
+	$(PYTHON) -m bench.prepare_speed --json bench/results/prepare_speed.json
 	$(PYTHON) -m bench.gpu_time --json bench/results/gpu_time.json
 	$(PYTHON) -m bench.same_loss --json bench/results/same_loss.json
 

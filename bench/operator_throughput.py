@@ -1,6 +1,6 @@
 """How fast the operator turns FineTuneJobs into Jobs, against a bare loop that does the same two kinds of writes.
 
-    python bench/operator_throughput.py [--json FILE] [--bursts 100,1000] [--repeat 1]
+    python -m bench.operator_throughput [--json FILE] [--bursts 100,1000] [--repeat 1]
 
 A light cluster (etcd, kube-apiserver, controller-manager with its Job controller) and the operator as a process of its own with
 the chart's defaults: leader election, Events and the TLS progress endpoint on. For every burst all FineTuneJobs are POSTed by a
@@ -12,14 +12,12 @@ yardstick of the ratio.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import platform
 import ssl
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,14 +26,12 @@ from typing import Any
 import aiohttp
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "cluster")]
-
-from finetune_cluster.light import LightCluster  # noqa: E402
-from tests.operator.certificates import make_tls  # noqa: E402
-from tests.operator.harness import Bench, OperatorProcess, Tls, decode  # noqa: E402
-from tests.operator.manifests import finetunejob  # noqa: E402
-from tests.support.apiserver import ApiServer  # noqa: E402
+from bench import figures
+from finetune_cluster.light import LightCluster
+from tests.operator.certificates import make_tls
+from tests.operator.harness import Bench, OperatorProcess, Tls, decode
+from tests.operator.manifests import finetunejob
+from tests.support.apiserver import ApiServer
 
 Raw = dict[str, Any]
 WORKERS = 16
@@ -256,8 +252,7 @@ async def drain(client: Client, namespace: str) -> None:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    parser = figures.parser_of(__doc__)
     parser.add_argument("--bursts", default="100,1000")
     parser.add_argument("--repeat", type=int, default=1)
     arguments = parser.parse_args()
@@ -283,10 +278,8 @@ def main() -> None:
                 f"{f['statuses_after_s']:>12.2f} {f['cpu_ms_per_job']:>11.1f} {f['rss_mb']:>7.0f}"
             )
         print(f"  bare loop: {run['bare_jobs_per_s']:.1f} jobs/s ({', '.join(f'{b:.1f}' for b in run['bare_runs'])})")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
-        arguments.json.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1) + "\n")
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
+    figures.write(arguments.json, {"machine": machine, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -1,58 +1,60 @@
 """How fast rows are checked and tokenised, against ``datasets.map`` that renders and tokenises the same rows and checks nothing.
 
-    .venv/bin/python bench/prepare_speed.py [--rows 40000] [--pairs 6] [--json FILE]
+    python -m bench.prepare_speed [--rows 40000] [--pairs 6] [--gigabytes 5] [--json FILE]
 
 Both go from a file of JSON lines to tokens on disk, with SmolLM2's tokenizer and chat template and two processes. Ours is the prepare
 stage's own code: every check, labels, near duplicates, the split and the prepared files. Theirs is ``load_dataset`` and ``map(batched=True,
 num_proc=2)`` with ``apply_chat_template`` and one call of the tokenizer a batch: no labels, no checks. The rows are conversations of
 sentences from Python's own documentation (``pydoc_data``). Each run is a process of its own; its clock starts after the imports and
-includes its worker processes' start. Pairs alternate in one run; the bound is the mean log ratio less t · s / √n.
+includes its worker processes' start. Pairs alternate in one run.
+
+The ratio by CPU seconds, of all processes of a run without the imports of the first, is what other work on the machine disturbs least. Memory is
+sampled from outside. ``--gigabytes`` runs ours once on so much data, which takes about an hour for 5 GB on two cores, and tells its memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import pydoc_data.topics
 import random
 import re
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+from bench import figures, process_tree
+from bench.pairs import alternating, ratio
 
+OURS, THEIRS = "ours", "datasets.map"
 PROCESSES = 2
-if __name__ == "__mp_main__":  # a worker of ours: the prepare image has no torch
-    sys.modules["torch"] = None  # type: ignore[assignment]
-STUDENT_T = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833}
-"""95 % quantile, one-sided, by degrees of freedom."""
+CLOCK: dict[str, float] = {}
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Conversations of one or two questions with answers, about a thousand characters each."""
+def write_rows(path: Path, count: int | None, size: int | None = None) -> int:
+    """Conversations of one or two questions with answers, about a thousand characters each: so many, or so many bytes. Returns how many."""
     words = re.sub(r"\s+", " ", " ".join(pydoc_data.topics.topics.values()))
     sentences = [s for s in re.split(r"(?<=[.:]) ", words) if 20 < len(s) < 400]
     draw = random.Random(7)
     with path.open("w") as file:
-        for _ in range(count):
+        written = 0
+        while written != count and (size is None or file.tell() < size):
             turns = []
             for _ in range(draw.choice((1, 1, 2))):
                 turns.append({"role": "user", "content": " ".join(draw.choices(sentences, k=draw.randint(1, 3)))})
                 turns.append({"role": "assistant", "content": " ".join(draw.choices(sentences, k=draw.randint(2, 8)))})
             file.write(json.dumps({"messages": turns}) + "\n")
+            written += 1
+    return written
 
 
-def ours(rows: Path, tokenizer_folder: Path, scratch: Path) -> float:
-    """Seconds of the prepare stage from the file to the prepared rows."""
+def ours(rows: Path, tokenizer_folder: Path, scratch: Path) -> None:
+    """The prepare stage from the file to the prepared rows."""
+    import bench.prepare_image
+    from finetune_trainer.prepare import workers
     from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer
     from finetune_trainer.prepare.check import check_data
     from finetune_trainer.prepare.finish import finish
@@ -60,6 +62,7 @@ def ours(rows: Path, tokenizer_folder: Path, scratch: Path) -> float:
     from finetune_trainer.prepare.shapes import Parameters
     from tests.support.trainer_run import Pod
 
+    workers.PRELOADED[:0] = [bench.prepare_image.__name__]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the stage's entry point sets it
     pod = Pod(scratch)
     (pod.volumes / "data").mkdir(parents=True)
@@ -79,14 +82,13 @@ def ours(rows: Path, tokenizer_folder: Path, scratch: Path) -> float:
         renderer=ChatRenderer(tokenizer, template), parameters=Parameters(0, 0, []), config={}, shapes={}, warnings=[],
         folder=tokenizer_folder,
     )  # fmt: skip
-    begin = time.perf_counter()
+    begin()
     checked = check_data(ctx, model)
     finish(ctx.snapshot.spec, checked, tokenizer, model.renderer, scratch / "prepared")
-    return time.perf_counter() - begin
 
 
-def theirs(rows: Path, tokenizer_folder: Path, scratch: Path) -> float:
-    """Seconds of datasets.map from the file to its Arrow files."""
+def theirs(rows: Path, tokenizer_folder: Path, scratch: Path) -> None:
+    """datasets.map from the file to its Arrow files."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
@@ -96,98 +98,91 @@ def theirs(rows: Path, tokenizer_folder: Path, scratch: Path) -> float:
         texts = tokenizer.apply_chat_template(batch["messages"], tokenize=False)
         return tokenizer(texts, add_special_tokens=False)
 
-    begin = time.perf_counter()
+    begin()
     data = load_dataset("json", data_files=str(rows), split="train", cache_dir=str(scratch))
     data.map(encode, batched=True, num_proc=PROCESSES, remove_columns=data.column_names)
-    return time.perf_counter() - begin
+
+
+def begin() -> None:
+    """What is imported counts from here on no more, on either side."""
+    CLOCK.update(at=time.perf_counter(), cpu_seconds=time.process_time())
+
+
+SIDES = {OURS: ours, THEIRS: theirs}
 
 
 def run(side: str, rows: Path, tokenizer: Path) -> dict[str, float]:
-    """Seconds and peak memory of one side, in a process and a folder of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run(
-            [sys.executable, __file__, "--side", side, rows, tokenizer, scratch],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
+    """One side's time and memory, in a process and a folder of its own."""
+    with tempfile.TemporaryDirectory(dir=rows.parent) as scratch:
+        ended = process_tree.run(
+            [sys.executable, "-m", "bench.prepare_speed", "--side", side, rows, tokenizer, scratch],
+            {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
         )
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    told = json.loads(ended.output.splitlines()[-1])
+    return {
+        "seconds": told["seconds"],
+        "cpu_seconds": ended.cpu_seconds - told["cpu_seconds_before"],
+        "peak_rss_mib": ended.peak_rss_mib,
+        "peak_pss_mib": ended.peak_pss_mib,
+    }
 
 
-def highest_mib(pid: int | str) -> int:
-    """Highest resident memory of a process, with what it shares; 0 for one that is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM:")), 0)
+def one_side(side: str, *paths: Path) -> None:
+    """In the process of a run."""
+    SIDES[side](*paths)
+    seconds = time.perf_counter() - CLOCK["at"]
+    print(json.dumps({"seconds": seconds, "cpu_seconds_before": CLOCK["cpu_seconds"]}))
 
 
-def watch_workers(highest: list[int]) -> None:
-    """Keep the highest memory of any child in ``highest[0]``, while this process lives."""
-    while True:
-        for children in Path("/proc/self/task").glob("*/children"):
-            for pid in children.read_text().split():
-                highest[0] = max(highest[0], highest_mib(pid))
-        time.sleep(0.2)
+def compare(rows: Path, tokenizer: Path, count: int, pairs: int) -> dict[str, Any]:
+    """Both sides in alternating pairs."""
+    runs: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
+    for pair in range(pairs):
+        for side in alternating(pair, [OURS, THEIRS]):
+            runs[side].append(run(side, rows, tokenizer))
+            print(side, json.dumps({name: round(value, 1) for name, value in runs[side][-1].items()}), flush=True)
 
+    def of(name: str) -> list[list[float]]:
+        return [[found[name] for found in runs[side]] for side in (THEIRS, OURS)]
 
-def summary(ratios: list[float]) -> dict[str, float]:
-    """Of how many times as fast ours is: geometric mean, lowest, highest, and the lower 95 % bound of the mean."""
-    logs = [math.log(r) for r in ratios]
-    mean = statistics.fmean(logs)
-    result = {"mean": math.exp(mean), "lowest": min(ratios), "highest": max(ratios)}
-    if len(logs) > 1:
-        t = STUDENT_T.get(len(logs) - 1, 1.833)
-        result["lower_95"] = math.exp(mean - t * statistics.stdev(logs) / math.sqrt(len(logs)))
-    return {name: round(value, 3) for name, value in result.items()}
+    found = {f"times as fast by {name}": ratio(*of(name)) for name in ("seconds", "cpu_seconds")}
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    return {
+        "rows": count,
+        "bytes": rows.stat().st_size,
+        "processes": PROCESSES,
+        "cpus": len(os.sched_getaffinity(0)),
+        "runs": runs,
+        **{name.replace(" ", "_"): asdict(value) for name, value in found.items()},
+    }
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if sys.argv[1:2] == ["--side"]:
+        one_side(sys.argv[2], *map(Path, sys.argv[3:]))
+        return
+    parser = figures.parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=40_000)
     parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
-    parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--gigabytes", type=float, help="of data, for ours alone")
     arguments = parser.parse_args()
-    if arguments.side:
-        side, *paths = arguments.side
-        if side == "ours":
-            sys.modules["torch"] = None  # type: ignore[assignment]
-        workers = [0]
-        threading.Thread(target=watch_workers, args=(workers,), daemon=True).start()
-        seconds = {"ours": ours, "theirs": theirs}[side](*map(Path, paths))
-        print(json.dumps({"seconds": seconds, "peak_mib": highest_mib("self"), "worker_peak_mib": workers[0]}))
-        return
     with tempfile.TemporaryDirectory() as folder:
         rows, tokenizer = Path(folder) / "rows.jsonl", Path(folder) / "tokenizer"
-        write_rows(rows, arguments.rows)
         from transformers import AutoTokenizer
 
         from demo.model import GGUF, gguf_folder
 
         AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF).save_pretrained(tokenizer)
-        runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-        for pair in range(arguments.pairs):
-            for side in ("ours", "theirs") if pair % 2 == 0 else ("theirs", "ours"):
-                runs[side].append(run(side, rows, tokenizer))
-        result = {
-            "rows": arguments.rows,
-            "bytes": rows.stat().st_size,
-            "processes": PROCESSES,
-            "cpus": len(os.sched_getaffinity(0)),
-            "rows_per_second": {k: [round(arguments.rows / r["seconds"], 1) for r in v] for k, v in runs.items()},
-            "peak_mib": {k: max(r["peak_mib"] for r in v) for k, v in runs.items()},
-            "worker_peak_mib": {k: max(r["worker_peak_mib"] for r in v) for k, v in runs.items()},
-            "ratio": summary([b["seconds"] / a["seconds"] for a, b in zip(runs["ours"], runs["theirs"], strict=True)]),
-        }
-    print(json.dumps(result, indent=1))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        if arguments.gigabytes:
+            count = write_rows(rows, None, round(arguments.gigabytes * 1e9))
+            result = {"rows": count, "bytes": rows.stat().st_size, "processes": PROCESSES, **run(OURS, rows, tokenizer)}
+            print(json.dumps(result, indent=1))
+        else:
+            count = write_rows(rows, arguments.rows)
+            result = compare(rows, tokenizer, count, arguments.pairs)
+    figures.write(arguments.json, result)
 
 
 if __name__ == "__main__":

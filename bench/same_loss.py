@@ -9,14 +9,13 @@ process with one row at a time.
 
 from __future__ import annotations
 
-import argparse
-import json
 import signal
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from bench import figures
 from tests.support.prepared import prepare_job
 from tests.support.tiny_model import build_tiny_model
 from tests.support.train_container import ENV_FLOAT32
@@ -72,9 +71,8 @@ def run(
 
 def main() -> None:
     """Run them all and print the differences."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = figures.parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name, ExitStack() as ended:
@@ -101,8 +99,7 @@ def main() -> None:
                     f"{line['heldOutDifference']:.1e} |",
                     flush=True,
                 )
-    if options.json is not None:
-        options.json.write_text(json.dumps({"steps": options.steps, "runs": found}, indent=1) + "\n")
+    figures.write(options.json, {"steps": options.steps, "runs": found})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ the same function. With --packing a pair has a third run: trl with its packing, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -33,7 +32,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune_trainer.train  # noqa: F401 - sets how threads wait, for the processes that are started here
-from bench import sampled
+from bench import figures, sampled
 from bench.pairs import Ratio, alternating, ratio
 from finetune_api import names, results
 from finetune_trainer.train.device import cpu_dtype, usable_cpus
@@ -208,12 +207,11 @@ def compare(pairs: list[dict[str, dict[str, float]]], other: str) -> dict[str, A
 
 def main() -> None:
     """Measure in alternating pairs, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = figures.parser_of(__doc__)
     parser.add_argument("--methods", default="LoRA,QLoRA")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help=f"optimizer steps, of which {WARM_UP} are not timed")
     parser.add_argument("--packing", action="store_true", help="also trl with packing")
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
     arguments = parser.parse_args()
     ways = [OURS, TRL, *([PACKED] if arguments.packing else [])]
     found: dict[str, Any] = {"steps": arguments.steps, "dtype": str(cpu_dtype()).removeprefix("torch.")}
@@ -241,8 +239,7 @@ def main() -> None:
                     }
         finally:
             server.stop()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    figures.write(arguments.json, found)
 
 
 if __name__ == "__main__":

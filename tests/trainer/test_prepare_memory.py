@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finetune_trainer.prepare import near
 from finetune_trainer.prepare.rows import read_rows
-from finetune_trainer.prepare.store import SCHEMA, RowWriter, read_spool
+from finetune_trainer.prepare.split import held_out_rows
+from finetune_trainer.prepare.store import SCHEMA, RowWriter, lists
 from finetune_trainer.sources.data import DataFile
 
 TEXT = "x" * 2000
@@ -73,27 +75,37 @@ def test_reading_parquet_holds_a_page_not_the_row_group(tmp_path: Path) -> None:
     assert peak < 8_000_000, f"{peak / 1e6:.1f} MB"
 
 
-def test_writing_and_reading_48_megabytes_of_prepared_rows_holds_one_row_group(tmp_path: Path) -> None:
+def test_writing_48_megabytes_of_prepared_rows_holds_one_row_group(tmp_path: Path) -> None:
     ids = np.arange(1000, dtype=np.int32)
-    write_and_read(tmp_path, ids, 1)  # pyarrow imports much of itself only now
+    write(tmp_path, ids, 1)  # pyarrow imports much of itself only now
     with peak_below(12_000_000):
-        write_and_read(tmp_path, ids, 6000)
+        write(tmp_path, ids, 6000)
 
 
-def write_and_read(tmp_path: Path, ids: np.ndarray, rows: int) -> None:
+def write(folder: Path, ids: np.ndarray, rows: int) -> None:
     before = pa.total_allocated_bytes()
-    with RowWriter(tmp_path / "f.parquet", SCHEMA) as writer:
-        for row in range(rows):
-            fields: dict[str, object] = {
-                "row": row,
-                "source": "f:1",
-                "input_ids": ids,
-                "labels": ids,
-                "prompt_tokens": 1,
-            }
-            writer.write(fields, len(ids))
-    for row, stored in enumerate(read_spool(tmp_path / "f.parquet")):
-        assert stored["row"] == row
-        assert np.array_equal(stored["labels"], ids)
+    columns = [pa.array([1]), pa.array(["f:1"]), lists([ids]), lists([ids]), pa.array([1], pa.int32())]
+    row = pa.Table.from_arrays(columns, schema=SCHEMA)
+    with RowWriter(folder / "f.parquet", SCHEMA) as writer:
+        for _ in range(rows // 2):
+            writer.write(row)
+        writer.write(row, np.zeros(rows - rows // 2, np.int64))
         assert pa.total_allocated_bytes() - before < 60_000_000
-    assert row == rows - 1
+    with pq.ParquetFile(folder / "f.parquet") as file:
+        assert file.metadata.num_rows == rows
+        assert {file.metadata.row_group(i).num_rows for i in range(file.num_row_groups - 1)} <= {1024}
+        assert file.read_row_group(0)["labels"][-1].as_py() == ids.tolist()
+
+
+def test_rows_are_compared_and_split_in_55_bytes_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 here, in parts as small as those of a million are."""
+    monkeypatch.setattr(near, "PART_ROWS", near.PART_ROWS // 10)
+    rows = 100_000
+    draw = np.random.default_rng(1)
+    sketches = draw.integers(0, 256, (rows, near.SLOTS), np.uint8)
+    groups = draw.integers(0, 1 << 63, rows, np.uint64)
+    groups[1::50] = groups[::50]
+    with peak_below(55 * rows):
+        labels = near.clusters(sketches, groups, 0.8)
+        held_out = held_out_rows(near.joined(groups, labels), 0.1, 1)
+    assert 0.09 * rows < held_out.sum() <= 0.1 * rows

@@ -7,7 +7,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from finetune_trainer.prepare.near import Hashes, clusters, joined, shingles, sketch
+from finetune_trainer.prepare import near as near_module
+from finetune_trainer.prepare.near import Hashes, clusters, distinct, joined, shingles, sketch
 from tests.support.prepare_bench import REF, Bench, row
 
 WORDS = ["".join(Random(i).choices("abcdefghijklmnop", k=3 + i % 7)) for i in range(3000)]
@@ -99,6 +100,25 @@ def test_the_result_does_not_depend_on_batches_and_rows_order_only_names_cluster
     assert len(np.unique(labels)) == 50
     same = labels[:, None] == labels[None, :]
     assert np.array_equal(same[np.ix_(order, order)], moved[:, None] == moved[None, :])
+
+
+def test_rows_that_are_compared_in_parts_are_found_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [changed(text(i // 3), i % 3) for i in range(900)]
+    sketches = sketch(shingles(texts))
+    contents = np.array([i - (i % 9 == 8) for i in range(900)], np.uint64)  # some rows stand there twice
+    whole = clusters(sketches, contents, 0.8)
+    monkeypatch.setattr(near_module, "PART_ROWS", 10)
+    assert len(list(near_module._parts(sketches[:, 0], np.arange(900, dtype=np.int32)))) == 1 << 7
+    assert np.array_equal(clusters(sketches, contents, 0.8), whole)
+    assert 290 < len(np.unique(whole)) < 400
+
+
+@pytest.mark.parametrize("values", [[], [7], [3, 1, 3, 2, 1, 1]])
+def test_distinct_values_are_those_of_numpy(values: list[int]) -> None:
+    array = np.array(values, np.uint64)
+    _, first, inverse = np.unique(array, return_index=True, return_inverse=True)
+    found = distinct(array)
+    assert (found[0].tolist(), found[1].tolist()) == (first.tolist(), inverse.tolist())
 
 
 def test_groups_that_hang_together_by_way_of_others_become_one() -> None:

@@ -45,6 +45,43 @@ def test_outcomes_and_their_order_do_not_depend_on_who_assesses(bench: Bench, mo
     assert alone.data.pii == {"EMAIL": 600}
 
 
+def test_rows_assessed_one_at_a_time_are_assessed_as_many_at_a_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids, labels, counts and what is told of bad rows; long rows and short ones, with answers in several turns, texts of many alphabets."""
+    turns = [
+        {"role": role, "content": f"{role} {i} 東京 ñ 👩‍🚀 " * (1 + i)}
+        for i in range(3)
+        for role in ("user", "assistant")
+    ]
+    texts = [row(f"ask {i} ", "tell " * (i % 90 + 1)) for i in range(150)]
+    bad = [{"messages": turns[:1]}, row("", "empty"), {"messages": [{**turns[0], "role": "assistant"}]}, "torn{"]
+    bench.put([*texts[:70], *bad, {"messages": turns}, {"messages": turns[:2]}, *texts[70:]])
+    changes = {"data": {"checks": {"maxBadRows": 4}}, "training": {"maxSequenceTokens": 80}}
+    many = bench.run(**changes)
+    names = ("train.parquet", "held_out.parquet", "prompts.json", "preview.json")
+    files = [bench.object(f"prepare/{name}") for name in names]
+    bench.s3.client.delete_object(Bucket=bench.bucket, Key="out/job-0a1b2c3d/workspace/prepare/result.json")
+    monkeypatch.setattr(check, "BATCH_ROWS", 1)
+    assert bench.run(**changes) == many
+    assert [bench.object(f"prepare/{name}") for name in names] == files
+    assert many.data.bad_rows == 3
+    assert many.data.truncated_rows > 10
+
+
+@pytest.mark.usefixtures("in_processes")
+def test_all_bad_rows_are_counted_also_those_that_only_tokens_show(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = row("q", "long " * 300)
+    bench.put([*[{"messages": []}] * 30, *[long, row("q", "a")] * 500])
+    changes = {"data": {"checks": {"overlength": "Fail"}}, "training": {"maxSequenceTokens": 64}}
+    in_processes = bench.fails(**changes)
+    assert "530 of 1,030 rows cannot be used" in in_processes.message
+    monkeypatch.setattr(workers, "usable_cpus", lambda: 1)
+    assert bench.fails(**changes).message == in_processes.message
+
+
 @pytest.mark.usefixtures("in_processes")
 def test_what_fails_the_job_in_another_process_fails_it_with_its_reason(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
@@ -60,15 +97,15 @@ def test_what_fails_the_job_in_another_process_fails_it_with_its_reason(
 @pytest.mark.usefixtures("in_processes")
 def test_a_killed_process_is_told_of_as_want_of_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.put([row(f"q {i}", "a") for i in range(2000)])
-    take = check._Intake.take
+    take = check._take
 
-    def kill_one(self: object, *args: object) -> None:
-        pool = [p for p in workers.multiprocessing.active_children() if p.name.startswith("SpawnProcess")]
+    def kill_one(*args: object) -> None:
+        pool = [p for p in workers.multiprocessing.active_children() if p.name.startswith("ForkServerProcess")]
         if pool and pool[0].pid is not None:
             os.kill(pool[0].pid, signal.SIGKILL)
-        take(self, *args)  # type: ignore[arg-type]
+        take(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(check._Intake, "take", kill_one)
+    monkeypatch.setattr(check, "_take", kill_one)
     failed = bench.fails()
     assert isinstance(failed, StageError)
     assert failed.reason is Reason.HOST_OUT_OF_MEMORY

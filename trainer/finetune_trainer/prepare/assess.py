@@ -3,15 +3,15 @@ processes may assess at a time."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from finetune_api.failures import Reason
 from finetune_api.results import IGNORED
@@ -25,7 +25,8 @@ from finetune_trainer.prepare.near import Tokens, shingles, sketch
 from finetune_trainer.prepare.pii import redacted_example
 from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.rows import RawRow
-from finetune_trainer.prepare.split import group_of
+from finetune_trainer.prepare.split import copies, fingerprint, group_of
+from finetune_trainer.prepare.store import SPOOL_SCHEMA, Remembered, flat, lists
 from finetune_trainer.prepare.turns import alternates
 
 
@@ -58,29 +59,11 @@ class Batch:
     """Rows of one source, with what is known of them all."""
 
     rows: list[RawRow]
+    first: int
+    """The first one's number, of all rows of the job."""
     format: DataFormat | None
     columns: Mapping[str, str]
-    only_counting: bool = False
-    """The job fails in any case: rows that are well formed need not be tokenised."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A usable row."""
-
-    encoded: Encoded
-    group: int
-    content: int
-    prompt: str | None
-    reference: str | None
-    context: str | None
-    """JSON of the turns before the answer and of the tools, where the row has turns."""
-    has_special_tokens: bool
-    ends: bool
-    """The last token is one that ends an answer, and is learned; or the row was cut."""
-    alternates: bool
-    found: Counter[str]
-    """Personal data in it, by kind."""
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,19 +81,37 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Passed:
-    """A well-formed row of a job that fails for others."""
+class Kept:
+    """The usable rows of a batch: what is spooled, what the split needs to know, and what is counted."""
 
-
-Outcome = Kept | Refused | LeftOut | Passed
+    rows: pa.RecordBatch
+    """SPOOL_SCHEMA."""
+    remembered: Remembered
+    truncated: int
+    without_end: int
+    """Rows that were not cut and whose last learned token ends no answer."""
+    with_special_tokens: int
+    not_alternating: int
+    found: Counter[str]
+    """Personal data, by kind."""
 
 
 @dataclass(frozen=True)
 class Assessed:
-    """The outcomes of a batch, and the sketches of the rows that are kept: (kept, 64) bytes, none where they are not asked for."""
+    """What became of a batch's rows."""
 
-    outcomes: list[Outcome]
-    sketches: npt.NDArray[np.uint8] = field(default_factory=lambda: sketch([]))
+    others: list[tuple[int, Refused | LeftOut]]
+    """Rows that are not kept, by their place in the batch, in order."""
+    kept: Kept
+
+
+@dataclass(frozen=True)
+class _Usable:
+    place: int
+    example: Example
+    found: Counter[str]
+    whole: Encoded
+    cut: Encoded
 
 
 class Assessor:
@@ -119,6 +120,7 @@ class Assessor:
     def __init__(self, recipe: Recipe, tokenizer: object, renderer: ChatRenderer | None) -> None:
         spec = recipe.spec
         self._recipe = recipe
+        self._seed = spec.training.seed
         self._limit = spec.training.max_sequence_tokens
         self._overlength = spec.data.checks.overlength
         self._pii = spec.data.checks.pii
@@ -126,41 +128,35 @@ class Assessor:
         self._renderer = renderer
         self._encoder = Encoder(tokenizer, renderer, spec.objective.sft.loss_on)
         self._special = special_token_pattern(tokenizer)
-        self._ends = end_of_turn_ids(tokenizer)
+        self._ends = np.array(sorted(end_of_turn_ids(tokenizer)))
 
     def assess(self, batch: Batch) -> Assessed:
-        """The outcome of each row.
+        """What becomes of each row.
 
         Raises:
             StageError: ChatTemplateMissing, UnsupportedModel, InvalidConfig: what no other row would change.
         """
-        outcomes: dict[int, Outcome] = {}
+        others: dict[int, Refused | LeftOut] = {}
         examples: dict[int, tuple[Example, Counter[str]]] = {}
-        for number, raw in enumerate(batch.rows):
+        for place, raw in enumerate(batch.rows):
             try:
                 example = self._example(raw, batch.format, batch.columns)
             except RowProblem as problem:
-                outcomes[number] = Refused(problem.text)
+                others[place] = Refused(problem.text)
             else:
-                examples[number] = self._searched(example)
-        if batch.only_counting:
-            outcomes |= dict.fromkeys(examples, Passed())
-            return Assessed([outcomes[number] for number in range(len(batch.rows))])
+                examples[place] = self._searched(example)
         encoded = self._encoder.encode_all([example for example, _ in examples.values()])
-        texts: list[str | Tokens] = []
-        for (number, (example, found)), whole in zip(examples.items(), encoded, strict=True):
+        usable: list[_Usable] = []
+        for (place, (example, found)), whole in zip(examples.items(), encoded, strict=True):
             try:
                 if isinstance(whole, RowProblem):
                     raise whole
-                outcomes[number] = self._kept(example, found, whole)
+                usable.append(_Usable(place, example, found, whole, fit(whole, self._limit, self._overlength)))
             except RowProblem as problem:
-                outcomes[number] = Refused(problem.text)
+                others[place] = Refused(problem.text)
             except Dropped as reason:
-                outcomes[number] = LeftOut(reason.text)
-            else:
-                texts.append(_said(example, whole))
-        sketches = sketch(shingles(texts)) if self._sketches else sketch([])
-        return Assessed([outcomes[number] for number in range(len(batch.rows))], sketches)
+                others[place] = LeftOut(reason.text)
+        return Assessed(sorted(others.items()), self._kept(batch, usable))
 
     def _searched(self, example: Example) -> tuple[Example, Counter[str]]:
         """The example, redacted if that is asked for, and what was found in it."""
@@ -170,21 +166,47 @@ class Assessor:
         clean = redacted_example(example, found)
         return clean if self._pii is PiiPolicy.REDACT else example, found
 
-    def _kept(self, example: Example, found: Counter[str], whole: Encoded) -> Kept:
-        encoded = fit(whole, self._limit, self._overlength)
-        self._check_vocabulary(encoded)
-        asked = example if isinstance(example, Conversation | Completion) else None
-        group = example.group
+    def _kept(self, batch: Batch, usable: list[_Usable]) -> Kept:
+        ids, labels = lists([row.cut.ids for row in usable]), lists([row.cut.labels for row in usable])
+        self._check_vocabulary(usable)
+        groups = [row.example.group for row in usable]
+        asked = [row.example if isinstance(row.example, Conversation | Completion) else None for row in usable]
+        cut = np.array([row.whole.length > len(row.cut.ids) for row in usable], bool)
+        numbers = [batch.first + row.place for row in usable]
+        columns = {
+            "row": numbers,
+            "source": [batch.rows[row.place].source for row in usable],
+            "input_ids": ids,
+            "labels": labels,
+            "prompt_tokens": [row.cut.prompt_tokens for row in usable],
+            "prompt": [example.prompt if example is not None else None for example in asked],
+            "reference": [example.reference if example is not None else None for example in asked],
+            "context": [_context(row.example) for row in usable],
+            "copies": [copies(batch.weight, self._seed, number) for number in numbers],
+        }
+        said = [_said(row.example, group, row.whole) for row, group in zip(usable, groups, strict=True)]
+        found: Counter[str] = Counter()
+        for row in usable:
+            found.update(row.found)
         return Kept(
-            encoded=encoded,
-            group=group_of(group),
-            content=int.from_bytes(hashlib.blake2b(whole.ids.tobytes(), digest_size=8).digest(), "little"),
-            prompt=asked.prompt if asked is not None else None,
-            reference=asked.reference if asked is not None else None,
-            context=_context(example),
-            has_special_tokens=asked is not None and bool(self._special.search(f"{group} {asked.reference}")),
-            ends=whole.length > len(encoded.ids) or self._ends_with_end(encoded),
-            alternates=not isinstance(example, Conversation) or alternates(example.messages),
+            rows=pa.RecordBatch.from_arrays(
+                [pa.array(columns[field.name], field.type) for field in SPOOL_SCHEMA], schema=SPOOL_SCHEMA
+            ),
+            remembered=Remembered(
+                groups=np.array([group_of(group) for group in groups], np.uint64),
+                contents=np.array([fingerprint(row.whole.ids.data) for row in usable], np.uint64),
+                lengths=np.array([row.whole.length for row in usable], np.uint32),
+                sketches=sketch(shingles(said)) if self._sketches else sketch([]),
+            ),
+            truncated=int(cut.sum()),
+            without_end=int((~cut & ~self._end(ids, labels)).sum()),
+            with_special_tokens=sum(
+                example is not None and self._special.search(f"{group} {example.reference}") is not None
+                for example, group in zip(asked, groups, strict=True)
+            ),
+            not_alternating=sum(
+                isinstance(example, Conversation) and not alternates(example.messages) for example in asked
+            ),
             found=found,
         )
 
@@ -204,28 +226,36 @@ class Assessor:
             )
         return example
 
-    def _ends_with_end(self, encoded: Encoded) -> bool:
-        learned = np.flatnonzero(encoded.labels != IGNORED)
-        return int(encoded.ids[learned[-1]]) in self._ends
+    def _end(self, ids: pa.ListArray, labels: pa.ListArray) -> npt.NDArray[np.bool_]:
+        """Per row, whether its last learned token is one that ends an answer."""
+        values, bounds = flat(ids)
+        learned = np.flatnonzero(flat(labels)[0] != IGNORED)
+        last = learned[np.searchsorted(learned, bounds[1:]) - 1]
+        return np.isin(values[last], self._ends)
 
-    def _check_vocabulary(self, encoded: Encoded) -> None:
-        largest = int(encoded.ids.max())
-        if largest >= self._recipe.vocabulary:
-            raise StageError(
-                Reason.UNSUPPORTED_MODEL,
-                f"the tokenizer yields token {largest}, and the model's embedding has {self._recipe.vocabulary:,} rows: "
-                "they do not belong together",
-            )
+    def _check_vocabulary(self, usable: list[_Usable]) -> None:
+        for row in usable:
+            largest = int(row.cut.ids.max())
+            if largest >= self._recipe.vocabulary:
+                raise StageError(
+                    Reason.UNSUPPORTED_MODEL,
+                    f"the tokenizer yields token {largest}, and the model's embedding has {self._recipe.vocabulary:,} rows: "
+                    "they do not belong together",
+                )
 
 
-def _said(example: Example, whole: Encoded) -> str | Tokens:
-    """What the row says, without system messages: those are often the same in every row."""
+def _said(example: Example, group: str, whole: Encoded) -> str | Tokens:
+    """What the row says, without system messages: those are often the same in every row.
+
+    Args:
+        group: the example's.
+    """
     match example:
         case Tokenized():
             return whole.ids
         case Text():
             return example.text
-    return f"{example.group}\n{example.reference}"
+    return f"{group}\n{example.reference}"
 
 
 def _context(example: Example) -> str | None:

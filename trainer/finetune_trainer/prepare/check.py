@@ -8,17 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+
 from finetune_api.failures import Reason
 from finetune_api.names import held_out_slot, train_slot
 from finetune_api.spec import DataFormat, DataSource, FineTuneJobSpec, PiiPolicy
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.assess import Assessed, Batch, Kept, LeftOut, Recipe, Refused
+from finetune_trainer.prepare.assess import Assessed, Batch, LeftOut, Recipe, Refused
 from finetune_trainer.prepare.detect import check_columns, detect, with_format
 from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.problems import LOGGED, Problems, discreet
 from finetune_trainer.prepare.rows import RawRow
-from finetune_trainer.prepare.split import copies
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Index, RowWriter
 from finetune_trainer.prepare.workers import BATCH_ROWS, Assessors
 from finetune_trainer.sources.data import DataFile, fetch_data
@@ -80,7 +81,7 @@ def check_data(ctx: StageContext, model: BaseModel) -> Checked:
     """
     spec = ctx.snapshot.spec
     redact = spec.data.checks.pii is PiiPolicy.REDACT
-    checked = Checked(ctx.work_dir / "spool.parquet", Index.empty(), Problems(spec.data.checks.max_bad_rows, redact))
+    checked = Checked(ctx.work_dir / "spool.parquet", Index(), Problems(spec.data.checks.max_bad_rows, redact))
     sources = sources_of(ctx)
     columns = [check_columns(source.spec, source.field) for source in sources]
     with (
@@ -88,13 +89,12 @@ def check_data(ctx: StageContext, model: BaseModel) -> Checked:
         RowWriter(checked.spool, SPOOL_SCHEMA) as writer,
         Assessors(Recipe.of(spec, model), model) as assessors,
     ):
-        intake = _Intake(checked, writer, spec.training.seed)
         for source, mapping in zip(sources, columns, strict=True):
             files = _fetch(ctx, source)
             ctx.reporter.report(activity="Checking")
             before = checked.rows
             for batch, assessed in assessors.assessed(_batches(checked, spec, source, mapping, files)):
-                intake.take(source, batch, assessed)
+                _take(checked, writer, source, batch, assessed)
             found = checked.rows - before
             if not found:
                 raise StageError(Reason.TOO_FEW_ROWS, f"{source.field} ({source.spec.uri}) holds no rows")
@@ -109,24 +109,16 @@ def _batches(
 ) -> Iterator[Batch]:
     """A source's rows, some at a time, with the format that the first of them have."""
     batch: list[RawRow] = []
-    characters, of_batch = 0, None
-
-    def done() -> Batch:
-        problems = checked.problems
-        return Batch(batch, of_batch, mapping, problems.too_many and problems.count > LOGGED)
-
+    characters, first, of_batch = 0, checked.rows, None
     for raw, fmt in with_format(files, mapping, lambda rows: _format(spec, source, mapping, rows)):
-        if batch and fmt is not of_batch:
-            yield done()
-            batch, characters = [], 0
+        if batch and (fmt is not of_batch or len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS):
+            yield Batch(batch, first, of_batch, mapping, source.spec.weight)
+            batch, characters, first = [], 0, first + len(batch)
         of_batch = fmt
         batch.append(raw)
         characters += _characters(raw.value)
-        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield done()
-            batch, characters = [], 0
     if batch:
-        yield done()
+        yield Batch(batch, first, of_batch, mapping, source.spec.weight)
 
 
 def _format(
@@ -148,53 +140,28 @@ def _fetch(ctx: StageContext, source: Source) -> list[DataFile]:
     return wait_until_available(ctx, lambda: fetch_data(ctx, source.spec, source.slot, folder, moved))
 
 
-@dataclass
-class _Intake:
-    """Counts and spools what was assessed, in order."""
-
-    checked: Checked
-    writer: RowWriter
-    seed: int
-
-    def take(self, source: Source, batch: Batch, assessed: Assessed) -> None:
-        """The outcomes of a batch."""
-        for raw, outcome in zip(batch.rows, assessed.outcomes, strict=True):
-            row = self.checked.rows
-            self.checked.rows += 1
-            match outcome:
-                case Kept():
-                    self._keep(row, raw.source, source, outcome)
-                    self.checked.formats[str(batch.format)] += 1
-                case Refused(problem):
-                    self.checked.problems.add(raw.source, problem)
-                case LeftOut(why):
-                    self.checked.dropped += 1
-                    if self.checked.dropped <= LOGGED:
-                        log.warning("%s dropped: %s", raw.source, why)
-        self.checked.index.sketches.extend(assessed.sketches.tobytes())
-
-    def _keep(self, row: int, line: str, source: Source, kept: Kept) -> None:
-        encoded, checked = kept.encoded, self.checked
-        checked.index.add(kept.group, kept.content, encoded.length, source.held_out)
-        checked.truncated += encoded.length > len(encoded.ids)
-        checked.with_special_tokens += kept.has_special_tokens
-        checked.without_end += not kept.ends
-        checked.not_alternating += not kept.alternates
-        checked.found += kept.found
-        self.writer.write(
-            {
-                "row": row,
-                "source": line,
-                "input_ids": encoded.ids,
-                "labels": encoded.labels,
-                "prompt_tokens": encoded.prompt_tokens,
-                "prompt": kept.prompt,
-                "reference": kept.reference,
-                "context": kept.context,
-                "copies": copies(source.spec.weight, self.seed, row),
-            },
-            len(encoded.ids),
-        )
+def _take(checked: Checked, writer: RowWriter, source: Source, batch: Batch, assessed: Assessed) -> None:
+    """Counts and spools a batch that was assessed."""
+    for place, outcome in assessed.others:
+        line = batch.rows[place].source
+        match outcome:
+            case Refused(problem):
+                checked.problems.add(line, problem)
+            case LeftOut(why):
+                checked.dropped += 1
+                if checked.dropped <= LOGGED:
+                    log.warning("%s dropped: %s", line, why)
+    kept = assessed.kept
+    checked.rows += len(batch.rows)
+    checked.index.add(kept.remembered, source.held_out)
+    checked.truncated += kept.truncated
+    checked.without_end += kept.without_end
+    checked.with_special_tokens += kept.with_special_tokens
+    checked.not_alternating += kept.not_alternating
+    checked.found.update(kept.found)
+    if kept.rows.num_rows:
+        checked.formats[str(batch.format)] += kept.rows.num_rows
+        writer.write(pa.Table.from_batches([kept.rows]))
 
 
 def _characters(value: object) -> int:

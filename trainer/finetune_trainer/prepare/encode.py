@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from finetune_api.spec import LossOn, Overlength
 from finetune_trainer.prepare.chat import ChatRenderer, Span, end_of_turn_ids
 from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text, Tokenized
 from finetune_trainer.prepare.problems import RowProblem
-
-Ids = npt.NDArray[np.int32]
+from finetune_trainer.prepare.tokens import Ids, Placed, Places, TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Encoded:
     @property
     def targets(self) -> int:
         """Learned tokens; the first token is predicted from nothing, so its label never counts."""
-        return int((self.labels[1:] != IGNORED).sum())
+        return int(np.count_nonzero(self.labels[1:] != IGNORED))
 
 
 class Dropped(Exception):
@@ -51,15 +49,16 @@ class Asked:
     """Special tokens stand in the text where they belong; where each token stands is wanted too."""
 
 
-Coded = dict[str, Any]
-Encoding = Generator[Asked, Coded, Encoded]
+Answer = Placed | Ids
+Encoding = Generator[Asked, Any, Encoded]
+"""Asks for a text's tokens, and is sent Placed or Ids."""
 
 
 class Encoder:
     """Encodes examples with one tokenizer and one policy."""
 
     def __init__(self, tokenizer: Any, renderer: ChatRenderer | None, loss_on: LossOn) -> None:
-        self._tokenizer = tokenizer
+        self._tokenize = TextTokenizer(tokenizer)
         self._renderer = renderer
         self._loss_on = loss_on
         ends = np.array(sorted(end_of_turn_ids(tokenizer)), np.int64)
@@ -67,6 +66,7 @@ class Encoder:
         """Per token id, whether it ends a turn; the last entry stands for ids beyond the tokenizer's own."""
         self._is_end[ends] = True
         self._eos: int = tokenizer.eos_token_id
+        self._eos_text: str = tokenizer.eos_token
 
     def encode(self, example: Example) -> Encoded:
         """Ids and labels of one example, not truncated.
@@ -83,7 +83,7 @@ class Encoder:
         """The same for several, or why one cannot be encoded. The tokenizer is given many texts at a time: that takes two thirds of the time."""
         results: dict[int, Encoded | RowProblem] = {}
         running = {number: self._encoding(example) for number, example in enumerate(examples)}
-        answers: dict[int, Any] = dict.fromkeys(running)
+        answers: dict[int, Answer | None] = dict.fromkeys(running)
         while running:
             asked: dict[int, Asked] = {}
             for number, encoding in running.items():
@@ -94,22 +94,15 @@ class Encoder:
                 except RowProblem as problem:
                     results[number] = problem
             running = {number: running[number] for number in asked}
-            answers = self._tokenized(asked)
+            answers = {**self._tokenized(asked)}
         return [results[number] for number in range(len(examples))]
 
-    def _tokenized(self, asked: dict[int, Asked]) -> dict[int, Coded]:
-        answers: dict[int, Coded] = {}
-        for rendered in {item.rendered for item in asked.values()}:
-            numbers = [number for number, item in asked.items() if item.rendered is rendered]
-            # A template writes BOS and EOS itself.
-            coded = self._tokenizer(
-                [asked[number].text for number in numbers],
-                add_special_tokens=not rendered,
-                return_offsets_mapping=rendered,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )
-            answers.update((number, {name: coded[name][i] for name in coded}) for i, number in enumerate(numbers))
+    def _tokenized(self, asked: dict[int, Asked]) -> dict[int, Answer]:
+        rendered = {number: item.text for number, item in asked.items() if item.rendered}
+        plain = {number: item.text for number, item in asked.items() if not item.rendered}
+        # A template writes BOS and EOS itself.
+        answers: dict[int, Answer] = dict(zip(rendered, self._tokenize.placed([*rendered.values()]), strict=True))
+        answers.update(zip(plain, self._tokenize.ids([*plain.values()], special=True), strict=True))
         return answers
 
     def _encoding(self, example: Example) -> Encoding:
@@ -129,7 +122,7 @@ class Encoder:
         if len(whole) <= len(prompt) or not np.array_equal(whole[: len(prompt)], prompt):
             # Tokens would span the border, and generation starts behind the prompt's own tokens: so must training.
             answer = yield Asked(example.completion, rendered=True)
-            whole = np.concatenate([prompt, _ids(answer)])
+            whole = np.concatenate([prompt, answer.ids])
         ids = self._closed(whole)
         labels = ids.copy()
         if self._loss_on is not LossOn.ALL:
@@ -143,44 +136,40 @@ class Encoder:
         last_only = self._loss_on is LossOn.COMPLETION
         learn_from = len(example.messages) - 1 if last_only else example.learn_from
         rendered = self._renderer.render(example.messages, learn_from, example.tools)
-        coded = yield Asked(rendered.text, rendered=True)
-        ids = _ids(coded)
-        pairs = chain.from_iterable(coded["offset_mapping"])
-        offsets = np.fromiter(pairs, np.int64, 2 * len(ids)).reshape(-1, 2)
+        placed: Placed = yield Asked(rendered.text, rendered=True)
+        ids = placed.ids
         prompt_tokens = 0
         labels = np.full_like(ids, IGNORED)
         ended = False
         for span in rendered.answers:
-            learned = self._learned(ids, offsets, span)
+            learned = self._learned(placed, span)
             labels[learned] = ids[learned]
             if len(learned):
                 prompt_tokens = int(learned[0])
             ended = bool(len(learned)) and bool(self._ending(ids[learned[-1:]])[0])
         if not ended:
             # The template ends the last answer with nothing: without EOS the tuned model would never stop.
-            end = _end_of(offsets, rendered.answers[-1])
+            end = int(np.count_nonzero(placed.starts < rendered.answers[-1][1]))
             ids = np.append(ids[:end], np.int32(self._eos))
             labels = np.append(labels[:end], np.int32(self._eos))
         return _encoded(ids, labels, prompt_tokens)
 
     def _whole(self, text: str) -> Encoding:
         """A conversation learned from its first token to its last: where the answers stand in it need not be found."""
-        coded = yield Asked(text, rendered=True)
-        ids = _ids(coded)
-        offsets = coded["offset_mapping"]
-        written = next((i for i in reversed(range(len(ids))) if text[slice(*offsets[i])].strip()), None)
+        placed: Placed = yield Asked(text, rendered=True)
+        ids, starts, ends = placed.ids, placed.starts, placed.ends
+        written = next((i for i in reversed(range(len(ids))) if text[starts[i] : ends[i]].strip()), None)
         if written is None or not self._ending(ids[written : written + 1])[0]:
             ids = np.append(ids, np.int32(self._eos))
         return _encoded(ids, ids.copy(), 0)
 
-    def _learned(self, ids: Ids, offsets: npt.NDArray[np.int64], span: Span) -> npt.NDArray[np.int64]:
+    def _learned(self, placed: Placed, span: Span) -> Places:
         """Indices of an answer's tokens through the token that ends it; a token that begins before the answer is prompt.
 
         A template that marks answers may leave the ending out of the mark: a special token that follows at once is the ending.
         """
-        inside = np.flatnonzero(
-            (offsets[:, 0] >= span[0]) & (offsets[:, 1] <= span[1]) & (offsets[:, 1] > offsets[:, 0])
-        )
+        ids, starts, ends_at = placed.ids, placed.starts, placed.ends
+        inside = np.flatnonzero((starts >= span[0]) & (ends_at <= span[1]) & (ends_at > starts))
         if not len(inside):
             return inside
         ends = inside[self._ending(ids[inside])]
@@ -194,10 +183,10 @@ class Encoder:
     def _ending(self, ids: Ids) -> npt.NDArray[np.bool_]:
         return np.asarray(self._is_end[np.minimum(ids, len(self._is_end) - 1)])
 
-    def _plain(self, text: str) -> Generator[Asked, Coded, Ids]:
+    def _plain(self, text: str) -> Generator[Asked, Any, Ids]:
         """With BOS where the tokenizer adds one, and without EOS."""
-        ids = _ids((yield Asked(text, rendered=False)))
-        return ids[:-1] if len(ids) and ids[-1] == self._eos and not text.endswith(self._tokenizer.eos_token) else ids
+        ids: Ids = yield Asked(text, rendered=False)
+        return ids[:-1] if len(ids) and ids[-1] == self._eos and not text.endswith(self._eos_text) else ids
 
     def _closed(self, ids: Ids) -> Ids:
         return ids if len(ids) and ids[-1] == self._eos else np.append(ids, np.int32(self._eos))
@@ -226,14 +215,5 @@ def fit(encoded: Encoded, limit: int, policy: Overlength) -> Encoded:
     return cut
 
 
-def _ids(coded: Coded) -> Ids:
-    return np.asarray(coded["input_ids"], np.int32)
-
-
 def _encoded(ids: Ids, labels: Ids, prompt_tokens: int) -> Encoded:
     return Encoded(ids, labels, prompt_tokens, len(ids))
-
-
-def _end_of(offsets: npt.NDArray[np.int64], span: Span) -> int:
-    """How many tokens lie before the end of a span."""
-    return int(np.count_nonzero(offsets[:, 0] < span[1]))

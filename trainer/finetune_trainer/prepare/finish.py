@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from finetune_api.base import ApiModel
 from finetune_api.failures import Reason
@@ -29,12 +31,11 @@ from finetune_api.spec import FineTuneJobSpec, PiiPolicy
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer
 from finetune_trainer.prepare.check import Checked
-from finetune_trainer.prepare.encode import Encoded
-from finetune_trainer.prepare.near import SLOTS, Labels, clusters, joined
+from finetune_trainer.prepare.near import Labels, clusters, joined
 from finetune_trainer.prepare.prompts import conversation_prompt, text_prompt
 from finetune_trainer.prepare.questions import Questions, warnings_of
 from finetune_trainer.prepare.split import held_out_rows
-from finetune_trainer.prepare.store import SCHEMA, DataHash, Index, RowWriter, Side, read_spool
+from finetune_trainer.prepare.store import SCHEMA, Index, Remembered, RowWriter, Side, data_hash
 from finetune_trainer.text import plural
 
 FEW_ROWS = 100
@@ -77,29 +78,37 @@ def finish(
     """
     near = _near(spec, checked.index)
     held_out = _split(spec, checked, near)
-    data_hash = DataHash()
     sides = (Side(), Side())
     prompts: list[PreparedPrompt] = []
     preview: list[PreviewRow] = []
     most = TOKENIZER_PROMPTS if questions is not None else max(spec.evaluation.generation.prompts, TOKENIZER_PROMPTS)
-    with RowWriter(folder / PREPARED_TRAIN, SCHEMA) as train, RowWriter(folder / PREPARED_HELD_OUT, SCHEMA) as held:
-        for row, is_held_out in zip(read_spool(checked.spool), held_out.tolist(), strict=True):
-            encoded = Encoded(row["input_ids"], row["labels"], row["prompt_tokens"], len(row["input_ids"]))
-            if is_held_out and len(prompts) < most:
-                prompts.append(_prompt(row, encoded, tokenizer, renderer))
-            if not is_held_out and row["copies"] and len(preview) < preview_rows:
-                preview.append(_preview(row["source"], encoded, tokenizer))
-            for _ in range(1 if is_held_out else row["copies"]):
-                sides[is_held_out].add(encoded)
-                data_hash.add(is_held_out, row["row"], encoded.ids, encoded.labels)
-                (held if is_held_out else train).write({name: row[name] for name in SCHEMA.names}, len(encoded.ids))
+    begin = 0
+    with (
+        pq.ParquetFile(checked.spool) as spool,
+        RowWriter(folder / PREPARED_TRAIN, SCHEMA) as train,
+        RowWriter(folder / PREPARED_HELD_OUT, SCHEMA) as held,
+    ):
+        for number in range(spool.num_row_groups):
+            rows = spool.read_row_group(number, [*SCHEMA.names, "copies"])
+            is_held_out = held_out[begin : begin + rows.num_rows]
+            begin += rows.num_rows
+            copies = np.where(is_held_out, 0, rows.column("copies").to_numpy())
+            asked, trained = np.flatnonzero(is_held_out), np.repeat(np.arange(rows.num_rows), copies)
+            if len(asked) and len(prompts) < most:
+                whole = spool.read_row_group(number)
+                prompts += [_prompt(_row(whole, i), tokenizer, renderer) for i in asked[: most - len(prompts)].tolist()]
+            first = np.flatnonzero(copies)[: preview_rows - len(preview)].tolist()
+            preview += [_preview(_row(rows, i), tokenizer) for i in first]
+            for side, writer, chosen in zip(sides, (train, held), (trained, asked), strict=True):
+                side.add(rows, chosen)
+                writer.write(rows.select(SCHEMA.names), chosen)
     if not sides[0].rows:
         raise StageError(Reason.TOO_FEW_ROWS, "no training row is left by the weights of data.train: raise them")
+    index = checked.index.all
     about_questions: list[str] = []
     if questions is not None:
         prompts = [*questions.prompts, *(prompt.model_copy(update={"answered": False}) for prompt in prompts)]
-        trained = {group for group, held in zip(checked.index.groups, held_out.tolist(), strict=True) if not held}
-        about_questions = warnings_of(questions, spec, trained)
+        about_questions = warnings_of(questions, spec, index.groups[~held_out])
     _write(folder / PREPARED_PROMPTS, prompts)
     _write(folder / PREPARED_PREVIEW, preview)
     data = DataSummary(
@@ -109,21 +118,21 @@ def finish(
         bad_rows=checked.problems.count,
         truncated_rows=checked.truncated,
         dropped_rows=checked.dropped,
-        duplicate_rows=_duplicates(checked.index),
+        duplicate_rows=_duplicates(index, checked.index.from_held_out),
         formats=dict(sorted(checked.formats.items())),
         train_tokens=sides[0].tokens,
         train_target_tokens=sides[0].targets,
         held_out_tokens=sides[1].tokens,
         held_out_target_tokens=sides[1].targets,
-        held_out_overlap_rows=_overlap(np.array(checked.index.groups, np.uint64), held_out),
-        near_duplicate_rows=_near_duplicates(checked.index, near, held_out),
-        held_out_near_rows=_near_leaks(checked.index, near, held_out),
+        held_out_overlap_rows=_overlap(index.groups, held_out),
+        near_duplicate_rows=_near_duplicates(index, near, held_out),
+        held_out_near_rows=_near_leaks(index, near, held_out),
         pii=dict(sorted(checked.found.items())),
-        tokens=_percentiles(checked.index),
+        tokens=_percentiles(index.lengths),
     )
     references = [prompt.reference for prompt in prompts if prompt.answered]
     warnings = _warnings(spec, data, checked, held_out)
-    return Prepared(folder, data, data_hash.hexdigest(), references, preview, warnings + about_questions)
+    return Prepared(folder, data, data_hash(sides), references, preview, warnings + about_questions)
 
 
 def _write(path: Path, items: Sequence[ApiModel]) -> None:
@@ -131,12 +140,17 @@ def _write(path: Path, items: Sequence[ApiModel]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _preview(source: str, encoded: Encoded, tokenizer: Any) -> PreviewRow:
-    ids = encoded.ids[:PREVIEW_TOKENS].tolist()
-    learned = (encoded.labels[: len(ids)] != IGNORED).tolist()
+def _row(rows: pa.Table, place: int) -> dict[str, Any]:
+    row: dict[str, Any] = rows.slice(place, 1).to_pylist()[0]
+    return row
+
+
+def _preview(row: dict[str, Any], tokenizer: Any) -> PreviewRow:
+    ids = row["input_ids"][:PREVIEW_TOKENS]
+    learned = [label != IGNORED for label in row["labels"][:PREVIEW_TOKENS]]
     return PreviewRow(
-        source=source,
-        length=len(encoded.ids),
+        source=row["source"],
+        length=len(row["input_ids"]),
         input_ids=ids,
         tokens=[tokenizer.decode([token]) for token in ids],
         learned=[False, *learned[1:]],
@@ -155,19 +169,18 @@ def total_steps(spec: FineTuneJobSpec, train_rows: int) -> int:
 def _near(spec: FineTuneJobSpec, index: Index) -> Labels | None:
     """A label per row, the same for rows that are nearly the same; None where that is not asked for."""
     asked = spec.data.checks.near_duplicates
-    if not asked.enabled or not len(index.groups):
+    if not asked.enabled or not len(index):
         return None
-    sketches = np.frombuffer(index.sketches, np.uint8).reshape(-1, SLOTS)
-    return clusters(sketches, np.array(index.contents, np.uint64), asked.threshold)
+    return clusters(index.all.sketches, index.all.contents, asked.threshold)
 
 
 def _split(spec: FineTuneJobSpec, checked: Checked, near: Labels | None) -> Mask:
     index = checked.index
     if spec.data.held_out.fraction is not None:
-        if not len(index.groups):
+        if not len(index):
             raise StageError(Reason.TOO_FEW_ROWS, f"none of {plural(checked.rows, 'row')} is left: {_losses(checked)}")
-        return _drawn(np.array(index.groups, np.uint64), near, spec.data.held_out.fraction, spec.training.seed)
-    held_out = np.array(index.from_held_out, bool)
+        return _drawn(index.all.groups, near, spec.data.held_out.fraction, spec.training.seed)
+    held_out = index.from_held_out
     for name, count in (("data.train", int((~held_out).sum())), ("data.heldOut.sources", int(held_out.sum()))):
         if not count:
             raise StageError(Reason.TOO_FEW_ROWS, f"no row of {name} is left: {_losses(checked)}")
@@ -191,7 +204,7 @@ def _losses(checked: Checked) -> str:
     return f"{checked.problems.count:,} cannot be used, {checked.dropped:,} dropped by data.checks.overlength"
 
 
-def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any, renderer: ChatRenderer | None) -> PreparedPrompt:
+def _prompt(row: dict[str, Any], tokenizer: Any, renderer: ChatRenderer | None) -> PreparedPrompt:
     """What the models are asked, and the answer that stands in the data. Of tokens: what comes before the last answer. Of a text: its
     first quarter, and the rest."""
     if row["context"] is not None:
@@ -199,44 +212,43 @@ def _prompt(row: dict[str, Any], encoded: Encoded, tokenizer: Any, renderer: Cha
         messages, tools = json.loads(row["context"])
         return conversation_prompt(row["row"], row["prompt"], row["reference"], messages, tools, tokenizer, renderer)
     prompt, reference = row["prompt"], row["reference"]
-    if prompt is None and encoded.prompt_tokens:
-        ids = encoded.ids[: encoded.prompt_tokens].tolist()
+    every = row["input_ids"]
+    if prompt is None and row["prompt_tokens"]:
+        ids = every[: row["prompt_tokens"]]
         asked = tokenizer.decode(ids, skip_special_tokens=True)
-        answer = tokenizer.decode(encoded.ids[encoded.prompt_tokens :].tolist(), skip_special_tokens=True)
+        answer = tokenizer.decode(every[len(ids) :], skip_special_tokens=True)
         return PreparedPrompt(
             row=row["row"], prompt=asked, reference=answer, text=tokenizer.decode(ids), input_ids=ids, from_tokens=True
         )
     if prompt is None:
-        count = max(1, len(encoded.ids) // 4)
-        prompt = tokenizer.decode(encoded.ids[:count].tolist(), skip_special_tokens=True)
-        reference = tokenizer.decode(encoded.ids[count:].tolist(), skip_special_tokens=True)
+        count = max(1, len(every) // 4)
+        prompt = tokenizer.decode(every[:count], skip_special_tokens=True)
+        reference = tokenizer.decode(every[count:], skip_special_tokens=True)
     return text_prompt(row["row"], prompt, reference, tokenizer)
 
 
-def _duplicates(index: Index) -> int:
-    held_out = np.array(index.from_held_out, bool)
-    contents = np.array(index.contents, np.uint64)
-    return sum(int(len(side) - len(np.unique(side))) for side in (contents[held_out], contents[~held_out]))
+def _duplicates(index: Remembered, from_held_out: Mask) -> int:
+    sides = (index.contents[from_held_out], index.contents[~from_held_out])
+    return sum(int(len(side) - len(np.unique(side))) for side in sides)
 
 
-def _near_duplicates(index: Index, near: Labels | None, held_out: Mask) -> int:
+def _near_duplicates(index: Remembered, near: Labels | None, held_out: Mask) -> int:
     """Training rows with another content that are nearly the same as an earlier one."""
     if near is None:
         return 0
-    contents = np.unique(np.array(index.contents, np.uint64)[~held_out])
+    contents = np.unique(index.contents[~held_out])
     return int(len(contents) - len(np.unique(near[~held_out])))
 
 
-def _near_leaks(index: Index, near: Labels | None, held_out: Mask) -> int:
+def _near_leaks(index: Remembered, near: Labels | None, held_out: Mask) -> int:
     if near is None:
         return 0
-    contents = np.array(index.contents, np.uint64)
+    contents = index.contents
     leaked = np.isin(near[held_out], near[~held_out]) & ~np.isin(contents[held_out], contents[~held_out])
     return int(leaked.sum())
 
 
-def _percentiles(index: Index) -> LengthPercentiles:
-    lengths = np.array(index.lengths, np.int64)
+def _percentiles(lengths: npt.NDArray[np.uint32]) -> LengthPercentiles:
     p50, p95, p99 = (int(p) for p in np.percentile(lengths, [50, 95, 99], method="inverted_cdf"))
     return LengthPercentiles(p50=p50, p95=p95, p99=p99, max=int(lengths.max()))
 
@@ -244,9 +256,9 @@ def _percentiles(index: Index) -> LengthPercentiles:
 def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_out: Mask) -> list[str]:
     limit = spec.training.max_sequence_tokens
     warnings = []
-    if len(checked.index.groups) < FEW_ROWS:
+    if len(checked.index) < FEW_ROWS:
         warnings.append(
-            f"only {plural(len(checked.index.groups), 'usable row')}: under {FEW_ROWS} a prompt with examples often does as "
+            f"only {plural(len(checked.index), 'usable row')}: under {FEW_ROWS} a prompt with examples often does as "
             "well; else train 5 to 10 epochs and watch the held-out loss"
         )
     elif data.held_out_rows < FEW_HELD_OUT:
@@ -295,7 +307,7 @@ def _warnings(spec: FineTuneJobSpec, data: DataSummary, checked: Checked, held_o
     if len(data.formats) > 1:
         warnings.append("formats are mixed: " + ", ".join(f"{name} {count:,}" for name, count in data.formats.items()))
     if spec.data.held_out.sources is not None:
-        rows, prompts = _overlap(np.array(checked.index.contents, np.uint64), held_out), data.held_out_overlap_rows
+        rows, prompts = _overlap(checked.index.all.contents, held_out), data.held_out_overlap_rows
         if rows or prompts:
             warnings.append(
                 f"held-out sources overlap with training: {plural(rows, 'row')} stand in both, {plural(prompts, 'row')} ask a prompt "

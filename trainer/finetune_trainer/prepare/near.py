@@ -8,7 +8,7 @@ only with the first and the next row of such a bucket, so a bucket of a million 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -24,13 +24,16 @@ TOKENS = 5
 MOST = 1 << 20
 """Characters of a row that are looked at, or tokens: memory is forty times a row's size."""
 CHUNK = 1 << 16
+PART_ROWS = 1 << 18
+"""Rows whose bands are compared at a time, or twice as many: what bounds the memory of that."""
 STEEP = 0.75
 """From this similarity on, bands of 8 slots find nearly all pairs; below it, bands of 4 do, with more comparisons."""
 
 Hashes = npt.NDArray[np.uint64]
 Sketches = npt.NDArray[np.uint8]
 Tokens = npt.NDArray[np.int32]
-Labels = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.int32]
+"""Rows of a job: fewer than 2³¹."""
 
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _SPACE = np.uint8(ord(" "))
@@ -113,17 +116,29 @@ def clusters(sketches: Sketches, contents: Hashes, threshold: float) -> Labels:
         contents: a hash of each row; rows with the same one are the same.
         threshold: Jaccard similarity of their shingles from which on two rows are nearly the same.
     """
-    _, first, same = np.unique(contents, return_index=True, return_inverse=True)
-    unique = sketches if len(first) == len(sketches) else sketches[first]
-    if len(first) == len(sketches):
-        same = np.arange(len(sketches))
-    parents = array("q", range(len(unique)))
-    labels = np.frombuffer(parents, np.int64)
+    first, same = distinct(contents)
+    if len(first) == len(contents):
+        first = same = np.arange(len(contents), dtype=np.int32)
+    parents = array("i", range(len(first)))
+    labels = np.frombuffer(parents, np.int32)
     for slots in _bands(8 if threshold >= STEEP else 4):
-        _join_band(unique, slots, threshold, parents)
+        for part in _parts(sketches[:, slots[0]], first):
+            _join_band(sketches, first, part, slots, threshold, parents)
         while not np.array_equal(labels[labels], labels):
             labels[:] = labels[labels]
     return np.asarray(labels[same])
+
+
+def distinct(values: Hashes) -> tuple[Labels, Labels]:
+    """Where each value stands first, by value; and for each row the place of its value among those. As np.unique, in half the memory."""
+    order = np.argsort(values, kind="stable").astype(np.int32)
+    ordered = values[order]
+    begins = np.ones(len(values), bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    del ordered
+    same = np.empty(len(values), np.int32)
+    same[order] = np.cumsum(begins, dtype=np.int32) - np.int32(1)
+    return order[begins], same
 
 
 def _bands(width: int) -> list[npt.NDArray[np.int64]]:
@@ -132,24 +147,41 @@ def _bands(width: int) -> list[npt.NDArray[np.int64]]:
     return [*slots.reshape(-1, width), *slots.reshape(width, -1).T]
 
 
-def _join_band(sketches: Sketches, slots: npt.NDArray[np.int64], threshold: float, parents: array[int]) -> None:
-    band = np.ascontiguousarray(sketches[:, slots]).view(f"<u{len(slots)}")[:, 0]
+def _parts(slot: npt.NDArray[np.uint8], first: Labels) -> Iterator[Labels]:
+    """The rows in parts that are compared one after the other: those that differ in a band's first slot have no bucket in common."""
+    bits = min(8, (len(first) // PART_ROWS).bit_length())
+    values = slot[first] >> np.uint8(8 - bits) if bits else np.zeros(len(first), np.uint8)
+    for value in range(1 << bits):
+        yield np.flatnonzero(values == value).astype(np.int32)
+
+
+def _join_band(
+    sketches: Sketches,
+    first: Labels,
+    part: Labels,
+    slots: npt.NDArray[np.int64],
+    threshold: float,
+    parents: array[int],
+) -> None:
+    band = sketches[first[part][:, None], slots].view(f"<u{len(slots)}")[:, 0]
     order = np.argsort(band, kind="stable")
-    band = band[order]
+    band, part = band[order], part[order]
     begins = np.concatenate([[True], band[1:] != band[:-1]])
     firsts = np.maximum.accumulate(np.where(begins, np.arange(len(band)), 0))
     later = np.flatnonzero(~begins)
     for start in range(0, len(later), CHUNK):
-        part = later[start : start + CHUNK]
-        for other in (order[firsts[part]], order[part - 1]):
-            _join(sketches, order[part], other, threshold, parents)
+        rows = later[start : start + CHUNK]
+        for other in (firsts[rows], rows - 1):
+            _join(sketches, first, part[rows], part[other], threshold, parents)
 
 
-def _join(sketches: Sketches, rows: Labels, others: Labels, threshold: float, parents: array[int]) -> None:
-    labels = np.frombuffer(parents, np.int64)
+def _join(
+    sketches: Sketches, first: Labels, rows: Labels, others: Labels, threshold: float, parents: array[int]
+) -> None:
+    labels = np.frombuffer(parents, np.int32)
     apart = labels[rows] != labels[others]
     rows, others = rows[apart], others[apart]
-    equal = (sketches[rows] == sketches[others]).mean(axis=1)
+    equal = (sketches[first[rows]] == sketches[first[others]]).mean(axis=1)
     # Of slots that differ one in 256 has the same lowest 8 bits.
     near = (equal - 1 / 256) / (1 - 1 / 256) >= threshold
     for row, other in zip(rows[near].tolist(), others[near].tolist(), strict=True):
@@ -166,18 +198,18 @@ def _root(parents: array[int], row: int) -> int:
 
 def joined(groups: Hashes, labels: Labels) -> Hashes:
     """Groups whose rows are nearly the same as one: each row has the smallest name of all groups that hang together."""
-    names, group = np.unique(groups, return_inverse=True)
+    first, group = distinct(groups)
     found = group
     while True:
         by_label = _smallest(found, labels, len(labels))
-        by_group = _smallest(by_label, group, len(names))
+        by_group = _smallest(by_label, group, len(first))
         if np.array_equal(by_group, found):
-            return np.asarray(names[found])
+            return np.asarray(groups[first[found]])
         found = by_group
 
 
 def _smallest(values: Labels, of: Labels, count: int) -> Labels:
     """For each row the smallest value among the rows that share its ``of``."""
-    smallest = np.full(count, np.iinfo(np.int64).max)
+    smallest = np.full(count, np.iinfo(np.int32).max, np.int32)
     np.minimum.at(smallest, of, values)
     return np.asarray(smallest[of])

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from finetune_api.failures import Reason
 from finetune_api.names import prompts_slot
 from finetune_api.results import PreparedPrompt
@@ -17,6 +19,7 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.detect import Fields, check_columns, detect, with_format
 from finetune_trainer.prepare.examples import FIELDS, Completion, Conversation, to_example
 from finetune_trainer.prepare.model import BaseModel
+from finetune_trainer.prepare.near import Hashes
 from finetune_trainer.prepare.pii import redacted, redacted_example
 from finetune_trainer.prepare.problems import Problems, RowProblem, discreet
 from finetune_trainer.prepare.prompts import conversation_prompt, text_prompt
@@ -90,7 +93,7 @@ def _read(ctx: StageContext, model: BaseModel, sources: list[DataSource], found:
         log.info("%s: %s", without_credentials(source.uri), plural(found.rows - before, "prompt"))
 
 
-def warnings_of(questions: Questions, spec: FineTuneJobSpec, trained: set[int]) -> list[str]:
+def warnings_of(questions: Questions, spec: FineTuneJobSpec, trained: Hashes) -> list[str]:
     """What is worth knowing of the prompts.
 
     Args:
@@ -108,7 +111,7 @@ def warnings_of(questions: Questions, spec: FineTuneJobSpec, trained: set[int]) 
         warnings.append(
             f"of {plural(usable, 'prompt')} in {FIELD} the first {most} are answered: raise evaluation.generation.prompts"
         )
-    if known := sum(group in trained for group in questions.groups):
+    if known := int(np.isin(np.array(questions.groups, np.uint64), trained).sum()):
         warnings.append(
             f"{plural(known, 'prompt')} of {FIELD} stand in the training data too: the tuned model's scores on them are too good"
         )

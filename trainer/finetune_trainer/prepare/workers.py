@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from types import TracebackType
 
 from finetune_api.failures import Reason
@@ -17,8 +20,11 @@ from finetune_trainer.prepare.assess import Assessed, Assessor, Batch, Recipe
 from finetune_trainer.prepare.model import BaseModel
 
 BATCH_ROWS = 64
+IMPORT_ROWS = 512
+"""So many are assessed before the other processes' imports begin, which take seconds and 200 MB, shared by all of them."""
 ALONE_ROWS = 2048
-"""So many are assessed before other processes start: each takes two seconds and 200 MB."""
+"""So many are assessed before those processes start, and each loads the tokenizer. By then the imports are done."""
+PRELOADED = ["finetune_trainer.prepare.workers"]
 MOST_WORKERS = 4
 WORKER_BYTES = 1 << 30
 """Memory that a container has for each of them, at least: 200 MB, and the longest rows."""
@@ -46,6 +52,8 @@ class Assessors:
         waiting: deque[tuple[Batch, Future[Assessed]]] = deque()
         for batch in batches:
             if self._workers < 2 or self._alone < ALONE_ROWS:
+                if self._workers >= 2 and self._alone >= IMPORT_ROWS:
+                    _server_started()
                 self._alone += len(batch.rows)
                 yield batch, self._own.assess(batch)
                 continue
@@ -60,12 +68,7 @@ class Assessors:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            # numpy would start a thread per CPU of the node in each of them.
-            os.environ.setdefault("OMP_NUM_THREADS", "1")
-            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-            # Forking would copy locks that threads of this process (transfers, progress) may hold.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, _set_up, (self._recipe,))
+            self._pool = ProcessPoolExecutor(self._workers, _server_started(), _set_up, (self._recipe,))
         return self._pool
 
     def __enter__(self) -> Assessors:
@@ -82,6 +85,18 @@ class Assessors:
             for process in multiprocessing.active_children():
                 process.kill()
         self._pool.shutdown(cancel_futures=True)
+
+
+def _server_started() -> BaseContext:
+    """How processes are started: by a server that has imported once what all of them need. It has no threads; forking this process would copy
+    locks that threads of it (transfers, progress) may hold."""
+    # numpy would start a thread per CPU of the node in each of them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+    return context
 
 
 def _first(waiting: deque[tuple[Batch, Future[Assessed]]]) -> tuple[Batch, Assessed]:
@@ -112,6 +127,8 @@ def _set_up(recipe: Recipe) -> None:
     """What fails here would only be told of as a process that ended: the assessor is made with the first batch."""
     global _recipe
     _recipe = recipe
+    # Python's default looks for cycles after every 700 new objects, a tenth of the time here, and a batch makes hardly any cycle.
+    gc.set_threshold(100_000)
 
 
 def _assess(batch: Batch) -> Assessed:

@@ -1,0 +1,32 @@
+"""A run's CPU seconds and memory are those of all its processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench import process_tree
+
+BUSY = """
+import time
+held = bytearray(b"x") * (64 << 20)
+while time.process_time() < 1:
+    pass
+time.sleep(0.5)
+"""
+
+
+def test_the_time_and_memory_of_a_process_that_outlives_its_parent_count() -> None:
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {BUSY!r}]); time.sleep(1.2); print('done')"
+    found = process_tree.run([sys.executable, "-c", parent], os.environ)
+    assert found.output == "done\n"
+    assert found.cpu_seconds > 0.95
+    assert found.peak_rss_mib > found.peak_pss_mib > 64
+
+
+def test_a_run_that_failed_is_none() -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        process_tree.run([sys.executable, "-c", "raise SystemExit(3)"], os.environ)
