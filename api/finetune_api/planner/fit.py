@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from finetune_api.base import ApiModel
+from finetune_api.optimizers import OptimizerName
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.gpus import known_gpus
 from finetune_api.planner.plan import Decisive, MemoryPlan, Request, plan
-from finetune_api.spec import MOST_GPUS_PER_NODE
+from finetune_api.spec import MOST_GPUS_PER_NODE, Full, Spectrum
 
 MARGIN = 0.05
 """Share of a GPU's usable memory that a plan leaves free: what the accuracy is tested to."""
 SHORTEST_TOKENS = 256
+FRACTIONS = 6
+"""How often the part that Spectrum chooses is halved."""
 GPUS_NAMED = 3
 
 
@@ -20,6 +23,8 @@ class Alternative(ApiModel):
     """A change that makes the run fit. What is absent stays as it was."""
 
     method: str | None = None
+    spectrum_fraction: float | None = None
+    """Of full weights."""
     sequence_tokens: int | None = None
     micro_batch_sequences: int | None = None
     gradient_checkpointing: bool | None = None
@@ -80,6 +85,8 @@ def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[
         if size <= bound:
             yield Alternative(micro_batch_sequences=rows, needed_bytes=size)
             break
+    if request.tuning.full:
+        yield from fewer_weights(request, bound)
     lean = with_batch(four_bit(request), micro_batch_sequences=1, gradient_checkpointing=True)
     if not request.tuning.four_bit:
         size = needed(four_bit(request))
@@ -97,6 +104,21 @@ def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[
             if size <= bound:
                 yield Alternative(method=method, cpu_offload=True, needed_bytes=size)
                 return
+
+
+def fewer_weights(request: Request, bound: int) -> Iterator[Alternative]:
+    """Instead of full weights: the largest part that Spectrum may choose, halving, or an adapter."""
+    tuning = request.tuning
+    part = 1.0 if tuning.full is None or tuning.full.spectrum is None else tuning.full.spectrum.fraction
+    for fraction in (part / 2**n for n in range(1, FRACTIONS + 1)):
+        fewer = tuning.model_copy(update={"full": Full(spectrum=Spectrum(fraction=fraction))})
+        size = plan(request.model_copy(update={"tuning": fewer})).needed_bytes
+        if size <= bound:
+            yield Alternative(spectrum_fraction=fraction, needed_bytes=size)
+            break
+    size = plan(adapted(request)).needed_bytes
+    if size <= bound:
+        yield Alternative(method="LoRA", needed_bytes=size)
 
 
 def shorter(request: Request, lean: Request, bound: int) -> Iterator[Alternative]:
@@ -124,7 +146,9 @@ def more_gpus(request: Request, lean: Request, bound: int) -> Iterator[Alternati
 
 
 def as_it_is_and_lean(request: Request, lean: Request) -> list[tuple[Request, str | None]]:
-    """Both, each with the method that it would change to."""
+    """Both, each with the method that it would change to. Full weights are whole on each GPU, so they are not shared out as they are."""
+    if request.tuning.full:
+        return [(adapted(request), "LoRA"), (lean, "QLoRA")]
     return [(request, None), (lean, None if request.tuning.four_bit else "QLoRA")]
 
 
@@ -135,8 +159,16 @@ def smaller(value: int, least: int) -> Iterator[int]:
         yield value
 
 
+def adapted(request: Request) -> Request:
+    """The same with an adapter instead of full weights."""
+    tuning = request.tuning.model_copy(update={"full": None, "galore_rank": None})
+    optimizer = OptimizerName.ADAMW_TORCH_FUSED if request.tuning.galore_rank else request.optimizer
+    return request.model_copy(update={"tuning": tuning, "optimizer": optimizer})
+
+
 def four_bit(request: Request) -> Request:
-    """The same with a 4-bit base."""
+    """The same with a 4-bit base, and an adapter."""
+    request = adapted(request)
     return request.model_copy(update={"tuning": request.tuning.model_copy(update={"four_bit": True})})
 
 

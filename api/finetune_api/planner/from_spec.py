@@ -13,7 +13,15 @@ from finetune_api.planner.sentences import gib
 from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
 from finetune_api.quantity import parse_quantity
-from finetune_api.spec import MOST_GPUS_PER_NODE, CpuOffload, FineTuneJobSpec, LoraInitialization, Parallelism
+from finetune_api.snapshot import resolve_plan
+from finetune_api.spec import (
+    MOST_GPUS_PER_NODE,
+    CpuOffload,
+    FineTuneJobSpec,
+    LoraInitialization,
+    MethodType,
+    Parallelism,
+)
 
 WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ)
 """Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA and modulesToSave need that, too."""
@@ -34,7 +42,7 @@ def request_of(
         run_tokens: tokens of the whole run, as prepare counts them; without it a run of so many steps is taken to be of the longest
             rows, and one of epochs has no time.
     """
-    training, lora = spec.training, spec.method.lora
+    training, lora, resolved = spec.training, spec.method.lora, resolve_plan(spec)
     if run_tokens is None and training.length.steps is not None:
         run_tokens = training.length.steps * training.global_batch_sequences * training.max_sequence_tokens
     return Request(
@@ -51,6 +59,8 @@ def request_of(
             modules_to_save=list(lora.modules_to_save or []),
             dora=lora.use_dora,
             double_quantization=spec.method.quantization.double_quantization,
+            full=resolved.method.full,
+            galore_rank=resolved.galore.rank if resolved.galore is not None else None,
         ),
         batch=Batch(
             sequence_tokens=training.max_sequence_tokens,
@@ -75,7 +85,7 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
     """
     lora = spec.method.lora
     whole = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS
-    shardable = shardable and not whole
+    shardable = shardable and not whole and spec.method.type is not MethodType.FULL
     first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:
         first = SEVERAL if shardable else (Layout.DDP,)

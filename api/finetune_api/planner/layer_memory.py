@@ -53,8 +53,8 @@ def layer_memory(
         adapters += sum(2 * HALF * target.outputs for target in targets)
     kept = _norms(arch, wide) + attention + mlp + adapters
     down = _last(arch, linears)
-    adapted = any(t.name == down.name for t in targets) or (
-        bool(arch.experts) and tuning.target_modules == [ALL_LINEAR]
+    adapted = tuning.full is None and (
+        any(t.name == down.name for t in targets) or (bool(arch.experts) and tuning.target_modules == [ALL_LINEAR])
     )
     last = _working(down, adapted, arch, tuning, quantized)
     tokens = batch.tokens
@@ -144,7 +144,9 @@ def _mlp(arch: Architecture, wide: bool) -> float:
 
 
 def _adapter(target: Linear, arch: Architecture, tuning: Tuning, quantized: bool) -> float:
-    """A LoRA layer: its input in half precision after dropout, dropout's mask, and A's output."""
+    """A LoRA layer: its input in half precision after dropout, dropout's mask, and A's output. A trained weight: its input."""
+    if tuning.full:
+        return HALF * target.inputs
     inner = HALF * tuning.rank_of(target.name)
     if tuning.dropout:
         return (HALF + MASK) * target.inputs + inner

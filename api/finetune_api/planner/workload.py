@@ -10,7 +10,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.tensors import EMBEDDING
-from finetune_api.spec import LoraBias
+from finetune_api.spec import Full, LoraBias
 from finetune_api.targets import setting_of
 
 Count = Annotated[int, Field(ge=1)]
@@ -24,7 +24,7 @@ class Attention(StrEnum):
 
 
 class Tuning(ApiModel):
-    """LoRA, or QLoRA where ``four_bit`` is set."""
+    """LoRA, QLoRA where ``four_bit`` is set, or the model's own weights where ``full`` is."""
 
     rank: Count = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -38,6 +38,8 @@ class Tuning(ApiModel):
     dora: bool = False
     four_bit: bool = False
     double_quantization: bool = True
+    full: Full | None = None
+    galore_rank: Annotated[int, Field(ge=1)] | None = None
 
     def rank_of(self, layer: str) -> int:
         """The rank of one layer's adapter."""
@@ -46,11 +48,18 @@ class Tuning(ApiModel):
     @property
     def trains_embeddings(self) -> bool:
         """Whether the input embeddings are trained whole."""
+        if self.full is not None and self.full.spectrum is None:
+            return self.full.modules is None or any(EMBEDDING.search(f"{m}.weight") for m in self.full.modules)
         return any(EMBEDDING.search(f"{module}.weight") for module in self.modules_to_save)
 
     @property
     def name(self) -> str:
         """As a person says it."""
+        if self.full is not None:
+            part = self.full.spectrum
+            return "Full" + (
+                f" (Spectrum {part.fraction:g})" if part else " (some modules)" if self.full.modules else ""
+            )
         return ("QLoRA" if self.four_bit else "LoRA") + (" with DoRA" if self.dora else "")
 
 

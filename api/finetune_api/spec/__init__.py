@@ -15,6 +15,7 @@ from finetune_api.spec.evaluation import EarlyStopping, Evaluation, Generation, 
 from finetune_api.spec.job import IMMUTABLE_FIELDS, OPTIONAL_FIELDS, FineTuneJobSpec
 from finetune_api.spec.method import (
     LayerIndex,
+    Full,
     Lora,
     LoraBias,
     LoraInitialization,
@@ -22,6 +23,7 @@ from finetune_api.spec.method import (
     MethodType,
     Quantization,
     QuantizationType,
+    Spectrum,
 )
 from finetune_api.spec.model import InitialAdapter, Model, ModelCache
 from finetune_api.spec.objective import LossOn, Objective, ObjectiveType, SupervisedFineTuning
@@ -40,6 +42,7 @@ from finetune_api.spec.trackers import TRACKER_RULES, Tracker, TrackerType
 from finetune_api.spec.training import (
     ComputeDtype,
     CpuOffload,
+    GaLore,
     Length,
     Optimizer,
     Parallelism,
@@ -68,6 +71,8 @@ __all__ = [
     "EnvVar",
     "Evaluation",
     "FineTuneJobSpec",
+    "Full",
+    "GaLore",
     "Generation",
     "Gpu",
     "HeldOut",
@@ -106,6 +111,7 @@ __all__ = [
     "Runtime",
     "Scheduler",
     "Selection",
+    "Spectrum",
     "SupervisedFineTuning",
     "TextMetric",
     "Toleration",

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import cel
+from finetune_api.optimizers import OptimizerName
 from finetune_api.spec.compute import Compute, Queue
 from finetune_api.spec.data import Data
 from finetune_api.spec.evaluation import Evaluation
-from finetune_api.spec.method import Method
+from finetune_api.spec.method import Method, MethodType
 from finetune_api.spec.model import Model
 from finetune_api.spec.objective import Objective
 from finetune_api.spec.output import Output
 from finetune_api.spec.recovery import Recovery
 from finetune_api.spec.runtime import Runtime
 from finetune_api.spec.trackers import Tracker, _each_once
-from finetune_api.spec.training import Training
+from finetune_api.spec.training import CpuOffload, Parallelism, Training
 
 IMMUTABLE_FIELDS = (
     "model",
@@ -51,6 +52,19 @@ def _immutable(name: str) -> tuple[str, str]:
     if name in OPTIONAL_FIELDS:
         same = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {same})"
     return same, f"{name} is immutable: create a new FineTuneJob instead"
+
+
+_FULL_IS_WHOLE = (
+    "method.type: Full keeps what it trains whole on each GPU: leave training.parallelism: FSDP and cpuOffload out; for less memory train fewer "
+    "weights (method.full.spectrum, modules), use training.optimizer.name: galore_adamw, or type: LoRA or QLoRA"
+)
+_FULL_IS_MERGED = "method.type: Full publishes a whole model anyway, in model/: leave output.merged.enabled out"
+_FULL_HAS_NO_ADAPTER = (
+    "model.initialAdapter is for type: LoRA and QLoRA: merge it first, and name the merged model in model.uri"
+)
+_GALORE_IS_FULL = (
+    "training.optimizer.name: galore_adamw projects gradients of whole weight matrices: it needs method.type: Full"
+)
 
 
 class FineTuneJobSpec(ApiModel):
@@ -99,6 +113,13 @@ class FineTuneJobSpec(ApiModel):
                 "compute.gpusPerNode: 0 needs training.useCpu: true",
             ),
             (
+                "self.method.type != 'Full' || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                _FULL_IS_WHOLE,
+            ),
+            ("self.method.type != 'Full' || !self.output.merged.enabled", _FULL_IS_MERGED),
+            ("self.method.type != 'Full' || !has(self.model.initialAdapter)", _FULL_HAS_NO_ADAPTER),
+            ("self.method.type == 'Full' || self.training.optimizer.name != 'galore_adamw'", _GALORE_IS_FULL),
+            (
                 "!self.method.lora.useDora || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
                 "method.lora.useDora needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
             ),
@@ -134,3 +155,18 @@ class FineTuneJobSpec(ApiModel):
             ),
         )
     )
+
+    @model_validator(mode="after")
+    def _full_weights(self) -> FineTuneJobSpec:
+        full, training = self.method.type is MethodType.FULL, self.training
+        shards = training.parallelism is Parallelism.FSDP or training.cpu_offload is not CpuOffload.NEVER
+        galore = training.optimizer.name is OptimizerName.GALORE_ADAMW
+        for wrong, message in (
+            (full and shards, _FULL_IS_WHOLE),
+            (full and self.output.merged.enabled, _FULL_IS_MERGED),
+            (full and self.model.initial_adapter is not None, _FULL_HAS_NO_ADAPTER),
+            (galore and not full, _GALORE_IS_FULL),
+        ):
+            if wrong:
+                raise ValueError(message)
+        return self
