@@ -14,8 +14,8 @@ from finetune_api.spec.data import (
 from finetune_api.spec.evaluation import EarlyStopping, Evaluation, Generation, Judge, TextMetric
 from finetune_api.spec.job import IMMUTABLE_FIELDS, OPTIONAL_FIELDS, FineTuneJobSpec
 from finetune_api.spec.method import (
-    LayerIndex,
     Full,
+    LayerIndex,
     Lora,
     LoraBias,
     LoraInitialization,

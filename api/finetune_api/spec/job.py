@@ -156,6 +156,11 @@ class FineTuneJobSpec(ApiModel):
         )
     )
 
+    @property
+    def publishes_model(self) -> bool:
+        """Whether publish writes a whole model, for which it needs torch and the base."""
+        return self.output.merged.enabled or self.method.type is MethodType.FULL
+
     @model_validator(mode="after")
     def _full_weights(self) -> FineTuneJobSpec:
         full, training = self.method.type is MethodType.FULL, self.training

@@ -14,6 +14,7 @@ from finetune_api.spec import CpuOffload, LoraInitialization, MethodType, Parall
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
+from finetune_trainer.prepare.full_weights import count_full
 from finetune_trainer.prepare.initial_adapter import InitialAdapter, fetch_initial_adapter, must_fit
 from finetune_trainer.prepare.shapes import (
     Parameters,
@@ -86,8 +87,9 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         )
     adapter = fetch_initial_adapter(ctx)
     snapshot = ctx.snapshot if adapter is None else ctx.snapshot.with_lora(adapter.record.lora)
-    lora = snapshot.plan.method.lora
-    if is_mixture_of_experts(headers):
+    method, tied = snapshot.plan.method, bool(config.get("tie_word_embeddings"))
+    lora = method.lora
+    if method.full is None and is_mixture_of_experts(headers):
         refuse_for_experts(lora)
         warnings.append(
             "mixture of experts: only layers outside the experts are adapted; the parameter count is an estimate"
@@ -100,9 +102,11 @@ def inspect_model(ctx: StageContext) -> BaseModel:
             "model.initialAdapter is trained with DoRA, which needs the whole base model on each GPU: leave training.parallelism: FSDP and "
             "cpuOffload out",
         )
-    four_bit = snapshot.plan.method.type is not MethodType.LORA
-    refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), four_bit)
-    parameters = count_parameters(headers, lora)
+    if method.full is not None:
+        parameters = count_full(headers, method.full, tied, spec.uri)
+    else:
+        refuse_unsaveable(headers, lora, tied, four_bit=method.type is not MethodType.LORA)
+        parameters = count_parameters(headers, lora)
     shapes = {name: shape for name, (_, shape) in headers.items()}
     if adapter is not None:
         must_fit(adapter, snapshot.spec, shapes, parameters)

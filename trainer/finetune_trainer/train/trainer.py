@@ -16,13 +16,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from finetune_api.failures import Reason
 from finetune_api.progress import Split
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import Scheduler
+from finetune_api.spec import GaLore, Scheduler
 from finetune_trainer import heartbeat
 from finetune_trainer.errors import StageError
 from finetune_trainer.train.capture import random_states, restore_random_states
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.galore import GaLoreAdamW, galore_groups
 from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
 from finetune_trainer.train.micro_batches import AsDrawn, MicroBatches, PackedMicroBatches
+from finetune_trainer.train.model import causal_lm
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
@@ -55,7 +57,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self, *, model: Any, args: TrainingArguments, rows: Rows, schedule: Schedule, micro_batch: int, pad_id: int,
         compute: Compute, callbacks: list[TrainerCallback], start_step: int = 0,
         should_stop: Callable[[], bool] = lambda: False, ranks: Ranks | None = None,
-        loraplus_lr_ratio: float | None = None, packing: bool = False,
+        loraplus_lr_ratio: float | None = None, packing: bool = False, galore: GaLore | None = None,
     ) -> None:  # fmt: skip
         """``start_step`` steps are behind us (see ``train(resume_from_checkpoint)``). ``should_stop`` is asked before each
         micro-batch."""
@@ -76,11 +78,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.should_stop = should_stop
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.packing = packing
+        self.galore = galore
         self.updating = False
         """The optimizer is changing the weights: what an error leaves now is no step's state."""
         self.step_random = random_states()
         """As the last completed step left them."""
-        self.nll = LearnedTokenLoss(model.get_base_model())
+        self.nll = LearnedTokenLoss(causal_lm(model))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of the run from ``start_step`` on, as one epoch of Trainer's.
@@ -101,6 +104,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
         Not peft's function for it, which takes every vector (norms, biases, DoRA's magnitudes) for a matrix B.
         """
+        if self.galore is not None:
+            return self._galore_optimizer(self.galore)
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and self.loraplus_lr_ratio is not None:
@@ -112,6 +117,20 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                         groups.append({**group, "params": parameters, "lr": group["lr"] * factor})
             optimizer.param_groups[:] = groups
         return optimizer
+
+    def _galore_optimizer(self, settings: GaLore) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            args, decaying = self.args, set(self.get_decay_parameter_names(self.model))
+            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            groups: list[dict[str, Any]] = [
+                {"params": [p for n, p in trained.items() if n in decaying], "weight_decay": args.weight_decay},
+                {"params": [p for n, p in trained.items() if n not in decaying], "weight_decay": 0.0},
+            ]
+            self.optimizer = GaLoreAdamW(
+                galore_groups(self.model, groups), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon, weight_decay=0.0, settings=settings, same=self.ranks.as_first_has,
+            )  # fmt: skip
+        return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, unless training is to stop: then what its step has accumulated is thrown away.
