@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -19,12 +21,12 @@ from finetune_api.snapshot import Snapshot
 from finetune_api.spec import GaLore, Scheduler
 from finetune_trainer import heartbeat
 from finetune_trainer.errors import StageError
-from finetune_trainer.train.capture import random_states, restore_random_states
+from finetune_trainer.train.capture import random_states, restore_random_states, weights_file
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.galore import GaLoreAdamW, galore_groups
 from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
 from finetune_trainer.train.micro_batches import AsDrawn, MicroBatches, PackedMicroBatches
-from finetune_trainer.train.model import causal_lm
+from finetune_trainer.train.model import causal_lm, take_up
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
@@ -153,6 +155,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs["loss"] = self.ranks.total(logs["loss"])
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """transformers knows whole models and adapters; a checkpoint here may have only those of a model's weights that are trained."""
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            take_up(self.model, load_file(Path(resume_from_checkpoint) / weights_file(adapter=False)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Every rank has drawn its own random numbers. A rank that a checkpoint of fewer knows nothing of begins from its seed."""
