@@ -31,7 +31,7 @@ from finetune_trainer.train.galore import GaLoreAdamW, galore_groups
 from tests.planner.cases import read_config
 
 GIB = 1 << 30
-QUARTER = Full(spectrum=Spectrum(fraction=0.25))
+HALF, QUARTER = Full(spectrum=Spectrum(fraction=0.5)), Full(spectrum=Spectrum(fraction=0.25))
 
 
 def meta_model(name: str) -> Any:
@@ -84,7 +84,7 @@ def test_galores_state_is_what_the_optimizer_keeps() -> None:
         "num_key_value_heads": 2,
     }
     config.pop("head_dim", None)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).float()
     groups = galore_groups(model, [{"params": list(model.parameters()), "weight_decay": 0.0}])
     made = GaLoreAdamW(
         groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, settings=GaLore(rank=16), same=lambda t: t
@@ -109,19 +109,17 @@ def test_what_would_fit_instead_is_offered_and_does() -> None:
     asked = request("llama-3-8b", Full())
     verdict = fit(asked, plan(asked), 80 * GIB)
     phrases = [alternative_phrase(a) for a in verdict.alternatives]
-    assert phrases[0].startswith("method.full.spectrum.fraction: 0.25")
+    assert phrases[0].startswith("method.full.spectrum.fraction: 0.5 ")
     assert any(p.startswith("method.type: LoRA") for p in phrases)
-    assert (
-        plan(request("llama-3-8b", QUARTER)).needed_bytes == verdict.alternatives[0].needed_bytes < verdict.limit_bytes
-    )
+    assert plan(request("llama-3-8b", HALF)).needed_bytes == verdict.alternatives[0].needed_bytes < verdict.limit_bytes
 
 
 def job(**changes: Any) -> FineTuneJobSpec:
     return FineTuneJobSpec.model_validate(
         {
             "model": {"uri": "hf://org/m"},
-            "data": {"train": [{"uri": "s3://b/t.jsonl"}]},
-            "output": {"uri": "s3://b/o"},
+            "data": {"train": [{"uri": "s3://bucket/t.jsonl"}]},
+            "output": {"uri": "s3://bucket/o"},
             **changes,
         }
     )

@@ -35,6 +35,8 @@ from finetune_trainer.train import run as train
 from finetune_trainer.train import save as save_module
 from tests.support.prepared import PreparedJob, prepare_job
 from tests.support.tiny_model import build_tiny_model
+from tests.support.train_process import kill_all, pod_of
+from tests.trainer.test_train_ranks import ROUNDING
 from tests.trainer.test_train_resume import curve, interrupt, sigterm
 
 SPECTRUM = {"spectrum": {"fraction": 0.5}}
@@ -158,6 +160,20 @@ def test_a_run_that_was_told_to_stop_ends_with_the_same_bytes(
     assert stored(job) == undisturbed
     assert curve(job) == losses
     assert result(job).resumed_from_steps == [3]
+
+
+def test_two_ranks_train_as_one_does(s3: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Gradients of whole weights are added up, and the ranks project them alike."""
+    alone = full_job(s3, tmp_path / "one", tiny_model, SPECTRUM, GALORE)
+    train.run(alone.context())
+    together = full_job(s3, tmp_path / "two", tiny_model, SPECTRUM, GALORE, compute={"gpusPerNode": 2})
+    pod = pod_of(together).start()
+    try:
+        assert pod.wait() == 0, pod.log
+    finally:
+        kill_all()
+    assert curve(together) == pytest.approx(curve(alone), rel=ROUNDING)
+    assert result(together).metrics.held_out_loss == pytest.approx(result(alone).metrics.held_out_loss, rel=ROUNDING)
 
 
 def spoil(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[..., Any]:

@@ -77,7 +77,8 @@ def projection(gradient: torch.Tensor, rank: int) -> torch.Tensor:
     scaled = gradient.float() / gradient.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     gram = scaled.T @ scaled if is_tall(gradient.shape) else scaled @ scaled.T
     _, vectors = torch.linalg.eigh(gram)  # smallest first
-    return vectors[:, -rank:].to(gradient.dtype).contiguous()
+    found: torch.Tensor = vectors[:, -rank:].to(gradient.dtype).contiguous()
+    return found
 
 
 def is_tall(shape: torch.Size) -> bool:

@@ -121,18 +121,19 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
     def _galore_optimizer(self, settings: GaLore) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        made: torch.optim.Optimizer | None = getattr(self, "optimizer")  # noqa: B009 - transformers has no type for it
+        if made is None:
             args, decaying = self.args, set(self.get_decay_parameter_names(self.model))
             trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
             groups: list[dict[str, Any]] = [
                 {"params": [p for n, p in trained.items() if n in decaying], "weight_decay": args.weight_decay},
                 {"params": [p for n, p in trained.items() if n not in decaying], "weight_decay": 0.0},
             ]
-            self.optimizer = GaLoreAdamW(
+            made = self.optimizer = GaLoreAdamW(
                 galore_groups(self.model, groups), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon, weight_decay=0.0, settings=settings, same=self.ranks.as_first_has,
             )  # fmt: skip
-        return self.optimizer
+        return made
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, unless training is to stop: then what its step has accumulated is thrown away.
