@@ -163,7 +163,9 @@ def _optimizer(snapshot: Snapshot) -> str:
         f"gradients clipped at {optimizer.max_grad_norm:g}" if optimizer.max_grad_norm else "gradients not clipped",
     ]
     if galore := snapshot.plan.galore:
-        parts.append(f"rank {galore.rank}, projected anew every {galore.update_interval_steps} steps, scale {galore.scale:g}")
+        parts.append(
+            f"rank {galore.rank}, projected anew every {galore.update_interval_steps} steps, scale {galore.scale:g}"
+        )
     parts += [f"NEFTune {training.neftune_noise_alpha:g}"] if training.neftune_noise_alpha else []
     return ", ".join(parts)
 
