@@ -121,7 +121,7 @@ def test_the_published_model_is_the_one_that_was_trained(
     assert (told.adapter_bytes, told.merged_bytes) == (0, None)
     card, page = (model / "README.md").read_text(), (tmp_path / "got" / "reports" / "index.html").read_text()
     assert "| method | Full" in card
-    assert "rank" not in card
+    assert "alpha" not in card
     assert "adapter" not in card
     assert f"{len(values)} tensors" in page
 
