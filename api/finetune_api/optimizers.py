@@ -1,7 +1,7 @@
 """Optimizers, by transformers' own names: those that the locked libraries bring along.
 
-The others of ``transformers.training_args.OptimizerNames`` need packages that the trainer image has not (torchao, galore,
-apollo, lomo, schedulefree, grokadamw, torch-optimi, torchdistx) or other hardware (XLA, NPU): such a name would fail only when
+``galore_adamw`` is ours (finetune_trainer.train.galore). The others of ``transformers.training_args.OptimizerNames`` need packages that the trainer image has not (torchao, apollo,
+ lomo, schedulefree, grokadamw, torch-optimi, torchdistx) or other hardware (XLA, NPU): such a name would fail only when
 a GPU is held already. tests/api/test_optimizers.py holds this list to the libraries, on a CPU: bitsandbytes' optimizers
 (0.50.2) run there, too.
 """
@@ -35,6 +35,7 @@ class OptimizerName(StrEnum):
     ADEMAMIX_8BIT = "ademamix_8bit"
     PAGED_ADEMAMIX_8BIT = "paged_ademamix_8bit"
     PAGED_ADEMAMIX_32BIT = "paged_ademamix_32bit"
+    GALORE_ADAMW = "galore_adamw"
 
 
 WITHOUT_BITSANDBYTES = frozenset(
@@ -45,6 +46,7 @@ WITHOUT_BITSANDBYTES = frozenset(
         OptimizerName.ADAGRAD,
         OptimizerName.SGD,
         OptimizerName.RMSPROP,
+        OptimizerName.GALORE_ADAMW,
     }
 )
-"""torch's and transformers' own; the others are bitsandbytes'."""
+"""torch's, transformers' and our own; the others are bitsandbytes'."""

@@ -4,6 +4,7 @@ Layout below ``<output.uri>/<name>-<uid8>/``::
 
     adapter/            adapter_config.json, adapter_model.safetensors, tokenizer, chat template, README.md (model card)
     merged/             merged model folder, if asked for
+    model/              with method Full instead of both: the whole model folder
     reports/            index.html, metrics.jsonl (one JSON object per logged step and evaluation), answers.json (base and tuned),
                         metrics.json (what both score)
                         tensorboard/ (event files, if asked for)
@@ -13,6 +14,7 @@ and below the workspace (``workspace/`` there by default)::
 
     prepare/train.parquet, prepare/held_out.parquet, prepare/prompts.json, prepare/preview.json, prepare/result.json (last)
     train/owner.json (the execution that may write), train/base.json (evaluation of the base), train/split.json
+    train/weights/ (method Full: what was trained, in float32, and the tokenizer; publish makes model/ of it)
     train/result.json (last)
     checkpoints/<step, 8 digits>-<execution id>/… and complete.json (last)
     attempts/<stage>-<execution id>.json (when an execution begins)
@@ -52,6 +54,9 @@ PREPARED_ADAPTER = "prepare/initial-adapter"
 TRAIN_RESULT = "train/result.json"
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
+MODEL_DIR = "model"
+WEIGHTS_DIR = "train/weights"
+WEIGHTS_FILE = "trained.safetensors"
 REPORTS_DIR = "reports"
 METRICS_FILE = "reports/metrics.jsonl"
 TENSORBOARD_DIR = "reports/tensorboard"
@@ -181,7 +186,7 @@ class RunPlan(ApiModel):
     are per GPU."""
 
     method: MethodType
-    """LoRA or QLoRA: what Auto became."""
+    """What Auto became, or what was asked for."""
     split: Split
     """With the largest efficient micro-batch that fits."""
     layout: Layout = Layout.SINGLE
@@ -216,6 +221,14 @@ class InitialAdapterRecord(ApiModel):
     """Its settings, as the spec would have them."""
 
 
+class TrainedWeights(ApiModel):
+    """What method Full trains: names of tensors in the model's files."""
+
+    tensors: list[str]
+    signal_to_noise: dict[str, float] | None = None
+    """Of every matrix that Spectrum ranked."""
+
+
 class PrepareResult(ApiModel):
     """``prepare/result.json``."""
 
@@ -237,6 +250,8 @@ class PrepareResult(ApiModel):
     plan: RunPlan | None = None
     """Absent on a CPU, and for models whose sizes config.json does not tell."""
     initial_adapter: InitialAdapterRecord | None = None
+    weights: TrainedWeights | None = None
+    """Present for method Full."""
     files: list[FileRecord]
     warnings: list[str] = []
 
@@ -250,7 +265,7 @@ def chosen(snapshot: Snapshot, prepared: PrepareResult) -> Snapshot:
 
 
 class Verification(ApiModel):
-    """The adapter fetched back from the bucket, loaded freshly over the base, against the trained model in memory."""
+    """The adapter (or with method Full the trained weights) fetched back from the bucket, loaded freshly over the base, against the trained model in memory."""
 
     held_out_loss_trained: float
     held_out_loss_reloaded: float
@@ -362,6 +377,10 @@ class TrainResult(ApiModel):
     snapshot_digest: Sha256
     execution_id: str
     adapter_files: list[FileRecord]
+    """None for method Full."""
+    weights: TrainedWeights | None = None
+    weights_files: list[FileRecord] = []
+    """Of method Full, below ``train/weights/`` in the workspace."""
     report_files: list[FileRecord]
     metrics: TrainMetrics
     verification: Verification
@@ -395,7 +414,8 @@ class TrainResult(ApiModel):
 
 
 class MergeCheck(ApiModel):
-    """The merged model against base + adapter, by a layer-streamed forward on held-out rows."""
+    """The merged model against base + adapter (of method Full: the published model against base and trained weights), by a layer-streamed
+    forward on held-out rows."""
 
     held_out_loss_adapter: float
     held_out_loss_merged: float
@@ -451,6 +471,8 @@ class Manifest(ApiModel):
     base_files: list[FileRecord] = []
     """Every file of the base model as it was trained on, paths relative to the model folder."""
     initial_adapter: InitialAdapterRecord | None = None
+    weights: TrainedWeights | None = None
+    """What of the model was trained, with method Full."""
     data_hash: Sha256
     snapshot_digest: Sha256
     config: dict[str, object]
@@ -523,6 +545,9 @@ class PublishReport(ApiModel):
     verification: Verification
     merge_check: MergeCheck | None = None
     adapter_bytes: int
+    """0 with method Full."""
     merged_bytes: int | None = None
+    model_bytes: int | None = None
+    """Of method Full."""
     files: int
     warnings: list[str] = []

@@ -12,10 +12,13 @@ import math
 
 from finetune_api.base import ApiModel
 from finetune_api.names import job_key
+from finetune_api.optimizers import OptimizerName
 from finetune_api.progress import Split
 from finetune_api.spec import (
     BEGIN_AT_WEIGHTS,
     FineTuneJobSpec,
+    Full,
+    GaLore,
     Lora,
     LoraBias,
     LoraInitialization,
@@ -26,6 +29,8 @@ from finetune_api.uris import S3Location, parse_uri
 
 SNAPSHOT_VERSION = 1
 DEFAULT_LEARNING_RATE = 2e-4
+FULL_LEARNING_RATE = 2e-5
+"""Of full weights: Stanford Alpaca's (Taori et al., 2023), and that of torchtune's full fine-tuning recipes."""
 DEFAULT_MICRO_BATCH = 4
 
 
@@ -75,11 +80,12 @@ class ResolvedLora(ApiModel):
 
 
 class ResolvedMethod(ApiModel):
-    """The method without gaps; ``quantization`` is present exactly for QLoRA."""
+    """The method without gaps; ``quantization`` is present exactly for QLoRA, ``full`` for Full, where ``lora`` means nothing."""
 
     type: MethodType
     lora: ResolvedLora
     quantization: Quantization | None = None
+    full: Full | None = None
 
 
 class Plan(ApiModel):
@@ -89,6 +95,8 @@ class Plan(ApiModel):
     learning_rate: float
     micro_batch_sequences: int
     gradient_accumulation_steps: int
+    galore: GaLore | None = None
+    """Present for that optimizer."""
 
 
 def output_location(spec: FineTuneJobSpec, name: str, uid: str) -> S3Location:
@@ -244,10 +252,15 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
                 use_dora=lora.use_dora,
             ),
             quantization=method.quantization if method.type is MethodType.QLORA else None,
+            full=(method.full or Full()) if method.type is MethodType.FULL else None,
         ),
-        learning_rate=training.optimizer.learning_rate or DEFAULT_LEARNING_RATE,
+        learning_rate=training.optimizer.learning_rate
+        or (FULL_LEARNING_RATE if method.type is MethodType.FULL else DEFAULT_LEARNING_RATE),
         micro_batch_sequences=micro_batch,
         gradient_accumulation_steps=share // micro_batch,
+        galore=(training.optimizer.galore or GaLore())
+        if training.optimizer.name is OptimizerName.GALORE_ADAMW
+        else None,
     )
 
 

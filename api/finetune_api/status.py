@@ -126,8 +126,8 @@ class PlanStatus(ApiModel):
     """The resolved method and sizes."""
 
     method: str
-    rank: int
-    alpha: int
+    rank: int | None = Field(None, description="Of the adapter.")
+    alpha: int | None = Field(None, description="Of the adapter.")
     learning_rate: float
     micro_batch_sequences: int
     gradient_accumulation_steps: int
@@ -221,6 +221,8 @@ class ArtifactsStatus(ApiModel):
     adapter_bytes: int | None = None
     merged_uri: str | None = Field(None, alias="mergedURI")
     merged_bytes: int | None = None
+    model_uri: str | None = Field(None, alias="modelURI", description="The model that method Full trained.")
+    model_bytes: int | None = None
     reports_uri: str | None = Field(None, alias="reportsURI")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
 from finetune_api.planner import (
@@ -29,7 +30,7 @@ from finetune_api.planner import (
     request_of,
     rounds,
 )
-from finetune_api.spec import MethodType
+from finetune_api.spec import FineTuneJobSpec, MethodType
 from finetune_cli.job_file import BadInput, read_job
 from finetune_cli.model_files import from_config, from_folder
 from finetune_cli.plan_table import plan_table
@@ -50,6 +51,7 @@ class Method(StrEnum):
     AUTO = "Auto"
     LORA = "LoRA"
     QLORA = "QLoRA"
+    FULL = "Full"
 
 
 def plan_command(
@@ -70,10 +72,11 @@ def plan_command(
     """Print what a FineTuneJob would hold on a GPU. Exit code 0: it fits; 3: it does not; 2: bad input."""
     try:
         name, spec = read_job(file)
+        if method and method.value != spec.method.type.value:
+            spec = with_method(spec, MethodType(method.value))
         arch, shapes = read_model(config, model_folder)
         asked = spec.compute.gpu
         device = read_gpu(gpu, gpu_memory) if gpu or gpu_memory else read_gpu(asked.product, asked.memory)
-        wanted = method.value if method else spec.method.type.value
         tries = rounds(spec, shardable=arch.known and not arch.experts)
         for count, several in [(n, may) for may in tries for n in ([gpus] if gpus else gpu_counts(spec, may))]:
             choice = choose(
@@ -82,7 +85,7 @@ def plan_command(
                 ),
                 device.usable_bytes,
                 spec.training.global_batch_sequences,
-                None if wanted == Method.AUTO.value else MethodType(wanted),
+                None if spec.method.type is MethodType.AUTO else spec.method.type,
                 spec.training.micro_batch_sequences,
                 evaluation_follows=True,
                 several=several,
@@ -102,6 +105,22 @@ def plan_command(
     else:
         show(name, settled, device, host)
     raise typer.Exit(Exit.FITS if settled.fit.fits and not host else Exit.DOES_NOT_FIT)
+
+
+def with_method(spec: FineTuneJobSpec, kind: MethodType) -> FineTuneJobSpec:
+    """The same job by another method, as far as its settings apply to that.
+
+    Raises:
+        BadInput: it has settings that do not.
+    """
+    told = spec.to_json_dict()
+    method = {**spec.method.to_json_dict(), "type": kind.value}
+    if spec.method.type is MethodType.FULL:
+        method.pop("full", None)
+    try:
+        return FineTuneJobSpec.model_validate({**told, "method": method})
+    except ValidationError as error:
+        raise BadInput(f"--method {kind.value}: {error.errors()[0]['msg']}") from error
 
 
 def read_model(config: Path | None, folder: Path | None) -> tuple[Architecture, Shapes]:

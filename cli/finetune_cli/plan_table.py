@@ -17,7 +17,7 @@ def plan_table(name: str, choice: Choice, gpu: Gpu) -> Table:
     for label, size in (
         ("weights", planned.weight_bytes),
         ("quantization constants", planned.quantization_constant_bytes),
-        ("adapter, float32", planned.adapter_bytes),
+        ("trained, float32", planned.adapter_bytes),
         ("gradients", planned.gradient_bytes),
         (f"optimizer ({request.optimizer})", planned.optimizer_bytes),
         ("activations", planned.activation_bytes),

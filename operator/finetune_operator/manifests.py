@@ -281,7 +281,7 @@ def grace_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
 
 def stage_image(snapshot: Snapshot, stage: Stage) -> str:
     """Only what needs torch runs in the large image."""
-    if stage is Stage.TRAIN or (stage is Stage.PUBLISH and snapshot.spec.output.merged.enabled):
+    if stage is Stage.TRAIN or (stage is Stage.PUBLISH and snapshot.spec.publishes_model):
         return snapshot.images.train
     return snapshot.images.prepare
 
@@ -400,7 +400,9 @@ def _resources(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> Manif
             requests["memory"] = settings.cpu_stage_memory_request
         if settings.cpu_stage_memory_limit:
             limits["memory"] = settings.cpu_stage_memory_limit
-    storage = spec.compute.ephemeral_storage if stage in (Stage.TRAIN, Stage.PUBLISH) else None
+    ranks_weights = spec.method.full is not None and spec.method.full.spectrum is not None
+    downloads = stage in (Stage.TRAIN, Stage.PUBLISH) or (stage is Stage.PREPARE and ranks_weights)
+    storage = spec.compute.ephemeral_storage if downloads else None
     storage = storage or (settings.cpu_stage_ephemeral_storage_request if stage is not Stage.TRAIN else None)
     if storage:
         requests["ephemeral-storage"] = storage

@@ -53,7 +53,7 @@ def volumes_and_mounts(
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - shared memory of data loaders and NCCL
     _add_secrets(volumes, mounts, _secrets(spec, stage))
-    if spec.model.cache is not None and (stage is not Stage.PUBLISH or spec.output.merged.enabled):
+    if spec.model.cache is not None and (stage is not Stage.PUBLISH or spec.publishes_model):
         volumes.append({"name": "model-cache", "persistentVolumeClaim": {"claimName": spec.model.cache.claim_name}})
         mounts.append({"name": "model-cache", "mountPath": CACHE_MOUNT})
     for index, claim in enumerate(_claims(spec, stage)):

@@ -48,6 +48,16 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
         {"method": {"lora": {"rankPattern": {"q_proj": 8, "layers.0.mlp.up_proj": 64}, "alphaPattern": {"q_proj": 8}}}},
     ),
     ("LoRA+", {"method": {"lora": {"loraPlusLRRatio": 16}}}),
+    ("full weights", {"method": {"type": "Full"}}),
+    ("full weights that Spectrum chooses", {"method": {"type": "Full", "full": {"spectrum": {}}}}),
+    (
+        "full weights of some modules with GaLore",
+        {
+            "method": {"type": "Full", "full": {"modules": ["mlp", "layers.31"]}},
+            "training": {"optimizer": {"name": "galore_adamw", "galore": {"rank": 64}}},
+            "output": {"merged": {"dtype": "float16"}},
+        },
+    ),
     ("early stopping", {"evaluation": {"intervalSteps": 10, "earlyStopping": {}}}),
     ("packing", {"training": {"packing": True}}),
     (
@@ -143,6 +153,27 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("column mapping", {"data": {"train": [{"uri": "s3://bucket/x.csv", "columns": {"prompt": "question"}}]}}),
 ]
 
+FULL: dict[str, Any] = {"method": {"type": "Full"}}
+FULL_REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("a rank of full weights", {"method": {"type": "Full", "lora": {"rank": 8}}}, "trains the model's own weights"),
+    ("modules to save of full weights", {"method": {"type": "Full", "lora": {"modulesToSave": ["lm_head"]}}}, "trains the model's own weights"),
+    ("a bias of full weights", {"method": {"type": "Full", "lora": {"bias": "All"}}}, "trains the model's own weights"),
+    ("4 bit of full weights", {"method": {"type": "Full", "quantization": {"type": "FP4"}}}, "trains the model's own weights"),
+    ("full without Full", {"method": {"full": {"spectrum": {}}}}, "set type: Full, or leave it out"),
+    ("Spectrum and names", {"method": {"type": "Full", "full": {"spectrum": {}, "modules": ["mlp"]}}}, "takes spectrum or modules"),
+    ("full weights in shards", merged(FULL, {"training": {"parallelism": "FSDP"}, "compute": {"gpusPerNode": 2}}), "keeps what it trains whole on each GPU"),
+    ("full weights in host memory", merged(FULL, {"training": {"cpuOffload": "IfNeeded"}}), "keeps what it trains whole on each GPU"),
+    ("a merge of full weights", merged(FULL, {"output": {"merged": {"enabled": True}}}), "publishes a whole model anyway"),
+    (
+        "an adapter to begin full weights with",
+        merged(FULL, {"model": {"initialAdapter": {"uri": "s3://bucket/adapter"}}}),
+        "merge it first",
+    ),
+    ("GaLore of an adapter", {"training": {"optimizer": {"name": "galore_adamw"}}}, "needs method.type: Full"),
+    ("GaLore of another optimizer", merged(FULL, {"training": {"optimizer": {"galore": {"rank": 8}}}}), "galore needs name: galore_adamw"),
+    ("a fraction of nothing", {"method": {"type": "Full", "full": {"spectrum": {"fraction": 0}}}}, "fraction"),
+]  # fmt: skip
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("an unknown field", {"trainig": {}}, 'unknown field "spec.trainig"'),
     ("an unknown nested field", {"method": {"lora": {"r": 8}}}, 'unknown field "spec.method.lora.r"'),
@@ -167,7 +198,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("EVA with offload", {"method": {"lora": {"initialization": "EVA"}}, "training": {"cpuOffload": "IfNeeded"}}, "EVA, LoftQ, PiSSA and OLoRA need the whole base model"),
     ("EVA and an adapter", {"model": {"uri": "hf://org/model", "initialAdapter": {"uri": "s3://bucket/adapter"}}, "method": {"lora": {"initialization": "EVA"}}}, "model.initialAdapter has weights already"),
     ("dropout 1", {"method": {"lora": {"dropout": 1}}}, "spec.method.lora.dropout"),
-    ("an unknown method", {"method": {"type": "Full"}}, 'Unsupported value: "Full": supported values: "LoRA", "QLoRA"'),
+    ("an unknown method", {"method": {"type": "LISA"}}, 'Unsupported value: "LISA": supported values: "LoRA", "QLoRA", "Full"'),
     ("a model without scheme", {"model": {"uri": "meta-llama/Llama-3.1-8B"}}, "spec.model.uri"),
     ("output outside a bucket", {"output": {"uri": "pvc://claim/x"}}, "spec.output.uri"),
     ("plain http data", {"data": {"train": [{"uri": "http://example.com/x.jsonl"}]}}, "spec.data.train[0].uri"),
@@ -195,6 +226,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("GPUs by plan for a run on the CPU", {"compute": {"gpusPerNode": "Auto"}, "training": {"useCpu": True}}, "gpusPerNode: Auto plans for GPUs"),
     ("shards on one GPU", {"training": {"parallelism": "FSDP"}}, "FSDP needs compute.gpusPerNode of at least 2"),
     ("whole copies on GPUs from host memory", {"training": {"parallelism": "DDP", "cpuOffload": "Always"}}, "cpuOffload leaves no whole copy"),
+    *FULL_REFUSED,
     ("DoRA with shards", {"method": {"lora": {"useDora": True}}, "training": {"parallelism": "FSDP"}, "compute": {"gpusPerNode": 2}}, "useDora needs the whole base model"),
     ("a learning rate of zero", {"training": {"optimizer": {"learningRate": 0}}}, "spec.training.optimizer.learningRate"),
     ("a label's key with a blank", {"runtime": {"labels": {"a b": "c"}}}, "every key must be a name such as team"),
@@ -208,7 +240,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a runtime class that is no name", {"runtime": {"runtimeClassName": "Not a name"}}, "spec.runtime.runtimeClassName"),
     ("biases with QLoRA", {"method": {"type": "QLoRA", "lora": {"bias": "All"}}}, "QLoRA cannot train biases, and Auto may choose it: bitsandbytes holds those of quantized layers in 16 bit"),
     ("biases with Auto", {"method": {"type": "Auto", "lora": {"bias": "All"}}, "compute": {"gpu": {"memory": "80Gi"}}}, "QLoRA cannot train biases"),
-    ("an optimizer whose package the image has not", {"training": {"optimizer": {"name": "galore_adamw"}}}, 'Unsupported value: "galore_adamw": supported values: "adamw_torch"'),
+    ("an optimizer whose package the image has not", {"training": {"optimizer": {"name": "apollo_adamw"}}}, 'Unsupported value: "apollo_adamw": supported values: "adamw_torch"'),
     ("a revision of data in a bucket", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "revision": "v1"}]}}, "revision applies to hf:// data only"),
     ("memory that may grow from nothing", {"recovery": {"outOfMemory": {"maxMemory": "8Gi"}}}, "maxMemory needs compute.memory"),
     ("memory that may grow to less", {"compute": {"memory": "1Gi"}, "recovery": {"outOfMemory": {"maxMemory": "1G"}}}, "maxMemory must not be less than compute.memory"),

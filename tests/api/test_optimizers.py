@@ -10,10 +10,17 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from finetune_api.optimizers import WITHOUT_BITSANDBYTES, OptimizerName
+from finetune_api.spec import GaLore
+from finetune_trainer.train.galore import GaLoreAdamW
 
 
 def optimizer(name: str, model: torch.nn.Module, folder: Path) -> torch.optim.Optimizer:
     """As the Trainer makes it, on the CPU."""
+    if name == OptimizerName.GALORE_ADAMW:  # ours: transformers' needs a package
+        group = {"params": list(model.parameters()), "projected": False}
+        return GaLoreAdamW(
+            [group], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, settings=GaLore(), same=lambda t: t
+        )
     arguments = TrainingArguments(output_dir=str(folder), optim=name, use_cpu=True, report_to=[], learning_rate=1e-2)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     made = kind(model.parameters(), **options)

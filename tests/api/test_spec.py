@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.snapshot import resolve_plan
+from finetune_api.spec import FineTuneJobSpec, Full
+from tests.api.test_admission import FULL_REFUSED, merged
 
 MINIMAL: dict[str, Any] = {
     "model": {"uri": "hf://a/b"},
@@ -67,3 +69,19 @@ MINIMAL: dict[str, Any] = {
 def test_refuses(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         FineTuneJobSpec.model_validate({**MINIMAL, **fields})
+
+
+@pytest.mark.parametrize(("case", "patch", "words"), FULL_REFUSED, ids=[c[0] for c in FULL_REFUSED])
+def test_full_weights_are_refused_offline_in_the_api_servers_words(
+    case: str, patch: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        FineTuneJobSpec.model_validate(merged(MINIMAL, patch))
+
+
+def test_full_weights_have_a_learning_rate_of_their_own() -> None:
+    full = resolve_plan(FineTuneJobSpec.model_validate(merged(MINIMAL, {"method": {"type": "Full"}})))
+    assert (full.learning_rate, full.method.full, full.galore) == (2e-5, Full(), None)
+    lora = resolve_plan(FineTuneJobSpec.model_validate(MINIMAL))
+    assert (lora.learning_rate, lora.method.full) == (2e-4, None)
+    assert "full" not in lora.to_json_dict()["method"], "a LoRA job's snapshot has the bytes that it had"  # type: ignore[operator]

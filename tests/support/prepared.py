@@ -15,12 +15,14 @@ from transformers import AutoTokenizer
 
 from finetune_api import results
 from finetune_api.names import Stage
-from finetune_api.results import DataSummary, LengthPercentiles, PreparedPrompt, PrepareResult
+from finetune_api.results import DataSummary, LengthPercentiles, PreparedPrompt, PrepareResult, TrainedWeights
 from finetune_api.snapshot import Images, JobIdentity, Snapshot, make_snapshot
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import StageContext
 from finetune_trainer.prepare.chat import chat_template
+from finetune_trainer.prepare.full_weights import choose_weights, trainable_shapes
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
+from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.train.schedule import make_schedule
 
@@ -81,7 +83,7 @@ def questions(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
 
 
 def job_spec(s3: Any, bucket: str, **updates: Any) -> dict[str, Any]:
-    """A small CPU job whose model, data and output lie in ``bucket``."""
+    """A small CPU job whose model, data and output lie in ``bucket``; ``lora`` is left out for method Full."""
     spec: dict[str, Any] = {
         "model": {"uri": f"s3://{bucket}/base", "secretRef": {"name": "s3"}},
         "data": {"train": [{"uri": f"s3://{bucket}/train.jsonl", "secretRef": {"name": "s3"}}]},
@@ -98,7 +100,10 @@ def job_spec(s3: Any, bucket: str, **updates: Any) -> dict[str, Any]:
         "evaluation": {"generation": {"prompts": 2, "maxNewTokens": 8}},
         "output": {"uri": f"s3://{bucket}/out", "secretRef": {"name": "s3"}},
     }
-    return deep_merge(spec, updates)
+    merged: dict[str, Any] = deep_merge(spec, updates)
+    if merged["method"]["type"] == "Full":
+        del merged["method"]["lora"]
+    return merged
 
 
 def deep_merge(old: Any, new: Any) -> Any:
@@ -185,9 +190,20 @@ def write_prepared(
             trainable_parameters=1,
             total_parameters=1,
             total_steps=schedule.steps,
+            weights=full_weights(job, model),
             files=files,
         ),
     )  # fmt: skip
+
+
+def full_weights(job: PreparedJob, model: Path) -> TrainedWeights | None:
+    """What method Full trains."""
+    full = job.snapshot.plan.method.full
+    if full is None:
+        return None
+    tied = bool(json.loads((model / "config.json").read_text()).get("tie_word_embeddings"))
+    shapes = {name: info.shape for name, info in Checkpoint(model).tensors.items()}
+    return choose_weights(job.context(Stage.PREPARE), trainable_shapes(shapes, tied), full, None)
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:

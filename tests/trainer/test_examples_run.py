@@ -114,7 +114,8 @@ def test_it_runs(name: str, s3: Any, bucket: str, servers: dict[str, Any], tmp_p
     published = publish(pod.context(spec, Stage.PUBLISH, name=name))
     assert trained.metrics.steps == 2
     manifest = pod.context(spec, Stage.PUBLISH, name=name).output_store().get_model(MANIFEST, Manifest)
-    assert published.adapter_bytes
+    full = spec.get("method", {}).get("type") == "Full"
+    assert (bool(published.adapter_bytes), bool(published.model_bytes)) == (not full, full)
     assert bool(published.merged_bytes) == spec["output"].get("merged", {}).get("enabled", False)
     assert (published.judge is not None) == ("judge" in spec["evaluation"])
     assert [t.problem for t in manifest.tracked] == [None] * len(spec.get("trackers", []))

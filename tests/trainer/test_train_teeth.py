@@ -163,7 +163,7 @@ def test_a_tampered_tokenizer_fails_although_no_answers_are_wanted(
         evaluation={"generation": {"prompts": 0}},
     )
     tamper(monkeypatch, TOKENIZER, swapped_tokens, consistent=True)
-    with pytest.raises(StageError, match="the tokenizer in the adapter folder reads"):
+    with pytest.raises(StageError, match="the stored tokenizer reads"):
         train.run(job.context())
 
 

@@ -33,7 +33,7 @@ def training_flop_per_token(
     arch: Architecture, shapes: Shapes, targets: list[Linear], tuning: Tuning, batch: Batch
 ) -> float:
     """Forward 2 per weight, gradients of the inputs another 2 (Kaplan et al. 2020, section 2.1), and with checkpointing the
-    forward pass again. Frozen weights have no gradient of their own; the adapter's have, so it counts 2 once more.
+    forward pass again. Frozen weights have no gradient of their own; the adapter's have, and trained weights, so they count 2 once more.
 
     Attention: 4 × query size × tokens looked at, on average half the row (causal), for the forward pass, twice that for the
     backward pass. Of a mixture of experts, the experts that a token visits.
@@ -42,8 +42,12 @@ def training_flop_per_token(
     weights = sum(_used(name, shape, arch) for name, shape in shapes.items() if not EMBEDDING.search(name))
     if arch.tied_embeddings:
         weights += arch.vocabulary_size * arch.hidden_size
-    adapter = (2 if tuning.offset else 1) * matrix_parameters(targets, tuning)
     attention = arch.layers * 4 * arch.query_size * batch.sequence_tokens / 2
+    if tuning.full:
+        head = arch.vocabulary_size * arch.hidden_size if tuning.trains_embeddings else 0
+        own = sum(t.inputs * t.outputs for t in targets) + head
+        return 2 * (weights * passes + own) + attention * (passes + 1)
+    adapter = (2 if tuning.offset else 1) * matrix_parameters(targets, tuning)
     return 2 * weights * passes + 2 * adapter * (passes + 1) + attention * (passes + 1)
 
 

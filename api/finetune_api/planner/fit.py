@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from finetune_api.base import ApiModel
+from finetune_api.optimizers import OptimizerName
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.gpus import known_gpus
 from finetune_api.planner.plan import Decisive, MemoryPlan, Request, plan
-from finetune_api.spec import MOST_GPUS_PER_NODE, QuantizationType
+from finetune_api.spec import MOST_GPUS_PER_NODE, Full, QuantizationType, Spectrum
 
 MARGIN = 0.05
 """Share of a GPU's usable memory that a plan leaves free: what the accuracy is tested to."""
 SHORTEST_TOKENS = 256
+FRACTIONS = 6
+"""How often the part that Spectrum chooses is halved."""
 GPUS_NAMED = 3
 
 
@@ -21,6 +24,8 @@ class Alternative(ApiModel):
 
     method: str | None = None
     quantization: str | None = None
+    spectrum_fraction: float | None = None
+    """Of full weights."""
     sequence_tokens: int | None = None
     micro_batch_sequences: int | None = None
     gradient_checkpointing: bool | None = None
@@ -81,6 +86,8 @@ def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[
         if size <= bound:
             yield Alternative(micro_batch_sequences=rows, needed_bytes=size)
             break
+    if request.tuning.full:
+        yield from fewer_weights(request, bound)
     lean = with_batch(quantized(request), micro_batch_sequences=1, gradient_checkpointing=True)
     if not request.tuning.quantized:
         size = needed(quantized(request))
@@ -102,6 +109,21 @@ def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[
             if size <= bound:
                 yield Alternative(method=method, cpu_offload=True, needed_bytes=size)
                 return
+
+
+def fewer_weights(request: Request, bound: int) -> Iterator[Alternative]:
+    """Instead of full weights: the largest part that Spectrum may choose, halving, or an adapter."""
+    tuning = request.tuning
+    part = 1.0 if tuning.full is None or tuning.full.spectrum is None else tuning.full.spectrum.fraction
+    for fraction in (part / 2**n for n in range(1, FRACTIONS + 1)):
+        fewer = tuning.model_copy(update={"full": Full(spectrum=Spectrum(fraction=fraction))})
+        size = plan(request.model_copy(update={"tuning": fewer})).needed_bytes
+        if size <= bound:
+            yield Alternative(spectrum_fraction=fraction, needed_bytes=size)
+            break
+    size = plan(adapted(request)).needed_bytes
+    if size <= bound:
+        yield Alternative(method="LoRA", needed_bytes=size)
 
 
 def shorter(request: Request, lean: Request, bound: int) -> Iterator[Alternative]:
@@ -129,7 +151,9 @@ def more_gpus(request: Request, lean: Request, bound: int) -> Iterator[Alternati
 
 
 def as_it_is_and_lean(request: Request, lean: Request) -> list[tuple[Request, str | None]]:
-    """Both, each with the method that it would change to."""
+    """Both, each with the method that it would change to. Full weights are whole on each GPU, so they are not shared out as they are."""
+    if request.tuning.full:
+        return [(adapted(request), "LoRA"), (lean, "QLoRA")]
     return [(request, None), (lean, None if request.tuning.quantized else "QLoRA")]
 
 
@@ -140,8 +164,16 @@ def smaller(value: int, least: int) -> Iterator[int]:
         yield value
 
 
+def adapted(request: Request) -> Request:
+    """The same with an adapter instead of full weights."""
+    tuning = request.tuning.model_copy(update={"full": None, "galore_rank": None})
+    optimizer = OptimizerName.ADAMW_TORCH_FUSED if request.tuning.galore_rank else request.optimizer
+    return request.model_copy(update={"tuning": tuning, "optimizer": optimizer})
+
+
 def quantized(request: Request) -> Request:
     """The same by QLoRA."""
+    request = adapted(request)
     return request.model_copy(update={"tuning": request.tuning.model_copy(update={"quantized": True})})
 
 

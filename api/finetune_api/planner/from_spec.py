@@ -13,6 +13,7 @@ from finetune_api.planner.sentences import gib
 from finetune_api.planner.tensors import Shapes
 from finetune_api.planner.workload import Attention, Batch, Tuning
 from finetune_api.quantity import parse_quantity
+from finetune_api.snapshot import resolve_plan
 from finetune_api.spec import (
     BEGIN_AT_WEIGHTS,
     MOST_GPUS_PER_NODE,
@@ -42,7 +43,7 @@ def request_of(
         run_tokens: tokens of the whole run, as prepare counts them; without it a run of so many steps is taken to be of the longest
             rows, and one of epochs has no time.
     """
-    training, lora = spec.training, spec.method.lora
+    training, lora, resolved = spec.training, spec.method.lora, resolve_plan(spec)
     if run_tokens is None and training.length.steps is not None:
         run_tokens = training.length.steps * training.global_batch_sequences * training.max_sequence_tokens
     return Request(
@@ -61,6 +62,8 @@ def request_of(
             offset=lora.initialization in BEGIN_AT_WEIGHTS,
             quantization=spec.method.quantization.type,
             double_quantization=spec.method.quantization.doubled,
+            full=resolved.method.full,
+            galore_rank=resolved.galore.rank if resolved.galore is not None else None,
         ),
         batch=Batch(
             sequence_tokens=training.max_sequence_tokens,
@@ -84,8 +87,9 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
         shardable: whether the model can be loaded and sharded a layer at a time.
     """
     lora = spec.method.lora
+    full = spec.method.type is MethodType.FULL
     eight_bit = spec.method.type is not MethodType.LORA and spec.method.quantization.bits == 8
-    whole = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS or eight_bit
+    whole = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS or eight_bit or full
     shardable = shardable and not whole
     first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:

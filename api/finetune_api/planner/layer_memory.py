@@ -53,7 +53,7 @@ def layer_memory(
         adapters += sum(2 * HALF * target.outputs for target in targets)
     kept = _norms(arch, wide) + attention + mlp + adapters
     down = _last(arch, linears)
-    adapted = any(t.name == down.name for t in targets)
+    adapted = tuning.full is None and any(t.name == down.name for t in targets)
     last = _working(down, adapted, arch, tuning, quantized)
     tokens = batch.tokens
     weight = _dequantized(down) if quantized and not arch.experts else 0
@@ -135,7 +135,9 @@ def _mlp(arch: Architecture, wide: bool) -> float:
 
 
 def _adapter(target: Linear, arch: Architecture, tuning: Tuning, quantized: bool) -> float:
-    """A LoRA layer: its input in half precision after dropout, dropout's mask, and A's output."""
+    """A LoRA layer: its input in half precision after dropout, dropout's mask, and A's output. A trained weight: its input."""
+    if tuning.full:
+        return HALF * target.inputs
     inner = HALF * tuning.rank_of(target.name) * (2 if tuning.offset else 1)
     if tuning.dropout:
         return (HALF + MASK) * target.inputs + inner

@@ -9,12 +9,12 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import ApiModel
-from finetune_api.planner import activations, weights
+from finetune_api.planner import activations, full, weights
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.compute import Work, training_flop_per_token, work
 from finetune_api.planner.distributed import Layout, communication, offloaded, pinned, sharded
 from finetune_api.planner.layer_memory import layer_memory
-from finetune_api.planner.linears import adapted_layers, linear_layers, matrix_parameters, trainable_parameters
+from finetune_api.planner.linears import Linear, adapted_layers, linear_layers, matrix_parameters, trainable_parameters
 from finetune_api.planner.loss_memory import evaluated_tokens
 from finetune_api.planner.tensors import Shapes, parameters
 from finetune_api.planner.workload import Batch, Count, Tuning
@@ -29,6 +29,8 @@ HOST_BYTES = 4 << 30
 comes on top."""
 PASSES = 2
 """How often a layer comes from host memory for a micro-batch: forward and backward; recomputing its activations is part of the latter."""
+CHECKPOINTS_ON_DISK = 2
+"""The newest, and the one that is being uploaded. Those of an adapter are too small to count."""
 EVALUATION_TOKENS = 16384
 """Most tokens of a batch of held-out rows on a GPU."""
 ANSWERED_AT_ONCE, ANSWER_TOKENS = 8, 8192
@@ -70,6 +72,7 @@ class MemoryPlan(ApiModel):
     weight_bytes: int
     quantization_constant_bytes: int
     adapter_bytes: int
+    """The trained weights in float32: the adapter's, or with full weights the model's own."""
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
@@ -99,7 +102,7 @@ class MemoryPlan(ApiModel):
     offloaded_bytes: int = 0
     """The base in host memory, part of ``host_memory_bytes``."""
     disk_bytes: int
-    """Of the training pod: the model's files and the adapter twice (saved, and fetched back)."""
+    """Of the training pod: the model's files and the trained weights twice (saved, and fetched back); with full weights also checkpoints."""
     trainable_parameters: int
     total_parameters: int
     work: Work
@@ -135,17 +138,20 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     quantized = weights.quantized_names(shapes, arch, tuning)
     base = weights.tensor_bytes(shapes, quantized, tuning)
     with_weights = weights.quantization_bytes(shapes, quantized, tuning, arch)
-    trainable = trainable_parameters(shapes, arch, tuning)
-    targets = adapted_layers(linear_layers(shapes, arch), tuning)
+    chosen = full.trained(shapes, tuning)
+    trainable = parameters(chosen) if tuning.full else trainable_parameters(shapes, arch, tuning)
+    targets = _targets(request)
     frozen = matrix_parameters(targets, tuning) if tuning.offset else 0
     units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
     shared = communication(request.layout, units, trainable)
 
-    adapter, optimizer = (
-        4 * (trainable + frozen),
-        weights.optimizer_bytes(request.optimizer, trainable, weights.trained_embedding(shapes, tuning)),
-    )
-    weight = sharded(base, request.layout, request.gpus, arch.tied_embeddings)
+    adapter = 4 * (trainable + frozen)
+    if tuning.full:
+        optimizer = full.state_bytes(request.optimizer, chosen, targets, tuning)
+    else:
+        optimizer = weights.optimizer_bytes(request.optimizer, trainable, weights.trained_embedding(shapes, tuning))
+    loaded = sharded(base, request.layout, request.gpus, arch.tied_embeddings)
+    weight = loaded - weights.HALF * parameters(chosen)  # float32 takes the place of the trained ones
     constants = sharded(with_weights, request.layout, request.gpus, tied=False)
     offload = offloaded(units, request.gpus, arch.tied_embeddings) if request.layout is Layout.CPU_OFFLOAD else []
     held = weight + constants + adapter + 4 * trainable + optimizer + shared.gathered_bytes + shared.buffer_bytes
@@ -156,7 +162,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         for checkpointing in (True, False)
     }
     step = steps[batch.gradient_checkpointing]
-    mlp_adapted = any(".mlp." in target.name for target in targets)
+    mlp_adapted = not tuning.full and any(".mlp." in target.name for target in targets)
     # Matrices that are put together for each product have no copy that autocast keeps.
     evaluation = _evaluation(request, quantized, mlp_adapted, trainable - frozen)
     fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
@@ -181,13 +187,15 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         peak_allocated_bytes=held + step.peak_bytes,
         peak_evaluation_bytes=held + evaluation,
         peak_training_bytes=held + max(step.peak_bytes, evaluation) + fragmentation + CONTEXT_BYTES,
-        peak_loading_bytes=weight + constants + shared.gathered_bytes + largest + CONTEXT_BYTES,
+        peak_loading_bytes=loaded + constants + shared.gathered_bytes + largest + CONTEXT_BYTES,
         host_memory_bytes=HOST_BYTES
         + max(2 * math.prod(shape) for shape in shapes.values())
-        + 4 * (3 * trainable + frozen)
+        + (adapter + optimizer if tuning.full else 4 * (3 * trainable + frozen))
         + pinned(offload),
         offloaded_bytes=pinned(offload),
-        disk_bytes=weights.checkpoint_bytes(shapes) + 2 * adapter,
+        disk_bytes=weights.checkpoint_bytes(shapes)
+        + 2 * adapter
+        + (CHECKPOINTS_ON_DISK * (adapter + optimizer) if tuning.full else 0),
         trainable_parameters=trainable,
         total_parameters=parameters(shapes),
         work=work(
@@ -198,19 +206,22 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
             sustained_tflops,
             PASSES * sum(offload) * request.run_tokens / (batch.tokens * request.gpus),
         ),
-        verified=arch.known and not arch.experts and not tuning.dora and request.layout is Layout.SINGLE,
+        verified=arch.known
+        and not arch.experts
+        and not tuning.dora
+        and not tuning.full
+        and request.layout is Layout.SINGLE,
     )
 
 
 def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory:
     arch, tuning, shapes = request.architecture, request.tuning, request.shapes
-    linears = linear_layers(shapes, arch)
-    targets = adapted_layers(linears, tuning)
+    linears, targets = linear_layers(shapes, arch), _targets(request)
     # All layers are taken to be as the one that is adapted the most.
     adapted: dict[int, int] = {}
     for target in targets:
         adapted[target.layer] = adapted.get(target.layer, 0) + target.inputs + target.outputs
-    first = max(sorted(adapted), key=adapted.__getitem__)
+    first = max(sorted(adapted), key=adapted.__getitem__, default=0)
     layer = layer_memory(
         arch,
         tuning,
@@ -219,12 +230,30 @@ def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory
         [layer for layer in targets if layer.layer == first],
         bool(weights.quantized_names(shapes, arch, tuning)),
     )
-    return activations.step_memory(arch, batch, layer, copied)
+    step = activations.step_memory(arch, batch, layer, copied)
+    if not tuning.full:
+        return step
+    chosen = full.trained(shapes, tuning)
+    return step.model_copy(
+        update={
+            "working_bytes": step.working_bytes + full.product_bytes(chosen),
+            "loss_bytes": step.loss_bytes + full.head_bytes(chosen, arch.tied_embeddings),
+        }
+    )
+
+
+def _targets(request: Request) -> list[Linear]:
+    """Linear layers with an adapter, or those that are trained themselves."""
+    if request.tuning.full:
+        return full.trained_linears(request.shapes, request.architecture, request.tuning)
+    return adapted_layers(linear_layers(request.shapes, request.architecture), request.tuning)
 
 
 def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, copied: int) -> int:
     arch, tokens = request.architecture, request.batch.sequence_tokens
     widest = max((2 * math.prod(request.shapes[name]) for name in quantized), default=0)
+    if request.tuning.full:  # half-precision copies exist one at a time
+        copied = max(math.prod(s) for s in full.trained(request.shapes, request.tuning).values())
 
     def rows(count: int) -> tuple[Batch, int]:
         batch = request.batch.model_copy(update={"micro_batch_sequences": count})

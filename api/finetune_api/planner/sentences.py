@@ -36,6 +36,7 @@ def plan_sentence(request: Request, planned: MemoryPlan, gpu: Gpu) -> str:
     shards = " (FSDP)" if request.layout is Layout.FSDP else ""
     if request.layout is Layout.CPU_OFFLOAD:
         shards = f" (CPU offload: {gib(planned.offloaded_bytes)} of the base in host memory for each)"
+    trained = "trained weights" if request.tuning.full else "adapter"
     share = 100 * planned.trainable_parameters / planned.total_parameters
     estimate = (
         "" if planned.verified else " An estimate: this family or layout has not been compared with simulated runs."
@@ -44,7 +45,7 @@ def plan_sentence(request: Request, planned: MemoryPlan, gpu: Gpu) -> str:
     time = f" About {duration(work.seconds)} by estimate." if work.seconds is not None and request.run_tokens else ""
     return (
         f"{request.tuning.name} on {request.gpus} × {gpu.name}{shards}: peak {gib(planned.needed_bytes)} of {number(gpu.usable_bytes)} usable "
-        f"(weights {number(weights)}, activations and logits {number(rest)}, adapter and optimizer {number(training)}, "
+        f"(weights {number(weights)}, activations and logits {number(rest)}, {trained} and optimizer {number(training)}, "
         f"overhead {number(overhead)}). {planned.trainable_parameters:,} trainable parameters ({share:.2f} %).{time}{estimate}"
     )
 
@@ -70,6 +71,8 @@ def alternative_phrase(alternative: Alternative) -> str:
         parts.append(f"method.type: {alternative.method}")
     if alternative.quantization:
         parts.append(f"method.quantization.type: {alternative.quantization}")
+    if alternative.spectrum_fraction:
+        parts.append(f"method.full.spectrum.fraction: {alternative.spectrum_fraction:g}")
     if alternative.gradient_checkpointing:
         parts.append("training.gradientCheckpointing: true")
     if alternative.sequence_tokens:

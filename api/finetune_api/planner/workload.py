@@ -10,7 +10,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.tensors import EMBEDDING
-from finetune_api.spec import LoraBias, QuantizationType
+from finetune_api.spec import Full, LoraBias, QuantizationType
 from finetune_api.targets import setting_of
 
 Count = Annotated[int, Field(ge=1)]
@@ -24,7 +24,7 @@ class Attention(StrEnum):
 
 
 class Tuning(ApiModel):
-    """LoRA, or QLoRA where ``quantized`` is set."""
+    """LoRA, QLoRA where ``quantized`` is set, or the model's own weights where ``full`` is."""
 
     rank: Count = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -43,6 +43,8 @@ class Tuning(ApiModel):
     """Where it is."""
     double_quantization: bool = True
     """Of 4-bit types."""
+    full: Full | None = None
+    galore_rank: Annotated[int, Field(ge=1)] | None = None
 
     def rank_of(self, layer: str) -> int:
         """The rank of one layer's adapter."""
@@ -51,6 +53,8 @@ class Tuning(ApiModel):
     @property
     def trains_embeddings(self) -> bool:
         """Whether the input embeddings are trained whole."""
+        if self.full is not None and self.full.spectrum is None:
+            return self.full.modules is None or any(EMBEDDING.search(f"{m}.weight") for m in self.full.modules)
         return any(EMBEDDING.search(f"{module}.weight") for module in self.modules_to_save)
 
     @property
@@ -61,6 +65,11 @@ class Tuning(ApiModel):
     @property
     def name(self) -> str:
         """As a person says it."""
+        if self.full is not None:
+            part = self.full.spectrum
+            return "Full" + (
+                f" (Spectrum {part.fraction:g})" if part else " (some modules)" if self.full.modules else ""
+            )
         bits = " in 8 bit" if self.eight_bit else ""
         return (f"QLoRA{bits}" if self.quantized else "LoRA") + (" with DoRA" if self.dora else "")
 

@@ -16,6 +16,7 @@ from finetune_api.spec.job import IMMUTABLE_FIELDS, OPTIONAL_FIELDS, FineTuneJob
 from finetune_api.spec.method import (
     BEGIN_AT_WEIGHTS,
     MOST_MODULES,
+    Full,
     LayerIndex,
     Lora,
     LoraBias,
@@ -24,6 +25,7 @@ from finetune_api.spec.method import (
     MethodType,
     Quantization,
     QuantizationType,
+    Spectrum,
 )
 from finetune_api.spec.model import CacheFetch, InitialAdapter, Model, ModelCache
 from finetune_api.spec.objective import LossOn, Objective, ObjectiveType, SupervisedFineTuning
@@ -42,6 +44,7 @@ from finetune_api.spec.trackers import TRACKER_RULES, Tracker, TrackerType
 from finetune_api.spec.training import (
     ComputeDtype,
     CpuOffload,
+    GaLore,
     Length,
     Optimizer,
     Parallelism,
@@ -73,6 +76,8 @@ __all__ = [
     "EnvVar",
     "Evaluation",
     "FineTuneJobSpec",
+    "Full",
+    "GaLore",
     "Generation",
     "Gpu",
     "HeldOut",
@@ -111,6 +116,7 @@ __all__ = [
     "Runtime",
     "Scheduler",
     "Selection",
+    "Spectrum",
     "SupervisedFineTuning",
     "TextMetric",
     "Toleration",

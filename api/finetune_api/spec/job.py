@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import cel
+from finetune_api.optimizers import OptimizerName
 from finetune_api.spec.compute import Compute, Queue
 from finetune_api.spec.data import Data
 from finetune_api.spec.evaluation import Evaluation
@@ -56,6 +57,17 @@ def _immutable(name: str) -> tuple[str, str]:
 _INT8_MESSAGE = (
     "method.quantization.type: Int8 needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out, or "
     "take a 4-bit type"
+)
+_FULL_IS_WHOLE = (
+    "method.type: Full keeps what it trains whole on each GPU: leave training.parallelism: FSDP and cpuOffload out; for less memory train fewer "
+    "weights (method.full.spectrum, modules), use training.optimizer.name: galore_adamw, or type: LoRA or QLoRA"
+)
+_FULL_IS_MERGED = "method.type: Full publishes a whole model anyway, in model/: leave output.merged.enabled out"
+_FULL_HAS_NO_ADAPTER = (
+    "model.initialAdapter is for type: LoRA and QLoRA: merge it first, and name the merged model in model.uri"
+)
+_GALORE_IS_FULL = (
+    "training.optimizer.name: galore_adamw projects gradients of whole weight matrices: it needs method.type: Full"
 )
 
 
@@ -105,6 +117,13 @@ class FineTuneJobSpec(ApiModel):
                 "compute.gpusPerNode: 0 needs training.useCpu: true",
             ),
             (
+                "self.method.type != 'Full' || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                _FULL_IS_WHOLE,
+            ),
+            ("self.method.type != 'Full' || !self.output.merged.enabled", _FULL_IS_MERGED),
+            ("self.method.type != 'Full' || !has(self.model.initialAdapter)", _FULL_HAS_NO_ADAPTER),
+            ("self.method.type == 'Full' || self.training.optimizer.name != 'galore_adamw'", _GALORE_IS_FULL),
+            (
                 "!self.method.lora.useDora || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
                 "method.lora.useDora needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
             ),
@@ -149,7 +168,29 @@ class FineTuneJobSpec(ApiModel):
     @model_validator(mode="after")
     def _whole_in_8_bit(self) -> FineTuneJobSpec:
         eight_bit = self.method.type is not MethodType.LORA and self.method.quantization.bits == 8
-        shards = self.training.parallelism is Parallelism.FSDP or self.training.cpu_offload is not CpuOffload.NEVER
-        if eight_bit and shards:
+        if eight_bit and self._shards:
             raise ValueError(_INT8_MESSAGE)
+        return self
+
+    @property
+    def _shards(self) -> bool:
+        return self.training.parallelism is Parallelism.FSDP or self.training.cpu_offload is not CpuOffload.NEVER
+
+    @property
+    def publishes_model(self) -> bool:
+        """Whether publish writes a whole model, for which it needs torch and the base."""
+        return self.output.merged.enabled or self.method.type is MethodType.FULL
+
+    @model_validator(mode="after")
+    def _full_weights(self) -> FineTuneJobSpec:
+        full = self.method.type is MethodType.FULL
+        galore = self.training.optimizer.name is OptimizerName.GALORE_ADAMW
+        for wrong, message in (
+            (full and self._shards, _FULL_IS_WHOLE),
+            (full and self.output.merged.enabled, _FULL_IS_MERGED),
+            (full and self.model.initial_adapter is not None, _FULL_HAS_NO_ADAPTER),
+            (galore and not full, _GALORE_IS_FULL),
+        ):
+            if wrong:
+                raise ValueError(message)
         return self

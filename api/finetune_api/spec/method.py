@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import MODULE_KEYS, Alpha, AlphaMap, ModuleName, ModulePattern, Rank, RankMap, cel
 
+_ONE_CHOICE = "method.full takes spectrum or modules: leave one of them out"
 LayerIndex = Annotated[int, Field(ge=0, le=9999)]
 MOST_MODULES = 64
 """Names in a list."""
@@ -20,6 +21,7 @@ class MethodType(StrEnum):
 
     LORA = "LoRA"
     QLORA = "QLoRA"
+    FULL = "Full"
     AUTO = "Auto"
 
 
@@ -201,6 +203,40 @@ class Quantization(ApiModel):
         return self
 
 
+class Spectrum(ApiModel):
+    """Train the weight matrices with the highest signal-to-noise ratio (Hartford et al., 2024): singular values above the threshold of
+    Marchenko and Pastur over those below."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25,
+        description=(
+            "Share of the decoder layers whose matrix is trained, of each kind of matrix (q_proj, up_proj, …), at least one. Embeddings, head and "
+            "norms are not trained."
+        ),
+    )
+
+
+class Full(ApiModel):
+    """Which weights are trained; all of them where nothing is said."""
+
+    spectrum: Spectrum | None = Field(None, description="Those that Spectrum chooses, in the prepare stage.")
+    modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] | None = Field(
+        None,
+        description="Modules by the end of their names, with all that is in them: mlp, layers.31, q_proj, lm_head.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(("!has(self.spectrum) || !has(self.modules)", _ONE_CHOICE)),
+    )
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> Full:
+        if self.spectrum is not None and self.modules is not None:
+            raise ValueError(_ONE_CHOICE)
+        return self
+
+
 _BIAS_MESSAGE = (
     "QLoRA cannot train biases, and Auto may choose it: bitsandbytes holds those of quantized layers in 16 bit, where small updates "
     "are lost; set lora.bias: None, or type: LoRA"
@@ -209,27 +245,56 @@ _BIAS_MESSAGE = (
 _LOFTQ_MESSAGE = "lora.initialization: LoftQ makes good for what 4 bits leave of the weights: leave it out with quantization.type: Int8"
 
 
+_FULL_MESSAGE = "method.full says what type: Full trains: set type: Full, or leave it out"
+_ADAPTER_MESSAGE = (
+    "type: Full trains the model's own weights: method.lora and method.quantization do not apply, leave them out"
+)
+_LORA_DEFAULTS = (
+    "self.lora.rank == 16 && !has(self.lora.alpha) && !has(self.lora.rankPattern) && !has(self.lora.alphaPattern) && self.lora.dropout == 0.05 && "
+    "self.lora.bias == 'None' && self.lora.targetModules == ['all-linear'] && !has(self.lora.excludeModules) && !has(self.lora.layersToTransform) && "
+    "!has(self.lora.modulesToSave) && !self.lora.useDora && !has(self.lora.loraPlusLRRatio) && self.lora.initialization == 'Default' && "
+    "!self.lora.useRslora && self.quantization.type == 'NF4' && !has(self.quantization.doubleQuantization)"
+)
+"""What the API server fills in where a user says nothing; that somebody wrote a default out cannot be told."""
+
+
 class Method(ApiModel):
     """How the model is adapted."""
 
     type: MethodType = Field(
         MethodType.LORA,
-        description="LoRA keeps the base in 16 bit; QLoRA quantized, in 4 bit unless quantization.type says otherwise. Auto is LoRA if that fits the GPU, otherwise QLoRA.",
+        description=(
+            "LoRA keeps the base in 16 bit; QLoRA quantized, in 4 bit unless quantization.type says otherwise. Auto is LoRA if that fits the GPU, "
+            "otherwise QLoRA. Full trains weights of the model itself (method.full), and the whole model is the result."
+        ),
     )
     lora: Lora = Field(default_factory=Lora)
     quantization: Quantization = Field(default_factory=Quantization, description="Used by QLoRA.")
+    full: Full | None = Field(
+        None, description="Used by Full: which weights. 16 bytes of GPU memory for each of them with AdamW."
+    )
 
     # bitsandbytes casts the biases of quantized layers to the compute dtype in the first forward pass (Linear4bit.forward).
     model_config = ConfigDict(
         json_schema_extra=cel(
-            ("self.type == 'LoRA' || self.lora.bias == 'None'", _BIAS_MESSAGE),
+            ("self.type != 'Full' || (" + _LORA_DEFAULTS + ")", _ADAPTER_MESSAGE),
+            ("!has(self.full) || self.type == 'Full'", _FULL_MESSAGE),
+            ("self.type == 'LoRA' || self.type == 'Full' || self.lora.bias == 'None'", _BIAS_MESSAGE),
             (
-                "self.type == 'QLoRA' || self.lora.initialization != 'LoftQ'",
+                "self.type == 'QLoRA' || self.type == 'Full' || self.lora.initialization != 'LoftQ'",
                 "lora.initialization: LoftQ makes good for quantization: it needs type: QLoRA",
             ),
             ("self.quantization.type != 'Int8' || self.lora.initialization != 'LoftQ'", _LOFTQ_MESSAGE),
         ),
     )
+
+    @model_validator(mode="after")
+    def _applies(self) -> Method:
+        if self.full is not None and self.type is not MethodType.FULL:
+            raise ValueError(_FULL_MESSAGE)
+        if self.type is MethodType.FULL and (self.lora, self.quantization) != (Lora(), Quantization()):
+            raise ValueError(_ADAPTER_MESSAGE)
+        return self
 
     @model_validator(mode="after")
     def _no_biases_in_16_bit(self) -> Method:

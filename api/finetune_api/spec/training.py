@@ -42,17 +42,45 @@ class Warmup(ApiModel):
         return self
 
 
+_GALORE_MESSAGE = "training.optimizer.galore needs name: galore_adamw"
+
+
+class GaLore(ApiModel):
+    """AdamW on gradients that are projected to a few dimensions (Zhao et al., 2024). Defaults are transformers'."""
+
+    rank: Annotated[int, Field(ge=1, le=8192)] = Field(
+        128, description="Dimensions of the projected gradient of each weight matrix."
+    )
+    update_interval_steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        200, description="The projection is made anew every so many steps, from the gradient of that step."
+    )
+    scale: Annotated[float, Field(gt=0, le=1000)] = Field(
+        0.25, description="By what projected updates are multiplied: learningRate × scale is their learning rate."
+    )
+
+
 class Optimizer(ApiModel):
     """The optimizer, by transformers' own name (``TrainingArguments.optim``)."""
 
     name: OptimizerName = Field(OptimizerName.ADAMW_TORCH_FUSED)
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(
-        None, description="Peak learning rate; the default is 2e-4."
+        None, description="Peak learning rate; the default is 2e-4, of method.type: Full 2e-5."
     )
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0, le=1000)] = Field(
         1.0, description="Gradient clipping norm; 0 switches it off."
     )
+    galore: GaLore | None = Field(None, description="Used by galore_adamw, which needs method.type: Full.")
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(("!has(self.galore) || self.name == 'galore_adamw'", _GALORE_MESSAGE))
+    )
+
+    @model_validator(mode="after")
+    def _galore_applies(self) -> Optimizer:
+        if self.galore is not None and self.name is not OptimizerName.GALORE_ADAMW:
+            raise ValueError(_GALORE_MESSAGE)
+        return self
 
 
 class Scheduler(StrEnum):

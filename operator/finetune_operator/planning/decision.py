@@ -180,10 +180,12 @@ def _facts(look: Look) -> dict[str, object]:
         facts["artifacts"] = ArtifactsStatus(
             uri=uri,
             manifest_uri=f"{uri}/manifest.json",
-            adapter_uri=f"{uri}/adapter",
-            adapter_bytes=published.adapter_bytes,
+            adapter_uri=f"{uri}/adapter" if published.model_bytes is None else None,
+            adapter_bytes=published.adapter_bytes or None,
             merged_uri=f"{uri}/merged" if merged is not None else None,
             merged_bytes=merged,
+            model_uri=f"{uri}/model" if published.model_bytes is not None else None,
+            model_bytes=published.model_bytes,
             reports_uri=f"{uri}/reports",
         )
     return facts

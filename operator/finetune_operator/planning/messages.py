@@ -7,7 +7,7 @@ from finetune_api.progress import Split
 from finetune_api.results import PrepareReport, PublishReport, TrainMetrics
 from finetune_api.scores import JudgeVerdict, TextMetrics
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, Full
 from finetune_api.status import DataStatus, GpuTimeStatus, MetricsStatus, PlanStatus
 
 SUMMARIZED = (
@@ -42,6 +42,13 @@ def sentence(text: str) -> str:
     return text if not text or text[-1] in ".!?…" else f"{text}."
 
 
+def full_weights(full: Full) -> str:
+    """What method Full trains."""
+    if full.spectrum is not None:
+        return f"weights (Spectrum, {full.spectrum.fraction:g} of each kind)"
+    return f"weights of {', '.join(full.modules)}" if full.modules else "weights (all)"
+
+
 def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
     """The resolved method and sizes; counts only after prepare has found them."""
     plan = snapshot.plan
@@ -53,8 +60,10 @@ def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
     method = snapshot.resolved(memory.method if memory else None).plan.method
     split = memory.split if memory else snapshot.split
     quantization = f" ({method.quantization.type})" if method.quantization else ""
+    lora = method.lora if method.full is None else None
+    trained = full_weights(method.full) if method.full else f"rank {method.lora.rank}, alpha {method.lora.alpha}"
     parts = [
-        f"{method.type}{quantization} rank {method.lora.rank}, alpha {method.lora.alpha} on {where}: "
+        f"{method.type}{quantization} {trained} on {where}: "
         f"micro-batch {split.micro_batch_sequences} × accumulation {split.gradient_accumulation_steps}, "
         f"learning rate {plan.learning_rate:g}"
     ]
@@ -67,8 +76,8 @@ def plan_status(snapshot: Snapshot, report: PrepareReport | None) -> PlanStatus:
         parts.extend(sentence(w)[:-1] for w in report.warnings[:3])
     return PlanStatus(
         method=method.type,
-        rank=method.lora.rank,
-        alpha=method.lora.alpha,
+        rank=lora.rank if lora else None,
+        alpha=lora.alpha if lora else None,
         learning_rate=plan.learning_rate,
         micro_batch_sequences=split.micro_batch_sequences,
         gradient_accumulation_steps=split.gradient_accumulation_steps,

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 from finetune_api.names import Stage
 from finetune_api.results import PublishReport
+from finetune_api.spec import MethodType
 from finetune_api.status import ConditionType, Phase
 from finetune_operator.planning.clock import rfc3339
 from finetune_operator.planning.conditions import Wish, find, is_true
@@ -164,6 +165,8 @@ def _stage_message(look: Look) -> str:
     if look.stage is Stage.PREPARE:
         return "Checks model, data and output on a CPU, before any GPU is asked for."
     if look.stage is Stage.PUBLISH:
+        if look.spec.method.type is MethodType.FULL:
+            return "Writes the model, checks and publishes it on a CPU."
         merged = look.spec.output.merged.enabled
         return "Checks, merges and publishes on a CPU." if merged else "Checks and publishes on a CPU."
     if _done(look):

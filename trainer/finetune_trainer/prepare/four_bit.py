@@ -27,7 +27,7 @@ def left_in_16_bit(method: MethodType, config: Mapping[str, Any], stored: Shapes
     Raises:
         StageError: InvalidConfig, for QLoRA where it is all.
     """
-    if method is MethodType.LORA:
+    if method in (MethodType.LORA, MethodType.FULL):
         return None
     try:
         arch = parse_config(config)

@@ -14,6 +14,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
 from finetune_trainer.prepare.four_bit import left_in_16_bit
+from finetune_trainer.prepare.full_weights import count_full
 from finetune_trainer.prepare.initial_adapter import InitialAdapter, fetch_initial_adapter, must_fit
 from finetune_trainer.prepare.shapes import (
     Parameters,
@@ -87,7 +88,8 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         )
     adapter = fetch_initial_adapter(ctx, headers)
     snapshot = ctx.snapshot if adapter is None else ctx.snapshot.with_lora(adapter.record.lora)
-    lora = snapshot.plan.method.lora
+    method, tied = snapshot.plan.method, bool(config.get("tie_word_embeddings"))
+    lora = method.lora
     training = snapshot.spec.training
     shards = training.parallelism is Parallelism.FSDP or training.cpu_offload is not CpuOffload.NEVER
     if adapter is not None and lora.use_dora and shards:
@@ -96,14 +98,16 @@ def inspect_model(ctx: StageContext) -> BaseModel:
             "model.initialAdapter is trained with DoRA, which needs the whole base model on each GPU: leave training.parallelism: FSDP and "
             "cpuOffload out",
         )
-    quantized = snapshot.plan.method.type is not MethodType.LORA
-    refuse_unsaveable(headers, lora, bool(config.get("tie_word_embeddings")), quantized)
-    parameters = count_parameters(headers, lora)
-    refuse_mamba_projections(config.get("model_type"), parameters)
-    if is_mixture_of_experts(headers):
-        warnings.append(of_experts(parameters))
+    if method.full is not None:
+        parameters = count_full(headers, method.full, tied, spec.uri)
+    else:
+        refuse_unsaveable(headers, lora, tied, method.type is not MethodType.LORA)
+        parameters = count_parameters(headers, lora)
+        refuse_mamba_projections(config.get("model_type"), parameters)
+        if is_mixture_of_experts(headers):
+            warnings.append(of_experts(parameters))
     shapes = {name: shape for name, (_, shape) in headers.items()}
-    if much := left_in_16_bit(snapshot.plan.method.type, config, shapes, spec.uri):
+    if much := left_in_16_bit(method.type, config, shapes, spec.uri):
         warnings.append(much)
     if adapter is not None:
         must_fit(adapter, snapshot.spec, shapes, parameters)

@@ -38,6 +38,7 @@ from finetune_trainer.lora_files import CONFIG, WEIGHTS
 from finetune_trainer.pattern import check_on, compiled
 from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import PREVIEW_ROWS, Prepared, finish, total_steps
+from finetune_trainer.prepare.full_weights import choose_weights, trainable_shapes
 from finetune_trainer.prepare.initial_adapter import InitialAdapter
 from finetune_trainer.prepare.model import BaseModel, inspect_model
 from finetune_trainer.prepare.plan import plan_run
@@ -81,6 +82,11 @@ def run(ctx: StageContext) -> PrepareReport:
     for warning in (warnings := of_trackers + found.warnings):
         log.warning("%s", warning)
 
+    full = ctx.snapshot.plan.method.full
+    weights = None
+    if full is not None and not plan_only:
+        shapes = trainable_shapes(model.shapes, bool(model.config.get("tie_word_embeddings")))
+        weights = choose_weights(ctx, shapes, full, model.commit)
     files = [] if plan_only else upload(ctx, prepared, model.adapter)
     result = PrepareResult(
         snapshot_digest=ctx.snapshot.digest(),
@@ -95,6 +101,7 @@ def run(ctx: StageContext) -> PrepareReport:
         total_steps=found.total_steps,
         plan=planned,
         initial_adapter=model.adapter.record if model.adapter is not None else None,
+        weights=weights,
         files=files,
         warnings=warnings,
     )

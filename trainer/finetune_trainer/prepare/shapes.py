@@ -268,12 +268,17 @@ def check_mergeable(headers: TensorHeaders, uri: str) -> None:
     Raises:
         StageError: UnsupportedModel.
     """
+    if found := why_not_writable(headers):
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"{uri} cannot be merged: expected a dense decoder with tensors named model.layers.…, found {found}. "
+            "Set output.merged.enabled: false to train the adapter alone.",
+        )
+
+
+def why_not_writable(headers: TensorHeaders) -> str:
+    """What keeps publish from writing a whole model like this one; empty if nothing does."""
     usual = "model.embed_tokens.weight" in headers and any(name.startswith("model.layers.0.") for name in headers)
     if usual and not is_mixture_of_experts(headers):
-        return
-    found = "a mixture of experts" if usual else f"tensors named otherwise (such as {min(headers)})"
-    raise StageError(
-        Reason.UNSUPPORTED_MODEL,
-        f"{uri} cannot be merged: expected a dense decoder with tensors named model.layers.…, found {found}. "
-        "Set output.merged.enabled: false to train the adapter alone.",
-    )
+        return ""
+    return "a mixture of experts" if usual else f"tensors named otherwise (such as {min(headers)})"

@@ -1,10 +1,10 @@
-"""A LoRA adapter as a file, read without peft: this is the second opinion on what the adapter does."""
+"""A LoRA adapter as a file, read without peft: this is the second opinion on what the adapter does. And full weights, in the same form."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ import torch
 from safetensors import safe_open
 
 from finetune_api.failures import Reason
+from finetune_api.results import WEIGHTS_FILE, TrainedWeights
 from finetune_api.targets import as_peft_reads
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
 from finetune_trainer.publish.safetensors_stream import rows_per_chunk
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""In the files of the models that publish writes (prepare refuses others)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class Adapter:
     replaced: frozenset[str]
     keys: dict[str, str]
     """Tensor names of the base's vocabulary to the file's keys."""
+    file: str = WEIGHTS
+    words: str = "base + adapter"
+    """What base and this are together, for messages."""
 
     def lora(self, module: str) -> Lora:
         """The update of a module."""
@@ -74,7 +81,7 @@ class Adapter:
 
     def replaced_rows(self, tensor: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The same in parts: (first row, rows)."""
-        with safe_open(self.folder / WEIGHTS, "pt") as file:
+        with safe_open(self.folder / self.file, "pt") as file:
             values = file.get_slice(self.keys[tensor])
             shape = tuple(values.get_shape())
             step = rows_per_chunk(shape)
@@ -93,12 +100,34 @@ class Adapter:
         )
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
-        with safe_open(self.folder / WEIGHTS, "pt") as file:
+        with safe_open(self.folder / self.file, "pt") as file:
             return tuple(file.get_slice(self.keys[tensor]).get_shape())
 
     def _read(self, name: str) -> torch.Tensor:
-        with safe_open(self.folder / WEIGHTS, "pt") as file:
+        with safe_open(self.folder / self.file, "pt") as file:
             return file.get_tensor(self.keys[name]).float()  # type: ignore[no-any-return]
+
+
+def read_weights(folder: Path, weights: TrainedWeights, stored: Collection[str], tied: bool) -> Adapter:
+    """Full weights as an adapter that replaces tensors of the base and adds to none.
+
+    Args:
+        stored: names of the base's tensors.
+        tied: its head is its embedding; files that have both get the trained values twice.
+
+    Raises:
+        StageError: VerificationFailed, if other tensors are there than were trained.
+    """
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        keys = {name: name for name in file.keys()}  # noqa: SIM118 - not a dict
+    if keys.keys() != set(weights.tensors):
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the file of trained weights has {len(keys)} tensors; {len(weights.tensors)} were trained.",
+        )
+    if tied and EMBEDDINGS in keys and HEAD in stored:
+        keys[HEAD] = EMBEDDINGS
+    return Adapter(folder, {}, frozenset(keys), keys, WEIGHTS_FILE, "base and trained weights")
 
 
 def read_adapter(folder: Path) -> Adapter:

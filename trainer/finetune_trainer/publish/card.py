@@ -31,7 +31,7 @@ def model_card(
     *,
     merged: bool,
 ) -> str:
-    """README.md of ``adapter/``, or of ``merged/``."""
+    """README.md of ``adapter/``, or of ``merged/`` or ``model/``."""
     environment = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -68,7 +68,7 @@ def model_card(
         vllm_rank=vllm_rank(method.lora),
         merged=merged,
         adapter_uri=output.uri("adapter"),
-        merged_uri=output.uri("merged"),
+        merged_uri=output.uri("merged" if trained.weights is None else "model"),
     )
 
 

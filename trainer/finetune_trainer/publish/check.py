@@ -68,12 +68,20 @@ def merge_check(
     ).loss(rows, indices, pad_id)
     measured = trained.check_loss if same_base else None
     if measured is not None:
-        must_agree("training measured", measured, with_adapter, TRAINED_TOLERANCE, len(indices), TRAINED_ABSOLUTE)
+        must_agree(
+            "training measured",
+            measured,
+            with_adapter,
+            TRAINED_TOLERANCE,
+            len(indices),
+            TRAINED_ABSOLUTE,
+            adapter.words,
+        )
     in_one = StreamedModel(
         merged, set(checkpoint.tensors), checkpoint.read, compute, trust_remote_code=trust_remote_code
     ).loss(rows, indices, pad_id)
     rounded = may_be_rounded_away(trained.metrics, with_adapter) if dtype is not torch.float32 else 0.0
-    must_agree("the merged model has", in_one, with_adapter, tolerance, len(indices), rounded)
+    must_agree("the merged model has", in_one, with_adapter, tolerance, len(indices), rounded, adapter.words)
     return MergeCheck(
         held_out_loss_adapter=with_adapter,
         held_out_loss_merged=in_one,
@@ -89,18 +97,21 @@ def may_be_rounded_away(metrics: TrainMetrics, loss: float) -> float:
     return max(0.0, min(metrics.held_out_loss_base - metrics.held_out_loss, MOST_ROUNDED_AWAY * loss))
 
 
-def must_agree(what: str, found: float, expected: float, tolerance: float, rows: int, absolute: float = 0.0) -> None:
+def must_agree(
+    what: str, found: float, expected: float, tolerance: float, rows: int, absolute: float = 0.0,
+    whole: str = "base + adapter",
+) -> None:  # fmt: skip
     """Raises VerificationFailed beyond ``tolerance`` (relative) + ``absolute``, and for NaN."""
     allowed = tolerance * abs(expected) + absolute
     if not abs(found - expected) <= allowed:
         raise StageError(
             Reason.VERIFICATION_FAILED,
-            f"on {rows} held-out rows, base + adapter have loss {expected:.4f} and {what} {found:.4f} "
+            f"on {rows} held-out rows, {whole} have loss {expected:.4f} and {what} {found:.4f} "
             f"(difference {abs(found - expected):.2g}, allowed {allowed:.2g}).",
         )
 
 
-def lost_in_rounding(check: MergeCheck, metrics: TrainMetrics, dtype: str) -> list[str]:
+def lost_in_rounding(check: MergeCheck, metrics: TrainMetrics, dtype: str, has_adapter: bool = True) -> list[str]:
     """A warning if the merged type swallows much of what was learned."""
     learned = metrics.held_out_loss_base - metrics.held_out_loss
     lost = check.held_out_loss_merged - check.held_out_loss_adapter
@@ -108,8 +119,8 @@ def lost_in_rounding(check: MergeCheck, metrics: TrainMetrics, dtype: str) -> li
         return []
     return [
         f"rounding the merged weights to {dtype} loses {100 * lost / learned:.0f} % of what was learned (held-out loss "
-        f"{check.held_out_loss_merged:.4f}, with the adapter {check.held_out_loss_adapter:.4f}): use the adapter, or "
-        "output.merged.dtype: float32."
+        f"{check.held_out_loss_merged:.4f}, {'with the adapter' if has_adapter else 'as trained'} {check.held_out_loss_adapter:.4f}): "
+        f"use {'the adapter, or ' if has_adapter else ''}output.merged.dtype: float32."
     ]
 
 

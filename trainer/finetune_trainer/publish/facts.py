@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from finetune_api.planner import Layout
 from finetune_api.results import DataSummary, RunPlan, TrainResult
 from finetune_api.snapshot import ResolvedLora, ResolvedMethod, Snapshot
-from finetune_api.spec import LoraBias, LoraInitialization, PiiPolicy, Quantization
+from finetune_api.spec import Full, LoraBias, LoraInitialization, PiiPolicy, Quantization
 
 Facts = list[tuple[str, str]]
 """Names and values, in the order in which they are shown."""
@@ -20,7 +20,26 @@ def method_facts(snapshot: Snapshot, method: ResolvedMethod, plan: RunPlan | Non
         snapshot: with the settings of the adapter that training went on from, if it did.
         method: what ``Auto`` became.
     """
-    training, lora = snapshot.spec.training, method.lora
+    training = snapshot.spec.training
+    return [
+        *([("method", f"Full, {_weights(method.full)}")] if method.full else _adapter(method)),
+        ("base weights", _quantized(method.quantization) if method.quantization else str(trained.base_dtype)),
+        ("trained parameters", f"{trained.trainable_parameters:,} (float32)"),
+        ("batch", _batch(snapshot, trained)),
+        *_optional(("layout", _layout(snapshot, plan))),
+        ("optimizer", _optimizer(snapshot)),
+        ("seed", str(training.seed)),
+    ]
+
+
+def _weights(full: Full) -> str:
+    if full.spectrum is not None:
+        return f"Spectrum: {full.spectrum.fraction:g} of each kind of matrix, by signal-to-noise ratio"
+    return f"modules {', '.join(full.modules)}" if full.modules else "all weights"
+
+
+def _adapter(method: ResolvedMethod) -> Facts:
+    lora = method.lora
     return [
         ("method", f"{method.type.value}, {_update(lora)}"),
         ("layers", _layers(lora)),
@@ -29,12 +48,6 @@ def method_facts(snapshot: Snapshot, method: ResolvedMethod, plan: RunPlan | Non
             ("trained whole", ", ".join(lora.modules_to_save)),
             ("biases", "" if lora.bias is LoraBias.NONE else lora.bias.value),
         ),
-        ("base weights", _quantized(method.quantization) if method.quantization else str(trained.base_dtype)),
-        ("trained parameters", f"{trained.trainable_parameters:,} (float32)"),
-        ("batch", _batch(snapshot, trained)),
-        *_optional(("layout", _layout(snapshot, plan))),
-        ("optimizer", _optimizer(snapshot)),
-        ("seed", str(training.seed)),
     ]
 
 
@@ -150,6 +163,10 @@ def _optimizer(snapshot: Snapshot) -> str:
         f"weight decay {optimizer.weight_decay:g}",
         f"gradients clipped at {optimizer.max_grad_norm:g}" if optimizer.max_grad_norm else "gradients not clipped",
     ]
+    if galore := snapshot.plan.galore:
+        parts.append(
+            f"rank {galore.rank}, projected anew every {galore.update_interval_steps} steps, scale {galore.scale:g}"
+        )
     parts += [f"NEFTune {training.neftune_noise_alpha:g}"] if training.neftune_noise_alpha else []
     return ", ".join(parts)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finetune_api.failures import Reason
-from finetune_api.results import FileRecord
+from finetune_api.results import WEIGHTS_FILE, FileRecord
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, WEIGHTS
 from finetune_trainer.publish.adapter import Adapter
@@ -28,7 +28,7 @@ from finetune_trainer.publish.safetensors_stream import (
     rows_per_chunk,
 )
 
-NOT_COPIED = {CONFIG, WEIGHTS, "README.md"}
+NOT_COPIED = {CONFIG, WEIGHTS, WEIGHTS_FILE, "README.md"}
 
 
 class BaseWeights:
@@ -75,7 +75,7 @@ def merge(
     if not fitting:
         raise StageError(
             Reason.UNSUPPORTED_MODEL,
-            f"none of the adapter's modules (such as {min(adapter.modules)}) is named so in the base model's files "
+            f"none of the adapter's modules (such as {min(adapter.modules or adapter.replaced)}) is named so in the base model's files "
             f"(such as {min(tensors)}): this model cannot be merged.",
         )
     if left:

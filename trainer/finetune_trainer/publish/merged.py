@@ -1,7 +1,8 @@
-"""The merged model: fetch the base, merge, check, upload. The only part of publish that needs torch."""
+"""The merged model, or with method Full the model that is the result: fetch the base, merge, check, upload. The only part of publish that needs torch."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 from finetune_api.failures import Reason
 from finetune_api.results import (
     MERGED_DIR,
+    MODEL_DIR,
     PREPARED_HELD_OUT,
     FileRecord,
     MergeCheck,
@@ -22,7 +24,7 @@ from finetune_api.results import (
 from finetune_api.spec import MergedBase
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
-from finetune_trainer.publish.adapter import read_adapter
+from finetune_trainer.publish.adapter import read_adapter, read_weights
 from finetune_trainer.publish.check import lost_in_rounding, merge_check
 from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
 from finetune_trainer.publish.round_trip import RoundTrip
@@ -48,7 +50,7 @@ class MergedModel:
 def make_merged(
     ctx: StageContext, workspace: S3Store, adapter_folder: Path, prepared: PrepareResult, trained: TrainResult
 ) -> MergedModel:
-    """Merge the adapter into the same base files that were trained on.
+    """Merge the adapter, or put the trained weights, into the same base files that were trained on.
 
     Raises:
         StageError: VerificationFailed, UnsupportedModel, and what the model's source raises.
@@ -67,9 +69,15 @@ def make_merged(
         round_trip = RoundTrip(quantization, trained.quantized_modules, getattr(torch, trained.base_dtype))
     checkpoint = Checkpoint(base_files.folder)
     base = BaseWeights(checkpoint, round_trip)
-    adapter = read_adapter(adapter_folder)
+    weights = trained.weights
+    if weights is None:
+        adapter = read_adapter(adapter_folder)
+    else:
+        config = json.loads((base_files.folder / "config.json").read_text())
+        tied = bool(config.get("tie_word_embeddings"))
+        adapter = read_weights(adapter_folder, weights, checkpoint.tensors, tied)
     dtype: torch.dtype = getattr(torch, spec.output.merged.dtype.value)
-    folder = ctx.work_dir / MERGED_DIR
+    folder = ctx.work_dir / (MERGED_DIR if weights is None else MODEL_DIR)
     total = sum(t.elements for t in checkpoint.tensors.values()) * dtype.itemsize
     merge(base, adapter, dtype, folder, ctx.reporter.transfer("merge", total))
     write_companions(base_files.folder, [f.path for f in base_files.files], adapter_folder, dtype, folder)
@@ -83,7 +91,7 @@ def make_merged(
         base, adapter, folder, base_files.folder, rows, pad_token_id(tokenizer), trained,
         same_base=quantization is None or round_trip is not None, trust_remote_code=spec.model.trust_remote_code,
     )  # fmt: skip
-    warnings = lost_in_rounding(check, trained.metrics, spec.output.merged.dtype.value)
+    warnings = lost_in_rounding(check, trained.metrics, spec.output.merged.dtype.value, weights is None)
     return MergedModel(folder, check, quantization_warnings(round_trip) + warnings)
 
 
@@ -109,10 +117,10 @@ def fetch_held_out(ctx: StageContext, workspace: S3Store, prepared: PrepareResul
 
 
 def upload_merged(ctx: StageContext, folder: Path, output: S3Store) -> list[FileRecord]:
-    """Replace what an earlier execution may have left below ``merged/``. That is cleared once: what this one has sent stays."""
+    """Replace what an earlier execution may have left below ``merged/`` (or ``model/``). That is cleared once: what this one has sent stays."""
     ctx.reporter.report(activity="Uploading")
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    wait_until_available(ctx, lambda: output.clear(MERGED_DIR))
+    wait_until_available(ctx, lambda: output.clear(folder.name))
     return wait_until_available(
-        ctx, lambda: output.upload_dir(folder, MERGED_DIR, ctx.reporter.transfer("upload", total))
+        ctx, lambda: output.upload_dir(folder, folder.name, ctx.reporter.transfer("upload", total))
     )

@@ -77,7 +77,8 @@ def html_report(
         sources=[without_credentials(source.uri) for source in snapshot.spec.data.train],
         asked=json.dumps(shareable(snapshot.spec), indent=2),
         sizes={
-            kind: sum(f.size for f in manifest.files if f.path.startswith(f"{kind}/")) for kind in ("adapter", "merged")
+            kind: sum(f.size for f in manifest.files if f.path.startswith(f"{kind}/"))
+            for kind in ("adapter", "merged", "model")
         },
     )
 

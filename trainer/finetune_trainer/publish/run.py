@@ -16,6 +16,7 @@ from finetune_api.results import (
     MANIFEST,
     MERGED_DIR,
     METRICS_FILE,
+    MODEL_DIR,
     PREPARE_RESULT,
     PREPARED_PREVIEW,
     REPORT_FILE,
@@ -64,7 +65,7 @@ def run(ctx: StageContext) -> PublishReport:
     trained = read_train_result(ctx, workspace)
     prepared = wait_until_available(ctx, lambda: read_stored(workspace, PREPARE_RESULT, PrepareResult))
     check_tokenizer_hash(prepared, trained)
-    adapter_folder = fetch_published(ctx, output, trained)
+    trained_folder = fetch_published(ctx, output, workspace, trained)
 
     # Score.
     ctx.reporter.report(activity="Scoring")
@@ -75,10 +76,10 @@ def run(ctx: StageContext) -> PublishReport:
     of_trackers = [warning(t) for t in trained.tracked if t.problem is not None]
     warnings: list[str] = [*prepared.warnings, *trained.warnings, *of_trackers, *scores.warnings]
     check = None
-    if ctx.snapshot.spec.output.merged.enabled:
+    if ctx.snapshot.spec.publishes_model:
         from finetune_trainer.publish import merged
 
-        model = merged.make_merged(ctx, workspace, adapter_folder, prepared, trained)
+        model = merged.make_merged(ctx, workspace, trained_folder, prepared, trained)
         check = model.check
         warnings += model.warnings
         (model.folder / "README.md").write_text(
@@ -87,8 +88,9 @@ def run(ctx: StageContext) -> PublishReport:
         files += merged.upload_merged(ctx, model.folder, output)
 
     # Describe.
-    card = model_card(ctx.snapshot, prepared, trained, scores, output, check, warnings, merged=False).encode()
-    files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
+    if trained.weights is None:
+        card = model_card(ctx.snapshot, prepared, trained, scores, output, check, warnings, merged=False).encode()
+        files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
     manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(
         update={"merge_check": check, "text_metrics": scores.text, "judge": scores.judge}
@@ -149,6 +151,7 @@ def make_manifest(
         base_model={"uri": model.uri, "revision": model.revision, "commit": prepared.model_commit},
         base_files=trained.base_files,
         initial_adapter=prepared.initial_adapter,
+        weights=trained.weights,
         data_hash=prepared.data_hash,
         snapshot_digest=snapshot.digest(),
         config=snapshot.to_json_dict(),
@@ -198,15 +201,19 @@ def clean_up(ctx: StageContext, output: S3Store, workspace: S3Store) -> None:
 
 def report(manifest: Manifest) -> PublishReport:
     """What the operator needs of a manifest."""
-    merged_bytes = sum(f.size for f in manifest.files if f.path.startswith(f"{MERGED_DIR}/"))
+
+    def size(folder: str) -> int:
+        return sum(f.size for f in manifest.files if f.path.startswith(f"{folder}/"))
+
     return PublishReport(
         metrics=manifest.metrics,
         text_metrics=manifest.text_metrics,
         judge=manifest.judge,
         verification=manifest.verification,
         merge_check=manifest.merge_check,
-        adapter_bytes=sum(f.size for f in manifest.files if f.path.startswith(f"{ADAPTER_DIR}/")),
-        merged_bytes=merged_bytes or None,
+        adapter_bytes=size(ADAPTER_DIR),
+        merged_bytes=size(MERGED_DIR) or None,
+        model_bytes=size(MODEL_DIR) or None,
         files=len(manifest.files),
         warnings=manifest.warnings,
     )

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune_api.failures import Reason
-from finetune_api.results import ADAPTER_DIR, TRAIN_RESULT, FileRecord, PrepareResult, TrainResult
+from finetune_api.results import ADAPTER_DIR, TRAIN_RESULT, WEIGHTS_DIR, FileRecord, PrepareResult, TrainResult
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3 import S3Store
@@ -46,24 +46,27 @@ def check_tokenizer_hash(prepared: PrepareResult, trained: TrainResult) -> None:
         )
 
 
-def fetch_published(ctx: StageContext, output: S3Store, result: TrainResult) -> Path:
-    """Read every adapter and report file back and compare it with its record; returns the local adapter folder.
+def fetch_published(ctx: StageContext, output: S3Store, workspace: S3Store, result: TrainResult) -> Path:
+    """Read every file that training stored back and compare it with its record; returns the local folder of the adapter, or of the trained
+    weights.
 
     Raises:
         StageError: VerificationFailed.
     """
-    moved = ctx.reporter.transfer("download", sum(f.size for f in (*result.adapter_files, *result.report_files)))
-    for record in (*result.adapter_files, *result.report_files):
+    stored = [(output, f) for f in (*result.adapter_files, *result.report_files)]
+    stored += [(workspace, f) for f in result.weights_files]
+    moved = ctx.reporter.transfer("download", sum(f.size for _, f in stored))
+    for store, record in stored:
         path = ctx.work_dir / "published" / record.path
-        found = wait_until_available(ctx, partial(_fetch, output, record, path, moved))
-        must_equal(found, record, output.uri(record.path))
-    return ctx.work_dir / "published" / ADAPTER_DIR
+        found = wait_until_available(ctx, partial(_fetch, store, record, path, moved))
+        must_equal(found, record, store.uri(record.path))
+    return ctx.work_dir / "published" / (ADAPTER_DIR if result.weights is None else WEIGHTS_DIR)
 
 
-def _fetch(output: S3Store, record: FileRecord, path: Path, moved: OnBytes) -> FileRecord:
+def _fetch(store: S3Store, record: FileRecord, path: Path, moved: OnBytes) -> FileRecord:
     try:
-        return output.download_file(record.path, path, moved)
+        return store.download_file(record.path, path, moved)
     except NotFound as error:
         raise StageError(
-            Reason.VERIFICATION_FAILED, f"{output.uri(record.path)} has disappeared since training."
+            Reason.VERIFICATION_FAILED, f"{store.uri(record.path)} has disappeared since training."
         ) from error

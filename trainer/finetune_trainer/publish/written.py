@@ -73,7 +73,7 @@ def check_written(base: BaseWeights, adapter: Adapter, folder: Path) -> None:
     if wrong:
         raise StageError(
             Reason.VERIFICATION_FAILED,
-            f"{len(wrong)} of {len(merged.tensors)} tensors of the merged model are not base + adapter within rounding: "
+            f"{len(wrong)} of {len(merged.tensors)} tensors of the merged model are not {adapter.words} within rounding: "
             f"{', '.join(wrong[:NAMED])}.{TOO_LARGE if overflowed else ''}",
         )
 

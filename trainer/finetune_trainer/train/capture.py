@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers.trainer_pt_utils import safe_globals
+
+from finetune_api.results import WEIGHTS_FILE
+from finetune_trainer.train.model import trained_state
 
 PROGRESS_FILE = "progress.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -27,7 +30,8 @@ class Captured:
 
     step: int
     adapter: dict[str, torch.Tensor]
-    adapter_config: dict[str, Any]
+    """Or the model's own weights that are trained."""
+    adapter_config: dict[str, Any] | None
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
@@ -36,6 +40,11 @@ class Captured:
     trainer_state: str
     progress: dict[str, Any]
     held_out_loss: float | None = None
+
+
+def weights_file(adapter: bool) -> str:
+    """What is trained, in a checkpoint's folder."""
+    return ADAPTER_FILE if adapter else WEIGHTS_FILE
 
 
 def random_states() -> dict[str, Any]:
@@ -72,17 +81,17 @@ def random_file(rank: int) -> str:
 def capture(
     trainer: Any, states: list[dict[str, Any]], progress: dict[str, Any], held_out_loss: float | None = None
 ) -> Captured:
-    """Copy the state of ``trainer`` (a transformers Trainer over a PeftModel) after its last completed step.
+    """Copy the state of ``trainer`` (a transformers Trainer) after its last completed step.
 
     Args:
         states: :func:`random_states` of each rank as they were at that step's end; micro-batches of a later, unfinished step have moved them.
     """
-    model: PeftModel = trainer.model
+    model = trainer.model
     scaler = getattr(trainer.accelerator, "scaler", None)
     return Captured(
         step=trainer.state.global_step,
-        adapter=_on_host(get_peft_model_state_dict(model, save_embedding_layers=False)),
-        adapter_config=adapter_config(model),
+        adapter=_on_host(trained_state(model)),
+        adapter_config=adapter_config(model) if isinstance(model, PeftModel) else None,
         optimizer=_on_host(trainer.optimizer.state_dict()),
         scheduler=_on_host(trainer.lr_scheduler.state_dict()),
         scaler=_on_host(scaler.state_dict()) if scaler is not None else None,
@@ -107,8 +116,9 @@ def in_order(value: Any) -> Any:
 def write_files(captured: Captured, folder: Path) -> None:
     """The checkpoint's files, into an empty folder."""
     folder.mkdir(parents=True)
-    save_file(captured.adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(captured.adapter_config, indent=1, default=str))
+    save_file(captured.adapter, folder / weights_file(captured.adapter_config is not None), metadata={"format": "pt"})
+    if captured.adapter_config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(captured.adapter_config, indent=1, default=str))
     _save(captured.optimizer, folder / "optimizer.pt")
     _save(captured.scheduler, folder / "scheduler.pt")
     if captured.scaler is not None:

@@ -30,10 +30,14 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     name: str
+    keep_copies: bool = True
+    """Whether copies of float32 weights in ``dtype`` are kept for a whole pass: cheap for an adapter's, not for the model's own."""
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in ``dtype``, whatever the trainables are kept in. Used alike for training, evaluation and answers."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+        return torch.autocast(
+            self.device.type, self.dtype, enabled=self.dtype is not torch.float32, cache_enabled=self.keep_copies
+        )
 
     def peak_bytes(self) -> int | None:
         """The most that tensors have held on the GPU in this process; None on a CPU."""

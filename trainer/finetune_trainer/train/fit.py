@@ -23,13 +23,13 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.text import shorten
 from finetune_trainer.train import evaluate
-from finetune_trainer.train.capture import ADAPTER_FILE, PROGRESS_FILE, Captured, capture
+from finetune_trainer.train.capture import PROGRESS_FILE, Captured, capture, weights_file
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.evaluate import HeldOutLoss
 from finetune_trainer.train.held_out_curve import evaluation_line, is_enough
-from finetune_trainer.train.model import take_up
+from finetune_trainer.train.model import causal_lm, take_up
 from finetune_trainer.train.packing import keeps_rows_apart
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
@@ -64,7 +64,8 @@ class Fit:
 
     ctx: StageContext
     compute: Compute
-    model: PeftModel
+    model: Any
+    """With an adapter (PeftModel), or with weights of its own that are trained."""
     rows: Rows
     held_out: Rows
     pad_id: int
@@ -90,7 +91,7 @@ class Fit:
         if restored is None:
             self.first_weights()
         elif self._is_complete(restored):
-            log.info("all %d steps are made: the adapter is that of the last checkpoint", start)
+            log.info("all %d steps are made: the weights are those of the last checkpoint", start)
             load_adapter(self.model, restored)
             return
         writer = CheckpointWriter(self.checkpoints, self._told, self._not_stored) if self.ranks.first else None
@@ -181,7 +182,7 @@ class Fit:
         Raises:
             TrainingStopped: ``stopped`` said so between two batches.
         """
-        base, divisor = self.model.get_base_model(), self.split.evaluation_divisor
+        base, divisor = causal_lm(self.model), self.split.evaluation_divisor
 
         def agreed() -> bool:
             return self.ranks.any(stopped()) if self.ranks.sharded else stopped()
@@ -275,6 +276,7 @@ class Fit:
             start_step=start,
             ranks=self.ranks,
             packing=self._packing(),
+            galore=self.ctx.snapshot.plan.galore,
             loraplus_lr_ratio=self.ctx.snapshot.plan.method.lora.loraplus_lr_ratio,
         )
         saving.trainer = trainer
@@ -284,11 +286,14 @@ class Fit:
         """Whether rows are packed: as asked for, if the model keeps them apart."""
         if not self.ctx.snapshot.spec.training.packing:
             return False
-        apart = keeps_rows_apart(self.model.get_base_model(), self.rows, self.compute)
+        base = causal_lm(self.model)
+        apart = keeps_rows_apart(base, self.rows, self.compute)
         # On GPUs the last bits may differ, and what follows must not.
         apart = self.ranks.share(lambda: apart)
         if not apart:
-            warning = f"training.packing: {type(self.model.get_base_model()).__name__} does not keep packed rows apart, so they were not packed"
+            warning = (
+                f"training.packing: {type(base).__name__} does not keep packed rows apart, so they were not packed"
+            )
             log.warning("%s", warning)
             if warning not in self.history.warnings:
                 self.history.warnings.append(warning)
@@ -381,9 +386,9 @@ def is_due(step: int, total: int, first: int, interval: CheckpointInterval, seco
     return seconds >= interval.seconds
 
 
-def load_adapter(model: PeftModel, restored: Restored) -> None:
-    """A checkpoint's weights into the adapter."""
-    take_up(model, load_file(restored.folder / ADAPTER_FILE))
+def load_adapter(model: Any, restored: Restored) -> None:
+    """A checkpoint's weights into the adapter, or into the model itself."""
+    take_up(model, load_file(restored.folder / weights_file(isinstance(model, PeftModel))))
 
 
 def _stopped(step: int, saved: Saved | None) -> Interrupted:

@@ -20,7 +20,9 @@ def unused_libraries(snapshot: Snapshot) -> list[str]:
     spec = snapshot.spec
     if spec.model.trust_remote_code:
         return []
-    plain = spec.method.type is MethodType.LORA and spec.training.optimizer.name in WITHOUT_BITSANDBYTES
+    plain = (
+        spec.method.type in (MethodType.LORA, MethodType.FULL) and spec.training.optimizer.name in WITHOUT_BITSANDBYTES
+    )
     return [DATASETS, BITSANDBYTES] if plain else [DATASETS]
 
 

@@ -26,6 +26,7 @@ from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
 from finetune_trainer.remote_code import remote_code
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.full import take_up_weights, trained_parameters
 from finetune_trainer.train.offset_lora import make_offset
 
 log = logging.getLogger(__name__)
@@ -176,12 +177,27 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
     return model
 
 
-def take_up(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
-    """Give an adapter the weights of a file of peft's.
+def causal_lm(model: Any) -> Any:
+    """The language model itself: what an adapter lies on, or the model whose own weights are trained."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trained_state(model: Any) -> dict[str, torch.Tensor]:
+    """What training changes, by the names in the adapter's file or in the model's own."""
+    if isinstance(model, PeftModel):
+        return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    return trained_parameters(model)
+
+
+def take_up(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give an adapter the weights of a file of peft's, or a model's own trained parameters those of such a file.
 
     Raises:
         AssertionError: tensors that the model has no place for, or the reverse.
     """
+    if not isinstance(model, PeftModel):
+        take_up_weights(model, weights)
+        return
     missing = get_peft_model_state_dict(model, save_embedding_layers=False).keys() - weights.keys()
     assert not missing, f"the file lacks tensors of the adapter: {sorted(missing)[:3]}"
     found = set_peft_model_state_dict(model, weights)

@@ -93,6 +93,12 @@ class Ranks:
         own = make()
         return self.share(lambda: own)
 
+    def as_first_has(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first one's values, on all: the last bits may differ, and what follows must not."""
+        if self.size > 1:
+            distributed.broadcast(tensor, src=0, group=self.data)
+        return tensor
+
     def gather(self, value: T) -> list[T]:
         """Everybody's, by rank; on the first one only, elsewhere empty."""
         if self.size == 1:

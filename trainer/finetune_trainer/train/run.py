@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from pydantic import ValidationError
 
 from finetune_api.answering import answer_limits, is_offloaded, is_sharded
@@ -20,7 +22,9 @@ from finetune_api.results import (
     ADAPTER_DIR,
     ANSWERS_FILE,
     BASE_EVALUATION,
+    MODEL_DIR,
     TRAIN_RESULT,
+    WEIGHTS_DIR,
     Answer,
     BaseEvaluation,
     FileRecord,
@@ -40,7 +44,7 @@ from finetune_trainer.stored import read_stored
 from finetune_trainer.supervisor.run import SPLIT_FILE
 from finetune_trainer.trackers.event_files import store_event_files
 from finetune_trainer.trackers.tracking import Tracking
-from finetune_trainer.train import evaluate, inputs, model, save, select, verify
+from finetune_trainer.train import evaluate, full, inputs, model, save, select, verify
 from finetune_trainer.train.checkpoints import Checkpoints
 from finetune_trainer.train.device import Compute, pick_compute
 from finetune_trainer.train.fit import Fit, History
@@ -130,11 +134,16 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     begin(ctx, "Training", held_out_loss=loss_base.loss)
     if ranks.sharded:
         ready_for_adapter(base)
-    peft_model = model.attach_adapter(base, snapshot, prepared.initial_adapter)
-    if ranks.offloaded:
-        adapter_to(peft_model, compute.device)
-    trained_base = model.trained_base_weights(peft_model)
-    trainable = model.assert_trainables_float32(peft_model)
+    tuned: Any
+    weights = prepared.result.weights
+    if weights is not None:
+        tuned, trained_base = full.train_weights(base, weights), {}
+    else:
+        tuned = model.attach_adapter(base, snapshot, prepared.initial_adapter)
+        if ranks.offloaded:
+            adapter_to(tuned, compute.device)
+        trained_base = model.trained_base_weights(tuned)
+    trainable = model.assert_trainables_float32(tuned)
     schedule = make_schedule(
         len(rows),
         spec.training.length,
@@ -148,8 +157,8 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     )
     fit = Fit(
         ctx=ctx,
-        compute=compute,
-        model=peft_model,
+        compute=replace(compute, keep_copies=weights is None),
+        model=tuned,
         rows=rows,
         held_out=held_out,
         pad_id=pad_id,
@@ -169,7 +178,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         steps=steps,
         history=history,
         first_weights=partial(
-            initialize, peft_model, snapshot, base_files.folder, rows, schedule, split, pad_id, compute, ranks
+            initialize, tuned, snapshot, base_files.folder, rows, schedule, split, pad_id, compute, ranks
         ),
         ranks=ranks,
     )
@@ -182,7 +191,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         if not ranks.first:
             return RankDone()
         fit.ranks = ranks = Ranks()
-    model.assert_trainables_float32(peft_model)
+    model.assert_trainables_float32(tuned)
 
     begin(ctx, "Evaluating")
     loss_trained, selected_step = select.evaluate_and_select(fit)
@@ -196,22 +205,29 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
 
     # Save.
     begin(ctx, "Uploading")
-    adapter_files = ranks.share(partial(store_adapter, ctx, peft_model, tokenizer, owner, output))
+    store, prefix = (output, ADAPTER_DIR) if weights is None else (workspace, WEIGHTS_DIR)
+    stored = ranks.share(partial(store_trained, ctx, tuned, tokenizer, owner, store, prefix))
 
-    # Verify: nothing of the trained adapter or the tokenizer in memory is used from here on.
+    # Verify: nothing of what was trained, or of the tokenizer, in memory is used from here on.
     begin(ctx, "Verifying")
     del fit, tokenizer
-    base = model.detach_adapter(peft_model, trained_base, compute.dtype)
-    del peft_model
-    fetched = ranks.on_node(lambda: verify.fetch_back(ctx, output, adapter_files, ctx.work_dir / "fetched"))
+    if weights is None:
+        base = model.detach_adapter(tuned, trained_base, compute.dtype)
+    del tuned
+    fetched = ranks.on_node(lambda: verify.fetch_back(ctx, store, stored, prefix, ctx.work_dir / "fetched"))
     tokenizer = model.load_tokenizer(fetched, snapshot)
     verify.check_tokenizer(tokenizer, prepared.prompts)
-    if ranks.sharded:
-        ready_for_adapter(base)
-    reloaded = verify.load_freshly(base, fetched)
-    if ranks.offloaded:
-        adapter_to(reloaded, compute.device)
-    tuned = reloaded.get_base_model()
+    if weights is not None:
+        del base
+        release_memory()
+        tuned = full.load_over(model.load_base(base_files.folder, snapshot, compute), fetched, weights)
+    else:
+        if ranks.sharded:
+            ready_for_adapter(base)
+        reloaded = verify.load_freshly(base, fetched)
+        if ranks.offloaded:
+            adapter_to(reloaded, compute.device)
+        tuned = reloaded.get_base_model()
     pad_id = evaluate.pad_token_id(tokenizer)
     measure = partial(evaluate.held_out_loss, tuned, held_out, pad_id, compute, divisor=split.evaluation_divisor)
     loss_reloaded = ranks.together(measure)
@@ -222,7 +238,11 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
             "final/held_out_loss": loss_trained.loss,
             "final/perplexity": loss_trained.perplexity,
             "final/steps": total,
-            "final/adapter_uri": output.uri(ADAPTER_DIR),
+            **(
+                {"final/adapter_uri": output.uri(ADAPTER_DIR)}
+                if weights is None
+                else {"final/model_uri": output.uri(MODEL_DIR)}
+            ),
         }
     )
     answers = [
@@ -238,7 +258,9 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     result = TrainResult(
         snapshot_digest=digest,
         execution_id=ctx.execution_id,
-        adapter_files=adapter_files,
+        adapter_files=stored if weights is None else [],
+        weights=weights,
+        weights_files=stored if weights is not None else [],
         report_files=[*upload_reports(ctx, output, metrics_lines, answers), *event_files],
         metrics=TrainMetrics(
             held_out_loss_base=loss_base.loss,
@@ -357,14 +379,21 @@ def evaluate_base(
     return measured
 
 
-def store_adapter(
-    ctx: StageContext, peft_model: Any, tokenizer: Any, owner: Owner, output: S3Store
+def store_trained(
+    ctx: StageContext, tuned: Any, tokenizer: Any, owner: Owner, store: S3Store, prefix: str
 ) -> list[FileRecord]:
-    """Into the bucket, unless another execution has taken over."""
-    folder = ctx.work_dir / "adapter"
-    save.save_adapter(peft_model, tokenizer, folder)
+    """The adapter, or the weights that were trained, into the bucket, unless another execution has taken over."""
+    folder, is_adapter = ctx.work_dir / "trained", prefix == ADAPTER_DIR
+    (save.save_adapter if is_adapter else full.save_weights)(tuned, tokenizer, folder)
     patiently(ctx, owner.check)
-    return save.upload_adapter(ctx, folder, output)
+    return save.upload_adapter(ctx, folder, store) if is_adapter else save.upload_folder(ctx, folder, store, prefix)
+
+
+def release_memory() -> None:
+    """Trainer and its callbacks refer to each other: without a collection the trained model would still be there beside the fresh one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tuple[Any, list[QuantizedModule]]:
@@ -442,6 +471,7 @@ def finished_result(ctx: StageContext, output: S3Store, workspace: S3Store) -> T
         if result.snapshot_digest != ctx.snapshot.digest():
             return None
         whole = all(output.head(f.path).size == f.size for f in (*result.adapter_files, *result.report_files))
+        whole = whole and all(workspace.head(f.path).size == f.size for f in result.weights_files)
     except (NotFound, ValidationError):
         return None
     return result if whole else None

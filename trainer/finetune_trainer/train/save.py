@@ -40,13 +40,18 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> None:
 
 
 def upload_adapter(ctx: StageContext, folder: Path, output: S3Store) -> list[FileRecord]:
-    """Replace what an earlier execution may have left below ``adapter/``."""
+    """To ``adapter/``."""
+    return upload_folder(ctx, folder, output, ADAPTER_DIR)
+
+
+def upload_folder(ctx: StageContext, folder: Path, store: S3Store, prefix: str) -> list[FileRecord]:
+    """Replace what an earlier execution may have left below ``prefix``."""
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
-    wait_until_available(ctx, lambda: output.clear(ADAPTER_DIR), limit_seconds=GPU_PATIENCE_SECONDS)
+    wait_until_available(ctx, lambda: store.clear(prefix), limit_seconds=GPU_PATIENCE_SECONDS)
     return wait_until_available(
         ctx,
-        lambda: output.upload_dir(folder, ADAPTER_DIR, ctx.reporter.transfer("upload", total)),
+        lambda: store.upload_dir(folder, prefix, ctx.reporter.transfer("upload", total)),
         limit_seconds=GPU_PATIENCE_SECONDS,
     )
 

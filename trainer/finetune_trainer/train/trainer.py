@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finetune_api.failures import Reason
 from finetune_api.progress import Split
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import Scheduler
+from finetune_api.spec import GaLore, Scheduler
 from finetune_trainer import heartbeat
 from finetune_trainer.errors import StageError
-from finetune_trainer.train.capture import random_states, restore_random_states
+from finetune_trainer.train.capture import random_states, restore_random_states, weights_file
 from finetune_trainer.train.device import Compute
+from finetune_trainer.train.galore import GaLoreAdamW, galore_groups
 from finetune_trainer.train.loss import LearnedTokenLoss, learned_tokens
 from finetune_trainer.train.micro_batches import AsDrawn, MicroBatches, PackedMicroBatches
+from finetune_trainer.train.model import causal_lm, take_up
 from finetune_trainer.train.ranks import Ranks
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import Schedule
@@ -55,7 +59,7 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self, *, model: Any, args: TrainingArguments, rows: Rows, schedule: Schedule, micro_batch: int, pad_id: int,
         compute: Compute, callbacks: list[TrainerCallback], start_step: int = 0,
         should_stop: Callable[[], bool] = lambda: False, ranks: Ranks | None = None,
-        loraplus_lr_ratio: float | None = None, packing: bool = False,
+        loraplus_lr_ratio: float | None = None, packing: bool = False, galore: GaLore | None = None,
     ) -> None:  # fmt: skip
         """``start_step`` steps are behind us (see ``train(resume_from_checkpoint)``). ``should_stop`` is asked before each
         micro-batch."""
@@ -76,11 +80,12 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         self.should_stop = should_stop
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.packing = packing
+        self.galore = galore
         self.updating = False
         """The optimizer is changing the weights: what an error leaves now is no step's state."""
         self.step_random = random_states()
         """As the last completed step left them."""
-        self.nll = LearnedTokenLoss(model.get_base_model())
+        self.nll = LearnedTokenLoss(causal_lm(model))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of the run from ``start_step`` on, as one epoch of Trainer's.
@@ -101,6 +106,8 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
 
         Not peft's function for it, which takes every vector (norms, biases, DoRA's magnitudes) for a matrix B.
         """
+        if self.galore is not None:
+            return self._galore_optimizer(self.galore)
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if fresh and self.loraplus_lr_ratio is not None:
@@ -112,6 +119,21 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                         groups.append({**group, "params": parameters, "lr": group["lr"] * factor})
             optimizer.param_groups[:] = groups
         return optimizer
+
+    def _galore_optimizer(self, settings: GaLore) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer | None = getattr(self, "optimizer")  # noqa: B009 - transformers has no type for it
+        if made is None:
+            args, decaying = self.args, set(self.get_decay_parameter_names(self.model))
+            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            groups: list[dict[str, Any]] = [
+                {"params": [p for n, p in trained.items() if n in decaying], "weight_decay": args.weight_decay},
+                {"params": [p for n, p in trained.items() if n not in decaying], "weight_decay": 0.0},
+            ]
+            made = self.optimizer = GaLoreAdamW(
+                galore_groups(self.model, groups), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon, weight_decay=0.0, settings=settings, same=self.ranks.as_first_has,
+            )  # fmt: skip
+        return made
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, unless training is to stop: then what its step has accumulated is thrown away.
@@ -134,6 +156,13 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs["loss"] = self.ranks.total(logs["loss"])
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """transformers knows whole models and adapters; a checkpoint here may have only those of a model's weights that are trained."""
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            take_up(self.model, load_file(Path(resume_from_checkpoint) / weights_file(adapter=False)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Every rank has drawn its own random numbers. A rank that a checkpoint of fewer knows nothing of begins from its seed."""

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
-from finetune_api.results import ADAPTER_DIR, FileRecord, PreparedPrompt, PrepareResult, Verification
+from finetune_api.results import FileRecord, PreparedPrompt, PrepareResult, Verification
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template
@@ -29,8 +29,8 @@ TOLERANCE = 1e-3
 """Largest relative difference of held-out losses. On one device the two are computed alike: 0 was measured on CPU, LoRA and QLoRA."""
 
 
-def fetch_back(ctx: StageContext, output: S3Store, records: Sequence[FileRecord], folder: Path) -> Path:
-    """The adapter's files from the bucket, each with the hash it was written with, in a fresh folder.
+def fetch_back(ctx: StageContext, store: S3Store, records: Sequence[FileRecord], prefix: str, folder: Path) -> Path:
+    """What was stored below ``prefix``, from the bucket, each file with the hash it was written with, in a fresh folder.
 
     Raises:
         StageError: VerificationFailed.
@@ -38,15 +38,15 @@ def fetch_back(ctx: StageContext, output: S3Store, records: Sequence[FileRecord]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for record in records:
-        path = folder / record.path.removeprefix(f"{ADAPTER_DIR}/")
+        path = folder / record.path.removeprefix(f"{prefix}/")
         try:
-            download = partial(output.download_file, record.path, path, ctx.reporter.transfer("download", record.size))
+            download = partial(store.download_file, record.path, path, ctx.reporter.transfer("download", record.size))
             found = wait_until_available(ctx, download, limit_seconds=GPU_PATIENCE_SECONDS)
         except NotFound as error:
             raise StageError(
-                Reason.VERIFICATION_FAILED, f"{output.uri(record.path)} was uploaded and is not there."
+                Reason.VERIFICATION_FAILED, f"{store.uri(record.path)} was uploaded and is not there."
             ) from error
-        must_equal(found, record, output.uri(record.path))
+        must_equal(found, record, store.uri(record.path))
     return folder
 
 
@@ -108,7 +108,7 @@ def check_tokenizer(tokenizer: Any, prompts: Sequence[PreparedPrompt]) -> None:
         if text != prompt.text or list(ids) != prompt.input_ids:
             raise StageError(
                 Reason.VERIFICATION_FAILED,
-                f"the tokenizer in the adapter folder reads the prompt of held-out row {prompt.row} differently from the one "
+                f"the stored tokenizer reads the prompt of held-out row {prompt.row} differently from the one "
                 f"that prepared the data ({len(ids)} tokens, {len(prompt.input_ids)} expected).",
             )
 
@@ -123,7 +123,7 @@ def compare(trained: float, reloaded: float) -> Verification:
     if not difference <= TOLERANCE:  # also for NaN
         raise StageError(
             Reason.VERIFICATION_FAILED,
-            f"the adapter read back from the bucket has held-out loss {reloaded:.4f}; the trained model has {trained:.4f} "
+            f"what was read back from the bucket has held-out loss {reloaded:.4f}; the trained model has {trained:.4f} "
             f"(relative difference {difference:.2g}, allowed {TOLERANCE:g}).",
         )
     return Verification(
