@@ -57,9 +57,7 @@ class Operator:
             fresh_pods,
             FreeGpus(api, snapshots.gpus, settings.count_free_gpus),
             self.pace,
-            CombinationReconciler(
-                self.cache, self.queue, self.applier, self.events, job_events, fresh_pods, settings
-            ),
+            CombinationReconciler(self.cache, self.queue, self.applier, self.events, job_events, fresh_pods, settings),
         )
         self.informer = Informer(self.cache, self.queue, self.reconciler)
         self.resync = Resync(

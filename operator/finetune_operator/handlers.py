@@ -90,7 +90,9 @@ class Informer:
         if served == self.combinations_served:
             return
         if problem:
-            logger.warning("AdapterCombinations are not served (%s): FineTuneJobs are, and these once they can be.", problem)
+            logger.warning(
+                "AdapterCombinations are not served (%s): FineTuneJobs are, and these once they can be.", problem
+            )
         elif self.combinations_served is not None:
             logger.info("AdapterCombinations are served from now on.")
         self.combinations_served = served

@@ -118,7 +118,8 @@ def failure_rules(stage: Stage) -> list[Manifest]:
     A disruption comes first: a drained node's pod may die with any code, and that must not count. (The operator counts the
     evictions and OOMKilled containers that are ignored here.)
     """
-    ends, passes = PERMANENT_EXIT_CODES, INTERRUPTED_EXIT_CODES
+    ends: tuple[int, ...] = PERMANENT_EXIT_CODES
+    passes: tuple[int, ...] = INTERRUPTED_EXIT_CODES
     if stage is Stage.TRAIN:
         # It has waited as long as it may hold a GPU for nothing: the operator goes back to prepare.
         ends = tuple(sorted((*ends, *HANDED_BACK_EXIT_CODES)))

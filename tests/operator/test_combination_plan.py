@@ -50,7 +50,18 @@ def ended(reason: Reason, message: str, name: str = "p", created: float = 0) -> 
     at = NOW + timedelta(seconds=created)
     code = FAILURES[reason].exit_code
     report = failure(Stage.COMBINE, reason, message)
-    return Pod(name, name, "job", Stage.COMBINE, at, phase="Failed", started_at=at, finished_at=at, exit_code=code, report=report)
+    return Pod(
+        name,
+        name,
+        "job",
+        Stage.COMBINE,
+        at,
+        phase="Failed",
+        started_at=at,
+        finished_at=at,
+        exit_code=code,
+        report=report,
+    )
 
 
 def told(plan: CombinationPlan, kind: ConditionType) -> tuple[str, str]:
@@ -127,7 +138,9 @@ def test_what_is_missing_is_waited_for_between_pods() -> None:
     plan = planned(missing)
     reason, message = told(plan, ConditionType.WAITING)
     assert reason == "SecretMissing"
-    assert message.startswith("Secret s3 (for adapter-1) does not exist or is empty. It fails when it is not done 3600 s")
+    assert message.startswith(
+        "Secret s3 (for adapter-1) does not exist or is empty. It fails when it is not done 3600 s"
+    )
     assert plan.status is not None
     after = planned(missing, replace(POD, name="q", uid="q", created=NOW + timedelta(seconds=10)), status=plan.status)
     assert after.status is not None, "the next pod runs"
@@ -142,7 +155,10 @@ def test_the_deadline_names_what_was_missing_last() -> None:
     reason, message = told(plan, ConditionType.FAILED)
     assert reason == "DeadlineExceeded"
     assert "after 3600 s" in message
-    assert "StorageUnavailable: S3.example.com cannot be reached." in message or "StorageUnavailable: s3.example.com" in message
+    assert (
+        "StorageUnavailable: S3.example.com cannot be reached." in message
+        or "StorageUnavailable: s3.example.com" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +193,10 @@ def test_it_is_deleted_when_its_time_to_live_is_over() -> None:
 
 def test_one_that_is_being_deleted_or_cannot_be_read_creates_nothing() -> None:
     obs = Observation(replace(OWNER, deleting=True), NOW)
-    assert plan_combination(CombinationView(spec(), "", AdapterCombinationStatus()), obs, PlannerConfig()) == CombinationPlan()
+    assert (
+        plan_combination(CombinationView(spec(), "", AdapterCombinationStatus()), obs, PlannerConfig())
+        == CombinationPlan()
+    )
     raw = combination("mix", type="Cat", density=0.5)
     raw["metadata"] |= {"namespace": "ns", "uid": UID}
     seen = trim_combination(raw)
@@ -189,11 +208,16 @@ def test_one_that_is_being_deleted_or_cannot_be_read_creates_nothing() -> None:
 
 def test_its_pod_has_what_it_needs_and_nothing_else() -> None:
     adapters = [
-        {"uri": "s3://a/x", "secretRef": {"name": "mine"}},
+        {"uri": "s3://mine/x", "secretRef": {"name": "mine"}},
         {"uri": "pvc://models/y"},
         {"uri": "pvc://models/z", "secretRef": {"name": "other"}},
     ]
-    runtime = {"image": "own:1", "nodeSelector": {"pool": "cpu"}, "env": [{"name": "A", "value": "b"}], "labels": {"team": "x"}}
+    runtime = {
+        "image": "own:1",
+        "nodeSelector": {"pool": "cpu"},
+        "env": [{"name": "A", "value": "b"}],
+        "labels": {"team": "x"},
+    }
     asked = spec(
         adapters=adapters,
         runtime=runtime,
@@ -219,7 +243,10 @@ def test_its_pod_has_what_it_needs_and_nothing_else() -> None:
     mounts = {m["mountPath"] for m in container["volumeMounts"]}
     secrets = {f"/etc/finetune/secrets/{slot}" for slot in ("output", "adapter-0", "adapter-2")}
     assert mounts == {"/work", "/tmp", "/mnt/pvc/models", *secrets}
-    assert combine_job(OWNER, spec(), Settings(trainer_image="t:1"))["spec"]["template"]["spec"]["containers"][0]["image"] == "t:1"
+    assert (
+        combine_job(OWNER, spec(), Settings(trainer_image="t:1"))["spec"]["template"]["spec"]["containers"][0]["image"]
+        == "t:1"
+    )
 
 
 @pytest.mark.parametrize("failure_row", FAILURES.values(), ids=str)
@@ -229,6 +256,11 @@ def test_every_exit_code_is_followed_by_what_the_table_says(failure_row: Any) ->
     if code is None:
         return
     action = next((r["action"] for r in rules if code in r.get("onExitCodes", {}).get("values", ())), "counts")
-    passes = {Consequence.FAIL: "FailJob", Consequence.RETRY: "counts", Consequence.WAIT: "Ignore", Consequence.REPLACE: "Ignore"}
+    passes = {
+        Consequence.FAIL: "FailJob",
+        Consequence.RETRY: "counts",
+        Consequence.WAIT: "Ignore",
+        Consequence.REPLACE: "Ignore",
+    }
     assert action == passes[failure_row.consequence]
     assert set(INTERRUPTED_EXIT_CODES) <= set(rules[-1]["onExitCodes"]["values"])

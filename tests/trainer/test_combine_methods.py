@@ -29,7 +29,9 @@ PATTERNS = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"layers.1.self_att
 FEWER = {"r": 3, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}
 
 
-def ours(pod: Path, base: Path, settings: list[dict[str, Any]], weights: list[float], **asked: Any) -> tuple[Deltas, Path]:
+def ours(
+    pod: Path, base: Path, settings: list[dict[str, Any]], weights: list[float], **asked: Any
+) -> tuple[Deltas, Path]:
     """What our combination does to each module, as its files say, and where they are."""
     for index, own in enumerate(settings):
         make_adapter(base, pod / "pvc" / "claim" / str(index), index, **own)
@@ -169,12 +171,12 @@ def test_linear_of_rank_patterns_is_padded_to_one_rank(tiny_model: Path, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["DARELinear", "DARETIES"])
-def test_dare_draws_the_same_for_the_same_seed_and_keeps_the_density(tiny_model: Path, tmp_path: Path, kind: str) -> None:
+def test_dare_draws_the_same_for_the_same_seed_and_keeps_the_density(
+    tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
     made = []
     for number, seed in enumerate((7, 7, 8)):
-        state = torch.random.get_rng_state()
         _, folder = ours(tmp_path / str(number), tiny_model, [PLAIN, PLAIN], [1, 1], type=kind, density=0.25, seed=seed)
-        assert number or torch.equal(state, state)
         made.append((folder / "adapter_model.safetensors").read_bytes())
     assert made[0] == made[1] != made[2]
     lora = read_adapter(tmp_path / "0" / "mix").lora("model.layers.0.mlp.up_proj")

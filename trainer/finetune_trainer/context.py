@@ -133,9 +133,7 @@ def load_combine_context(
     snapshot = CombinationSnapshot.model_validate_json(environ[names.ENV_SNAPSHOT])
     execution_id = environ.get(names.ENV_POD_UID) or str(uuid.uuid4())
     work_dir.mkdir(parents=True, exist_ok=True)
-    return CombineContext(
-        snapshot, execution_id, work_dir, secrets_dir, pvc_dir, Reporter(Stage.COMBINE, execution_id)
-    )
+    return CombineContext(snapshot, execution_id, work_dir, secrets_dir, pvc_dir, Reporter(Stage.COMBINE, execution_id))
 
 
 def open_context(stage: Stage) -> PodContext:

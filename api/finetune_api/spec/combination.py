@@ -112,9 +112,7 @@ class CombinationRuntime(ApiModel):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
     labels: LabelMap | None = Field(None, description="Labels of the pod.", json_schema_extra=LABEL_KEYS)
-    annotations: AnnotationMap | None = Field(
-        None, description="Annotations of the pod.", json_schema_extra=LABEL_KEYS
-    )
+    annotations: AnnotationMap | None = Field(None, description="Annotations of the pod.", json_schema_extra=LABEL_KEYS)
     image_pull_secrets: Annotated[list[LocalObjectReference], Field(max_length=8)] | None = Field(
         None, json_schema_extra={"x-kubernetes-list-type": "atomic"}
     )

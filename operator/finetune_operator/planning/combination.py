@@ -150,7 +150,8 @@ def _why(spec: AdapterCombinationSpec, view: StageView) -> StageFailure:
     missing = next((f for f in reversed(told) if consequence_of(f.reason) is not Consequence.REPLACE), None)
     words = f" The last that was missing: {missing.reason}: {sentence(missing.message)}" if missing else ""
     return StageFailure(
-        Reason.DEADLINE_EXCEEDED, f"It was not done after {spec.active_deadline_seconds} s (activeDeadlineSeconds).{words}"
+        Reason.DEADLINE_EXCEEDED,
+        f"It was not done after {spec.active_deadline_seconds} s (activeDeadlineSeconds).{words}",
     )
 
 
@@ -161,9 +162,7 @@ def _failed(seen: CombinationView, obs: Observation, failure: StageFailure) -> C
         Wish(ConditionType.FINISHED, True, failure.reason, text),
         _NOTHING_MISSING,
     )
-    return _with_status(
-        seen, obs, CombinationPhase.FAILED, text, wishes, completion_time=rfc3339(obs.now)
-    )
+    return _with_status(seen, obs, CombinationPhase.FAILED, text, wishes, completion_time=rfc3339(obs.now))
 
 
 def _report(view: StageView) -> CombineReport | None:

@@ -41,9 +41,7 @@ def distance(result: Lora, parts: list[Part]) -> Distance:
     halves = [(p.lora.b.double(), p.lora.a.double() * p.factor) for p in parts]
     b = torch.cat([half for half, _ in halves], dim=1)
     a = torch.cat([half for _, half in halves])
-    off = norm(
-        torch.cat([b, -result.b.double()], dim=1), torch.cat([a, result.a.double() * result.scaling])
-    )
+    off = norm(torch.cat([b, -result.b.double()], dim=1), torch.cat([a, result.a.double() * result.scaling]))
     return Distance(off, norm(b, a), sum(norm(*half) for half in halves))
 
 

@@ -18,7 +18,7 @@ from finetune_trainer.combine.card import lineage, model_card
 from finetune_trainer.combine.files import modules_of, result_rank, write_config, write_weights
 from finetune_trainer.combine.measure import measure
 from finetune_trainer.combine.methods import SUMS
-from finetune_trainer.combine.sources import Source, fetch_adapter, must_go_together, shared_tokenizer
+from finetune_trainer.combine.sources import fetch_adapter, must_go_together, shared_tokenizer
 from finetune_trainer.context import CombineContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.lora_files import CONFIG, WEIGHTS
