@@ -252,7 +252,7 @@ class Applier:
             combination.uid,
             body,
             STATUS_MANAGER,
-            str(resource_version),
+            str(resource_version) if resource_version else "",
             COMBINATION_KIND,
         )
         self._cache.put_combination(answer)

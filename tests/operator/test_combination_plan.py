@@ -87,6 +87,22 @@ def test_nothing_is_written_while_nothing_changes() -> None:
     assert planned(POD, status=running.status, later=60).status is None
 
 
+@pytest.mark.parametrize(
+    ("job", "pods", "words"),
+    [
+        (JOB, (), "Starts a pod on a CPU."),
+        (replace(JOB, suspended=True), (), "Its Job is suspended: a queue, or somebody, holds it."),
+        (replace(JOB, deleting=True), (POD,), "Waits for the pods of a Job that was deleted to stop."),
+        (None, (POD,), "Waits for the pods of a Job that was deleted to stop."),
+    ],
+    ids=["starting", "queued", "deleted", "gone"],
+)
+def test_what_it_does_before_a_pod_runs(job: StageJob | None, pods: tuple[Pod, ...], words: str) -> None:
+    plan = planned(*pods, job=job)
+    assert plan.status is not None
+    assert (plan.status.phase, plan.status.message, plan.create_job) == ("Pending", words, False)
+
+
 def test_its_end_names_artifacts_and_how_exact_it_is() -> None:
     done = replace(POD, phase="Succeeded", finished_at=NOW, exit_code=0, report=success(Stage.COMBINE))
     plan = planned(done, job=replace(JOB, complete_at=NOW))

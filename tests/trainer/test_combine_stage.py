@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from finetune_trainer.context import CombineContext
 from finetune_trainer.entrypoint import main
 from finetune_trainer.errors import StageError
 from tests.support.adapters import BASE, combine_context, make_adapter
+from tests.support.hub_server import COMMIT, HubServer
 from tests.support.prepare_bench import REF, ROWS, Bench
 from tests.support.tiny_model import write_tokenizer
 
@@ -33,11 +36,9 @@ WEIGHTS = "adapter_model.safetensors"
 class Mix:
     """Two adapters in a bucket, and the pod that combines them."""
 
-    def __init__(self, s3: Any, base: Path, folder: Path) -> None:
+    def __init__(self, s3: Any, adapters: Path, folder: Path) -> None:
         self.s3, self.folder, self.bucket = s3, folder, s3.new_bucket()
-        self.adapters = [make_adapter(base, folder / "one", 1), make_adapter(base, folder / "two", 2, r=6)]
-        for adapter in self.adapters:
-            write_tokenizer(adapter)
+        self.adapters = [shutil.copytree(adapters / name, folder / name) for name in ("one", "two")]
         for slot in ("adapter-0", "adapter-1", "output"):
             s3.write_secret(folder / "pod" / "secrets" / slot)
 
@@ -61,10 +62,18 @@ class Mix:
         return self.context().output_store().get_model("manifest.json", CombinationManifest)
 
 
+@pytest.fixture(scope="module")
+def two_adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name, settings in ((1, "one", {}), (2, "two", {"r": 6})):
+        write_tokenizer(make_adapter(tiny_model, folder / name, seed, **settings))
+    return folder
+
+
 @pytest.fixture
-def mix(s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mix:
+def mix(s3: Any, two_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mix:
     monkeypatch.setattr(waiting, "pause", lambda seconds: None)
-    return Mix(s3, tiny_model, tmp_path)
+    return Mix(s3, two_adapters, tmp_path)
 
 
 def test_a_combination_leaves_a_whole_result_with_its_lineage(mix: Mix, tiny_model: Path, tmp_path: Path) -> None:
@@ -105,6 +114,17 @@ def test_what_is_done_is_not_done_again_and_what_is_half_done_is(mix: Mix) -> No
     assert "out/mix-0a1b2c3d/adapter/stray" not in mix.made()
 
 
+def test_adapters_come_from_the_hub_and_from_claims_too(mix: Mix, hub: HubServer) -> None:
+    hub.add_model("acme/one", mix.adapters[0])
+    shutil.copytree(mix.adapters[1], mix.folder / "pod" / "pvc" / "models" / "two")
+    adapters = [{"uri": "hf://acme/one", "endpointURL": hub.endpoint}, {"uri": "pvc://models/two", "weight": 2}]
+    assert combine(mix.context(adapters=adapters)).exact
+    assert [(a.uri, a.commit) for a in mix.manifest().adapters] == [
+        ("hf://acme/one", COMMIT),
+        ("pvc://models/two", None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("asked", "at_least", "at_most"),
     [
@@ -142,6 +162,23 @@ def _distance(mix: Mix, base: Path) -> tuple[float, float]:
             off += float((layer.get_delta_weight("mix") - wanted).square().sum())
             total += float(wanted.square().sum())
     return off**0.5, total**0.5
+
+
+def test_one_module_is_in_memory_at_a_time(mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = files.combine
+    read: list[weakref.ref[torch.Tensor]] = []
+    modules = []
+
+    def watched(spec: Any, module: str, parts: Any, rank: int) -> Combined:
+        assert not [tensor for tensor in read if tensor() is not None], "what was read for the modules before is gone"
+        read.extend(weakref.ref(half) for part in parts for half in (part.lora.a, part.lora.b))
+        modules.append(module)
+        return real(spec, module, parts, rank)
+
+    monkeypatch.setattr(files, "combine", watched)
+    combine(mix.context())
+    assert len(modules) == 4
+    assert len(read) == 2 * 2 * len(modules)
 
 
 def spoil(adapter: Path, **changes: Any) -> None:

@@ -39,6 +39,12 @@ STAGE = Stage.COMBINE
 COMBINED = "Combined"
 DEADLINE = "DeadlineExceeded"
 """Reason of a Job's Failed condition when its activeDeadlineSeconds are over."""
+_NOT_RUNNING = {
+    StageState.ABSENT: "Starts a pod on a CPU.",
+    StageState.STARTING: "Starts a pod on a CPU.",
+    StageState.QUEUED: "Its Job is suspended: a queue, or somebody, holds it.",
+    StageState.STOPPING: "Waits for the pods of a Job that was deleted to stop.",
+}
 _NOTHING_MISSING = Wish(ConditionType.WAITING, False, "NothingMissing", "Nothing is missing.")
 
 
@@ -100,9 +106,7 @@ def _on_its_way(
     refused = obs.refusal is not None and obs.now < obs.refusal.retry_at
     create = view.state is StageState.ABSENT and not refused
     running = view.state in (StageState.RUNNING, StageState.REPORT_PENDING)
-    message = f"Combines {len(spec.adapters)} adapters ({spec.type}) on a CPU."
-    if not running:
-        message = "Starts a pod on a CPU."
+    message = _NOT_RUNNING.get(view.state, f"Combines {len(spec.adapters)} adapters ({spec.type}) on a CPU.")
     last = _last_failure(view)
     wait = find_wait(obs, view, config)
     if wait is None and last is not None and consequence_of(last.reason) is Consequence.WAIT:
