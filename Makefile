@@ -9,7 +9,7 @@ export CLUSTER_NAME ?= finetune
 unexport PYTHONDONTWRITEBYTECODE
 NODES ?= 1
 GPUS_PER_NODE ?= 2
-CRD := crds/finetunejobs.finetune.dev.yaml
+CRDS := crds charts/finetune-operator/files
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -58,15 +58,13 @@ check: setup ## Format, lint, types, layers, generated files
 	.venv/bin/ruff check --quiet .
 	.venv/bin/mypy --no-error-summary api operator trainer cluster demo cli
 	.venv/bin/lint-imports --no-cache 2>&1 | tail -4 && exit $${PIPESTATUS[0]}
-	$(PYTHON) -m finetune_api.crd --check $(CRD)
-	$(PYTHON) -m finetune_api.crd --check charts/finetune-operator/files/finetunejobs.finetune.dev.yaml
+	$(PYTHON) -m finetune_api.crd --check $(CRDS)
 	$(PYTHON) -m finetune_api.reference --check docs/reference
 	uv lock --check --quiet
 	$(PYTHON) -m demo.requirements --check
 
 generate: setup ## Write the generated files anew: CRDs, reference pages, image requirements
-	$(PYTHON) -m finetune_api.crd > $(CRD)
-	cp $(CRD) charts/finetune-operator/files/
+	$(PYTHON) -m finetune_api.crd $(CRDS)
 	$(PYTHON) -m finetune_api.reference docs/reference
 	$(PYTHON) -m demo.requirements
 

@@ -262,7 +262,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tls: Tls = make_tls(Path(folder) / "tls")
             with LightCluster(Path(folder) / "cluster", name="bench") as cluster:
-                ApiServer(cluster.kubeconfig, cluster.kubectl).install_crd()
+                ApiServer(cluster.kubeconfig, cluster.kubectl).install_crds()
                 bench = Bench(cluster, Path(folder), tls)
                 try:
                     runs.append(asyncio.run(measure(bench, sizes)))

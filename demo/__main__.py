@@ -14,7 +14,7 @@ import typer
 from demo import images, install, show, store
 from demo.follow import Run, follow, is_true
 from demo.target import (
-    CRD,
+    CRDS,
     NAMESPACE,
     RELEASE,
     ROOT,
@@ -167,11 +167,12 @@ def down() -> None:
     target.helm("uninstall", RELEASE, "--namespace", SYSTEM_NAMESPACE, "--ignore-not-found")
     target.kubectl("delete", "namespace", SYSTEM_NAMESPACE, "--ignore-not-found")
     if install.crd_owner(target) == (SYSTEM_NAMESPACE, RELEASE):
-        left = target.kubectl("get", "ftj", "--all-namespaces", "--output", "name").split()
-        if left:
-            print(f"The CRD {CRD} stays: {len(left)} FineTuneJobs outside {NAMESPACE} would go with it.")
-        else:
-            target.kubectl("delete", "crd", CRD)
+        for crd in CRDS:
+            left = target.kubectl("get", crd, "--all-namespaces", "--output", "name").split()
+            if left:
+                print(f"The CRD {crd} stays: {len(left)} objects outside {NAMESPACE} would go with it.")
+            else:
+                target.kubectl("delete", "crd", crd)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ SYSTEM_NAMESPACE = "finetune-demo-system"
 NAMESPACE = "finetune-demo"
 RELEASE = "finetune"
 CRD = "finetunejobs.finetune.dev"
+CRDS = (CRD, "adaptercombinations.finetune.dev")
 
 
 class DemoError(Exception):

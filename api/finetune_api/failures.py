@@ -117,6 +117,7 @@ def _row(
 
 
 _CPU_MEMORY = "Have the platform team raise cpuStages.limits.memory in the operator's chart: compute.memory is the training pod's."
+_CPU_ROOM = "Have the platform team raise cpuStages.requests (memory or ephemeralStorage) in the operator's chart to what the stage needs."
 
 
 _F, _R, _W, _I = Consequence.FAIL, Consequence.RETRY, Consequence.WAIT, Consequence.REPLACE
@@ -352,7 +353,7 @@ FAILURES: dict[Reason, Failure] = {
             _R,
             "The container used more memory than its limit and was killed.",
             "Raise compute.memory, or let it grow by itself with recovery.outOfMemory.maxMemory.",
-            {Stage.PREPARE: _CPU_MEMORY, Stage.PUBLISH: _CPU_MEMORY},
+            dict.fromkeys((Stage.PREPARE, Stage.PUBLISH, Stage.COMBINE), _CPU_MEMORY),
         ),
         _row(
             Reason.EVICTED,
@@ -361,14 +362,12 @@ FAILURES: dict[Reason, Failure] = {
             "The node evicted the pod.",
             "Raise compute.ephemeralStorage or compute.memory to what the stage needs.",
             {
-                Stage.PREPARE: (
-                    "Have the platform team raise cpuStages.requests (memory or ephemeralStorage) in the operator's chart "
-                    "to what the stage needs."
-                ),
+                Stage.PREPARE: _CPU_ROOM,
                 Stage.PUBLISH: (
                     "Raise compute.ephemeralStorage, or have the platform team raise cpuStages.requests.memory in the "
                     "operator's chart, to what the stage needs."
                 ),
+                Stage.COMBINE: _CPU_ROOM,
             },
             proof="simulated",
         ),

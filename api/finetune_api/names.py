@@ -7,13 +7,14 @@ from enum import StrEnum
 
 class Stage(StrEnum):
     """The Jobs of a FineTuneJob: the pipeline's three, in order, the one that may run beside a queued training Job, and the one that may
-    follow its deletion."""
+    follow its deletion; and the one of an AdapterCombination."""
 
     PREPARE = "prepare"
     TRAIN = "train"
     PUBLISH = "publish"
     FETCH = "fetch"
     CLEANUP = "cleanup"
+    COMBINE = "combine"
 
 
 PIPELINE = (Stage.PREPARE, Stage.TRAIN, Stage.PUBLISH)
@@ -61,7 +62,7 @@ ENV_LEADER = "FINETUNE_LEADER"
 ENV_NODE_INDEX = "JOB_COMPLETION_INDEX"
 """Set by the Job controller in every pod of an Indexed Job."""
 ENV_SNAPSHOT = "FINETUNE_SNAPSHOT"
-"""The run snapshot itself, for a pod that may outlive the ConfigMap that holds it."""
+"""The run snapshot itself, for a pod that may outlive the ConfigMap that holds it, or whose resource has none."""
 
 UID_CHARACTERS = 8
 MAX_JOB_NAME = 40
@@ -92,6 +93,11 @@ MODEL_SLOT = "model"
 OUTPUT_SLOT = "output"
 INITIAL_ADAPTER_SLOT = "initial-adapter"
 JUDGE_SLOT = "judge"
+
+
+def adapter_slot(index: int) -> str:
+    """Secret slot of ``adapters[index]`` of an AdapterCombination."""
+    return f"adapter-{index}"
 
 
 def train_slot(index: int) -> str:

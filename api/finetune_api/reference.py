@@ -1,7 +1,8 @@
 """Generates the reference pages from the models, so that they cannot drift: ``python -m finetune_api.reference FOLDER``.
 
-Writes ``api.md`` (every field of a FineTuneJob), ``failures.md`` (every reason, exit code and advice), ``manifest.schema.json`` and
-``metrics.schema.json`` (JSON Schemas of the manifest and of ``reports/metrics.json`` in the bucket). ``--check`` exits 1 when a page is stale.
+Writes ``api.md`` and ``combination.md`` (every field of a FineTuneJob and an AdapterCombination), ``failures.md`` (every reason, exit code and
+advice), and JSON Schemas of what lies in the bucket: ``manifest.schema.json``, ``metrics.schema.json`` (``reports/metrics.json``) and
+``combination-manifest.schema.json``. ``--check`` exits 1 when a page is stale.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune_api import API_VERSION, KIND
-from finetune_api.crd import custom_resource_definition
+from finetune_api import API_VERSION
+from finetune_api.combination import CombinationManifest
+from finetune_api.crd import ADAPTER_COMBINATION, FINE_TUNE_JOB, Kind, custom_resource_definition
 from finetune_api.failures import FAILURES, GPU_PATIENCE_SECONDS, MAX_FRUITLESS, MAX_RETURNS, Consequence, Failure
 from finetune_api.names import Stage
 from finetune_api.results import Manifest, Scores
@@ -39,10 +41,10 @@ _LIMITS = f"""## What follows, and how often
 """
 
 
-def api_page() -> str:
+def api_page(kind: Kind) -> str:
     """Markdown table of every field under spec and status."""
-    schema = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    lines = [f"{_MARK}# {KIND} `{API_VERSION}`\n"]
+    schema = custom_resource_definition(kind)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    lines = [f"{_MARK}# {kind.kind} `{API_VERSION}`\n"]
     for part in ("spec", "status"):
         lines += [f"## {part}\n", "| field | type | default | meaning |", "|---|---|---|---|"]
         lines += [_row(*field) for field in _fields(schema[part], part)]
@@ -117,7 +119,7 @@ def _advice(failure: Failure) -> str:
     if not failure.other_advice:
         return failure.advice
     by_text: dict[str, list[str]] = {}
-    for stage in (Stage.TRAIN, Stage.PREPARE, Stage.PUBLISH):
+    for stage in (Stage.TRAIN, Stage.PREPARE, Stage.PUBLISH, Stage.COMBINE):
         by_text.setdefault(failure.advice_in(stage), []).append(stage.value)
     return " ".join(f"In {' and '.join(stages)}: {text}" for text, stages in by_text.items())
 
@@ -132,6 +134,11 @@ def scores_schema() -> str:
     return json.dumps(Scores.model_json_schema(by_alias=True), indent=2, ensure_ascii=False) + "\n"
 
 
+def combination_manifest_schema() -> str:
+    """JSON Schema of an AdapterCombination's ``manifest.json``."""
+    return json.dumps(CombinationManifest.model_json_schema(by_alias=True), indent=2, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
     """Write the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -139,10 +146,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 when a page differs from what would be generated")
     arguments = parser.parse_args()
     pages = {
-        "api.md": api_page(),
+        "api.md": api_page(FINE_TUNE_JOB),
+        "combination.md": api_page(ADAPTER_COMBINATION),
         "failures.md": failures_page(),
         "manifest.schema.json": manifest_schema(),
         "metrics.schema.json": scores_schema(),
+        "combination-manifest.schema.json": combination_manifest_schema(),
     }
     for name, text in pages.items():
         path = arguments.folder / name

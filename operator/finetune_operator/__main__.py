@@ -14,6 +14,7 @@ from typing import Any
 from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import Api, ApiError, load_configuration
+from finetune_operator.combinations.reconciler import CombinationReconciler
 from finetune_operator.events import EventRecorder, JobEvents
 from finetune_operator.free_gpus import FreeGpus
 from finetune_operator.fresh_pods import FreshPods
@@ -45,16 +46,18 @@ class Operator:
         snapshots = Snapshots(api, settings)
         self.events = EventRecorder(api, self.queue, self.identity)
         self.applier = Applier(api, self.cache, snapshots, settings)
+        job_events, fresh_pods = JobEvents(api), FreshPods(api, self.cache)
         self.reconciler = Reconciler(
             self.cache,
             self.queue,
             self.applier,
             snapshots,
             self.events,
-            JobEvents(api),
-            FreshPods(api, self.cache),
+            job_events,
+            fresh_pods,
             FreeGpus(api, snapshots.gpus, settings.count_free_gpus),
             self.pace,
+            CombinationReconciler(self.cache, self.queue, self.applier, self.events, job_events, fresh_pods, settings),
         )
         self.informer = Informer(self.cache, self.queue, self.reconciler)
         self.resync = Resync(

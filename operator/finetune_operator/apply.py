@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from finetune_api import COMBINATION_KIND, KIND
+from finetune_api.combination import AdapterCombinationStatus
 from finetune_api.names import FINALIZER_DELETE_OUTPUT, Stage
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.cache import Cache, Key
-from finetune_operator.client import STATUS_MANAGER, Api, ApiError, Raw, jobs_path, services_path
+from finetune_operator.client import STATUS_MANAGER, Api, ApiError, Raw, jobs_path, own_path, services_path
 from finetune_operator.manifests import Owner, cleanup_job, stage_job, train_service
 from finetune_operator.observe import owner_uid, trim_job
 from finetune_operator.planning.model import AS_ASKED, Allotment, DeleteJob, JobView, Refusal, SnapshotRecord
@@ -116,12 +118,27 @@ class Applier:
                 record = await self._snapshots.create(job, node_gpus)
             if stage is not None:
                 await self._create_job(job, record, stage, allotment)
-        except Conflict as conflict:
-            self._answers.setdefault(job.uid, Answers()).conflict = str(conflict)
-            return False
-        except ApiError as problem:
+        except (Conflict, ApiError) as problem:
+            return self._not_created(job, problem)
+        return self._created(job)
+
+    async def create_job(self, job: JobView, body: Raw) -> bool:
+        """Create a Job as it stands. False if the API server refused; the reason is remembered."""
+        self._check_leading(job)
+        try:
+            self._cache.put_job(await self._create_or_take(job, jobs_path(job.namespace), body))
+        except (Conflict, ApiError) as problem:
+            return self._not_created(job, problem)
+        return self._created(job)
+
+    def _not_created(self, job: JobView, problem: Conflict | ApiError) -> bool:
+        if isinstance(problem, Conflict):
+            self._answers.setdefault(job.uid, Answers()).conflict = str(problem)
+        else:
             self._refused(job, problem)
-            return False
+        return False
+
+    def _created(self, job: JobView) -> bool:
         answers_now = self._answers.get(job.uid)
         if answers_now is not None and answers_now.conflict is None:
             del self._answers[job.uid]
@@ -168,7 +185,7 @@ class Applier:
             there = await self._api.get(f"{path}/{body['metadata']['name']}")
             if owner_uid(there["metadata"]) != job.uid:
                 raise Conflict(
-                    f"{body['kind']} {body['metadata']['name']} exists and is not controlled by this FineTuneJob."
+                    f"{body['kind']} {body['metadata']['name']} exists and is not controlled by this {job.kind}."
                 ) from None
             return there
 
@@ -209,7 +226,7 @@ class Applier:
         if cached is None or cached.uid != job.uid:
             return
         try:
-            await self._api.delete_finetunejob(job.namespace, job.name, job.uid, cached.resource_version)
+            await self._api.delete_own(KIND, job.namespace, job.name, job.uid, cached.resource_version)
         except ApiError as problem:
             if problem.status == 404:
                 self._cache.drop_finetunejob(Key(job.namespace, job.name), job.uid)
@@ -219,19 +236,51 @@ class Applier:
             else:
                 raise
 
+    async def write_combination_status(
+        self, combination: JobView, status: AdapterCombinationStatus, resource_version: int
+    ) -> None:
+        """Server-side apply of the whole status, on top of the version that it was decided on.
+
+        Raises:
+            ApiError: 409 when anything was written since.
+        """
+        self._check_leading(combination)
+        body = {k: v for k, v in status.to_json_dict().items() if v not in ([], {})}
+        answer = await self._api.apply_status(
+            combination.namespace,
+            combination.name,
+            combination.uid,
+            body,
+            STATUS_MANAGER,
+            str(resource_version) if resource_version else "",
+            COMBINATION_KIND,
+        )
+        self._cache.put_combination(answer)
+
+    async def delete_combination(self, combination: JobView, resource_version: int) -> None:
+        """Delete the AdapterCombination as it was seen.
+
+        Raises:
+            ApiError: 404 or 409 when it is another one now.
+        """
+        self._check_leading(combination)
+        await self._api.delete_own(
+            COMBINATION_KIND, combination.namespace, combination.name, combination.uid, resource_version
+        )
+
     def _check_leading(self, job: JobView) -> None:
         if not self.may_act():
             raise ApiError(0, "LeaseLost", "this process no longer leads", "-", f"{job.namespace}/{job.name}")
 
     async def fetch(self, key: Key) -> Raw | None:
-        """The FineTuneJob as it is now, also into the cache; None if it is gone."""
+        """The resource as it is now, also into the cache; None if it is gone."""
         try:
-            raw = await self._api.get_finetunejob(key.namespace, key.name)
+            raw = await self._api.get(own_path(key.kind, key.namespace, key.name))
         except ApiError as problem:
             if problem.status == 404:
                 return None
             raise
-        self._cache.put_finetunejob(raw)
+        self._cache.put(key.kind, raw)
         return raw
 
 

@@ -1,4 +1,4 @@
-"""What the API server last told: FineTuneJobs by key, and their Jobs and pods by the owner's UID.
+"""What the API server last told: FineTuneJobs and AdapterCombinations by key, and their Jobs and pods by the owner's UID.
 
 Filled by watch events, by the answers to our own writes (so that a reconcile sees what it wrote before the watch tells)
 and by a periodic list. An older version never replaces a newer one, and what is gone never comes back: a list that began
@@ -11,6 +11,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from finetune_api import COMBINATION_KIND, KIND
+from finetune_operator.combinations.observe import CachedCombination, trim_combination
 from finetune_operator.observe import CachedJob, Raw, finetunejob_uid, trim_finetunejob, trim_job, trim_pod, version_of
 from finetune_operator.planning.model import Pod, StageJob
 
@@ -20,13 +22,15 @@ REMEMBERED_PODS = 8
 
 
 class Key(NamedTuple):
-    """Namespace and name of a FineTuneJob."""
+    """Namespace and name of a FineTuneJob, or of an AdapterCombination."""
 
     namespace: str
     name: str
+    kind: str = KIND
 
     def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}"
+        place = f"{self.namespace}/{self.name}"
+        return place if self.kind == KIND else f"{self.kind} {place}"
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Cache:
 
     def __init__(self) -> None:
         self.jobs: dict[Key, CachedJob] = {}
+        self.combinations: dict[Key, CachedCombination] = {}
         self.families: dict[str, Family] = {}
         self._keys: dict[str, Key] = {}
         self._gone: OrderedDict[str, None] = OrderedDict()
@@ -53,7 +58,7 @@ class Cache:
         return self.families.get(uid) or Family()
 
     def key_of(self, uid: str) -> Key | None:
-        """Which FineTuneJob has a UID."""
+        """What has a UID."""
         return self._keys.get(uid)
 
     def put_finetunejob(self, raw: Raw) -> Key | None:
@@ -68,6 +73,35 @@ class Cache:
         self.jobs[key] = trim_finetunejob(raw, known)
         self._keys[meta["uid"]] = key
         return key
+
+    def put_combination(self, raw: Raw) -> Key | None:
+        """Remember an AdapterCombination; its key if that was news."""
+        meta = raw["metadata"]
+        key = Key(meta["namespace"], meta["name"], COMBINATION_KIND)
+        known = self.combinations.get(key)
+        if meta["uid"] in self._gone or (known is not None and known.resource_version >= version_of(meta) > 0):
+            return None
+        if known is not None and known.uid != meta["uid"]:
+            self._forget(known.uid)
+        self.combinations[key] = trim_combination(raw)
+        self._keys[meta["uid"]] = key
+        return key
+
+    def put(self, kind: str, raw: Raw) -> Key | None:
+        """Remember one of either kind."""
+        return self.put_finetunejob(raw) if kind == KIND else self.put_combination(raw)
+
+    def drop(self, key: Key, uid: str) -> bool:
+        """Forget one of either kind that is gone, unless another has taken its name."""
+        if key.kind == KIND:
+            return self.drop_finetunejob(key, uid)
+        self._bury(uid)
+        known = self.combinations.get(key)
+        if known is None or known.uid != uid:
+            return False
+        del self.combinations[key]
+        self._forget(uid)
+        return True
 
     def drop_finetunejob(self, key: Key, uid: str) -> bool:
         """Forget a FineTuneJob that is gone, unless another has taken its name."""

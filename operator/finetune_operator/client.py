@@ -16,13 +16,14 @@ import aiohttp
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
-from finetune_api import API_VERSION, GROUP, PLURAL, VERSION
+from finetune_api import API_VERSION, COMBINATION_KIND, COMBINATION_PLURAL, GROUP, KIND, PLURAL, VERSION
 from finetune_operator import metrics
 from finetune_operator.clock import ServerClock
 from finetune_operator.planning.model import DeleteJob
 
 Raw = dict[str, Any]
-_FINETUNEJOBS = f"/apis/{GROUP}/{VERSION}"
+_OURS = f"/apis/{GROUP}/{VERSION}"
+_PLURALS = {KIND: PLURAL, COMBINATION_KIND: COMBINATION_PLURAL}
 STATUS_MANAGER = "finetune-operator"
 PROGRESS_MANAGER = "finetune-operator-progress"
 NODES_PATH = "/api/v1/nodes"
@@ -113,41 +114,48 @@ class Api:
         assert isinstance(answer, dict)
         return answer
 
-    # FineTuneJobs
+    # Our own resources
 
     async def get_finetunejob(self, namespace: str, name: str) -> Raw:
         """A FineTuneJob, fresh."""
-        return await self.request("GET", f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}")
+        return await self.request("GET", own_path(KIND, namespace, name))
 
     async def apply_status(
-        self, namespace: str, name: str, uid: str, status: Raw, manager: str, resource_version: str = ""
+        self,
+        namespace: str,
+        name: str,
+        uid: str,
+        status: Raw,
+        manager: str,
+        resource_version: str = "",
+        kind: str = KIND,
     ) -> Raw:
         """Server-side apply on /status. The UID makes it a no to a namesake that was created since (409), and so does the
         resourceVersion, if one is given, to whatever was written since that was read."""
         meta = {"name": name, "namespace": namespace, "uid": uid}
         if resource_version:
             meta["resourceVersion"] = resource_version
-        body = {"apiVersion": API_VERSION, "kind": "FineTuneJob", "metadata": meta, "status": status}
+        body = {"apiVersion": API_VERSION, "kind": kind, "metadata": meta, "status": status}
         return await self.request(
             "PATCH",
-            f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}/status",
+            f"{own_path(kind, namespace, name)}/status",
             body,
             {"fieldManager": manager, "force": "true"},
             "application/apply-patch+yaml",
         )
 
-    async def delete_finetunejob(self, namespace: str, name: str, uid: str, resource_version: int) -> None:
-        """Delete exactly what was seen: a job edited since answers 409 and is looked at again."""
+    async def delete_own(self, kind: str, namespace: str, name: str, uid: str, resource_version: int) -> None:
+        """Delete exactly what was seen: one edited since answers 409 and is looked at again."""
         options = {
             "propagationPolicy": "Background",
             "preconditions": {"uid": uid, "resourceVersion": str(resource_version)},
         }
-        await self.request("DELETE", f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}", options)
+        await self.request("DELETE", own_path(kind, namespace, name), options)
 
     async def set_finalizers(self, namespace: str, name: str, uid: str, version: int, finalizers: list[str]) -> Raw:
         """Replace the finalizers of exactly what was seen: 409 for one that was written since."""
         meta = {"uid": uid, "resourceVersion": str(version), "finalizers": finalizers}
-        path = f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}/{quote(name)}"
+        path = own_path(KIND, namespace, name)
         return await self.request("PATCH", path, {"metadata": meta}, content_type="application/merge-patch+json")
 
     # Children
@@ -201,9 +209,10 @@ class Api:
         return status
 
 
-def finetunejobs_path(namespace: str | None) -> str:
-    """Collection of FineTuneJobs in a namespace or the cluster."""
-    return f"{_FINETUNEJOBS}/namespaces/{namespace}/{PLURAL}" if namespace else f"{_FINETUNEJOBS}/{PLURAL}"
+def own_path(kind: str, namespace: str | None, name: str = "") -> str:
+    """Collection of FineTuneJobs or AdapterCombinations in a namespace or the cluster, or one of them."""
+    collection = f"{_OURS}/namespaces/{namespace}/{_PLURALS[kind]}" if namespace else f"{_OURS}/{_PLURALS[kind]}"
+    return f"{collection}/{quote(name)}" if name else collection
 
 
 def jobs_path(namespace: str | None) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api import API_VERSION, KIND
+from finetune_api import API_VERSION
 from finetune_operator import metrics
 from finetune_operator.client import Api, ApiError, events_path
 from finetune_operator.planning.clock import rfc3339
@@ -72,7 +72,7 @@ class EventRecorder:
             "metadata": {"name": f"{job.name}.{uuid.uuid4().hex[:16]}", "namespace": job.namespace},
             "involvedObject": {
                 "apiVersion": API_VERSION,
-                "kind": KIND,
+                "kind": job.kind,
                 "namespace": job.namespace,
                 "name": job.name,
                 "uid": job.uid,

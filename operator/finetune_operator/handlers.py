@@ -5,19 +5,22 @@ kopf's handlers never retry and see stale objects, so nothing may be decided her
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import logging
 import time
 from typing import Any
 
 import kopf
 
-from finetune_api import GROUP, PLURAL, VERSION
+from finetune_api import COMBINATION_KIND, COMBINATION_PLURAL, GROUP, PLURAL, VERSION
 from finetune_api.names import LABEL_UID
 from finetune_operator.cache import Cache, Key
 from finetune_operator.observe import Raw
 from finetune_operator.reconciler import Reconciler
 from finetune_operator.workqueue import WorkQueue
 
+logger = logging.getLogger(__name__)
 WATCH_RETRY_SECONDS = 1.0
 
 
@@ -62,6 +65,10 @@ class Informer:
         self._cache = cache
         self._queue = queue
         self._reconciler = reconciler
+        self.combinations_served: bool | None = None
+        """Whether the API server has AdapterCombinations; unknown before the first list."""
+        self.kinds_changed = asyncio.Event()
+        """What is watched is no longer what is served: the watches are to begin anew."""
         self.last_event = time.monotonic()
 
     def finetunejob(self, event: Raw) -> None:
@@ -75,6 +82,31 @@ class Informer:
                 self._reconciler.forget(meta["uid"])
             return
         if self._cache.put_finetunejob(raw) is not None:
+            self.enqueue(key)
+
+    def serve_combinations(self, problem: str) -> None:
+        """Told after each list of AdapterCombinations; ``problem`` says why there was none."""
+        served = not problem
+        if served == self.combinations_served:
+            return
+        if problem:
+            logger.warning(
+                "AdapterCombinations are not served (%s): FineTuneJobs are, and these once they can be.", problem
+            )
+        elif self.combinations_served is not None:
+            logger.info("AdapterCombinations are served from now on.")
+        self.combinations_served = served
+        self.kinds_changed.set()
+
+    def combination(self, event: Raw) -> None:
+        """An AdapterCombination appeared, changed or went."""
+        raw = event["object"]
+        meta = raw["metadata"]
+        self.last_event = time.monotonic()
+        if event["type"] == "DELETED":
+            if self._cache.drop(Key(meta["namespace"], meta["name"], COMBINATION_KIND), meta["uid"]):
+                self._reconciler.forget(meta["uid"])
+        elif (key := self._cache.put_combination(raw)) is not None:
             self.enqueue(key)
 
     def job(self, event: Raw) -> None:
@@ -95,6 +127,9 @@ class Informer:
 
     def enqueue(self, key: Key) -> None:
         """A job that has nothing yet goes before those that only need their status polished."""
+        if key in self._cache.combinations:
+            self._queue.add(key)
+            return
         cached = self._cache.jobs.get(key)
         if cached is None:
             return
@@ -103,12 +138,18 @@ class Informer:
 
 
 def make_registry(informer: Informer) -> kopf.OperatorRegistry:
-    """kopf's registry with our three handlers and nothing else."""
+    """kopf's registry with our handlers and nothing else."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def on_finetunejob(event: Any, **_: Any) -> None:
         informer.finetunejob(event)
+
+    if informer.combinations_served:
+
+        @kopf.on.event(GROUP, VERSION, COMBINATION_PLURAL, registry=registry)
+        async def on_combination(event: Any, **_: Any) -> None:
+            informer.combination(event)
 
     @kopf.on.event("batch", "v1", "jobs", registry=registry)
     async def on_job(event: Any, **_: Any) -> None:

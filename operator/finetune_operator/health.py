@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from finetune_api.combination import CombinationPhase
 from finetune_api.status import Phase
 from finetune_operator import metrics
 from finetune_operator.cache import Cache, Key
@@ -65,6 +66,9 @@ async def start_health(health: Health, health_port: int, metrics_port: int) -> l
         phases = Counter(str(c.status.phase or Phase.PENDING) for c in health.cache.jobs.values())
         for phase in Phase:
             metrics.JOBS.labels(phase=phase.value).set(phases.get(phase.value, 0))
+        ways = Counter(str(c.status.phase or CombinationPhase.PENDING) for c in health.cache.combinations.values())
+        for way in CombinationPhase:
+            metrics.COMBINATIONS.labels(phase=way.value).set(ways.get(way.value, 0))
         return web.Response(body=generate_latest(metrics.REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     probes, scraped = web.Application(), web.Application()

@@ -6,19 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api import API_VERSION, KIND
-from finetune_api.failures import HANDED_BACK_EXIT_CODES, INTERRUPTED_EXIT_CODES, PERMANENT_EXIT_CODES
 from finetune_api.names import (
     ANNOTATION_MEMORY,
     ANNOTATION_SNAPSHOT_HASH,
     CA_KEY,
     ENV_ENDPOINT,
     ENV_GPUS_PER_NODE,
-    ENV_GRACE_SECONDS,
     ENV_LEADER,
-    ENV_POD_NAME,
-    ENV_POD_UID,
     ENV_SNAPSHOT,
-    ENV_STAGE,
     GPU_PRODUCT_LABEL,
     LABEL_NAME,
     LABEL_STAGE,
@@ -28,7 +23,6 @@ from finetune_api.names import (
     SNAPSHOT_MOUNT,
     TOKEN_KEY,
     TOKEN_MOUNT,
-    WORK_MOUNT,
     Stage,
     snapshot_name,
     stage_job_name,
@@ -37,37 +31,43 @@ from finetune_api.names import (
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.planning.model import AS_ASKED, Allotment, JobView, SnapshotRecord
+from finetune_operator.pods import (
+    GRACE_SECONDS,
+    cpu_stage_resources,
+    environment,
+    failure_rules,
+    restricted_pod,
+    scratch_environment,
+)
 from finetune_operator.settings import Settings
 from finetune_operator.volumes import volumes_and_mounts
 
 Manifest = dict[str, Any]
-RUN_AS = 65532
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
 LEADER_PORT = 29400
 """Where the first of several training pods listens; torchrun's default."""
-GRACE_SECONDS = 120
-"""Of the CPU stages; the training pod's is the spec's, since it must save a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The FineTuneJob that owns what is built."""
+    """The FineTuneJob that owns what is built, or the AdapterCombination."""
 
     namespace: str
     name: str
     uid: str
+    kind: str = KIND
 
     @classmethod
     def of(cls, job: JobView) -> Owner:
         """The owner of a job's children."""
-        return cls(job.namespace, job.name, job.uid)
+        return cls(job.namespace, job.name, job.uid, job.kind)
 
     def reference(self) -> Manifest:
         """A controller ownerReference."""
         return {
             "apiVersion": API_VERSION,
-            "kind": KIND,
+            "kind": self.kind,
             "name": self.name,
             "uid": self.uid,
             "controller": True,
@@ -128,7 +128,7 @@ def stage_job(
             **_pods_of(snapshot.spec, stage),
             # A new pod only after the old one is really gone: two executions never write at once.
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": _failure_rules(stage)},
+            "podFailurePolicy": {"rules": failure_rules(stage)},
             "template": {
                 "metadata": {
                     "labels": {**(runtime.labels or {}), **labels},
@@ -235,7 +235,7 @@ def cleanup_job(owner: Owner, snapshot: Snapshot, settings: Settings) -> Manifes
             "activeDeadlineSeconds": snapshot.spec.pending_timeout_seconds,
             "ttlSecondsAfterFinished": CLEANUP_TTL_SECONDS,
             "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": _failure_rules(stage)},
+            "podFailurePolicy": {"rules": failure_rules(stage)},
             "template": {
                 "metadata": {
                     "labels": {**(runtime.labels or {}), **labels},
@@ -245,28 +245,6 @@ def cleanup_job(owner: Owner, snapshot: Snapshot, settings: Settings) -> Manifes
             },
         },
     }
-
-
-def _failure_rules(stage: Stage) -> list[Manifest]:
-    """What the Job controller does about a failed pod; the first rule that fits decides, and none means: it counts.
-
-    A disruption comes first: a drained node's pod may die with any code, and that must not count. (The operator counts the
-    evictions and OOMKilled containers that are ignored here.)
-    """
-    ends = PERMANENT_EXIT_CODES
-    if stage is Stage.TRAIN:
-        # It has waited as long as it may hold a GPU for nothing: the operator goes back to prepare.
-        ends = tuple(sorted((*PERMANENT_EXIT_CODES, *HANDED_BACK_EXIT_CODES)))
-
-    def on_codes(action: str, codes: tuple[int, ...]) -> Manifest:
-        values = {"containerName": stage.value, "operator": "In", "values": list(codes)}
-        return {"action": action, "onExitCodes": values}
-
-    return [
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        on_codes("FailJob", ends),
-        on_codes("Ignore", INTERRUPTED_EXIT_CODES),
-    ]
 
 
 def _memory_annotation(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
@@ -300,41 +278,17 @@ def _pod_spec(owner: Owner, snapshot: Snapshot, stage: Stage, settings: Settings
     spec = snapshot.spec
     runtime = spec.runtime
     volumes, mounts = volumes_and_mounts(spec, stage, snapshot_name(owner.name, owner.uid))
-    pod: Manifest = {
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": grace_seconds(spec, stage),
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": RUN_AS,
-            "runAsGroup": RUN_AS,
-            "fsGroup": RUN_AS,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [
-            {
-                "name": stage.value,
-                "image": stage_image(snapshot, stage),
-                "imagePullPolicy": settings.image_pull_policy,
-                "args": [stage.value],
-                "env": _environment(owner, spec, stage, settings),
-                "resources": _resources(spec, stage, settings),
-                "volumeMounts": mounts,
-                "terminationMessagePolicy": "File",
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "readOnlyRootFilesystem": True,
-                    "capabilities": {"drop": ["ALL"]},
-                },
-            }
-        ],
-        "volumes": volumes,
-    }
-    if runtime.service_account_name:
-        pod["serviceAccountName"] = runtime.service_account_name
-    if runtime.image_pull_secrets:
-        pod["imagePullSecrets"] = [{"name": s.name} for s in runtime.image_pull_secrets]
+    pod = restricted_pod(
+        stage,
+        stage_image(snapshot, stage),
+        runtime,
+        settings,
+        env=_environment(owner, spec, stage, settings),
+        resources=_resources(spec, stage, settings),
+        volumes=volumes,
+        mounts=mounts,
+        grace_seconds=grace_seconds(spec, stage),
+    )
     if stage is Stage.TRAIN:
         if runtime.runtime_class_name:
             pod["runtimeClassName"] = runtime.runtime_class_name
@@ -350,16 +304,10 @@ def _pod_spec(owner: Owner, snapshot: Snapshot, stage: Stage, settings: Settings
 
 def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> list[Manifest]:
     endpoint = f"{settings.progress_url.rstrip('/')}/v1/namespaces/{owner.namespace}/finetunejobs/{owner.name}"
-    values = {
-        ENV_STAGE: stage.value,
-        # status.progress is the pipeline's: fetch runs beside training, and cleanup's FineTuneJob is about to be gone.
-        **({ENV_ENDPOINT: endpoint} if stage in PIPELINE else {}),
-        ENV_GRACE_SECONDS: str(grace_seconds(spec, stage)),
-        "HOME": f"{WORK_MOUNT}/home",
-        "TMPDIR": f"{WORK_MOUNT}/tmp",  # noqa: S108 - below the pod's own emptyDir
-        "HF_HOME": f"{WORK_MOUNT}/hf",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    values = scratch_environment(stage, grace_seconds(spec, stage))
+    # status.progress is the pipeline's: fetch runs beside training, and cleanup's FineTuneJob is about to be gone.
+    if stage in PIPELINE:
+        values[ENV_ENDPOINT] = endpoint
     if stage is Stage.TRAIN:
         values[ENV_GPUS_PER_NODE] = str(spec.compute.gpus_per_node)
         if spec.compute.nodes > 1:
@@ -369,16 +317,8 @@ def _environment(owner: Owner, spec: FineTuneJobSpec, stage: Stage, settings: Se
         values["KUBEFLOW_TRAINER_SERVER_URL"] = endpoint
         values["KUBEFLOW_TRAINER_SERVER_CA_CERT"] = f"{SNAPSHOT_MOUNT}/{CA_KEY}"
         values["KUBEFLOW_TRAINER_SERVER_TOKEN"] = f"{TOKEN_MOUNT}/{TOKEN_KEY}"
-    fields = {ENV_POD_UID: "metadata.uid", ENV_POD_NAME: "metadata.name"}
     # NCCL says in the log why a collective failed; runtime.env may ask for more, and name interfaces.
-    defaults = {"NCCL_DEBUG": "WARN"} if stage is Stage.TRAIN else {}
-    asked = {e.name: e.value for e in spec.runtime.env or [] if e.name not in values and e.name not in fields}
-    user = {**defaults, **asked}
-    return [
-        *({"name": k, "value": v} for k, v in values.items()),
-        *({"name": k, "valueFrom": {"fieldRef": {"fieldPath": v}}} for k, v in fields.items()),
-        *({"name": k, "value": v} for k, v in user.items()),
-    ]
+    return environment(values, spec.runtime.env, {"NCCL_DEBUG": "WARN"} if stage is Stage.TRAIN else None)
 
 
 def _resources(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> Manifest:
@@ -394,12 +334,7 @@ def _resources(spec: FineTuneJobSpec, stage: Stage, settings: Settings) -> Manif
             count = str(spec.compute.gpus_per_node)
             requests[spec.compute.gpu.resource_name] = limits[spec.compute.gpu.resource_name] = count
     else:
-        if settings.cpu_stage_cpu_request:
-            requests["cpu"] = settings.cpu_stage_cpu_request
-        if settings.cpu_stage_memory_request:
-            requests["memory"] = settings.cpu_stage_memory_request
-        if settings.cpu_stage_memory_limit:
-            limits["memory"] = settings.cpu_stage_memory_limit
+        requests, limits = cpu_stage_resources(settings)
     ranks_weights = spec.method.full is not None and spec.method.full.spectrum is not None
     downloads = stage in (Stage.TRAIN, Stage.PUBLISH) or (stage is Stage.PREPARE and ranks_weights)
     storage = spec.compute.ephemeral_storage if downloads else None

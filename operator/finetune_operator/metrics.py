@@ -30,6 +30,10 @@ STAGE_SECONDS = Histogram(
 JOBS_FINISHED = Counter(
     "finetune_jobs_finished_total", "FineTuneJobs that ended.", ["outcome", "reason"], registry=REGISTRY
 )
+COMBINATIONS = Gauge("finetune_combinations", "AdapterCombinations by phase.", ["phase"], registry=REGISTRY)
+COMBINATIONS_FINISHED = Counter(
+    "finetune_combinations_finished_total", "AdapterCombinations that ended.", ["outcome", "reason"], registry=REGISTRY
+)
 PROGRESS_POSTS = Counter(
     "finetune_progress_posts_total", "Progress posts by the answer's code.", ["code"], registry=REGISTRY
 )

@@ -74,7 +74,8 @@ def version_of(meta: Raw) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _time(text: str | None) -> datetime:
+def time_of(text: str | None) -> datetime:
+    """A time of Kubernetes; long ago for none."""
     return parse_time(text) or _EPOCH
 
 
@@ -99,7 +100,7 @@ def trim_finetunejob(raw: Raw, known: CachedJob | None) -> CachedJob:
         uid=meta["uid"],
         generation=generation,
         resource_version=version_of(meta),
-        created=_time(meta.get("creationTimestamp")),
+        created=time_of(meta.get("creationTimestamp")),
         deleting=bool(meta.get("deletionTimestamp")),
         spec=spec,
         spec_error=error,
@@ -171,15 +172,15 @@ def trim_job(raw: Raw) -> StageJob | None:
         name=meta["name"],
         uid=meta["uid"],
         stage=Stage(stage),
-        created=_time(meta.get("creationTimestamp")),
+        created=time_of(meta.get("creationTimestamp")),
         resource_version=version_of(meta),
         deleting=bool(meta.get("deletionTimestamp")),
         # Resumed, but the Job controller has not noticed yet: startTime and the pods still are those of before.
         suspended=bool((raw.get("spec") or {}).get("suspend")) or _first(conditions, "Suspended") is not None,
         started_at=parse_time(status.get("startTime")),
         active=int(status.get("active") or 0) + int(status.get("terminating") or 0),
-        complete_at=_time(complete.get("lastTransitionTime")) if complete else None,
-        failed_at=_time(failed.get("lastTransitionTime")) if failed else None,
+        complete_at=time_of(complete.get("lastTransitionTime")) if complete else None,
+        failed_at=time_of(failed.get("lastTransitionTime")) if failed else None,
         failed_reason=str(failed.get("reason") or "") if failed else "",
         failed_message=str(failed.get("message") or "") if failed else "",
         queue=str(labels.get(QUEUE_LABEL, "")),
@@ -216,7 +217,7 @@ def trim_pod(raw: Raw) -> Pod | None:
         uid=meta["uid"],
         owner_uid=owner_uid(meta),
         stage=Stage(stage),
-        created=_time(meta.get("creationTimestamp")),
+        created=time_of(meta.get("creationTimestamp")),
         resource_version=version_of(meta),
         phase=phase,
         deleting=bool(meta.get("deletionTimestamp")),
@@ -224,10 +225,10 @@ def trim_pod(raw: Raw) -> Pod | None:
         node=node,
         bound_at=bound,
         unschedulable=str(scheduled.get("message") or "no node fits") if refused else "",
-        unschedulable_since=_time(scheduled.get("lastTransitionTime")) if refused else None,
+        unschedulable_since=time_of(scheduled.get("lastTransitionTime")) if refused else None,
         waiting_reason=str(waiting.get("reason") or ""),
         waiting_message=str(waiting.get("message") or ""),
-        sandbox_missing_since=_time(sandbox.get("lastTransitionTime")) if sandbox and node and not started else None,
+        sandbox_missing_since=time_of(sandbox.get("lastTransitionTime")) if sandbox and node and not started else None,
         started_at=parse_time(started),
         finished_at=parse_time(ended.get("finishedAt")),
         exit_code=ended.get("exitCode"),

@@ -7,11 +7,13 @@ import logging
 import time
 from dataclasses import replace
 
+from finetune_api import KIND
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator import metrics
 from finetune_operator.apply import Applier
 from finetune_operator.cache import Cache, Key
 from finetune_operator.client import ApiError
+from finetune_operator.combinations.reconciler import CombinationReconciler
 from finetune_operator.events import EventRecorder, JobEvents
 from finetune_operator.free_gpus import FreeGpus
 from finetune_operator.fresh_pods import FreshPods
@@ -47,6 +49,7 @@ class Reconciler:
         fresh_pods: FreshPods,
         free_gpus: FreeGpus,
         pace: Pace,
+        combinations: CombinationReconciler,
         config: PlannerConfig | None = None,
     ) -> None:
         self._cache = cache
@@ -58,11 +61,12 @@ class Reconciler:
         self._fresh_pods = fresh_pods
         self._free_gpus = free_gpus
         self._pace = pace
+        self._combinations = combinations
         self._config = config or PlannerConfig()
         self._dirty: dict[str, float] = {}
 
     def forget(self, uid: str) -> None:
-        """A FineTuneJob is gone."""
+        """A FineTuneJob or an AdapterCombination is gone."""
         self._applier.forget(uid)
         self._snapshots.forget(uid)
         self._fresh_pods.forget(uid)
@@ -93,6 +97,9 @@ class Reconciler:
 
     async def reconcile(self, key: Key) -> None:
         """Bring one job one step further."""
+        if key.kind != KIND:
+            await self._combinations.reconcile(key)
+            return
         cached = self._cache.jobs.get(key)
         if cached is None:
             return
@@ -202,16 +209,16 @@ class Reconciler:
         _count(cached.status, status)
 
     async def _refresh_after(self, key: Key, problem: ApiError) -> None:
-        """The cache may be behind: a job that is gone or was replaced is forgotten."""
+        """The cache may be behind: what is gone or was replaced is forgotten."""
         if problem.status not in (404, 409):
             return
-        cached = self._cache.jobs.get(key)
+        cached = self._cache.jobs.get(key) if key.kind == KIND else self._cache.combinations.get(key)
         try:
             raw = await self._applier.fetch(key)
         except ApiError:
             return
         if raw is None and cached is not None:
-            self._cache.drop_finetunejob(key, cached.uid)
+            self._cache.drop(key, cached.uid)
             self.forget(cached.uid)
 
 

@@ -18,12 +18,13 @@ from finetune_api.names import (
     TOKEN_MOUNT,
     WORK_MOUNT,
     Stage,
+    adapter_slot,
     held_out_slot,
     prompts_slot,
     tracker_slot,
     train_slot,
 )
-from finetune_api.spec import FineTuneJobSpec, LocalObjectReference, RemoteSource
+from finetune_api.spec import AdapterCombinationSpec, FineTuneJobSpec, LocalObjectReference, RemoteSource
 from finetune_api.uris import PvcLocation, parse_uri
 
 Manifest = dict[str, Any]
@@ -40,15 +41,12 @@ def volumes_and_mounts(
     volumes: list[Manifest] = [
         {"name": "snapshot", "configMap": {"name": snapshot_config_map}},
         {"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}},
-        {"name": "work", "emptyDir": {}},
-        {"name": "tmp", "emptyDir": {}},
     ]
     mounts: list[Manifest] = [
         {"name": "snapshot", "mountPath": SNAPSHOT_MOUNT, "readOnly": True},
         {"name": "token", "mountPath": TOKEN_MOUNT, "readOnly": True},
-        {"name": "work", "mountPath": WORK_MOUNT},
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
     ]
+    _add_scratch(volumes, mounts)
     if stage is Stage.TRAIN:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 - shared memory of data loaders and NCCL
@@ -56,22 +54,46 @@ def volumes_and_mounts(
     if spec.model.cache is not None and (stage is not Stage.PUBLISH or spec.publishes_model):
         volumes.append({"name": "model-cache", "persistentVolumeClaim": {"claimName": spec.model.cache.claim_name}})
         mounts.append({"name": "model-cache", "mountPath": CACHE_MOUNT})
-    for index, claim in enumerate(_claims(spec, stage)):
-        volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
-        mounts.append({"name": f"pvc-{index}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": True})
+    _add_claims(volumes, mounts, _uris(spec, stage))
     return volumes, mounts
 
 
 def _cleanup_volumes(spec: FineTuneJobSpec) -> tuple[list[Manifest], list[Manifest]]:
     """Nothing that may be gone together with the FineTuneJob: neither its snapshot nor a claim; and it reports to nobody."""
-    volumes: list[Manifest] = [{"name": "work", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}]
-    mounts: list[Manifest] = [
-        {"name": "work", "mountPath": WORK_MOUNT},
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
-    ]
+    volumes: list[Manifest] = []
+    mounts: list[Manifest] = []
+    _add_scratch(volumes, mounts)
     if spec.output.secret_ref is not None:
         _add_secrets(volumes, mounts, {OUTPUT_SLOT: spec.output.secret_ref.name})
     return volumes, mounts
+
+
+def combination_volumes(spec: AdapterCombinationSpec) -> tuple[list[Manifest], list[Manifest]]:
+    """Of an AdapterCombination's pod: what it is to do stands in its environment, and it reports to nobody."""
+    volumes: list[Manifest] = []
+    mounts: list[Manifest] = []
+    _add_scratch(volumes, mounts)
+    slots: dict[str, RemoteSource] = {OUTPUT_SLOT: spec.output}
+    slots |= {adapter_slot(i): adapter for i, adapter in enumerate(spec.adapters)}
+    _add_secrets(volumes, mounts, {slot: s.secret_ref.name for slot, s in slots.items() if s.secret_ref is not None})
+    _add_claims(volumes, mounts, [adapter.uri for adapter in spec.adapters])
+    return volumes, mounts
+
+
+def _add_scratch(volumes: list[Manifest], mounts: list[Manifest]) -> None:
+    volumes += [{"name": "work", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}]
+    mounts += [
+        {"name": "work", "mountPath": WORK_MOUNT},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - an emptyDir of the pod's own
+    ]
+
+
+def _add_claims(volumes: list[Manifest], mounts: list[Manifest], uris: list[str]) -> None:
+    locations = [parse_uri(uri) for uri in uris]
+    claims = sorted({location.claim for location in locations if isinstance(location, PvcLocation)})
+    for index, claim in enumerate(claims):
+        volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}})
+        mounts.append({"name": f"pvc-{index}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": True})
 
 
 def _add_secrets(volumes: list[Manifest], mounts: list[Manifest], secrets: dict[str, str]) -> None:
@@ -100,11 +122,10 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
     return {slot: reference.name for slot, reference in references.items() if reference is not None}
 
 
-def _claims(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
+def _uris(spec: FineTuneJobSpec, stage: Stage) -> list[str]:
     uris = [spec.model.uri]
     if stage is Stage.PREPARE:
         uris += [spec.model.initial_adapter.uri] if spec.model.initial_adapter is not None else []
         beside = (*(spec.data.held_out.sources or []), *(spec.evaluation.generation.sources or []))
         uris += [s.uri for s in (*spec.data.train, *beside)]
-    locations = [parse_uri(uri) for uri in uris]
-    return sorted({location.claim for location in locations if isinstance(location, PvcLocation)})
+    return uris

@@ -35,12 +35,14 @@ class _Everything(Collection[Any]):
 async def watch(
     informer: Informer, settings: Settings, take_signals: Callable[[], None], look_again: Callable[[], None]
 ) -> None:
-    """Watch until cancelled; when kopf fails, it is begun anew and ``look_again`` is called for what was missed meanwhile.
+    """Watch until cancelled; when kopf fails, or other kinds are served than it watches, it is begun anew and ``look_again`` is called
+    for what was missed meanwhile.
 
     kopf 1.45 ends as a whole when one list or watch is answered 410 (a page of a long list that came too late) or any other 4xx.
     ``take_signals`` takes back the handlers of SIGTERM and SIGINT.
     """
     while True:
+        informer.kinds_changed.clear()
         try:
             tasks = await kopf.spawn_tasks(
                 registry=make_registry(informer),
@@ -48,6 +50,7 @@ async def watch(
                 standalone=True,
                 clusterwide=not settings.namespaces,
                 namespaces=settings.namespaces,
+                stop_flag=informer.kinds_changed,
             )
             take_signals()
             await kopf.run_tasks(tasks, ignored=_Everything())

@@ -1,4 +1,4 @@
-"""A real API server with our CRD, one for this folder's tests."""
+"""A real API server with our CRDs, one for this folder's tests."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.support.apiserver import ApiServer
 
 @pytest.fixture(scope="session")
 def apiserver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """The light control plane, with the CRD installed."""
+    """The light control plane, with the CRDs installed."""
     with LightCluster(tmp_path_factory.mktemp("apiserver"), name="api-tests") as cluster:
         server = ApiServer(cluster.kubeconfig, cluster.kubectl)
-        server.install_crd()
+        server.install_crds()
         yield server

@@ -5,22 +5,30 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune_api.crd import custom_resource_definition, to_yaml
+from finetune_api.crd import KINDS, Kind, custom_resource_definition, to_yaml
 from finetune_api.spec import IMMUTABLE_FIELDS, FineTuneJobSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(
-    "path", ["crds/finetunejobs.finetune.dev.yaml", "charts/finetune-operator/files/finetunejobs.finetune.dev.yaml"]
-)
-def test_committed_crds_are_what_the_models_generate(path: str) -> None:
-    assert (ROOT / path).read_text() == to_yaml(custom_resource_definition()), f"{path} is stale: run `make generate`"
+@pytest.mark.parametrize("folder", ["crds", "charts/finetune-operator/files"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
+def test_committed_crds_are_what_the_models_generate(kind: Kind, folder: str) -> None:
+    path = ROOT / folder / f"{kind.name}.yaml"
+    assert path.read_text() == to_yaml(custom_resource_definition(kind)), f"{path} is stale: run `make generate`"
 
 
-def test_it_fits_client_side_apply() -> None:
+def test_no_other_crds_are_committed_and_the_chart_has_them_all() -> None:
+    names = {f"{kind.name}.yaml" for kind in KINDS}
+    assert {p.name for p in (ROOT / "crds").iterdir()} == names
+    template = (ROOT / "charts/finetune-operator/templates/crds.yaml").read_text()
+    assert all(f'"files/{name}"' in template for name in names)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
+def test_it_fits_client_side_apply(kind: Kind) -> None:
     """kubectl apply stores the object in an annotation of at most 256 KiB."""
-    assert len(to_yaml(custom_resource_definition())) < 200_000
+    assert len(to_yaml(custom_resource_definition(kind))) < 200_000
 
 
 def test_every_spec_field_is_either_immutable_or_known_to_change() -> None:

@@ -19,7 +19,7 @@ _numbers = itertools.count(1)
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LightCluster]:
     with LightCluster(tmp_path_factory.mktemp("cluster"), name="operator-tests") as light:
-        ApiServer(light.kubeconfig, light.kubectl).install_crd()
+        ApiServer(light.kubeconfig, light.kubectl).install_crds()
         yield light
 
 

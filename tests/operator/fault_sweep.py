@@ -497,7 +497,7 @@ def main() -> None:
     given = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name, LightCluster(Path(name) / "cluster", name="fault-sweep") as cluster:
-        ApiServer(cluster.kubeconfig, cluster.kubectl).install_crd()
+        ApiServer(cluster.kubeconfig, cluster.kubectl).install_crds()
         with Sweep(cluster, make_tls(Path(name) / "tls"), Path(name)) as sweep:
             for story, life in sweep.measure().items():
                 print(f"{story}: {life.requests} requests, {life.events} events, {life.seconds:.1f} s", flush=True)

@@ -47,6 +47,10 @@ def finetunejobs_of(namespace: str) -> str:
     return f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/finetunejobs"
 
 
+def combinations_of(namespace: str) -> str:
+    return f"/apis/finetune.dev/v1alpha1/namespaces/{namespace}/adaptercombinations"
+
+
 def stage_of(pod: Pod) -> Stage:
     return Stage(pod["metadata"]["labels"][LABEL_STAGE])
 
@@ -209,12 +213,23 @@ class Bench:
     def merge(self, name: str, spec: Raw) -> Raw:
         return self.api.merge(f"{finetunejobs_of(self.namespace)}/{name}", {"spec": spec})
 
+    # AdapterCombinations
+
+    def combine(self, manifest: Raw) -> Raw:
+        manifest["metadata"]["namespace"] = self.namespace
+        return self.api.create(combinations_of(self.namespace), manifest)
+
+    def until_combined(self, name: str, check: Callable[[Raw], bool], what: str, seconds: float = SECONDS) -> Raw:
+        """Wait on a watch until an AdapterCombination is as wanted."""
+        return self._until(combinations_of(self.namespace), name, check, what, seconds)
+
     def until(self, name: str, check: Callable[[Raw], bool], what: str, seconds: float = SECONDS) -> Raw:
         """Wait on a watch until a FineTuneJob is as wanted."""
+        return self._until(finetunejobs_of(self.namespace), name, check, what, seconds)
+
+    def _until(self, path: str, name: str, check: Callable[[Raw], bool], what: str, seconds: float) -> Raw:
         last: Raw = {}
-        for kind, raw in self.api.watch(
-            finetunejobs_of(self.namespace), seconds, {"fieldSelector": f"metadata.name={name}"}
-        ):
+        for kind, raw in self.api.watch(path, seconds, {"fieldSelector": f"metadata.name={name}"}):
             last = raw
             if kind != "DELETED" and check(raw):
                 return raw
@@ -258,10 +273,10 @@ class Bench:
     def pods(self) -> list[Raw]:
         return list(self.api.get(pods_of(self.namespace))["items"])
 
-    def told(self, name: str, *reasons: str) -> list[tuple[str, str]]:
-        """(reason, message) of the Events of a FineTuneJob, once one of each reason is there: they are posted after the status."""
+    def told(self, name: str, *reasons: str, kind: str = "FineTuneJob") -> list[tuple[str, str]]:
+        """(reason, message) of the Events of a FineTuneJob, or another kind, once one of each reason is there: they are posted after the status."""
         mine: list[tuple[str, str]] = []
-        about = f"involvedObject.name={name},involvedObject.kind=FineTuneJob"
+        about = f"involvedObject.name={name},involvedObject.kind={kind}"
         for _, event in self.api.watch(
             f"/api/v1/namespaces/{self.namespace}/events", SECONDS, {"fieldSelector": about}
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Self
 
+from finetune_api.combination import CombineReport
 from finetune_api.names import Stage
 from finetune_api.progress import Split, StageReport
 from finetune_api.results import (
@@ -75,6 +76,30 @@ def finetunejob(name: str, namespace: str = "default") -> FineTuneJobBuilder:
     """The smallest FineTuneJob."""
     return FineTuneJobBuilder(name, namespace)
 
+
+def combination(name: str, **fields: object) -> Raw:
+    """The smallest AdapterCombination, and what is set besides."""
+    return {
+        "apiVersion": "finetune.dev/v1alpha1",
+        "kind": "AdapterCombination",
+        "metadata": {"name": name},
+        "spec": {
+            "adapters": [{"uri": "s3://adapters/tone"}, {"uri": "s3://adapters/facts", "weight": 0.5}],
+            "output": {"uri": "s3://results/here"},
+            **fields,
+        },
+    }
+
+
+COMBINED = CombineReport(
+    base_model="org/smol",
+    rank=12,
+    modules=14,
+    relative_error=2e-8,
+    exact=True,
+    adapter_bytes=4096,
+    adapter_sha256="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+)
 
 METRICS = TrainMetrics(
     held_out_loss_base=1.402,
@@ -158,6 +183,7 @@ def success(stage: Stage, trained: bool = False) -> StageReport:
         Stage.PUBLISH: publish_report(),
         Stage.FETCH: FetchReport(cached=True),
         Stage.CLEANUP: CleanupReport(objects=9),
+        Stage.COMBINE: COMBINED,
     }[stage]
     return StageReport(stage=stage, succeeded=True, reason="Succeeded", message="done", result=result.to_json_dict())
 

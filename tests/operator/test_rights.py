@@ -11,8 +11,8 @@ import yaml
 from finetune_api.names import Stage
 from finetune_cluster.binaries import ensure_helm
 from finetune_cluster.steps import Call, Pod, Step
-from tests.operator.harness import ROOT, Bench, condition, is_true, stage_of, succeed_stage
-from tests.operator.manifests import Raw, finetunejob, success
+from tests.operator.harness import ROOT, Bench, combinations_of, condition, is_true, stage_of, succeed_stage
+from tests.operator.manifests import Raw, combination, finetunejob, success
 from tests.operator.poster import Poster
 
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
@@ -20,8 +20,11 @@ RBAC = "/apis/rbac.authorization.k8s.io/v1"
 ON_JOBS = {
     # delete: ttlSecondsAfterFinished; patch: the finalizer of output.deletionPolicy
     ("finetune.dev", "finetunejobs"): {"get", "list", "watch", "delete", "patch"},
+    ("finetune.dev", "adaptercombinations"): {"get", "list", "watch", "delete"},
     ("finetune.dev", "finetunejobs/status"): {"patch"},
+    ("finetune.dev", "adaptercombinations/status"): {"patch"},
     ("finetune.dev", "finetunejobs/finalizers"): {"update"},  # blockOwnerDeletion, where that is guarded
+    ("finetune.dev", "adaptercombinations/finalizers"): {"update"},
     ("batch", "jobs"): {"get", "list", "watch", "create", "delete"},
     ("", "pods"): {"get", "list", "watch"},
     ("", "configmaps"): {"get", "create"},
@@ -137,6 +140,9 @@ def test_with_the_charts_rights_everything_works(bench: Bench, narrow: bool) -> 
         bench.apply(finetunejob("least").ttl(1).build())
         bench.until("least", lambda j: is_true(j, "Complete"), "Complete")
         bench.until_gone(f"/apis/finetune.dev/v1alpha1/namespaces/{bench.namespace}/finetunejobs")
+        bench.combine(combination("least", ttlSecondsAfterFinished=1))
+        assert "Combined" in dict(bench.told("least", "Combined", kind="AdapterCombination"))
+        bench.until_gone(combinations_of(bench.namespace))
         assert kubelet.errors == []
     bench.apply(finetunejob("podless").set(runtime={"serviceAccountName": "nobody"}).build())
     waiting = bench.until_waiting("podless", "AdmissionRefused")

@@ -1,4 +1,4 @@
-"""A real API server with our CRD, for tests."""
+"""A real API server with our CRDs, for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CRD = ROOT / "crds" / "finetunejobs.finetune.dev.yaml"
+CRDS = ROOT / "crds"
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,19 @@ class ApiServer:
             check=False,
         )
 
-    def install_crd(self) -> None:
-        """Apply the CRD and wait until it is served."""
-        self.kubectl("apply", "--server-side", "-f", str(CRD)).check_returncode()
-        name = "crd/finetunejobs.finetune.dev"
+    def install_crds(self) -> None:
+        """Apply the CRDs and wait until they are served."""
+        self.kubectl("apply", "--server-side", "-f", str(CRDS)).check_returncode()
+        for path in sorted(CRDS.glob("*.yaml")):
+            self._served(path.stem)
+
+    def _served(self, resource: str) -> None:
+        name = f"crd/{resource}"
         # `kubectl wait` (1.34) fails at once on a CRD that is so new that it has no conditions.
         self.kubectl("wait", "--for=jsonpath={.status.conditions}", name, "--timeout=30s").check_returncode()
         self.kubectl("wait", "--for=condition=Established", name, "--timeout=30s").check_returncode()
         # Established, and for a moment it answers 429 "storage is (re)initializing": nothing tells when that is over.
         end = time.monotonic() + 30
-        while (listed := self.kubectl("get", "finetunejobs.finetune.dev", "--all-namespaces")).returncode:
+        while (listed := self.kubectl("get", resource, "--all-namespaces")).returncode:
             if time.monotonic() > end:
                 listed.check_returncode()

@@ -1,4 +1,4 @@
-"""``python -m finetune_trainer prepare|train|publish|fetch|cleanup``: run a stage and tell how it ended, in every way there is.
+"""``python -m finetune_trainer prepare|train|publish|fetch|cleanup|combine``: run a stage and tell how it ended, in every way there is.
 
 Exit code, termination message and final post all carry the same reason; any one of them may be lost.
 """
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,7 +24,7 @@ from finetune_api.failures import FAILURES, Reason
 from finetune_api.names import Stage
 from finetune_api.progress import StageReport
 from finetune_trainer import heartbeat
-from finetune_trainer.context import StageContext, load_context
+from finetune_trainer.context import PodContext, StageContext, open_context
 from finetune_trainer.errors import Interrupted, NotFound, StageError, full_disk
 from finetune_trainer.remote_code import remote_code
 from finetune_trainer.supervisor.place import ENV_LOG_LEVEL
@@ -45,7 +46,8 @@ CUDA_OUT_OF_MEMORY = ("cuda error: out of memory", "cublas_status_alloc_failed",
 """How CUDA, cuBLAS and cuDNN say it; torch raises their errors as RuntimeError and AcceleratorError."""
 PR_SET_PDEATHSIG = 1
 
-StageFunction = Callable[[StageContext], BaseModel]
+StageFunction = Callable[[Any], BaseModel]
+"""Takes the context of its own kind of resource."""
 
 
 def main(
@@ -53,7 +55,7 @@ def main(
     *,
     environ: Mapping[str, str] = os.environ,
     termination_log: Path = TERMINATION_LOG,
-    context: Callable[[Stage], StageContext] = load_context,
+    context: Callable[[Stage], PodContext] = open_context,
     stage_function: Callable[[Stage], StageFunction] | None = None,
 ) -> int:
     """Run the stage that ``argv`` names; returns the exit code."""
@@ -74,7 +76,7 @@ def main(
     return exit_code(report)
 
 
-def worker(environ: Mapping[str, str], context: Callable[[Stage], StageContext]) -> int:
+def worker(environ: Mapping[str, str], context: Callable[[Stage], PodContext]) -> int:
     """The process that trains, started by the supervisor, which tells the world what this one tells it in a file."""
     set_up(environ)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -94,10 +96,10 @@ def worker(environ: Mapping[str, str], context: Callable[[Stage], StageContext])
 
 
 def attempt(
-    stage: Stage, context: Callable[[Stage], StageContext], stage_function: Callable[[Stage], StageFunction]
-) -> tuple[StageReport, StageContext | None]:
+    stage: Stage, context: Callable[[Stage], PodContext], stage_function: Callable[[Stage], StageFunction]
+) -> tuple[StageReport, PodContext | None]:
     """Run a stage; what came of it, whatever it was."""
-    ctx: StageContext | None = None
+    ctx: PodContext | None = None
     try:
         ctx = context(stage)
         log.info(

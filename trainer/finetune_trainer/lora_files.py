@@ -9,6 +9,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 PREFIX = "base_model.model."
+UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+"""peft's ``init_lora_weights`` after which an adapter means what its file says."""
 UNKNOWN_SETTINGS = (
     "fan_in_fan_out", "lora_bias", "layer_replication",
     "trainable_token_indices", "target_parameters", "kasa_config", "monteclora_config", "velora_config", "arrow_config", "use_bdlora", "alora_invocation_tokens", "use_qalora",

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from typing import TypeVar
 
+from finetune_api.combination import COMBINATION_VERSION, CombinationManifest
 from finetune_api.failures import Reason
 from finetune_api.results import MANIFEST_VERSION, RESULT_VERSION, Manifest, PrepareResult, TrainResult
 from finetune_trainer.errors import StageError
 from finetune_trainer.s3 import S3Store
 
-R = TypeVar("R", PrepareResult, TrainResult, Manifest)
-NEWEST = {PrepareResult: RESULT_VERSION, TrainResult: RESULT_VERSION, Manifest: MANIFEST_VERSION}
+R = TypeVar("R", PrepareResult, TrainResult, Manifest, CombinationManifest)
+NEWEST = {
+    PrepareResult: RESULT_VERSION,
+    TrainResult: RESULT_VERSION,
+    Manifest: MANIFEST_VERSION,
+    CombinationManifest: COMBINATION_VERSION,
+}
 
 
 def read_stored(store: S3Store, key: str, model: type[R]) -> R:

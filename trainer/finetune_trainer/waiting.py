@@ -10,7 +10,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential_jitter
 
 from finetune_api.failures import FAILURES
-from finetune_trainer.context import StageContext
+from finetune_trainer.context import PodContext
 from finetune_trainer.errors import StageError, waits
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def pause(seconds: float) -> None:
 
 
 def wait_until_available(
-    ctx: StageContext,
+    ctx: PodContext,
     fn: Callable[[], T],
     *,
     limit_seconds: float | None = None,

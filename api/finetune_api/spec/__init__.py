@@ -1,5 +1,17 @@
-"""``FineTuneJob.spec``, a module for each of its parts."""
+"""``FineTuneJob.spec``, a module for each of its parts; ``AdapterCombination.spec`` in one."""
 
+from finetune_api.spec.combination import (
+    DRAWING,
+    ELECTING,
+    MOST_ADAPTERS,
+    PRUNING,
+    AdapterCombinationSpec,
+    CombinationOutput,
+    CombinationRuntime,
+    CombinationType,
+    MajoritySign,
+    WeightedAdapter,
+)
 from finetune_api.spec.compute import MOST_GPUS_PER_NODE, MOST_NODES, Compute, Gpu, Queue
 from finetune_api.spec.data import (
     Data,
@@ -55,15 +67,23 @@ from finetune_api.spec.training import (
 
 __all__ = [
     "BEGIN_AT_WEIGHTS",
+    "DRAWING",
+    "ELECTING",
     "IMMUTABLE_FIELDS",
+    "MOST_ADAPTERS",
     "MOST_GPUS_PER_NODE",
     "MOST_MODULES",
     "MOST_NODES",
     "OPTIONAL_FIELDS",
+    "PRUNING",
     "TRACKER_RULES",
+    "AdapterCombinationSpec",
     "CacheFetch",
     "Checkpoint",
     "CheckpointInterval",
+    "CombinationOutput",
+    "CombinationRuntime",
+    "CombinationType",
     "Compute",
     "ComputeDtype",
     "CpuOffload",
@@ -90,6 +110,7 @@ __all__ = [
     "LoraBias",
     "LoraInitialization",
     "LossOn",
+    "MajoritySign",
     "Merged",
     "MergedBase",
     "MergedDtype",
@@ -124,5 +145,6 @@ __all__ = [
     "TrackerType",
     "Training",
     "Warmup",
+    "WeightedAdapter",
     "Workspace",
 ]

@@ -49,11 +49,14 @@ true
   # patch: the finalizer of output.deletionPolicy: Delete.
   verbs: [get, list, watch, delete, patch]
 - apiGroups: [finetune.dev]
-  resources: [finetunejobs/status]
+  resources: [adaptercombinations]
+  verbs: [get, list, watch, delete]
+- apiGroups: [finetune.dev]
+  resources: [finetunejobs/status, adaptercombinations/status]
   verbs: [patch]
 # Where owner references are guarded (OwnerReferencesPermissionEnforcement), children need it.
 - apiGroups: [finetune.dev]
-  resources: [finetunejobs/finalizers]
+  resources: [finetunejobs/finalizers, adaptercombinations/finalizers]
   verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]

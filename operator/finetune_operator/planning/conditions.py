@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 from finetune_api.names import Stage
 from finetune_api.status import AttemptStatus, Condition, ConditionType, FineTuneJobStatus
 from finetune_operator.planning.clock import parse_time, rfc3339
 
 MESSAGE_LIMIT = 4096
+
+
+class Conditioned(Protocol):
+    """A status, of whichever kind."""
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """All that were ever set."""
 
 
 @dataclass(frozen=True)
@@ -23,24 +32,24 @@ class Wish:
     message: str
 
 
-def find(status: FineTuneJobStatus, kind: ConditionType) -> Condition | None:
+def find(status: Conditioned, kind: ConditionType) -> Condition | None:
     """The condition of a type, if it was ever set."""
     return next((c for c in status.conditions if c.type == kind), None)
 
 
-def is_true(status: FineTuneJobStatus, kind: ConditionType) -> bool:
+def is_true(status: Conditioned, kind: ConditionType) -> bool:
     """Whether a condition is set and true."""
     found = find(status, kind)
     return found is not None and found.status == "True"
 
 
-def transition_time(status: FineTuneJobStatus, kind: ConditionType) -> datetime | None:
+def transition_time(status: Conditioned, kind: ConditionType) -> datetime | None:
     """When a condition last flipped."""
     found = find(status, kind)
     return parse_time(found.last_transition_time) if found else None
 
 
-def apply_wishes(before: FineTuneJobStatus, wishes: Iterable[Wish], generation: int, now: datetime) -> list[Condition]:
+def apply_wishes(before: Conditioned, wishes: Iterable[Wish], generation: int, now: datetime) -> list[Condition]:
     """The conditions after ``wishes``; a condition that was never set is added only when it becomes true."""
     result = {c.type: c for c in before.conditions}
     for wish in wishes:
@@ -60,7 +69,12 @@ def apply_wishes(before: FineTuneJobStatus, wishes: Iterable[Wish], generation: 
             reason=wish.reason,
             message=message,
         )
-    return sorted(result.values(), key=_rank)
+    return conditions_in_order(result.values())
+
+
+def conditions_in_order(conditions: Iterable[Condition]) -> list[Condition]:
+    """In our order: server-side apply may keep another, and that is no difference."""
+    return sorted(conditions, key=_rank)
 
 
 _STAGES = {stage.value: i for i, stage in enumerate(Stage)}
@@ -93,7 +107,7 @@ def in_order(status: FineTuneJobStatus) -> FineTuneJobStatus:
     """The status with its keyed lists in our order: server-side apply may keep another, and that is no difference."""
     return status.model_copy(
         update={
-            "conditions": sorted(status.conditions, key=_rank),
+            "conditions": conditions_in_order(status.conditions),
             "attempts": sorted(status.attempts, key=attempt_rank),
         }
     )

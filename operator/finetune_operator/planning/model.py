@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from finetune_api import KIND
 from finetune_api.failures import INTERRUPTED_EXIT_CODES
 from finetune_api.names import Stage
 from finetune_api.progress import StageReport
@@ -47,6 +48,8 @@ class JobView:
     deleted_at: datetime | None = None
     holds_output: bool = False
     """Our finalizer keeps it until its artifacts are deleted."""
+    kind: str = KIND
+    """An AdapterCombination is seen as far as its Job goes: without spec and status, which are its own (see CombinationView)."""
 
     @property
     def gpus_per_node(self) -> int | None:

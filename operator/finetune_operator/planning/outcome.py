@@ -13,6 +13,7 @@ from datetime import timedelta
 from pydantic import ValidationError
 
 from finetune_api.base import ApiModel
+from finetune_api.combination import CombineReport
 from finetune_api.failures import FAILURES, Reason, by_exit_code
 from finetune_api.names import Stage
 from finetune_api.progress import StageReport
@@ -102,6 +103,7 @@ _RESULTS: dict[Stage, type[ApiModel]] = {
     Stage.PREPARE: PrepareReport,
     Stage.TRAIN: TrainReport,
     Stage.PUBLISH: PublishReport,
+    Stage.COMBINE: CombineReport,
 }
 
 

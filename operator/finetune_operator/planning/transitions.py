@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune_api.names import Stage
 from finetune_api.status import AttemptStatus, ConditionType, FineTuneJobStatus
 from finetune_operator.planning.clock import exact_duration, parse_time
-from finetune_operator.planning.conditions import find, is_true
+from finetune_operator.planning.conditions import Conditioned, find, is_true
 from finetune_operator.planning.endings import replaced
 from finetune_operator.planning.model import EventNote, EventType
 
@@ -33,9 +33,13 @@ def notes(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[EventNot
     return tuple(EventNote(n.type, n.reason, n.message[:EVENT_LIMIT]) for n in found)
 
 
-def _became(
-    before: FineTuneJobStatus, after: FineTuneJobStatus, kind: ConditionType, reason: str = ""
-) -> list[EventNote]:
+def common_notes(before: Conditioned, after: Conditioned) -> tuple[EventNote, ...]:
+    """Events that every kind of resource has: it waits, is complete, or failed."""
+    found = [*_waiting(before, after), *_became(before, after, ConditionType.COMPLETE), *_failed(before, after)]
+    return tuple(EventNote(n.type, n.reason, n.message[:EVENT_LIMIT]) for n in found)
+
+
+def _became(before: Conditioned, after: Conditioned, kind: ConditionType, reason: str = "") -> list[EventNote]:
     """A condition became true. The Event's reason is the condition's, unless there is one for all of them."""
     if is_true(before, kind) or not is_true(after, kind):
         return []
@@ -108,7 +112,7 @@ def _at_risk(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventN
     return [EventNote(EventType.WARNING, condition.reason, condition.message)]
 
 
-def _waiting(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
+def _waiting(before: Conditioned, after: Conditioned) -> list[EventNote]:
     old, new = find(before, ConditionType.WAITING), find(after, ConditionType.WAITING)
     if new is None or new.status != "True":
         return []
@@ -117,7 +121,7 @@ def _waiting(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventN
     return [EventNote(EventType.WARNING, "Waiting", f"{new.reason}: {new.message}")]
 
 
-def _failed(before: FineTuneJobStatus, after: FineTuneJobStatus) -> list[EventNote]:
+def _failed(before: Conditioned, after: Conditioned) -> list[EventNote]:
     condition = find(after, ConditionType.FAILED)
     if is_true(before, ConditionType.FAILED) or condition is None or condition.status != "True":
         return []

@@ -19,14 +19,21 @@ from finetune_api.spec import MOST_MODULES, FineTuneJobSpec, Lora
 from finetune_api.targets import as_peft_reads, kinds_and_layers, setting_of
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
-from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
+from finetune_trainer.lora_files import (
+    CONFIG,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    UNCHANGED_BASE,
+    WEIGHTS,
+    strange_settings,
+    tensor_name,
+)
 from finetune_trainer.prepare.shapes import ALL_LINEAR, CONV1D, Parameters
 from finetune_trainer.sources.model import resolve_source
 from finetune_trainer.waiting import wait_until_available
 
 Shapes = dict[str, tuple[int, ...]]
-UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-"""peft's ``init_lora_weights`` after which an adapter means what its file says."""
 OF_THE_JOB = ("dropout", "loraplus_lr_ratio", "initialization")
 """What an adapter's file does not decide."""
 

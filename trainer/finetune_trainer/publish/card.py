@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
 from finetune_api.results import DataSummary, MergeCheck, PrepareResult, Scores, TrainResult, chosen
 from finetune_api.snapshot import ResolvedLora, Snapshot
 from finetune_api.spec import LoraBias
 from finetune_api.uris import HubLocation, parse_uri
+from finetune_trainer.markdown import render
 from finetune_trainer.private import without_credentials
 from finetune_trainer.publish.facts import cost_facts, data_facts, method_facts
 from finetune_trainer.publish.scores import score_rows
@@ -32,17 +31,11 @@ def model_card(
     merged: bool,
 ) -> str:
     """README.md of ``adapter/``, or of ``merged/`` or ``model/``."""
-    environment = Environment(
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - Markdown
-    )
     snapshot = chosen(snapshot, prepared)
     method = snapshot.plan.method
     location = parse_uri(snapshot.spec.model.uri)
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return render(
+        TEMPLATE,
         base_uri=snapshot.spec.model.uri,
         base_id=location.repo_id if isinstance(location, HubLocation) else None,
         commit=prepared.model_commit,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from finetune_api import names
 from finetune_api.failures import Reason
-from finetune_api.spec import InitialAdapter, Model
+from finetune_api.spec import InitialAdapter, Model, WeightedAdapter
 from finetune_api.uris import HubLocation, PvcLocation, S3Location, parse_uri
-from finetune_trainer.context import StageContext
+from finetune_trainer.context import PodContext, StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.s3 import S3Store, connect
 from finetune_trainer.s3_transfer import OnBytes
@@ -68,6 +68,10 @@ class ModelSource(ABC):
         weight_files = set(self.weight_files())
         found = [f for f in self._all_files() if self._is_config(f.path) or (weights and f.path in weight_files)]
         return sorted(found, key=lambda f: f.path)
+
+    def file_names(self) -> list[str]:
+        """All files at the top of the folder, needed or not."""
+        return sorted(f.path for f in self._all_files())
 
     def fetch(self, dest: Path, *, weights: bool, on_bytes: OnBytes | None = None) -> Path:
         """The local model folder: ``dest``, or where the model lies already (pvc://).
@@ -281,7 +285,11 @@ def resolve_model(ctx: StageContext, commit: str | None = None) -> ModelSource:
 
 
 def resolve_source(
-    ctx: StageContext, slot: str, source: Model | InitialAdapter, revision: str | None, trust_remote_code: bool = False
+    ctx: PodContext,
+    slot: str,
+    source: Model | InitialAdapter | WeightedAdapter,
+    revision: str | None,
+    trust_remote_code: bool = False,
 ) -> ModelSource:
     """A folder with a model, or an adapter of one.
 

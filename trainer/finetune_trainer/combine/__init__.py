@@ -1,0 +1,1 @@
+"""The stage of an AdapterCombination: several adapters in, one out, on a CPU and without their base."""
