@@ -4,7 +4,6 @@ from finetune_api.spec.compute import MOST_GPUS_PER_NODE, MOST_NODES, Compute, G
 from finetune_api.spec.data import (
     Data,
     DataChecks,
-    DataFormat,
     DataSource,
     HeldOut,
     NearDuplicates,
@@ -35,6 +34,7 @@ from finetune_api.spec.recovery import (
     Retention,
 )
 from finetune_api.spec.references import LocalObjectReference, RemoteSource
+from finetune_api.spec.rows import DataFormat, RowTemplate
 from finetune_api.spec.runtime import EnvVar, Runtime, Toleration
 from finetune_api.spec.trackers import TRACKER_RULES, Tracker, TrackerType
 from finetune_api.spec.training import (
@@ -103,6 +103,7 @@ __all__ = [
     "Recovery",
     "RemoteSource",
     "Retention",
+    "RowTemplate",
     "Runtime",
     "Scheduler",
     "Selection",

@@ -9,8 +9,9 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import cel
-from finetune_api.spec.data import DataFormat, DataSource
+from finetune_api.spec.data import DataSource
 from finetune_api.spec.references import LocalObjectReference
+from finetune_api.spec.rows import DataFormat
 
 
 class TextMetric(StrEnum):

@@ -115,7 +115,8 @@ def _batches(
         problems = checked.problems
         return Batch(batch, of_batch, mapping, problems.too_many and problems.count > LOGGED)
 
-    for raw, fmt in with_format(files, mapping, lambda rows: _format(spec, source, mapping, rows)):
+    rows = with_format(source.spec, source.field, files, mapping, lambda first: _format(spec, source, mapping, first))
+    for raw, fmt in rows:
         if batch and fmt is not of_batch:
             yield done()
             batch, characters = [], 0

@@ -41,7 +41,7 @@ from finetune_trainer.prepare.finish import PREVIEW_ROWS, Prepared, finish, tota
 from finetune_trainer.prepare.initial_adapter import InitialAdapter
 from finetune_trainer.prepare.model import BaseModel, inspect_model
 from finetune_trainer.prepare.plan import plan_run
-from finetune_trainer.prepare.questions import read_questions
+from finetune_trainer.prepare.questions import check_questions, read_questions
 from finetune_trainer.prepare.trackers import check_trackers
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.cache import cache_of
@@ -133,8 +133,9 @@ def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS, with_plan: bool
     Raises:
         StageError: whatever makes the job impossible.
     """
-    pattern = ctx.snapshot.spec.evaluation.generation.regex
-    search = compiled(pattern) if pattern is not None else None
+    generation = ctx.snapshot.spec.evaluation.generation
+    search = compiled(generation.regex) if generation.regex is not None else None
+    check_questions(generation.sources or [])
     check_judge(ctx.snapshot.spec.evaluation.judge)
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
