@@ -64,6 +64,7 @@ CHECKPOINTS_DIR = "checkpoints"
 CHECKPOINT_MARKER = "complete.json"
 TRAIN_OWNER = "train/owner.json"
 BASE_EVALUATION = "train/base.json"
+JUDGE_LETTERS = "publish/judge.json"
 TRAIN_SPLIT = "train/split.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
