@@ -21,6 +21,7 @@ from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.prepare.split import copies
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Index, RowWriter
 from finetune_trainer.prepare.workers import BATCH_ROWS, Assessors
+from finetune_trainer.private import without_credentials
 from finetune_trainer.sources.data import DataFile, fetch_data
 from finetune_trainer.text import plural
 from finetune_trainer.waiting import wait_until_available
@@ -95,11 +96,11 @@ def check_data(ctx: StageContext, model: BaseModel) -> Checked:
             before = checked.rows
             for batch, assessed in assessors.assessed(_batches(checked, spec, source, mapping, files)):
                 intake.take(source, batch, assessed)
-            found = checked.rows - before
+            found, shown = checked.rows - before, without_credentials(source.spec.uri)
             if not found:
-                raise StageError(Reason.TOO_FEW_ROWS, f"{source.field} ({source.spec.uri}) holds no rows")
+                raise StageError(Reason.TOO_FEW_ROWS, f"{source.field} ({shown}) holds no rows")
             read = plural(found, "row"), plural(len(files), "file")
-            log.info("%s: %s in %s, format %s", source.spec.uri, *read, batch.format)
+            log.info("%s: %s in %s, format %s", shown, *read, batch.format)
     checked.problems.check(checked.rows)
     return checked
 

@@ -30,6 +30,7 @@ from finetune_api.spec import Retention
 from finetune_trainer.attempts import attempts, note_begin, read_notes
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.private import shareable_snapshot
 from finetune_trainer.publish.card import model_card
 from finetune_trainer.publish.report import html_report
 from finetune_trainer.publish.scores import publish_scores
@@ -40,7 +41,7 @@ from finetune_trainer.trackers.tracking import warning
 from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
-WORKSPACE_FOLDERS = ("prepare", "train", ATTEMPTS_DIR, CHECKPOINTS_DIR)
+WORKSPACE_FOLDERS = ("prepare", "train", "publish", ATTEMPTS_DIR, CHECKPOINTS_DIR)
 
 
 def run(ctx: StageContext) -> PublishReport:
@@ -151,7 +152,7 @@ def make_manifest(
         initial_adapter=prepared.initial_adapter,
         data_hash=prepared.data_hash,
         snapshot_digest=snapshot.digest(),
-        config=snapshot.to_json_dict(),
+        config=shareable_snapshot(snapshot),
         metrics=trained.metrics,
         verification=trained.verification,
         data=prepared.data,
