@@ -20,6 +20,7 @@ from finetune_api.names import (
     Stage,
     held_out_slot,
     prompts_slot,
+    task_slot,
     tracker_slot,
     train_slot,
 )
@@ -92,6 +93,7 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
         slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
         slots |= {prompts_slot(i): source for i, source in enumerate(spec.evaluation.generation.sources or [])}
+        slots |= {task_slot(i): task for i, task in enumerate(spec.evaluation.tasks or [])}
     references: dict[str, LocalObjectReference | None] = {slot: source.secret_ref for slot, source in slots.items()}
     if stage is not Stage.PUBLISH:
         references |= {tracker_slot(tracker.type): tracker.secret_ref for tracker in spec.trackers or []}

@@ -146,6 +146,17 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
             },
         },
     ),
+    (
+        "tasks of lm-eval, and one of one's own",
+        {
+            "evaluation": {
+                "tasks": [
+                    {"name": "arc_easy", "fewShot": 5},
+                    {"name": "ours", "uri": "s3://bucket/tasks/", "limit": 50},
+                ]
+            }
+        },
+    ),
     ("column mapping", {"data": {"train": [{"uri": "s3://bucket/x.csv", "columns": {"prompt": "question"}}]}}),
 ]
 
@@ -230,6 +241,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a judge without a name", {"evaluation": {"judge": {"endpointURL": "https://x/v1"}}}, "spec.evaluation.judge.model: Required value"),
     ("an unknown metric", {"evaluation": {"generation": {"metrics": ["METEOR"]}}}, 'Unsupported value: "METEOR"'),
     ("a metric twice", {"evaluation": {"generation": {"metrics": ["BLEU", "BLEU"]}}}, "Duplicate value"),
+    ("a task twice", {"evaluation": {"tasks": [{"name": "a"}, {"name": "a", "limit": 5}]}}, "Duplicate value"),
+    ("a task of more documents than are done", {"evaluation": {"tasks": [{"name": "a", "limit": 10001}]}}, "spec.evaluation.tasks[0].limit"),
+    ("a task that is no folder", {"evaluation": {"tasks": [{"name": "a", "uri": "s3://bucket/x.yaml"}]}}, "spec.evaluation.tasks[0].uri"),
     ("a tracker twice", {"trackers": [{"type": "TensorBoard"}, {"type": "TensorBoard"}]}, "Duplicate value"),
     ("no tracker", {"trackers": []}, "spec.trackers"),
     ("a tracker that does not exist", {"trackers": [{"type": "Comet"}]}, 'Unsupported value: "Comet"'),

@@ -61,6 +61,8 @@ def templated(**parts: str) -> dict[str, Any]:
             {"data": {"train": [{"uri": "s3://bucket/x", "template": {"text": "a"}, "format": "Messages"}]}},
             "leave format out",
         ),
+        ({"evaluation": {"tasks": [{"name": "a"}, {"name": "a", "limit": 5}]}}, "a stands twice"),
+        ({"evaluation": {"tasks": [{"name": "a", "uri": "s3://bucket/no-folder"}]}}, "String should match pattern"),
         ({"trackers": [{"type": "WeightsAndBiases"}]}, "WeightsAndBiases needs secretRef"),
         ({"trackers": [{"type": "MLflow"}]}, "MLflow needs endpointURL, or secretRef"),
         ({"trackers": [{"type": "Trackio", "endpointURL": "https://a.b"}]}, "Trackio needs secretRef"),

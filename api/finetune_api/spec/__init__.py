@@ -36,6 +36,7 @@ from finetune_api.spec.recovery import (
 from finetune_api.spec.references import LocalObjectReference, RemoteSource
 from finetune_api.spec.rows import DataFormat, RowTemplate
 from finetune_api.spec.runtime import EnvVar, Runtime, Toleration
+from finetune_api.spec.tasks import EvaluationTask
 from finetune_api.spec.trackers import TRACKER_RULES, Tracker, TrackerType
 from finetune_api.spec.training import (
     ComputeDtype,
@@ -67,6 +68,7 @@ __all__ = [
     "EarlyStopping",
     "EnvVar",
     "Evaluation",
+    "EvaluationTask",
     "FineTuneJobSpec",
     "Generation",
     "Gpu",

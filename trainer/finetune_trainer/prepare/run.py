@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -42,6 +43,7 @@ from finetune_trainer.prepare.initial_adapter import InitialAdapter
 from finetune_trainer.prepare.model import BaseModel, inspect_model
 from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.prepare.questions import check_questions, read_questions
+from finetune_trainer.prepare.tasks import prepare_tasks
 from finetune_trainer.prepare.trackers import check_trackers
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.cache import cache_of
@@ -80,10 +82,11 @@ def run(ctx: StageContext) -> PrepareReport:
     model, prepared, planned = found.model, found.prepared, found.plan
     if planned is not None:
         log.info("%s", planned.summary)
-    for warning in (warnings := of_trackers + found.warnings):
+    task_files, of_tasks = prepare_tasks(ctx, model.tokenizer)
+    for warning in (warnings := of_trackers + found.warnings + of_tasks):
         log.warning("%s", warning)
 
-    files = [] if plan_only else upload(ctx, prepared, model.adapter)
+    files = [] if plan_only else upload(ctx, prepared, model.adapter, task_files)
     result = PrepareResult(
         snapshot_digest=ctx.snapshot.digest(),
         execution_id=ctx.execution_id,
@@ -223,10 +226,12 @@ def check_output(ctx: StageContext) -> None:
             log.info("credentials may write, but not delete: %s stays", store.uri(WRITE_TEST))
 
 
-def upload(ctx: StageContext, prepared: Prepared, adapter: InitialAdapter | None) -> list[FileRecord]:
-    """The prepared files, and the adapter that training goes on from, to the workspace."""
+def upload(
+    ctx: StageContext, prepared: Prepared, adapter: InitialAdapter | None, task_files: dict[str, Path]
+) -> list[FileRecord]:
+    """The prepared files, those of tasks, and the adapter that training goes on from, to the workspace."""
     ctx.reporter.report(activity="Uploading")
-    paths = {name: prepared.folder / name for name in PREPARED_FILES}
+    paths = {name: prepared.folder / name for name in PREPARED_FILES} | task_files
     if adapter is not None:
         paths |= {f"{PREPARED_ADAPTER}/{name}": adapter.folder / name for name in (CONFIG, WEIGHTS)}
     total = sum(path.stat().st_size for path in paths.values())

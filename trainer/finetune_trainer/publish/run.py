@@ -34,6 +34,7 @@ from finetune_trainer.private import shareable_snapshot
 from finetune_trainer.publish.card import model_card
 from finetune_trainer.publish.report import html_report
 from finetune_trainer.publish.scores import publish_scores
+from finetune_trainer.publish.tasks import shortly
 from finetune_trainer.publish.whole import check_tokenizer_hash, fetch_published, read_train_result
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
@@ -92,7 +93,7 @@ def run(ctx: StageContext) -> PublishReport:
     files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
     manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(
-        update={"merge_check": check, "text_metrics": scores.text, "judge": scores.judge}
+        update={"merge_check": check, "text_metrics": scores.text, "judge": scores.judge, "tasks": scores.tasks}
     )
     page = wait_until_available(ctx, lambda: publish_page(ctx, manifest, trained, output, workspace))
     manifest = manifest.model_copy(update={"files": sorted([*manifest.files, page], key=lambda f: f.path)})
@@ -204,6 +205,7 @@ def report(manifest: Manifest) -> PublishReport:
         metrics=manifest.metrics,
         text_metrics=manifest.text_metrics,
         judge=manifest.judge,
+        tasks=shortly(manifest.tasks),
         verification=manifest.verification,
         merge_check=manifest.merge_check,
         adapter_bytes=sum(f.size for f in manifest.files if f.path.startswith(f"{ADAPTER_DIR}/")),
