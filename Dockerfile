@@ -42,7 +42,9 @@ FROM base AS trainer
 ARG UV_VERSION
 # OpenMP's threads spin at barriers by default: on cores that are shared that costs a factor of five.
 ENV OMP_WAIT_POLICY=PASSIVE
+ENV FINETUNE_LM_EVAL=/app/lm-eval
 COPY images/requirements-trainer.txt /app/requirements.txt
+COPY images/requirements-tasks.txt /app/requirements-tasks.txt
 RUN --mount=type=cache,target=/root/.cache/uv sh /app/install.sh ${UV_VERSION}
 COPY api/finetune_api /app/finetune_api
 COPY trainer/finetune_trainer /app/finetune_trainer

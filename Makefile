@@ -14,11 +14,12 @@ CRDS := crds charts/finetune-operator/files
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-.venv/.ready: pyproject.toml uv.lock
+.venv/.ready: pyproject.toml uv.lock images/requirements-tasks.txt
 	@command -v uv >/dev/null || python3 -m pip --version >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq python3-pip; }
 	@command -v uv >/dev/null || python3 -m pip install --quiet --root-user-action=ignore uv==$(UV_VERSION) 2>/dev/null \
 	  || python3 -m pip install --quiet --break-system-packages --root-user-action=ignore uv==$(UV_VERSION)
 	uv sync --frozen --all-extras --quiet --compile-bytecode
+	uv pip install --quiet --python .venv --target .venv/lm-eval --no-deps --require-hashes -r images/requirements-tasks.txt
 	@touch $@
 
 setup: .venv/.ready ## Install everything development needs, from lock files

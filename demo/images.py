@@ -34,6 +34,7 @@ def reference(target: str, registry: str | None) -> str:
         ROOT / "Dockerfile",
         ROOT / "images" / "install.sh",
         ROOT / "images" / f"requirements-{target}.txt",
+        *([ROOT / "images" / "requirements-tasks.txt"] if target == "trainer" else []),
         *(ROOT / s for s in SOURCES[target]),
     ]
     return f"{registry or 'localhost'}/finetune-{target}:{content_hash(paths)}"

@@ -7,4 +7,9 @@ python3 -m venv /tmp/uv
 /tmp/uv/bin/uv venv --quiet /app/.venv
 UV_LINK_MODE=copy /tmp/uv/bin/uv pip install --quiet --system-certs --python /app/.venv \
   --require-hashes --compile-bytecode -r /app/requirements.txt
+# lm-eval, in a folder of its own: with scipy in sight transformers imports it in every training process.
+if [ -f /app/requirements-tasks.txt ]; then
+  UV_LINK_MODE=copy /tmp/uv/bin/uv pip install --quiet --system-certs --python /app/.venv --target /app/lm-eval \
+    --no-deps --require-hashes --compile-bytecode -r /app/requirements-tasks.txt
+fi
 rm -rf /tmp/uv

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent
+os.environ.setdefault("FINETUNE_LM_EVAL", str(ROOT.parent / ".venv" / "lm-eval"))  # `make setup` installs it
 ONE_WORKER = {"cluster", "e2e", "api"}
 """Folders whose tests share one cluster, and so one worker; elsewhere every file may have its own."""
 LONGEST_FIRST = {"e2e": 0, "cluster": 1, "operator": 2}

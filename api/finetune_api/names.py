@@ -61,6 +61,8 @@ ENV_LEADER = "FINETUNE_LEADER"
 """``host:port`` of the first of several training pods."""
 ENV_NODE_INDEX = "JOB_COMPLETION_INDEX"
 """Set by the Job controller in every pod of an Indexed Job."""
+ENV_LM_EVAL = "FINETUNE_LM_EVAL"
+"""Set in the trainer image: the folder that lm-eval is installed in."""
 ENV_SNAPSHOT = "FINETUNE_SNAPSHOT"
 """The run snapshot itself, for a pod that may outlive the ConfigMap that holds it, or whose resource has none."""
 
@@ -113,6 +115,11 @@ def held_out_slot(index: int) -> str:
 def prompts_slot(index: int) -> str:
     """Secret slot of ``evaluation.generation.sources[index]``."""
     return f"prompts-{index}"
+
+
+def task_slot(index: int) -> str:
+    """Secret slot of ``evaluation.tasks[index]``."""
+    return f"task-{index}"
 
 
 def tracker_slot(kind: str) -> str:

@@ -33,7 +33,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.planner.distributed import Layout
 from finetune_api.progress import Restart, Split
-from finetune_api.scores import JudgeVerdict, TextMetrics
+from finetune_api.scores import JudgeVerdict, TaskScore, TextMetrics
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import Lora, MethodType, TrackerType
 
@@ -50,6 +50,9 @@ PREPARED_TRAIN = "prepare/train.parquet"
 PREPARED_HELD_OUT = "prepare/held_out.parquet"
 PREPARED_PROMPTS = "prepare/prompts.json"
 PREPARED_PREVIEW = "prepare/preview.json"
+PREPARED_TASK_ROWS = "prepare/task-rows.parquet"
+PREPARED_TASK_PROMPTS = "prepare/task-prompts.json"
+PREPARED_TASK_DATA = "prepare/tasks.tar"
 PREPARED_ADAPTER = "prepare/initial-adapter"
 TRAIN_RESULT = "train/result.json"
 ADAPTER_DIR = "adapter"
@@ -68,7 +71,9 @@ ATTEMPTS_DIR = "attempts"
 CHECKPOINTS_DIR = "checkpoints"
 CHECKPOINT_MARKER = "complete.json"
 TRAIN_OWNER = "train/owner.json"
+TASK_REPLIES = "train/tasks.json"
 BASE_EVALUATION = "train/base.json"
+JUDGE_LETTERS = "publish/judge.json"
 TRAIN_SPLIT = "train/split.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -300,6 +305,32 @@ class CheckpointMarker(ApiModel):
     """Paths relative to the checkpoint's folder."""
 
 
+class TaskPrompt(ApiModel):
+    """A text that a task has continued. ``prepare/task-prompts.json`` is a JSON array of these."""
+
+    input_ids: list[int]
+    max_new_tokens: int
+    until: list[str]
+    """The continuation ends before the first of these."""
+
+
+class TaskReplies(ApiModel):
+    """One model's answers to the requests of all tasks, in the order of the prepared files."""
+
+    log_likelihoods: list[float]
+    """Of each continuation of ``prepare/task-rows.parquet``, the sum over its tokens."""
+    greedy: list[bool]
+    """Whether it is what the model would say."""
+    texts: list[str]
+
+
+class TaskAnswers(ApiModel):
+    """``train/tasks.json``."""
+
+    base: TaskReplies
+    tuned: TaskReplies
+
+
 class BaseEvaluation(ApiModel):
     """``train/base.json``: what the base model was measured at before training, so that it is measured once."""
 
@@ -309,6 +340,7 @@ class BaseEvaluation(ApiModel):
     right: list[int] | None = None
     """Learned tokens that are the most likely ones; absent of what an older image measured."""
     answers: list[str]
+    tasks: TaskReplies | None = None
 
 
 class Answer(ApiModel):
@@ -411,6 +443,8 @@ class TrainResult(ApiModel):
     """How long each checkpoint held the step loop up (the copy to host memory)."""
     tracked: list[TrackedRun] = []
     """What became of spec.trackers."""
+    task_replies: FileRecord | None = None
+    """``train/tasks.json``, where evaluation.tasks are asked for."""
 
 
 class MergeCheck(ApiModel):
@@ -457,6 +491,8 @@ class Scores(ApiModel):
     """Absent where no prompt was answered or no metric asked for."""
     judge: JudgeVerdict | None = None
     """Absent without evaluation.judge."""
+    tasks: list[TaskScore] = []
+    """Of evaluation.tasks, and of the tasks that a group consists of."""
     warnings: list[str] = []
 
 
@@ -481,6 +517,7 @@ class Manifest(ApiModel):
     text_metrics: TextMetrics | None = None
     """What the answers score; all scores stand in ``reports/metrics.json``."""
     judge: JudgeVerdict | None = None
+    tasks: list[TaskScore] = []
     verification: Verification
     merge_check: MergeCheck | None = None
     data: DataSummary
@@ -542,6 +579,8 @@ class PublishReport(ApiModel):
     metrics: TrainMetrics
     text_metrics: TextMetrics | None = None
     judge: JudgeVerdict | None = None
+    tasks: list[TaskScore] = []
+    """The first number of each of evaluation.tasks."""
     verification: Verification
     merge_check: MergeCheck | None = None
     adapter_bytes: int

@@ -49,6 +49,24 @@ class TextMetrics(ApiModel):
     tuned: AnswerScores
 
 
+class TaskScore(ApiModel):
+    """One number of a task of lm-eval, of both models."""
+
+    task: str
+    metric: str = Field(description="lm-eval's name of it, such as acc, acc_norm or exact_match.")
+    filter: str = Field("none", description="lm-eval's filter of the answers.")
+    part_of: str | None = Field(None, description="The group asked for, of which this task is a part.")
+    documents: Annotated[int, Field(ge=0)] = Field(
+        0, description="On how many documents; 0 where a group is summed up."
+    )
+    few_shot: int | None = Field(None, description="Examples before each question.")
+    higher_is_better: bool | None = None
+    base: float
+    base_stderr: float | None = Field(None, description="Standard error of the mean.")
+    tuned: float
+    tuned_stderr: float | None = None
+
+
 class JudgeVerdict(ApiModel):
     """What a language model prefers: the tuned model's answers against the base's, each pair asked about in both orders."""
 

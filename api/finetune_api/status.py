@@ -9,7 +9,7 @@ from pydantic import Field
 
 from finetune_api.base import ApiModel
 from finetune_api.progress import Restart, Split, StageReport, Transfer
-from finetune_api.scores import JudgeVerdict, TextMetrics
+from finetune_api.scores import JudgeVerdict, TaskScore, TextMetrics
 
 DATE_TIME = {"format": "date-time"}
 
@@ -185,6 +185,7 @@ class MetricsStatus(ApiModel):
     tokens_per_second: float
     text: TextMetrics | None = Field(None, description="What the answers of base and tuned model score.")
     judge: JudgeVerdict | None = Field(None, description="Whose answers evaluation.judge prefers.")
+    tasks: list[TaskScore] | None = Field(None, description="The first number of each of evaluation.tasks.")
     summary: str
 
 

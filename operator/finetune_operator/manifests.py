@@ -258,7 +258,9 @@ def grace_seconds(spec: FineTuneJobSpec, stage: Stage) -> int:
 
 
 def stage_image(snapshot: Snapshot, stage: Stage) -> str:
-    """Only what needs torch runs in the large image."""
+    """Only what needs torch, or lm-eval, runs in the large image."""
+    if snapshot.spec.evaluation.tasks and stage in PIPELINE:
+        return snapshot.images.train
     if stage is Stage.TRAIN or (stage is Stage.PUBLISH and snapshot.spec.publishes_model):
         return snapshot.images.train
     return snapshot.images.prepare

@@ -21,6 +21,7 @@ from finetune_api.names import (
     adapter_slot,
     held_out_slot,
     prompts_slot,
+    task_slot,
     tracker_slot,
     train_slot,
 )
@@ -114,6 +115,7 @@ def _secrets(spec: FineTuneJobSpec, stage: Stage) -> dict[str, str]:
         slots |= {train_slot(i): source for i, source in enumerate(spec.data.train)}
         slots |= {held_out_slot(i): source for i, source in enumerate(spec.data.held_out.sources or [])}
         slots |= {prompts_slot(i): source for i, source in enumerate(spec.evaluation.generation.sources or [])}
+        slots |= {task_slot(i): task for i, task in enumerate(spec.evaluation.tasks or [])}
     references: dict[str, LocalObjectReference | None] = {slot: source.secret_ref for slot, source in slots.items()}
     if stage in (Stage.PREPARE, Stage.TRAIN):
         references |= {tracker_slot(tracker.type): tracker.secret_ref for tracker in spec.trackers or []}

@@ -32,6 +32,11 @@ def merged(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def templated(**parts: str) -> dict[str, Any]:
+    """A source whose rows are written by a template."""
+    return {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "template": parts}]}}
+
+
 ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ("the smallest job", {}),
     ("a revision of a hub model", {"model": {"revision": "main"}}),
@@ -150,6 +155,33 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
             ]
         },
     ),
+    (
+        "templates of turns, of a text, and of prompts alone",
+        {
+            "data": {
+                "train": [
+                    {"uri": "s3://bucket/x.csv", "template": {"system": "s", "user": "{{ q }}", "assistant": "{{ a }}"}}
+                ],
+                "heldOut": {
+                    "sources": [{"uri": "s3://bucket/h.csv", "format": "Text", "template": {"text": "{{ q }}"}}]
+                },
+            },
+            "evaluation": {
+                "generation": {"sources": [{"uri": "s3://bucket/p.csv", "template": {"prompt": "{{ q }}"}}]}
+            },
+        },
+    ),
+    (
+        "tasks of lm-eval, and one of one's own",
+        {
+            "evaluation": {
+                "tasks": [
+                    {"name": "arc_easy", "fewShot": 5},
+                    {"name": "ours", "uri": "s3://bucket/tasks/", "limit": 50},
+                ]
+            }
+        },
+    ),
     ("column mapping", {"data": {"train": [{"uri": "s3://bucket/x.csv", "columns": {"prompt": "question"}}]}}),
 ]
 
@@ -209,6 +241,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("token ids to be redacted", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "format": "Tokenized"}], "checks": {"pii": "Redact"}}}, "give texts instead"),
     ("held-out token ids to be redacted", {"data": {"heldOut": {"sources": [{"uri": "s3://bucket/x.jsonl", "format": "Tokenized"}]}, "checks": {"pii": "Redact"}}}, "give texts instead"),
     ("a similarity above one", {"data": {"checks": {"nearDuplicates": {"threshold": 1.5}}}}, "spec.data.checks.nearDuplicates.threshold"),
+    ("a template of two kinds", templated(prompt="a", completion="b", text="c"), "exactly one of text, prompt, user"),
+    ("an answer to no question", templated(text="a", assistant="b"), "completion belongs to prompt, assistant to user"),
+    ("a template that teaches nothing", templated(user="a"), "set template.completion beside prompt, template.assistant beside user"),
+    ("a held-out template that teaches nothing", {"data": {"heldOut": {"sources": templated(prompt="a")["data"]["train"]}}}, "set template.completion"),
+    ("a template beside columns", {"data": {"train": [{"uri": "s3://bucket/x", "template": {"text": "a"}, "columns": {"text": "b"}}]}}, "leave columns out"),
+    ("a template of another format", {"data": {"train": [{"uri": "s3://bucket/x", "template": {"text": "a"}, "format": "Alpaca"}]}}, "leave format out"),
+    ("an empty template", templated(text=""), "spec.data.train[0].template.text"),
     ("a weight of zero", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "weight": 0}]}}, "spec.data.train[0].weight"),
     ("a held-out fraction above one half", {"data": {"heldOut": {"fraction": 0.6}}}, "spec.data.heldOut.fraction"),
     ("a revision of a bucket", {"model": {"uri": "s3://models/llama", "revision": "main"}}, "revision applies to hf:// models only"),
@@ -255,6 +294,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a judge without a name", {"evaluation": {"judge": {"endpointURL": "https://x/v1"}}}, "spec.evaluation.judge.model: Required value"),
     ("an unknown metric", {"evaluation": {"generation": {"metrics": ["METEOR"]}}}, 'Unsupported value: "METEOR"'),
     ("a metric twice", {"evaluation": {"generation": {"metrics": ["BLEU", "BLEU"]}}}, "Duplicate value"),
+    ("a task twice", {"evaluation": {"tasks": [{"name": "a"}, {"name": "a", "limit": 5}]}}, "Duplicate value"),
+    ("a task of more documents than are done", {"evaluation": {"tasks": [{"name": "a", "limit": 10001}]}}, "spec.evaluation.tasks[0].limit"),
+    ("a task that is no folder", {"evaluation": {"tasks": [{"name": "a", "uri": "s3://bucket/x.yaml"}]}}, "spec.evaluation.tasks[0].uri"),
     ("a tracker twice", {"trackers": [{"type": "TensorBoard"}, {"type": "TensorBoard"}]}, "Duplicate value"),
     ("no tracker", {"trackers": []}, "spec.trackers"),
     ("a tracker that does not exist", {"trackers": [{"type": "Comet"}]}, 'Unsupported value: "Comet"'),

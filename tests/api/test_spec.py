@@ -18,6 +18,11 @@ MINIMAL: dict[str, Any] = {
 }
 
 
+def templated(**parts: str) -> dict[str, Any]:
+    """A source whose rows are written by a template."""
+    return {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "template": parts}]}}
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -58,6 +63,25 @@ MINIMAL: dict[str, Any] = {
             "a judge compares answers",
         ),
         ({"evaluation": {"generation": {"regex": "x"}}}, "regex and the metric Regex need each other"),
+        (templated(prompt="a", text="b"), "exactly one of text, prompt, user must be set"),
+        (templated(text="a", completion="b"), "completion belongs to prompt, assistant to user"),
+        (templated(user="a", completion="b"), "completion belongs to prompt, assistant to user"),
+        (templated(text="a", system="b"), "system to either of them"),
+        (templated(prompt="a"), "set template.completion beside prompt"),
+        (
+            {"data": {**templated(text="a")["data"], "heldOut": {"sources": templated(user="a")["data"]["train"]}}},
+            "beside user",
+        ),
+        (
+            {"data": {"train": [{"uri": "s3://bucket/x", "template": {"text": "a"}, "columns": {"text": "b"}}]}},
+            "leave columns out",
+        ),
+        (
+            {"data": {"train": [{"uri": "s3://bucket/x", "template": {"text": "a"}, "format": "Messages"}]}},
+            "leave format out",
+        ),
+        ({"evaluation": {"tasks": [{"name": "a"}, {"name": "a", "limit": 5}]}}, "a stands twice"),
+        ({"evaluation": {"tasks": [{"name": "a", "uri": "s3://bucket/no-folder"}]}}, "String should match pattern"),
         ({"trackers": [{"type": "WeightsAndBiases"}]}, "WeightsAndBiases needs secretRef"),
         ({"trackers": [{"type": "MLflow"}]}, "MLflow needs endpointURL, or secretRef"),
         ({"trackers": [{"type": "Trackio", "endpointURL": "https://a.b"}]}, "Trackio needs secretRef"),

@@ -29,14 +29,17 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def inspect(tmp_path: Path, volumes: Path, *options: str, data: str = "train", **spec: Any) -> Result:
+def inspect(
+    tmp_path: Path, volumes: Path, *options: str, data: str = "train", spec_data: Any = None, **spec: Any
+) -> Result:
     job = {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
         "metadata": {"name": "support-tone"},
         "spec": {
             "model": {"uri": "pvc://models/tiny"},
-            "data": {"train": [{"uri": f"pvc://data/{data}.jsonl", "secretRef": {"name": "nobody-reads-it"}}]},
+            "data": spec_data
+            or {"train": [{"uri": f"pvc://data/{data}.jsonl", "secretRef": {"name": "nobody-reads-it"}}]},
             "training": {"useCpu": True},
             "output": {"uri": "s3://no-such-bucket/out", "secretRef": {"name": "nobody-reads-it"}},
             **spec,
@@ -59,6 +62,25 @@ def test_rows_are_shown_token_by_token_with_what_is_learned(tmp_path: Path, volu
         assert learned == f"It is {2 * number}.<|im_end|>"
     assert found["data"]["trainRows"] + found["data"]["heldOutRows"] == len(ROWS)
     assert found["totalSteps"] == -(-3 * found["data"]["trainRows"] // 16)
+
+
+def test_rows_that_a_template_writes_are_shown_as_it_writes_them(tmp_path: Path, volumes: Path) -> None:
+    rows = [{"number": i, "double": 2 * i} for i in range(40)]
+    (volumes / "data" / "numbers.jsonl").write_text(lines(rows))
+    template = {"system": "Count.", "user": "Twice {{ number }}?", "assistant": "{{ double }}"}
+    data = {"train": [{"uri": "pvc://data/numbers.jsonl", "template": template}]}
+    found = json.loads(inspect(tmp_path, volumes, "--rows", "1", "--json", spec_data=data).stdout)
+    [shown] = found["rows"]
+    number = int(shown["source"].partition(":")[2]) - 1
+    assert (
+        "".join(shown["tokens"])
+        .strip()
+        .endswith(
+            f"system\nCount.<|im_end|>\n<|im_start|>user\nTwice {number}?<|im_end|>\n<|im_start|>assistant\n{2 * number}<|im_end|>"
+        )
+    )
+    pairs = zip(shown["tokens"], shown["learned"], strict=True)
+    assert "".join(token for token, learned in pairs if learned) == f"{2 * number}<|im_end|>"
 
 
 def test_people_get_text_counts_and_warnings(tmp_path: Path, volumes: Path) -> None:

@@ -179,6 +179,17 @@ def test_secrets_and_claims_of_prompts_are_mounted_where_prompts_are_read() -> N
         assert "prompts" not in str(pod_spec(stage, **asked)["volumes"])
 
 
+def test_tasks_run_in_the_image_that_has_lm_eval_and_their_secrets_are_mounted_where_data_are_fetched() -> None:
+    own = {"name": "ours", "uri": "s3://bucket/tasks/", "secretRef": {"name": "theirs"}}
+    asked = {"evaluation": {"tasks": [{"name": "arc_easy"}, own]}}
+    train = pod_spec(Stage.TRAIN)["containers"][0]["image"]
+    for stage in PIPELINE:
+        pod = pod_spec(stage, **asked)
+        assert pod["containers"][0]["image"] == train
+        assert ("theirs" in str(pod["volumes"])) is (stage is Stage.PREPARE)
+    assert pod_spec(Stage.PREPARE)["containers"][0]["image"] != train
+
+
 def test_the_judges_secret_is_mounted_in_the_stage_that_asks_it_alone() -> None:
     judge = {"endpointURL": "https://api.example.com/v1", "model": "m", "secretRef": {"name": "openai"}}
 

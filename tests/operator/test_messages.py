@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_api.scores import AnswerScores, JudgeVerdict, TextMetrics
+from finetune_api.scores import AnswerScores, JudgeVerdict, TaskScore, TextMetrics
 from finetune_operator.planning.messages import metrics_status
 from tests.operator.manifests import METRICS, publish_report
 
@@ -29,6 +29,11 @@ def test_scores_of_answers_stand_in_the_metrics_once_they_are_published() -> Non
     away = JudgeVerdict(model="m-1", pairs=0, wins=0, ties=0, losses=0, invalid=0, problem="away")
     found = metrics_status(METRICS, published.model_copy(update={"judge": away}))
     assert "; no verdict of m-1; " in found.summary
+    task = TaskScore(task="arc_easy", metric="acc", base=0.25, tuned=0.375, documents=100)
+    found = metrics_status(METRICS, published.model_copy(update={"tasks": [task]}))
+    assert found.tasks == [task]
+    assert "; arc_easy acc 0.250 → 0.375; 1,052 tokens/s" in found.summary
+    assert metrics_status(METRICS).tasks is None
     assert metrics_status(METRICS).text is None
     accurate = METRICS.model_copy(update={"token_accuracy_base": 0.4, "token_accuracy": 0.6125})
     assert "; token accuracy 40.0% → 61.3%; 1,052 tokens/s" in metrics_status(accurate).summary

@@ -314,11 +314,16 @@ def asking(job: PreparedJob, url: str) -> PreparedJob:
     asked = job.with_spec(evaluation={"judge": judge}, output={"merged": {"enabled": False}})
     (job.folder / "secrets" / "judge").mkdir(exist_ok=True)
     (job.folder / "secrets" / "judge" / "OPENAI_API_KEY").write_text(KEY)
+    return with_results(job, asked)
+
+
+def with_results(job: PreparedJob, changed: PreparedJob) -> PreparedJob:
+    """The changed job, of which the results of earlier stages count as its own."""
     store = job.context(Stage.PUBLISH).workspace_store()
     for key in (PREPARE_RESULT, TRAIN_RESULT):
-        old, new = job.snapshot.digest().encode(), asked.snapshot.digest().encode()
+        old, new = job.snapshot.digest().encode(), changed.snapshot.digest().encode()
         store.put_bytes(key, store.get_bytes(key).replace(old, new))
-    return asked
+    return changed
 
 
 def test_the_judges_verdict_stands_in_all_places_and_the_key_in_none(
@@ -343,6 +348,21 @@ def test_the_judges_verdict_stands_in_all_places_and_the_key_in_none(
     assert KEY not in caplog.text
     for key in s3.keys(job.bucket):
         assert KEY.encode() not in s3.client.get_object(Bucket=job.bucket, Key=key)["Body"].read(), key
+
+
+def test_a_signed_address_is_published_nowhere_with_its_signature(copy: PreparedJob, s3: Any) -> None:
+    signature = "5f2e-signature"
+    uri = f"https://data.example.com/train.jsonl?X-Amz-Signature={signature}"
+    job = with_results(copy, copy.with_spec(data={"train": [{"uri": uri}]}, output={"merged": {"enabled": False}}))
+    publish.run(job.context(Stage.PUBLISH))
+    manifest = manifest_of(job)
+    assert job.snapshot.spec.data.train[0].uri == uri
+    assert manifest.snapshot_digest == job.snapshot.digest()
+    assert Snapshot.model_validate(manifest.config).spec.data.train[0].uri == "https://data.example.com/train.jsonl"
+    published = s3.keys(job.bucket, f"{job.context().output_store().location.key}/")
+    assert len(published) > 5
+    for key in published:
+        assert signature.encode() not in s3.client.get_object(Bucket=job.bucket, Key=key)["Body"].read(), key
 
 
 def test_a_judge_that_is_away_costs_the_verdict_and_not_the_job(

@@ -5,16 +5,27 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
 
 PRIVATE = ("runtime",)
 """Of the specification, what is left out: environment variables may hold keys."""
+HIDDEN = "…"
 
 
 def shareable(spec: FineTuneJobSpec) -> dict[str, Any]:
     """The specification without what may be secret."""
     asked: dict[str, Any] = without_credentials({k: v for k, v in spec.to_json_dict().items() if k not in PRIVATE})
     return asked
+
+
+def shareable_snapshot(snapshot: Snapshot) -> dict[str, object]:
+    """The snapshot, whose digest stays that of the whole, without what may be secret: in addresses, and the values of environment
+    variables."""
+    shown: dict[str, Any] = without_credentials(snapshot.to_json_dict())
+    for variable in shown["spec"].get("runtime", {}).get("env", []):
+        variable["value"] = HIDDEN
+    return shown
 
 
 def without_credentials(value: Any) -> Any:

@@ -16,7 +16,6 @@ from finetune_api.spec.compute import MOST_GPUS_PER_NODE, MOST_NODES, Compute, G
 from finetune_api.spec.data import (
     Data,
     DataChecks,
-    DataFormat,
     DataSource,
     HeldOut,
     NearDuplicates,
@@ -51,7 +50,9 @@ from finetune_api.spec.recovery import (
     Retention,
 )
 from finetune_api.spec.references import LocalObjectReference, RemoteSource
+from finetune_api.spec.rows import DataFormat, RowTemplate
 from finetune_api.spec.runtime import EnvVar, Runtime, Toleration
+from finetune_api.spec.tasks import EvaluationTask
 from finetune_api.spec.trackers import TRACKER_RULES, Tracker, TrackerType
 from finetune_api.spec.training import (
     ComputeDtype,
@@ -95,6 +96,7 @@ __all__ = [
     "EarlyStopping",
     "EnvVar",
     "Evaluation",
+    "EvaluationTask",
     "FineTuneJobSpec",
     "Full",
     "GaLore",
@@ -134,6 +136,7 @@ __all__ = [
     "Recovery",
     "RemoteSource",
     "Retention",
+    "RowTemplate",
     "Runtime",
     "Scheduler",
     "Selection",

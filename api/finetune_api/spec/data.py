@@ -10,19 +10,14 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import ColumnName, cel, exactly_one
 from finetune_api.spec.references import RemoteSource
+from finetune_api.spec.rows import DataFormat, RowTemplate
 from finetune_api.uris import DATA_URI_PATTERN
 
-
-class DataFormat(StrEnum):
-    """Row formats. Auto detects one of the others from the first rows."""
-
-    AUTO = "Auto"
-    MESSAGES = "Messages"
-    SHAREGPT = "ShareGPT"
-    PROMPT_COMPLETION = "PromptCompletion"
-    ALPACA = "Alpaca"
-    TOKENIZED = "Tokenized"
-    TEXT = "Text"
+_COLUMNS_MESSAGE = "a template names the columns itself: leave columns out"
+_FORMAT_MESSAGE = (
+    "a template says which format its rows have: leave format out (text: Text; prompt, user: PromptCompletion)"
+)
+_TEACHES_MESSAGE = "rows that are trained on need something to learn: set template.completion beside prompt, template.assistant beside user"
 
 
 class DataSource(RemoteSource):
@@ -43,6 +38,9 @@ class DataSource(RemoteSource):
         ),
         json_schema_extra={"maxProperties": 16},
     )
+    template: RowTemplate | None = Field(
+        None, description="Writes each row from its columns, where they fit no format; in the place of columns."
+    )
     weight: Annotated[float, Field(gt=0, le=100)] | None = Field(
         None,
         description=(
@@ -54,8 +52,23 @@ class DataSource(RemoteSource):
     model_config = ConfigDict(
         json_schema_extra=cel(
             ("!has(self.revision) || self.uri.startsWith('hf://')", "revision applies to hf:// data only"),
+            ("!has(self.template) || !has(self.columns)", _COLUMNS_MESSAGE),
+            (
+                "!has(self.template) || self.format == 'Auto' || self.format == (has(self.template.text) ? 'Text' : 'PromptCompletion')",
+                _FORMAT_MESSAGE,
+            ),
         )
     )
+
+    @model_validator(mode="after")
+    def _template_alone(self) -> DataSource:
+        if self.template is None:
+            return self
+        if self.columns is not None:
+            raise ValueError(_COLUMNS_MESSAGE)
+        if self.format not in (DataFormat.AUTO, self.template.format):
+            raise ValueError(_FORMAT_MESSAGE)
+        return self
 
 
 class HeldOut(ApiModel):
@@ -142,6 +155,12 @@ _PII_MESSAGE = (
 )
 
 
+def _teaches(sources: str) -> str:
+    """CEL: every template of these sources writes something to learn."""
+    answers = "has(s.template.text) || has(s.template.completion) || has(s.template.assistant)"
+    return f"{sources}.all(s, !has(s.template) || {answers})"
+
+
 class Data(ApiModel):
     """Training data, held-out data and the checks on both."""
 
@@ -168,6 +187,8 @@ class Data(ApiModel):
                 "self.heldOut.sources.all(source, source.format != 'Tokenized')))",
                 _PII_MESSAGE,
             ),
+            (_teaches("self.train"), _TEACHES_MESSAGE),
+            (f"!has(self.heldOut.sources) || {_teaches('self.heldOut.sources')}", _TEACHES_MESSAGE),
         )
     )
 
@@ -176,4 +197,11 @@ class Data(ApiModel):
         formats = {source.format for source in [*self.train, *(self.held_out.sources or [])]}
         if self.checks.pii is PiiPolicy.REDACT and DataFormat.TOKENIZED in formats:
             raise ValueError(_PII_MESSAGE)
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Data:
+        sources = [*self.train, *(self.held_out.sources or [])]
+        if not all(source.template is None or source.template.teaches for source in sources):
+            raise ValueError(_TEACHES_MESSAGE)
         return self

@@ -5,12 +5,14 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import cel
-from finetune_api.spec.data import DataFormat, DataSource
+from finetune_api.spec.data import DataSource
 from finetune_api.spec.references import LocalObjectReference
+from finetune_api.spec.rows import DataFormat
+from finetune_api.spec.tasks import EvaluationTask
 
 
 class TextMetric(StrEnum):
@@ -123,11 +125,29 @@ _EARLY_STOPPING_MESSAGE = (
 )
 
 
+def _each_once(tasks: list[EvaluationTask]) -> list[EvaluationTask]:
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} stands twice")
+    return tasks
+
+
 class Evaluation(ApiModel):
     """What is measured on the held-out rows, and what is made of answers."""
 
     generation: Generation = Field(default_factory=Generation)
     judge: Judge | None = Field(None, description="Who compares the answers of base and tuned model.")
+    tasks: Annotated[list[EvaluationTask], Field(min_length=1, max_length=8), AfterValidator(_each_once)] | None = (
+        Field(
+            None,
+            description=(
+                "Tasks of lm-eval that base and tuned model do. Their data are fetched and their requests made before a GPU is asked for; the scores "
+                "are computed when it has been given back."
+            ),
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        )
+    )
     interval_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         None,
         description="Measure the held-out loss every so many optimizer steps too, not only before and after training.",

@@ -155,6 +155,7 @@ def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None
     """Losses before and after; once published, what answers score."""
     text = published.text_metrics if published is not None else None
     judge = published.judge if published is not None else None
+    tasks = published.tasks if published is not None else []
     accuracy = (metrics.token_accuracy_base, metrics.token_accuracy)
     told = [
         f"held-out loss {metrics.held_out_loss_base:.3f} → {metrics.held_out_loss:.3f} "
@@ -162,6 +163,7 @@ def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None
         *([f"token accuracy {accuracy[0]:.1%} → {accuracy[1]:.1%}"] if None not in accuracy else []),
         *([text_summary(text)] if text is not None else []),
         *([judge_summary(judge)] if judge is not None else []),
+        *(f"{task.task} {task.metric} {task.base:.3f} → {task.tuned:.3f}" for task in tasks),
         f"{metrics.tokens_per_second:,.0f} tokens/s",
         *_early(metrics),
     ]
@@ -176,6 +178,7 @@ def metrics_status(metrics: TrainMetrics, published: PublishReport | None = None
         tokens_per_second=metrics.tokens_per_second,
         text=text,
         judge=judge,
+        tasks=tasks or None,
         summary="; ".join(told),
     )
 

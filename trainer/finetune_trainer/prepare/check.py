@@ -22,6 +22,7 @@ from finetune_trainer.prepare.problems import LOGGED, Problems, discreet
 from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Index, RowWriter
 from finetune_trainer.prepare.workers import BATCH_ROWS, Assessors
+from finetune_trainer.private import without_credentials
 from finetune_trainer.sources.data import DataFile, fetch_data
 from finetune_trainer.text import plural
 from finetune_trainer.waiting import wait_until_available
@@ -95,11 +96,11 @@ def check_data(ctx: StageContext, model: BaseModel) -> Checked:
             before = checked.rows
             for batch, assessed in assessors.assessed(_batches(checked, spec, source, mapping, files)):
                 _take(checked, writer, source, batch, assessed)
-            found = checked.rows - before
+            found, shown = checked.rows - before, without_credentials(source.spec.uri)
             if not found:
-                raise StageError(Reason.TOO_FEW_ROWS, f"{source.field} ({source.spec.uri}) holds no rows")
+                raise StageError(Reason.TOO_FEW_ROWS, f"{source.field} ({shown}) holds no rows")
             read = plural(found, "row"), plural(len(files), "file")
-            log.info("%s: %s in %s, format %s", source.spec.uri, *read, batch.format)
+            log.info("%s: %s in %s, format %s", shown, *read, batch.format)
     checked.problems.check(checked.rows)
     return checked
 
@@ -110,7 +111,8 @@ def _batches(
     """A source's rows, some at a time, with the format that the first of them have."""
     batch: list[RawRow] = []
     characters, first, of_batch = 0, checked.rows, None
-    for raw, fmt in with_format(files, mapping, lambda rows: _format(spec, source, mapping, rows)):
+    rows = with_format(source.spec, source.field, files, mapping, lambda few: _format(spec, source, mapping, few))
+    for raw, fmt in rows:
         if batch and (fmt is not of_batch or len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS):
             yield Batch(batch, first, of_batch, mapping, source.spec.weight)
             batch, characters, first = [], 0, first + len(batch)

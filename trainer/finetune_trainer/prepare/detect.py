@@ -10,6 +10,7 @@ from finetune_api.spec import DataFormat, DataSource
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.examples import ALL_FIELDS, FIELDS
 from finetune_trainer.prepare.rows import RawRow, read_rows
+from finetune_trainer.prepare.template import Templates
 from finetune_trainer.sources.data import DataFile
 from finetune_trainer.text import is_utf8
 
@@ -18,11 +19,13 @@ Fields = Mapping[DataFormat, tuple[tuple[str, ...], tuple[str, ...]]]
 
 
 def check_columns(source: DataSource, field: str) -> dict[str, str]:
-    """The source's column mapping.
+    """The source's column mapping; for templates, where their rows have the fields.
 
     Raises:
-        StageError: InvalidConfig for a field that no format has.
+        StageError: InvalidConfig for a field that no format has, or a template that is none.
     """
+    if source.template is not None:
+        return Templates(source.template, field).columns
     columns = dict(source.columns or {})
     unknown = sorted(set(columns) - set(ALL_FIELDS))
     if unknown:
@@ -36,11 +39,14 @@ def check_columns(source: DataSource, field: str) -> dict[str, str]:
 def detect(
     source: DataSource, field: str, columns: Mapping[str, str], first: Sequence[RawRow], fields: Fields = FIELDS
 ) -> DataFormat | None:
-    """The declared format, or the first whose required columns one of the first rows has; None if no row could be read.
+    """The declared format (a template declares it), or the first whose required columns one of the first rows has; None if no row could
+    be read.
 
     Raises:
         StageError: InvalidData, if none of the readable first rows has the columns: then the columns are wrong, not the rows.
     """
+    if source.template is not None:
+        return source.template.format
     rows = [row for row in first if row.value is not None]
     candidates = list(fields) if source.format is DataFormat.AUTO else [source.format]
     if not rows:
@@ -68,15 +74,22 @@ def detect(
 
 
 def with_format(
-    files: Sequence[DataFile], columns: Mapping[str, str], detected: Callable[[Sequence[RawRow]], DataFormat | None]
+    source: DataSource,
+    field: str,
+    files: Sequence[DataFile],
+    columns: Mapping[str, str],
+    detected: Callable[[Sequence[RawRow]], DataFormat | None],
 ) -> Iterator[tuple[RawRow, DataFormat | None]]:
-    """A source's rows, each with the format that the first of them have; None before the first row that can be read.
+    """A source's rows, as its templates write them if it has some, each with the format that the first of them have; None before the first
+    row that can be read.
 
     Args:
         detected: :func:`detect` for this source.
     """
-    wanted = {columns.get(name, name) for name in ALL_FIELDS}
-    rows = chain.from_iterable(read_rows(file, wanted) for file in files)
+    templates = Templates(source.template, field) if source.template is not None else None
+    wanted = {columns.get(name, name) for name in ALL_FIELDS} if templates is None else templates.wanted
+    read = chain.from_iterable(read_rows(file, wanted) for file in files)
+    rows: Iterator[RawRow] = read if templates is None else map(templates.written, read)
     first = list(islice(rows, LOOKED_AT))
     fmt = detected(first)
     for raw in chain(first, rows):

@@ -73,10 +73,18 @@ def read_questions(ctx: StageContext, model: BaseModel) -> Questions | None:
     return found
 
 
+def check_questions(sources: list[DataSource]) -> list[dict[str, str]]:
+    """Each source's column mapping.
+
+    Raises:
+        StageError: InvalidConfig, as check_columns does.
+    """
+    return [check_columns(source, f"{FIELD}[{index}]") for index, source in enumerate(sources)]
+
+
 def _read(ctx: StageContext, model: BaseModel, sources: list[DataSource], found: Questions, redact: bool) -> None:
     most = ctx.snapshot.spec.evaluation.generation.prompts
-    columns = [check_columns(source, f"{FIELD}[{index}]") for index, source in enumerate(sources)]
-    for index, (source, mapping) in enumerate(zip(sources, columns, strict=True)):
+    for index, (source, mapping) in enumerate(zip(sources, check_questions(sources), strict=True)):
         before = found.rows
         for raw, fmt in _rows(ctx, source, index, mapping):
             number, found.rows = found.rows, found.rows + 1
@@ -131,7 +139,9 @@ def _rows(
     files = wait_until_available(ctx, lambda: fetch_data(ctx, source, slot, ctx.work_dir / "data" / slot, moved))
     ctx.reporter.report(activity="Checking")
     where = f"{FIELD}[{index}]"
-    yield from with_format(files, columns, lambda rows: detect(source, where, columns, rows, QUESTION_FIELDS))
+    yield from with_format(
+        source, where, files, columns, lambda rows: detect(source, where, columns, rows, QUESTION_FIELDS)
+    )
 
 
 def _prompt(
@@ -186,9 +196,16 @@ def with_answer(row: Mapping[str, Any], fmt: DataFormat, columns: Mapping[str, s
         case _:
             name, given = "output", STAND_IN
     answer = value(name)
-    if answer is None or answer == [] or (isinstance(answer, str) and not answer.strip()):
+    if _is_blank(answer):
         return {**row, columns.get(name, name): given}, False
     return row, True
+
+
+def _is_blank(answer: object) -> bool:
+    """No answer; or an empty one, as a text or as the one message there is."""
+    if isinstance(answer, str):
+        return not answer.strip()
+    return answer in (None, [], [{"role": "assistant", "content": ""}])
 
 
 def _is_answer(turn: object) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -42,7 +43,8 @@ from finetune_trainer.prepare.full_weights import choose_weights, trainable_shap
 from finetune_trainer.prepare.initial_adapter import InitialAdapter
 from finetune_trainer.prepare.model import BaseModel, inspect_model
 from finetune_trainer.prepare.plan import plan_run
-from finetune_trainer.prepare.questions import read_questions
+from finetune_trainer.prepare.questions import check_questions, read_questions
+from finetune_trainer.prepare.tasks import prepare_tasks
 from finetune_trainer.prepare.trackers import check_trackers
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.ahead import fetch_or_leave
@@ -79,7 +81,8 @@ def run(ctx: StageContext) -> PrepareReport:
     model, prepared, planned = found.model, found.prepared, found.plan
     if planned is not None:
         log.info("%s", planned.summary)
-    for warning in (warnings := of_trackers + found.warnings):
+    task_files, of_tasks = prepare_tasks(ctx, model.tokenizer)
+    for warning in (warnings := of_trackers + found.warnings + of_tasks):
         log.warning("%s", warning)
 
     full = ctx.snapshot.plan.method.full
@@ -87,7 +90,7 @@ def run(ctx: StageContext) -> PrepareReport:
     if full is not None and not plan_only:
         shapes = trainable_shapes(model.shapes, bool(model.config.get("tie_word_embeddings")))
         weights = choose_weights(ctx, shapes, full, model.commit)
-    files = [] if plan_only else upload(ctx, prepared, model.adapter)
+    files = [] if plan_only else upload(ctx, prepared, model.adapter, task_files)
     result = PrepareResult(
         snapshot_digest=ctx.snapshot.digest(),
         execution_id=ctx.execution_id,
@@ -139,8 +142,9 @@ def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS, with_plan: bool
     Raises:
         StageError: whatever makes the job impossible.
     """
-    pattern = ctx.snapshot.spec.evaluation.generation.regex
-    search = compiled(pattern) if pattern is not None else None
+    generation = ctx.snapshot.spec.evaluation.generation
+    search = compiled(generation.regex) if generation.regex is not None else None
+    check_questions(generation.sources or [])
     check_judge(ctx.snapshot.spec.evaluation.judge)
     model = inspect_model(ctx)
     log.info("%s trainable of %s parameters", f"{model.parameters.trainable:,}", f"{model.parameters.total:,}")
@@ -214,10 +218,12 @@ def check_output(ctx: StageContext) -> None:
             log.info("credentials may write, but not delete: %s stays", store.uri(WRITE_TEST))
 
 
-def upload(ctx: StageContext, prepared: Prepared, adapter: InitialAdapter | None) -> list[FileRecord]:
-    """The prepared files, and the adapter that training goes on from, to the workspace."""
+def upload(
+    ctx: StageContext, prepared: Prepared, adapter: InitialAdapter | None, task_files: dict[str, Path]
+) -> list[FileRecord]:
+    """The prepared files, those of tasks, and the adapter that training goes on from, to the workspace."""
     ctx.reporter.report(activity="Uploading")
-    paths = {name: prepared.folder / name for name in PREPARED_FILES}
+    paths = {name: prepared.folder / name for name in PREPARED_FILES} | task_files
     if adapter is not None:
         paths |= {f"{PREPARED_ADAPTER}/{name}": adapter.folder / name for name in (CONFIG, WEIGHTS)}
     total = sum(path.stat().st_size for path in paths.values())

@@ -12,6 +12,7 @@ from finetune_trainer.markdown import render
 from finetune_trainer.private import without_credentials
 from finetune_trainer.publish.facts import cost_facts, data_facts, method_facts
 from finetune_trainer.publish.scores import score_rows
+from finetune_trainer.publish.tasks import task_rows
 from finetune_trainer.s3 import S3Store
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -53,6 +54,7 @@ def model_card(
         metrics=trained.metrics,
         text=scores.text,
         judge=scores.judge,
+        task_rows=task_rows(scores.tasks),
         score_rows=score_rows(scores.text) if scores.text is not None else [],
         verification=trained.verification,
         trained=trained,

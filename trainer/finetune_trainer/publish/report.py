@@ -18,6 +18,7 @@ from finetune_trainer.private import shareable, without_credentials
 from finetune_trainer.publish.chart import Point, Series, line_chart
 from finetune_trainer.publish.facts import cost_facts, data_facts, duration, method_facts, size
 from finetune_trainer.publish.scores import score_rows
+from finetune_trainer.publish.tasks import task_rows
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 SMOOTHED_STEPS = 20
@@ -61,6 +62,7 @@ def html_report(
         metrics=manifest.metrics,
         text=manifest.text_metrics,
         judge=manifest.judge,
+        task_rows=task_rows(manifest.tasks),
         score_rows=score_rows(manifest.text_metrics) if manifest.text_metrics is not None else [],
         data=manifest.data,
         trained=trained,

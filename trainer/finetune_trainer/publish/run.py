@@ -31,9 +31,11 @@ from finetune_api.spec import Retention
 from finetune_trainer.attempts import attempts, note_begin, read_notes
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.private import shareable_snapshot
 from finetune_trainer.publish.card import model_card
 from finetune_trainer.publish.report import html_report
 from finetune_trainer.publish.scores import publish_scores
+from finetune_trainer.publish.tasks import shortly
 from finetune_trainer.publish.whole import check_tokenizer_hash, fetch_published, read_train_result
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
@@ -41,7 +43,7 @@ from finetune_trainer.trackers.tracking import warning
 from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
-WORKSPACE_FOLDERS = ("prepare", "train", ATTEMPTS_DIR, CHECKPOINTS_DIR)
+WORKSPACE_FOLDERS = ("prepare", "train", "publish", ATTEMPTS_DIR, CHECKPOINTS_DIR)
 
 
 def run(ctx: StageContext) -> PublishReport:
@@ -93,7 +95,7 @@ def run(ctx: StageContext) -> PublishReport:
         files.append(wait_until_available(ctx, lambda: output.put_bytes(f"{ADAPTER_DIR}/README.md", card)))
     notes = wait_until_available(ctx, lambda: read_notes(workspace))
     manifest = make_manifest(ctx, prepared, trained, files, warnings, notes).model_copy(
-        update={"merge_check": check, "text_metrics": scores.text, "judge": scores.judge}
+        update={"merge_check": check, "text_metrics": scores.text, "judge": scores.judge, "tasks": scores.tasks}
     )
     page = wait_until_available(ctx, lambda: publish_page(ctx, manifest, trained, output, workspace))
     manifest = manifest.model_copy(update={"files": sorted([*manifest.files, page], key=lambda f: f.path)})
@@ -154,7 +156,7 @@ def make_manifest(
         weights=trained.weights,
         data_hash=prepared.data_hash,
         snapshot_digest=snapshot.digest(),
-        config=snapshot.to_json_dict(),
+        config=shareable_snapshot(snapshot),
         metrics=trained.metrics,
         verification=trained.verification,
         data=prepared.data,
@@ -209,6 +211,7 @@ def report(manifest: Manifest) -> PublishReport:
         metrics=manifest.metrics,
         text_metrics=manifest.text_metrics,
         judge=manifest.judge,
+        tasks=shortly(manifest.tasks),
         verification=manifest.verification,
         merge_check=manifest.merge_check,
         adapter_bytes=size(ADAPTER_DIR),

@@ -28,6 +28,8 @@ from finetune_trainer.errors import NotFound
 from finetune_trainer.pattern import compiled
 from finetune_trainer.publish.judge import judge_answers
 from finetune_trainer.publish.judge_client import JudgeClient
+from finetune_trainer.publish.judge_memory import JudgeMemory, remembered
+from finetune_trainer.publish.tasks import task_scores
 from finetune_trainer.publish.text_metrics import text_metrics
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.waiting import wait_until_available
@@ -59,13 +61,15 @@ def publish_scores(
         search = compiled(generation.regex) if generation.regex is not None else None
         text, warnings = text_metrics(answers, generation.metrics, search)
         verdict, told = judged(ctx, answers, workspace)
+        tasks, of_tasks = task_scores(ctx, prepared, trained, workspace)
         scores = Scores(
             snapshot_digest=digest,
             answers_sha256=answers_sha256,
             held_out=held_out_scores(prepared.data.held_out_rows, trained.metrics),
             text=text,
             judge=verdict,
-            warnings=[*warnings, *told],
+            tasks=tasks,
+            warnings=[*warnings, *told, *of_tasks],
         )
     found = scores
     return found, wait_until_available(ctx, lambda: output.put_model(SCORES_FILE, found))
@@ -81,8 +85,10 @@ def judged(ctx: StageContext, answers: list[Answer], workspace: S3Store) -> tupl
     asked = {prompt.row: prompt for prompt in prompts if prompt.answered}
     secret = judge.secret_ref.name if judge.secret_ref is not None else None
     credentials = Credentials(JUDGE_SLOT, secret, ctx.secrets_dir / JUDGE_SLOT if secret is not None else None)
+    known = wait_until_available(ctx, lambda: remembered(workspace))
     with JudgeClient(judge, credentials) as client:
-        return judge_answers(judge, answers, asked, client.ask)
+        memory = JudgeMemory(judge, client.ask, workspace, known)
+        return judge_answers(judge, answers, asked, memory.ask)
 
 
 def score_rows(text: TextMetrics) -> list[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ import httpx
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
+from finetune_trainer.private import without_credentials
 from finetune_trainer.s3_transfer import IDLE_ATTEMPTS, OnBytes
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ def download_url(url: str, path: Path, *, ca_bundle: Path | None = None, on_byte
         StageError: DatasetNotFound (404, 410), AccessDenied (401, 403), HubUnavailable (no connection, 5xx) .
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    shown = without_credentials(url)  # the query of a signed address is a key
     part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
     if not _note_fits(note, url):
         part.unlink(missing_ok=True)
@@ -44,13 +46,13 @@ def download_url(url: str, path: Path, *, ca_bundle: Path | None = None, on_byte
             except httpx.TransportError as error:
                 cause = f"{type(error).__name__}: {error}"
             except httpx.InvalidURL as error:
-                raise StageError(Reason.INVALID_CONFIG, f"{url}: {error}") from error
+                raise StageError(Reason.INVALID_CONFIG, f"{shown}: {error}") from error
             now = part.stat().st_size if part.exists() else 0
             idle = idle + 1 if now <= before else 0
             if idle >= IDLE_ATTEMPTS:
                 _told(on_bytes, -now)  # counted again by whoever continues
-                raise StageError(Reason.HUB_UNAVAILABLE, f"cannot read {url}: {cause}")
-            log.info("reading %s stopped at %s bytes (%s): trying again", url, now, cause)
+                raise StageError(Reason.HUB_UNAVAILABLE, f"cannot read {shown}: {cause}")
+            log.info("reading %s stopped at %s bytes (%s): trying again", shown, now, cause)
             time.sleep(0.2 * 2**idle)
     part.replace(path)
     note.unlink(missing_ok=True)
@@ -100,7 +102,7 @@ def _check(response: httpx.Response, url: str) -> None:
     status = response.status_code
     if status < 400:
         return
-    text = f"{url} answered {status} {response.reason_phrase}"
+    text = f"{without_credentials(url)} answered {status} {response.reason_phrase}"
     if status in (401, 403):
         raise StageError(Reason.ACCESS_DENIED, text)
     if status in PASSING or status >= 500:

@@ -107,11 +107,26 @@ def greedy_answers(
     divisor: int = 1,
     all_say: Callable[[bool], bool] | None = None,
 ) -> list[str]:
-    """The most likely continuation of each prompt, up to an end token.
+    """The most likely continuation of each prompt, up to an end token, as text without white space around.
 
     Args:
         all_say: where several ranks compute this together, whether all say so: each must call the model as often as the others.
     """
+    tokens = greedy_tokens(causal_lm, prompts, tokenizer, compute, max_new_tokens, context_tokens, divisor, all_say)
+    return [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in tokens]
+
+
+def greedy_tokens(
+    causal_lm: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    compute: Compute,
+    max_new_tokens: int,
+    context_tokens: int | None = None,
+    divisor: int = 1,
+    all_say: Callable[[bool], bool] | None = None,
+) -> list[list[int]]:
+    """The same as tokens, without the end token."""
     context = prompt_room(causal_lm.config.get_text_config(), max_new_tokens, context_tokens)
     given = [list(p)[-context:] for p in prompts]
     cut = sum(len(g) < len(p) for g, p in zip(given, prompts, strict=True))
@@ -119,7 +134,7 @@ def greedy_answers(
         log.warning(
             "%d of %d prompts are longer than %d tokens: their beginning is left out", cut, len(prompts), context
         )
-    answers = [""] * len(given)
+    answers: list[list[int]] = [[]] * len(given)
     for indices in answer_batches([len(g) for g in given], max_new_tokens, divisor):
         heartbeat.beat()
         found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens, all_say)
@@ -157,7 +172,7 @@ def _continue(
     compute: Compute,
     max_new_tokens: int,
     all_say: Callable[[bool], bool] | None,
-) -> list[str]:
+) -> list[list[int]]:
     """One batch, padded on the left."""
     ends = end_token_ids(causal_lm, tokenizer)
     longest = max(len(p) for p in prompts)
@@ -182,8 +197,7 @@ def _continue(
             use_cache=True,
         )
     answers = [line[longest:].tolist() for line in out]
-    answers = [a[: min((a.index(e) for e in ends if e in a), default=len(a))] for a in answers]
-    return [str(tokenizer.decode(a, skip_special_tokens=True)).strip() for a in answers]
+    return [a[: min((a.index(e) for e in ends if e in a), default=len(a))] for a in answers]
 
 
 class EachToken(StoppingCriteria):  # type: ignore[misc]

@@ -14,6 +14,8 @@ from finetune_api.results import (
     PREPARED_ADAPTER,
     PREPARED_HELD_OUT,
     PREPARED_PROMPTS,
+    PREPARED_TASK_PROMPTS,
+    PREPARED_TASK_ROWS,
     PREPARED_TRAIN,
     FileRecord,
     PreparedPrompt,
@@ -44,6 +46,8 @@ class Prepared:
     prompts: list[PreparedPrompt]
     initial_adapter: Path | None = None
     """Weights that training goes on from."""
+    tasks: tuple[Path, Path] | None = None
+    """Rows and prompts of evaluation.tasks."""
 
 
 def fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
@@ -72,7 +76,8 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
     records = {f.path: f for f in result.files}
     paths = {}
     adapter = f"{PREPARED_ADAPTER}/{WEIGHTS}" if result.initial_adapter is not None else None
-    for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS, *([adapter] if adapter else [])):
+    of_tasks = [name for name in (PREPARED_TASK_ROWS, PREPARED_TASK_PROMPTS) if name in records]
+    for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS, *([adapter] if adapter else []), *of_tasks):
         paths[name] = ctx.work_dir / name
         if paths[name].is_file() and hash_file(paths[name], name, lambda: None) == records[name]:
             continue  # an earlier try, or process of this pod, has fetched it
@@ -83,7 +88,8 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
         must_equal(found, records[name], workspace.uri(name))
     prompts = PROMPTS.validate_json(paths[PREPARED_PROMPTS].read_bytes())
     initial = paths[adapter] if adapter else None
-    return Prepared(result, paths[PREPARED_TRAIN], paths[PREPARED_HELD_OUT], prompts, initial)
+    tasks = (paths[PREPARED_TASK_ROWS], paths[PREPARED_TASK_PROMPTS]) if of_tasks else None
+    return Prepared(result, paths[PREPARED_TRAIN], paths[PREPARED_HELD_OUT], prompts, initial, tasks)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,15 @@ from finetune_api.results import (
     ANSWERS_FILE,
     BASE_EVALUATION,
     MODEL_DIR,
+    TASK_REPLIES,
     TRAIN_RESULT,
     WEIGHTS_DIR,
     Answer,
     BaseEvaluation,
     FileRecord,
     QuantizedModule,
+    TaskAnswers,
+    TaskReplies,
     TrainMetrics,
     TrainReport,
     TrainResult,
@@ -58,6 +61,7 @@ from finetune_trainer.train.schedule import make_schedule
 from finetune_trainer.train.sharded import adapter_to, load_sharded, ready_for_adapter
 from finetune_trainer.train.split import choose_split, given_restarts, planned_split
 from finetune_trainer.train.step_log import StepLog
+from finetune_trainer.train.tasks import Tasks
 from finetune_trainer.train.versions import library_versions
 from finetune_trainer.waiting import wait_until_available
 
@@ -122,6 +126,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         spec.training.max_sequence_tokens,
         split.evaluation_divisor,
         ranks.agreed if ranks.sharded else None,
+        Tasks.read(*prepared.tasks) if prepared.tasks is not None else None,
     )
 
     # Evaluate the base, once for all executions.
@@ -249,6 +254,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
         for p, b, t in zip(asked, measured.answers, answering.answers(tuned, tokenizer), strict=True)
     ]
+    tuned_replies = answering.task_replies(tuned, tokenizer)
     leave()
     if not ranks.first:
         return RankDone()
@@ -295,6 +301,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         checkpoint_blocked_seconds=history.blocked_seconds,
         warnings=[*history.warnings, *overfitting(history.evaluations, loss_base.loss, selected_step)],
         tracked=event_runs,
+        task_replies=store_replies(ctx, workspace, measured.tasks, tuned_replies),
     )
     patiently(ctx, owner.check)
     patiently(ctx, lambda: workspace.put_model(TRAIN_RESULT, result))
@@ -372,6 +379,7 @@ def evaluate_base(
             tokens=loss.tokens,
             right=loss.right,
             answers=answering.answers(base, tokenizer),
+            tasks=answering.task_replies(base, tokenizer),
         )
 
     measured = ranks.together(measure)
@@ -431,6 +439,7 @@ class Answering:
     divisor: int
     all_say: Callable[[bool], bool] | None
     """Where ranks answer together: whether all of them say so."""
+    tasks: Tasks | None = None
 
     def answers(self, causal_lm: Any, tokenizer: Any) -> list[str]:
         """Greedy answers."""
@@ -444,6 +453,22 @@ class Answering:
             self.divisor,
             self.all_say,
         )
+
+    def task_replies(self, causal_lm: Any, tokenizer: Any) -> TaskReplies | None:
+        """Answers to evaluation.tasks, if there are any."""
+        if self.tasks is None:
+            return None
+        return self.tasks.replies(causal_lm, tokenizer, self.compute, self.context_tokens, self.divisor, self.all_say)
+
+
+def store_replies(
+    ctx: StageContext, workspace: S3Store, base: TaskReplies | None, tuned: TaskReplies | None
+) -> FileRecord | None:
+    """What both answered to evaluation.tasks, for publish, which computes the scores."""
+    if base is None or tuned is None:
+        return None
+    answers = TaskAnswers(base=base, tuned=tuned)
+    return patiently(ctx, lambda: workspace.put_model(TASK_REPLIES, answers))
 
 
 def read_base_evaluation(snapshot: Snapshot, workspace: S3Store) -> BaseEvaluation | None:
