@@ -77,7 +77,8 @@ def plan_command(
         arch, shapes = read_model(config, model_folder)
         asked = spec.compute.gpu
         device = read_gpu(gpu, gpu_memory) if gpu or gpu_memory else read_gpu(asked.product, asked.memory)
-        tries = rounds(spec, shardable=arch.known and not arch.experts)
+        shardable = arch.known and not arch.experts
+        tries = rounds(spec, shardable)
         for count, several in [(n, may) for may in tries for n in ([gpus] if gpus else gpu_counts(spec, may))]:
             choice = choose(
                 request_of(
@@ -96,7 +97,7 @@ def plan_command(
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(Exit.BAD_INPUT) from error
     planned = plan(choice.request, device.peak_tflops, tflops)
-    offered = possible(spec, tries, choice.fit.alternatives)
+    offered = possible(spec, choice.fit.alternatives, shardable)
     verdict = choice.fit.model_copy(update={"alternatives": offered})
     settled = choice.model_copy(update={"planned": planned, "fit": verdict})
     host = host_memory_misfit(spec, choice)

@@ -109,3 +109,16 @@ def test_full_weights_have_a_learning_rate_of_their_own() -> None:
     lora = resolve_plan(FineTuneJobSpec.model_validate(MINIMAL))
     assert (lora.learning_rate, lora.method.full) == (2e-4, None)
     assert "full" not in lora.to_json_dict()["method"], "a LoRA job's snapshot has the bytes that it had"  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "lora", [{"useDora": True}, {"modulesToSave": ["norm"]}, {"initialization": "PiSSA"}, {"initialization": "EVA"}]
+)
+@pytest.mark.parametrize("training", [{"parallelism": "FSDP"}, {"cpuOffload": "IfNeeded"}])
+def test_what_needs_the_whole_base_is_refused_with_shards_offline_too(
+    lora: dict[str, Any], training: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError, match="whole base model on each GPU"):
+        FineTuneJobSpec.model_validate(
+            {**MINIMAL, "method": {"lora": lora}, "training": training, "compute": {"gpusPerNode": 2}}
+        )

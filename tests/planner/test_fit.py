@@ -100,7 +100,9 @@ def test_4_bit_is_offered_where_8_do_not_fit() -> None:
     tuning = Tuning(quantized=True, quantization=QuantizationType.INT8)
     asked = Request(architecture=arch, shapes=shapes, tuning=tuning, batch=Batch(sequence_tokens=1024))
     planned, offered = plan(asked), alternatives(asked, plan(asked), 9 * GIB)
-    [packed] = [a for a in offered if a.quantization]
+    packed, *shared = [a for a in offered if a.quantization]
+    assert {a.method for a in shared} == {None}
+    assert all(a.gpus or a.cpu_offload for a in shared), "8 bit cannot be shared out, 4 bit can"
     assert packed.needed_bytes <= 9 * GIB < planned.needed_bytes
     assert alternative_phrase(packed).startswith("method.quantization.type: NF4 (")
 

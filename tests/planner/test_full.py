@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_api.full_weights import stand_ins
 from finetune_api.planner import (
+    Alternative,
     Batch,
     Layout,
     Request,
@@ -19,6 +20,7 @@ from finetune_api.planner import (
     fit,
     parse_config,
     plan,
+    possible,
     request_of,
     rounds,
 )
@@ -123,6 +125,14 @@ def job(**changes: Any) -> FineTuneJobSpec:
             **changes,
         }
     )
+
+
+def test_sharing_out_is_offered_with_a_method_that_can_be_shared_out() -> None:
+    adapter, full = (Alternative(method=method, gpus=4, needed_bytes=1) for method in ("QLoRA", None))
+    assert possible(job(method={"type": "Full"}), [adapter, full]) == [adapter]
+    assert possible(job(method={"type": "Full"}), [adapter, full], shardable=False) == []
+    asked = request("llama-2-70b", Full())
+    assert {"LoRA", "QLoRA"} & {a.method for a in fit(asked, plan(asked), 40 * GIB).alternatives if a.gpus}
 
 
 def test_full_weights_are_whole_on_each_gpu_and_auto_never_becomes_full() -> None:

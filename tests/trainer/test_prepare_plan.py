@@ -107,6 +107,25 @@ def test_a_base_that_fits_no_gpu_is_shared_out_where_that_is_allowed() -> None:
         planned("llama-2-70b", compute=gpu("NVIDIA-A100-SXM4-40GB"))
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (
+            {"type": "QLoRA", "quantization": {"type": "Int8"}},
+            r"method\.quantization\.type: NF4 and compute\.gpusPerNode: \d \(FSDP\)",
+        ),
+        ({"type": "QLoRA", "lora": {"useDora": True}}, r"^(?!.*FSDP)"),
+    ],
+    ids=["8 bit", "DoRA"],
+)
+def test_what_must_be_whole_on_a_gpu_is_offered_what_need_not_be(method: dict[str, Any], words: str) -> None:
+    with pytest.raises(StageError, match=words) as refused:
+        planned(
+            "llama-2-70b", method=method, compute=gpu("NVIDIA-A100-SXM4-40GB" if "lora" not in method else "Tesla-T4")
+        )
+    assert refused.value.reason is Reason.DOES_NOT_FIT
+
+
 def test_auto_takes_the_fewest_gpus_that_the_run_fits_on() -> None:
     def auto(name: str, product: str, nodes: list[NodeGpu] | None = None, **spec: Any) -> RunPlan:
         plan = planned(name, nodes=nodes, compute=gpu(product, count="Auto"), **{"method": {"type": "Auto"}, **spec})

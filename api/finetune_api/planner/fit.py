@@ -104,10 +104,10 @@ def alternatives(request: Request, planned: MemoryPlan, bound: int) -> Iterator[
     if products:
         yield Alternative(gpu_products=products[:GPUS_NAMED], needed_bytes=planned.needed_bytes)
     if request.layout is not Layout.CPU_OFFLOAD:
-        for candidate, method in as_it_is_and_lean(request, lean):
+        for candidate, changes in shareable(request, lean):
             size = needed(candidate.model_copy(update={"layout": Layout.CPU_OFFLOAD}))
             if size <= bound:
-                yield Alternative(method=method, cpu_offload=True, needed_bytes=size)
+                yield Alternative(**changes, cpu_offload=True, needed_bytes=size)
                 return
 
 
@@ -142,19 +142,27 @@ def shorter(request: Request, lean: Request, bound: int) -> Iterator[Alternative
 
 def more_gpus(request: Request, lean: Request, bound: int) -> Iterator[Alternative]:
     """The fewest GPUs of the same kind over which the run fits when it is sharded, as it is or as QLoRA."""
-    for candidate, method in as_it_is_and_lean(request, lean):
+    for candidate, changes in shareable(request, lean):
         for count in range(request.gpus + 1, MOST_GPUS_PER_NODE + 1):
             size = plan(candidate.model_copy(update={"layout": Layout.FSDP, "gpus": count})).needed_bytes
             if size <= bound:
-                yield Alternative(method=method, gpus=count, needed_bytes=size)
+                yield Alternative(**changes, gpus=count, needed_bytes=size)
                 return
 
 
-def as_it_is_and_lean(request: Request, lean: Request) -> list[tuple[Request, str | None]]:
-    """Both, each with the method that it would change to. Full weights are whole on each GPU, so they are not shared out as they are."""
-    if request.tuning.full:
-        return [(adapted(request), "LoRA"), (lean, "QLoRA")]
-    return [(request, None), (lean, None if request.tuning.quantized else "QLoRA")]
+def shareable(request: Request, lean: Request) -> list[tuple[Request, dict[str, str]]]:
+    """What GPUs can share out, or host memory hold: the run as far as it is and its leanest, each with what that changes. Full weights and a base
+    in 8 bit are whole on each GPU."""
+    tuning = request.tuning
+    first: tuple[Request, dict[str, str]] = (request, {})
+    if tuning.full:
+        first = (adapted(request), {"method": "LoRA"})
+    elif tuning.quantized and tuning.eight_bit:
+        first = (in_4_bit(request), {"quantization": QuantizationType.NF4})
+    changes = {} if tuning.quantized else {"method": "QLoRA"}
+    if tuning.eight_bit:
+        changes["quantization"] = QuantizationType.NF4
+    return [first, (in_4_bit(lean) if tuning.eight_bit else lean, changes)]
 
 
 def smaller(value: int, least: int) -> Iterator[int]:

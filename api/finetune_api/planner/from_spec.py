@@ -17,15 +17,13 @@ from finetune_api.snapshot import resolve_plan
 from finetune_api.spec import (
     BEGIN_AT_WEIGHTS,
     MOST_GPUS_PER_NODE,
+    WHOLE_WEIGHTS,
     CpuOffload,
     FineTuneJobSpec,
-    LoraInitialization,
     MethodType,
     Parallelism,
+    QuantizationType,
 )
-
-WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ, *BEGIN_AT_WEIGHTS)
-"""Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA, modulesToSave and 8 bits need that, too."""
 
 
 def request_of(
@@ -86,11 +84,7 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
     Args:
         shardable: whether the model can be loaded and sharded a layer at a time.
     """
-    lora = spec.method.lora
-    full = spec.method.type is MethodType.FULL
-    eight_bit = spec.method.type is not MethodType.LORA and spec.method.quantization.bits == 8
-    whole = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS or eight_bit or full
-    shardable = shardable and not whole
+    shardable = shardable and not is_whole(spec, spec.method.type, spec.method.quantization.type)
     first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:
         first = SEVERAL if shardable else (Layout.DDP,)
@@ -118,13 +112,31 @@ def gpu_counts(spec: FineTuneJobSpec, several: Sequence[Layout]) -> Sequence[int
     return range(1 if alone else 2, MOST_GPUS_PER_NODE + 1)
 
 
-def possible(
-    spec: FineTuneJobSpec, tries: Sequence[tuple[Layout, ...]], offered: Sequence[Alternative]
-) -> list[Alternative]:
-    """Those alternatives that this job may take: sharding and offloading are for models that are loaded a layer at a time."""
-    sharding = Layout.FSDP in tries[0]
-    more = sharding and spec.compute.gpus() is not None and spec.compute.nodes == 1
-    return [a for a in offered if (a.gpus is None or more) and (a.cpu_offload is None or sharding)]
+def is_whole(spec: FineTuneJobSpec, method: MethodType, quantization: QuantizationType) -> bool:
+    """Whether a job by this method has the whole base on each GPU."""
+    lora = spec.method.lora
+    if method is MethodType.FULL or (method is not MethodType.LORA and quantization is QuantizationType.INT8):
+        return True
+    return lora.use_dora or bool(lora.modules_to_save) or lora.initialization in WHOLE_WEIGHTS
+
+
+def possible(spec: FineTuneJobSpec, offered: Sequence[Alternative], shardable: bool = True) -> list[Alternative]:
+    """Those alternatives that this job may take: sharding and offloading are for models that are loaded a layer at a time, by a method that
+    does not need them whole."""
+    counted = spec.compute.gpus() is not None and spec.compute.nodes == 1
+    shardable = shardable and spec.training.parallelism is not Parallelism.DDP
+
+    def may_share(change: Alternative) -> bool:
+        method = MethodType(change.method) if change.method else spec.method.type
+        quantization = QuantizationType(change.quantization) if change.quantization else spec.method.quantization.type
+        return shardable and not is_whole(spec, method, quantization)
+
+    return [
+        change
+        for change in offered
+        if (change.gpus is None or (counted and may_share(change)))
+        and (change.cpu_offload is None or may_share(change))
+    ]
 
 
 def host_memory_misfit(spec: FineTuneJobSpec, choice: Choice) -> str:

@@ -27,6 +27,7 @@ from finetune_api.spec.job import IMMUTABLE_FIELDS, OPTIONAL_FIELDS, FineTuneJob
 from finetune_api.spec.method import (
     BEGIN_AT_WEIGHTS,
     MOST_MODULES,
+    WHOLE_WEIGHTS,
     Full,
     LayerIndex,
     Lora,
@@ -78,6 +79,7 @@ __all__ = [
     "OPTIONAL_FIELDS",
     "PRUNING",
     "TRACKER_RULES",
+    "WHOLE_WEIGHTS",
     "AdapterCombinationSpec",
     "CacheFetch",
     "Checkpoint",

@@ -17,7 +17,7 @@ from finetune_api.optimizers import OptimizerName
 from finetune_api.spec.compute import Compute, Queue
 from finetune_api.spec.data import Data
 from finetune_api.spec.evaluation import Evaluation
-from finetune_api.spec.method import Method, MethodType
+from finetune_api.spec.method import WHOLE_WEIGHTS, Method, MethodType
 from finetune_api.spec.model import Model
 from finetune_api.spec.objective import Objective
 from finetune_api.spec.output import Output
@@ -58,6 +58,10 @@ _INT8_MESSAGE = (
     "method.quantization.type: Int8 needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out, or "
     "take a 4-bit type"
 )
+_NEEDS_WHOLE = "the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out"
+_DORA_MESSAGE = f"method.lora.useDora needs {_NEEDS_WHOLE}"
+_SAVED_MESSAGE = f"method.lora.modulesToSave needs {_NEEDS_WHOLE}"
+_INITIALIZATION_MESSAGE = f"method.lora.initialization: EVA, LoftQ, PiSSA and OLoRA need {_NEEDS_WHOLE}"
 _FULL_IS_WHOLE = (
     "method.type: Full keeps what it trains whole on each GPU: leave training.parallelism: FSDP and cpuOffload out; for less memory train fewer "
     "weights (method.full.spectrum, modules), use training.optimizer.name: galore_adamw, or type: LoRA or QLoRA"
@@ -125,15 +129,15 @@ class FineTuneJobSpec(ApiModel):
             ("self.method.type == 'Full' || self.training.optimizer.name != 'galore_adamw'", _GALORE_IS_FULL),
             (
                 "!self.method.lora.useDora || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
-                "method.lora.useDora needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+                _DORA_MESSAGE,
             ),
             (
                 "!has(self.method.lora.modulesToSave) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
-                "method.lora.modulesToSave needs the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+                _SAVED_MESSAGE,
             ),
             (
                 "!(self.method.lora.initialization in ['EVA', 'LoftQ', 'PiSSA', 'OLoRA']) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
-                "method.lora.initialization: EVA, LoftQ, PiSSA and OLoRA need the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out",
+                _INITIALIZATION_MESSAGE,
             ),
             (
                 "self.method.type == 'LoRA' || self.method.quantization.type != 'Int8' || "
@@ -166,10 +170,17 @@ class FineTuneJobSpec(ApiModel):
     )
 
     @model_validator(mode="after")
-    def _whole_in_8_bit(self) -> FineTuneJobSpec:
-        eight_bit = self.method.type is not MethodType.LORA and self.method.quantization.bits == 8
-        if eight_bit and self._shards:
-            raise ValueError(_INT8_MESSAGE)
+    def _whole_where_it_must_be(self) -> FineTuneJobSpec:
+        method, lora = self.method, self.method.lora
+        whole = (
+            (method.type is not MethodType.LORA and method.quantization.bits == 8, _INT8_MESSAGE),
+            (lora.use_dora, _DORA_MESSAGE),
+            (lora.modules_to_save is not None, _SAVED_MESSAGE),
+            (lora.initialization in WHOLE_WEIGHTS, _INITIALIZATION_MESSAGE),
+        )
+        for needed, message in whole:
+            if needed and self._shards:
+                raise ValueError(message)
         return self
 
     @property

@@ -47,6 +47,8 @@ class LoraInitialization(StrEnum):
 
 BEGIN_AT_WEIGHTS = (LoraInitialization.PISSA, LoraInitialization.OLORA)
 """Those whose matrices begin at parts of the weights. What is published is a plain adapter of twice the rank."""
+WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ, *BEGIN_AT_WEIGHTS)
+"""Those that read the base's weights, or its inputs, layer by layer, with all of it on the GPU."""
 
 
 _DORA_MESSAGE = "useDora and initialization: PiSSA or OLoRA each say what the update is: leave one of them out"

@@ -67,7 +67,7 @@ def plan_run(
         arch = parse_config(model.config)
         shapes = parameter_shapes(model.shapes, arch)
         request = request_for(spec, arch, shapes, data)
-        return from_request(spec, split, request, found, rounds_of(spec, arch, model.shapes), model.uri)
+        return from_request(spec, split, request, found, is_shardable(spec, arch, model.shapes), model.uri)
     except (UnknownArchitecture, UnknownTarget) as error:
         if automatic := left_to_the_plan(spec):
             raise StageError(
@@ -162,16 +162,17 @@ def request_for(spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data:
 
 
 def from_request(
-    spec: FineTuneJobSpec, split: Split, request: Request, found: Candidates, tries: list[tuple[Layout, ...]], uri: str
+    spec: FineTuneJobSpec, split: Split, request: Request, found: Candidates, shardable: bool, uri: str
 ) -> RunPlan:
     """Choose, where the GPU is known; otherwise only tell what will be needed.
 
     Args:
-        tries: what several GPUs may do, in rounds.
+        shardable: whether the model can be loaded and sharded a layer at a time.
 
     Raises:
         StageError: DoesNotFit.
     """
+    tries = rounds(spec, shardable)
     if not found.gpus:
         return _of_unknown(spec, spec.method.type, split, request, tries[0], [])
     fewer = ""
@@ -195,7 +196,7 @@ def from_request(
         return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
     if found.others and spec.compute.gpus() is not None:
         return _of_unknown(spec, choice.method, split, request, tries[-1], found.gpus)
-    here = possible(spec, tries, choice.fit.alternatives)
+    here = possible(spec, choice.fit.alternatives, shardable)
     words = misfit_sentence(uri, choice.request, choice.fit.model_copy(update={"alternatives": here}), suitable[0])
     if spec.compute.gpus() is None:
         words += f" No node that it may use has more GPUs than {gpus}." if found.per_node else ""
@@ -217,8 +218,8 @@ def loaded_by_layers(spec: FineTuneJobSpec) -> str:
     return "training.parallelism: FSDP" if spec.training.parallelism is Parallelism.FSDP else ""
 
 
-def rounds_of(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str]) -> list[tuple[Layout, ...]]:
-    """What several GPUs may do: what the spec says, and sharding and offloading only for a model that can be loaded a layer at a time.
+def is_shardable(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str]) -> bool:
+    """Whether the model can be loaded, and so sharded or kept in host memory, a layer at a time.
 
     Args:
         stored: names of the tensors in the model's files: sharded, they are read one by one under the names that transformers has.
@@ -233,7 +234,7 @@ def rounds_of(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str]
             Reason.INVALID_CONFIG,
             f"{asked}: this model is none that can be loaded layer by layer. Leave it out, and several GPUs hold whole copies (DDP).",
         )
-    return rounds(spec, shardable)
+    return shardable
 
 
 def _of_unknown(
