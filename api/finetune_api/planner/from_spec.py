@@ -25,7 +25,8 @@ from finetune_api.spec import (
 )
 
 WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ, *BEGIN_AT_WEIGHTS)
-"""Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA, modulesToSave and 8 bits need that, too."""
+"""Initializations that read the base's weights, or its inputs, layer by layer, with all of it on the GPU; DoRA, modulesToSave, trained tokens and 8
+bits need that, too."""
 
 
 def request_of(
@@ -36,12 +37,14 @@ def request_of(
     gpus: int = 1,
     attention: Attention = Attention.SDPA,
     run_tokens: int | None = None,
+    token_rows: int | None = None,
 ) -> Request:
     """What :func:`finetune_api.planner.choose` takes; it settles the method and the micro-batch.
 
     Args:
         run_tokens: tokens of the whole run, as prepare counts them; without it a run of so many steps is taken to be of the longest
             rows, and one of epochs has no time.
+        token_rows: tokens whose rows are trained, as prepare counts them; without it those that the spec names.
     """
     training, lora, resolved = spec.training, spec.method.lora, resolve_plan(spec)
     if run_tokens is None and training.length.steps is not None:
@@ -58,6 +61,7 @@ def request_of(
             layers_to_transform=lora.layers_to_transform,
             rank_pattern=dict(lora.rank_pattern or {}),
             modules_to_save=list(lora.modules_to_save or []),
+            token_rows=len(trained_tokens(spec)) if token_rows is None else token_rows,
             dora=lora.use_dora,
             offset=lora.initialization in BEGIN_AT_WEIGHTS,
             quantization=spec.method.quantization.type,
@@ -89,7 +93,8 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
     lora = spec.method.lora
     full = spec.method.type is MethodType.FULL
     eight_bit = spec.method.type is not MethodType.LORA and spec.method.quantization.bits == 8
-    whole = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS or eight_bit or full
+    of_lora = lora.use_dora or lora.modules_to_save or lora.initialization in WHOLE_WEIGHTS or trained_tokens(spec)
+    whole = of_lora or eight_bit or full
     shardable = shardable and not whole
     first: tuple[Layout, ...]
     if spec.training.parallelism is Parallelism.AUTO:
@@ -104,6 +109,11 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
             return [first, *offload]
         case CpuOffload.ALWAYS:
             return offload or [first]
+
+
+def trained_tokens(spec: FineTuneJobSpec) -> set[str]:
+    """The texts of the tokens whose rows are trained."""
+    return {*(spec.model.new_tokens or []), *(spec.method.lora.trainable_tokens or [])}
 
 
 def gpu_counts(spec: FineTuneJobSpec, several: Sequence[Layout]) -> Sequence[int]:
