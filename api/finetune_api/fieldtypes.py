@@ -19,6 +19,8 @@ ModulePattern = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_.*?!\[\]-]+$", min_length=1, max_length=MAX_MODULE)
 ]
 """A module's name, or a pattern of names (:func:`finetune_api.targets.is_pattern`)."""
+TokenText = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+NewToken = Annotated[str, StringConstraints(pattern=r"^\S(.*\S)?$", min_length=1, max_length=64)]
 LabelValue = Annotated[str, StringConstraints(pattern=r"^(([A-Za-z0-9][A-Za-z0-9_.-]*)?[A-Za-z0-9])?$", max_length=63)]
 ShortText = Annotated[str, StringConstraints(max_length=4096)]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=256)]

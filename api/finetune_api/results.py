@@ -234,6 +234,35 @@ class TrainedWeights(ApiModel):
     """Of every matrix that Spectrum ranked."""
 
 
+class TrainedToken(ApiModel):
+    """A token whose rows of the embeddings are trained."""
+
+    token: str
+    id: int
+    new: bool
+    """The tokenizer has it from model.newTokens."""
+    occurrences: int = 0
+    """In the training rows."""
+
+
+class TrainedTokens(ApiModel):
+    """Those of a job, by id."""
+
+    tokens: list[TrainedToken]
+    resized_to: int | None = None
+    """Rows of the embeddings with the new tokens; absent where the model has room for them, as many have, or there are none."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Ascending."""
+        return [token.id for token in self.tokens]
+
+    @property
+    def new(self) -> list[str]:
+        """The new ones."""
+        return [token.token for token in self.tokens if token.new]
+
+
 class PrepareResult(ApiModel):
     """``prepare/result.json``."""
 
@@ -248,7 +277,9 @@ class PrepareResult(ApiModel):
     model_files: list[SourceFile]
     """Every file of the base model: training must find the same."""
     tokenizer_hash: Sha256
-    """SHA-256 over the tokenizer files' hashes and the chat template."""
+    """SHA-256 over the tokenizer files' hashes, the chat template and the new tokens."""
+    trained_tokens: TrainedTokens | None = None
+    """Those whose rows of the embeddings are trained; absent where there are none."""
     trainable_parameters: int
     total_parameters: int
     total_steps: int

@@ -104,6 +104,7 @@ def as_data(found: Examined) -> dict[str, Any]:
         "data": found.prepared.data.to_json_dict(),
         "dataHash": found.prepared.data_hash,
         "trainableParameters": found.model.parameters.trainable,
+        "trainedTokens": [token.to_json_dict() for token in found.tokens.tokens] if found.tokens is not None else [],
         "totalSteps": found.total_steps,
         "plan": found.plan.summary if found.plan is not None else None,
         "warnings": found.warnings,
@@ -121,6 +122,9 @@ def show(name: str, found: Examined) -> None:
         console.rule()
         console.print(Text.assemble(("learned", LEARNED), "  ", ("read only", READ)))
     console.print(f"{name}: {counts(found.prepared.data)}; {found.total_steps:,} steps")
+    if found.tokens is not None:
+        told = ", ".join(f"{t.token} {t.occurrences:,}" for t in found.tokens.tokens)
+        console.print(f"trained tokens, and how often each stands in the training rows: {told}", markup=False)
     if found.plan is not None:
         console.print(found.plan.summary)
     else:

@@ -144,6 +144,26 @@ def test_modules_that_are_trained_whole_are_counted_and_planned_for() -> None:
         trainable_parameters(shapes, arch, Tuning(modules_to_save=["wte"]))
 
 
+@pytest.mark.parametrize(("name", "modules"), [("llama-3-8b", ["embed_tokens", "lm_head"]), ("llama-3.2-1b", ["embed_tokens"]), ("gpt2", ["wte"])])  # fmt: skip
+def test_rows_of_trained_tokens_are_counted_as_peft_counts_them(name: str, modules: list[str]) -> None:
+    arch, shapes = model(name)
+    ours = trainable_parameters(shapes, arch, Tuning(token_rows=3))
+    indices = {module: [5, 6, 7] for module in modules}
+    assert ours == trainable_by_peft(on_meta(name), "all-linear", 16, "none", trainable_token_indices=indices)
+    assert ours - trainable_parameters(shapes, arch, Tuning()) == 3 * len(modules) * arch.hidden_size
+
+
+def test_rows_of_trained_tokens_need_copies_of_the_embeddings() -> None:
+    arch, shapes = model("llama-3-8b")
+    plain, rows = (plan(Request(architecture=arch, shapes=shapes, tuning=Tuning(token_rows=n))) for n in (0, 2))
+    copy = 2 * 128256 * 4096
+    assert rows.logits_bytes - plain.logits_bytes == 2 * copy, "the head's copy and its gradient"
+    assert rows.peak_evaluation_bytes - plain.peak_evaluation_bytes >= copy
+    assert rows.peak_loading_bytes - plain.peak_loading_bytes == copy, "the embeddings are resized"
+    assert plain.verified
+    assert not rows.verified
+
+
 def test_something_must_be_left_to_adapt() -> None:
     arch, shapes = model("smollm2-135m")
     with pytest.raises(UnknownTarget, match="leave no layer to adapt"):

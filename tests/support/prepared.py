@@ -22,7 +22,8 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.prepare.chat import chat_template
 from finetune_trainer.prepare.full_weights import choose_weights, trainable_shapes
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
-from finetune_trainer.publish.safetensors_stream import Checkpoint
+from finetune_trainer.prepare.trained_tokens import trained_tokens
+from finetune_trainer.publish.safetensors_stream import Checkpoint, read_header
 from finetune_trainer.reporter import Reporter
 from finetune_trainer.train.schedule import make_schedule
 
@@ -129,6 +130,7 @@ def prepare_job(
     s3: Any,
     folder: Path,
     model: Path,
+    /,
     *,
     train_rows: int = 24,
     held_out_rows: int = 8,
@@ -156,6 +158,10 @@ def write_prepared(
 ) -> None:
     """``prepare/`` in the job's workspace; ``only_checked`` prompts more stand beside those to be answered."""
     tokenizer = AutoTokenizer.from_pretrained(model)
+    headers = {
+        n: (e["dtype"], tuple(e["shape"])) for p in model.glob("*.safetensors") for n, e in read_header(p).items()
+    }
+    tokens = trained_tokens(tokenizer, job.snapshot.spec, headers)
     store = job.context(Stage.PREPARE).workspace_store()
     files = []
     for name, rows in ((results.PREPARED_TRAIN, train), (results.PREPARED_HELD_OUT, held_out)):
@@ -185,8 +191,11 @@ def write_prepared(
             model_commit=None,
             model_files=[],
             tokenizer_hash=tokenizer_hash(
-                {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in model.iterdir()}, chat_template(tokenizer)
+                {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in model.iterdir()},
+                chat_template(tokenizer),
+                job.snapshot.spec.model.new_tokens or (),
             ),
+            trained_tokens=tokens,
             trainable_parameters=1,
             total_parameters=1,
             total_steps=schedule.steps,

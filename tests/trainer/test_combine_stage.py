@@ -203,6 +203,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda a: spoil(a, peft_type="BONE"), "adapters[1]: s3://{bucket}/in/two is more than a plain LoRA adapter (BONE)"),
         (lambda a: spoil(a, use_dora=True), "(use_dora)"),
         (lambda a: spoil(a, modules_to_save=["lm_head"]), "(modules_to_save)"),
+        (lambda a: spoil(a, trainable_token_indices={"lm_head": [5]}), "(trainable_token_indices)"),
         (lambda a: spoil(a, trainable_token_indices=[1]), "(trainable_token_indices)"),
         (lambda a: spoil(a, bias="lora_only"), "(trained biases)"),
         (lambda a: spoil(a, init_lora_weights="pissa"), "was initialized by pissa, which changed the base's weights"),

@@ -93,8 +93,12 @@ def forget_the_result(job: PreparedJob) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "begun", "step", "micro_batch"),
-    [("LoRA", "Default", 1, 2), ("QLoRA", "Default", 5, 1), ("LoRA", "PiSSA", 8, 3)],
+    ("method", "begun", "step", "micro_batch", "model"),
+    [
+        ("LoRA", "Default", 1, 2, {}),
+        ("QLoRA", "Default", 5, 1, {"newTokens": ["about", "waits"]}),
+        ("LoRA", "PiSSA", 8, 3, {}),
+    ],
 )
 def test_a_run_that_was_told_to_stop_ends_with_the_same_bytes(
     s3: Any,
@@ -105,9 +109,10 @@ def test_a_run_that_was_told_to_stop_ends_with_the_same_bytes(
     begun: str,
     step: int,
     micro_batch: int,
+    model: dict[str, Any],
 ) -> None:
     lora = {**SPEC["method"]["lora"], "initialization": begun}
-    job = prepare_job(s3, tmp_path, tiny_model, **{**SPEC, "method": {"type": method, "lora": lora}})
+    job = prepare_job(s3, tmp_path, tiny_model, **{**SPEC, "model": model, "method": {"type": method, "lora": lora}})
     train.run(job.context())
     undisturbed, losses = adapter(job), curve(job)
     forget_the_result(job)

@@ -91,6 +91,32 @@ def test_a_tampered_adapter_folder_fails(
     assert not job.context().workspace_store().exists("train/result.json")
 
 
+def without_rows(data: bytes) -> bytes:
+    return save({n: t for n, t in load(data).items() if not n.startswith("base_model.model.lm_head.")})
+
+
+def one_row_as_in_the_base(data: bytes) -> bytes:
+    tensors = load(data)
+    rows = tensors["base_model.model.lm_head.token_adapter.trainable_tokens_delta"]
+    rows[-1] = rows[-1].mean()
+    return save(tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(without_rows, "the adapter is not whole: it has trained rows"), (one_row_as_in_the_base, "held-out loss")],
+)
+def test_an_adapter_that_lacks_a_trained_tokens_row_fails(
+    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes], said: str
+) -> None:  # fmt: skip
+    spec = {"model": {"newTokens": ["about", "waits"]}, "training": {"length": {"steps": 8}}}
+    job = prepare_job(s3, tmp_path, tiny_model, **spec)
+    tamper(monkeypatch, ADAPTER, change, consistent=True)
+    with pytest.raises(StageError, match=said) as caught:
+        train.run(job.context())
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+
+
 def test_a_vanished_adapter_file_fails(job: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     upload = save_module.upload_adapter
 

@@ -8,12 +8,14 @@ from typing import Any
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+TOKENS = ".token_adapter.trainable_tokens_delta"
+"""Rows of an embedding that take the place of the base's (peft's ``trainable_token_indices``)."""
 PREFIX = "base_model.model."
 UNCHANGED_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 """peft's ``init_lora_weights`` after which an adapter means what its file says."""
 UNKNOWN_SETTINGS = (
     "fan_in_fan_out", "lora_bias", "layer_replication",
-    "trainable_token_indices", "target_parameters", "kasa_config", "monteclora_config", "velora_config", "arrow_config", "use_bdlora", "alora_invocation_tokens", "use_qalora",
+    "target_parameters", "kasa_config", "monteclora_config", "velora_config", "arrow_config", "use_bdlora", "alora_invocation_tokens", "use_qalora",
 )  # fmt: skip
 """The operator sets none of them; a file that has one is refused, not misread."""
 

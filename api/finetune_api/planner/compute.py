@@ -48,7 +48,9 @@ def training_flop_per_token(
         own = sum(t.inputs * t.outputs for t in targets) + head
         return 2 * (weights * passes + own) + attention * (passes + 1)
     adapter = (2 if tuning.offset else 1) * matrix_parameters(targets, tuning)
-    return 2 * weights * passes + 2 * adapter * (passes + 1) + attention * (passes + 1)
+    # The head has a gradient of its own where some of its rows are trained: it is made for all of them.
+    of_head = 2 * arch.vocabulary_size * arch.hidden_size if tuning.token_rows else 0
+    return 2 * weights * passes + 2 * adapter * (passes + 1) + attention * (passes + 1) + of_head
 
 
 def work(

@@ -34,12 +34,14 @@ def request_of(
     gpus: int = 1,
     attention: Attention = Attention.SDPA,
     run_tokens: int | None = None,
+    token_rows: int | None = None,
 ) -> Request:
     """What :func:`finetune_api.planner.choose` takes; it settles the method and the micro-batch.
 
     Args:
         run_tokens: tokens of the whole run, as prepare counts them; without it a run of so many steps is taken to be of the longest
             rows, and one of epochs has no time.
+        token_rows: tokens whose rows are trained, as prepare counts them; without it those that the spec names.
     """
     training, lora, resolved = spec.training, spec.method.lora, resolve_plan(spec)
     if run_tokens is None and training.length.steps is not None:
@@ -56,6 +58,7 @@ def request_of(
             layers_to_transform=lora.layers_to_transform,
             rank_pattern=dict(lora.rank_pattern or {}),
             modules_to_save=list(lora.modules_to_save or []),
+            token_rows=len(trained_tokens(spec)) if token_rows is None else token_rows,
             dora=lora.use_dora,
             offset=lora.initialization in BEGIN_AT_WEIGHTS,
             quantization=spec.method.quantization.type,
@@ -100,6 +103,11 @@ def rounds(spec: FineTuneJobSpec, shardable: bool = True) -> list[tuple[Layout, 
             return offload or [first]
 
 
+def trained_tokens(spec: FineTuneJobSpec) -> set[str]:
+    """The texts of the tokens whose rows are trained."""
+    return {*(spec.model.new_tokens or []), *(spec.method.lora.trainable_tokens or [])}
+
+
 def gpu_counts(spec: FineTuneJobSpec, several: Sequence[Layout]) -> Sequence[int]:
     """How many GPUs of each node the run may get, in the order in which they are tried: for Auto the fewest first, as GPUs that are not needed are
     wasted. More do not help where each holds a whole copy."""
@@ -117,7 +125,7 @@ def is_whole(spec: FineTuneJobSpec, method: MethodType, quantization: Quantizati
     lora = spec.method.lora
     if method is MethodType.FULL or (method is not MethodType.LORA and quantization is QuantizationType.INT8):
         return True
-    return lora.use_dora or bool(lora.modules_to_save) or lora.initialization in WHOLE_WEIGHTS
+    return lora.use_dora or bool(lora.modules_to_save or trained_tokens(spec)) or lora.initialization in WHOLE_WEIGHTS
 
 
 def possible(spec: FineTuneJobSpec, offered: Sequence[Alternative], shardable: bool = True) -> list[Alternative]:

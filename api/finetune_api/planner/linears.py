@@ -88,10 +88,11 @@ def quantized_layers(linears: list[Linear], arch: Architecture) -> list[Linear]:
 
 
 def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> int:
-    """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), with DoRA its outputs once more, the biases PEFT's ``bias`` names, and modules
-    that are trained whole."""
+    """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), with DoRA its outputs once more, the biases PEFT's ``bias`` names, modules
+    that are trained whole, and the rows of trained tokens."""
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
     count = matrix_parameters(targets, tuning) + tuning.dora * sum(layer.outputs for layer in targets)
+    count += tuning.token_rows * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     return count + _biases(shapes, targets, tuning.bias) + _saved(shapes, tuning.modules_to_save)
 
 

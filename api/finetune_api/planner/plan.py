@@ -169,6 +169,8 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     # In 8 bit a tensor is there as it was loaded, and once more in float16 (transformers' Bnb8bitQuantize, bitsandbytes' Int8Params).
     unpacked = 4 if tuning.eight_bit else 2
     largest = max((unpacked * math.prod(shapes[name]) for name in quantized), default=0)
+    # The old embeddings beside the new ones, after all else is loaded.
+    resizing = weights.token_copy_bytes(arch, tuning)
     flop = training_flop_per_token(arch, shapes, targets, tuning, batch)
     return MemoryPlan(
         weight_bytes=weight,
@@ -187,7 +189,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         peak_allocated_bytes=held + step.peak_bytes,
         peak_evaluation_bytes=held + evaluation,
         peak_training_bytes=held + max(step.peak_bytes, evaluation) + fragmentation + CONTEXT_BYTES,
-        peak_loading_bytes=loaded + constants + shared.gathered_bytes + largest + CONTEXT_BYTES,
+        peak_loading_bytes=loaded + constants + shared.gathered_bytes + max(largest, resizing) + CONTEXT_BYTES,
         host_memory_bytes=HOST_BYTES
         + max(2 * math.prod(shape) for shape in shapes.values())
         + (adapter + optimizer if tuning.full else 4 * (3 * trainable + frozen))
@@ -210,6 +212,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         and not arch.experts
         and not tuning.dora
         and not tuning.full
+        and not tuning.token_rows
         and request.layout is Layout.SINGLE,
     )
 
@@ -232,7 +235,9 @@ def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory
     )
     step = activations.step_memory(arch, batch, layer, copied)
     if not tuning.full:
-        return step
+        # The head's copy, and its gradient of all rows, of which those of the trained tokens are taken.
+        copies = 2 * weights.token_copy_bytes(arch, tuning)
+        return step.model_copy(update={"loss_bytes": step.loss_bytes + copies})
     chosen = full.trained(shapes, tuning)
     return step.model_copy(
         update={
@@ -267,4 +272,4 @@ def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, copied
         prompts = min(request.generation_prompts, ANSWERED_AT_ONCE, fitting)
         answers = activations.generation_bytes(arch, *rows(prompts), copied, request.generation_new_tokens)
         peak = max(peak, answers)
-    return peak
+    return peak + weights.token_copy_bytes(arch, request.tuning)

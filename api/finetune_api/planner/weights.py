@@ -96,6 +96,12 @@ def optimizer_bytes(name: str, trainable: int, embedding: int = 0) -> int:
     return int(each * (trainable - embedding) + (8.0 if "8bit" in name else each) * embedding)
 
 
+def token_copy_bytes(arch: Architecture, tuning: Tuning) -> int:
+    """A copy of the embeddings with the trained tokens' rows put in, which peft makes in each forward pass, of the head too (0.21:
+    TrainableTokensLayer.get_merged_weights)."""
+    return HALF * arch.vocabulary_size * arch.hidden_size if tuning.token_rows else 0
+
+
 def trained_embedding(shapes: Shapes, tuning: Tuning) -> int:
     """Weights of input embeddings that are trained whole."""
     return sum(

@@ -35,6 +35,8 @@ class Tuning(ApiModel):
     rank_pattern: dict[str, int] = {}
     """Ranks of single layers; the most specific name counts."""
     modules_to_save: list[str] = []
+    token_rows: Annotated[int, Field(ge=0)] = 0
+    """Tokens whose rows of the embeddings, and of the head where that stands apart, are trained."""
     dora: bool = False
     offset: bool = False
     """PiSSA, OLoRA: as many weights as the matrices have are held beside them, frozen, and products are of twice the rank."""

@@ -17,7 +17,7 @@ from finetune_api.optimizers import OptimizerName
 from finetune_api.spec.compute import Compute, Queue
 from finetune_api.spec.data import Data
 from finetune_api.spec.evaluation import Evaluation
-from finetune_api.spec.method import WHOLE_WEIGHTS, Method, MethodType
+from finetune_api.spec.method import EMBEDDINGS, WHOLE_WEIGHTS, Method, MethodType
 from finetune_api.spec.model import Model
 from finetune_api.spec.objective import Objective
 from finetune_api.spec.output import Output
@@ -69,6 +69,14 @@ _FULL_IS_WHOLE = (
 _FULL_IS_MERGED = "method.type: Full publishes a whole model anyway, in model/: leave output.merged.enabled out"
 _FULL_HAS_NO_ADAPTER = (
     "model.initialAdapter is for type: LoRA and QLoRA: merge it first, and name the merged model in model.uri"
+)
+_FULL_HAS_NO_NEW_TOKENS = (
+    "model.newTokens is for type: LoRA and QLoRA, which train the new tokens' rows: method.type: Full adds no tokens"
+)
+_TOKENS_ARE_WHOLE = "model.newTokens and method.lora.trainableTokens need the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out"
+_NEW_ROWS_TWICE = "method.lora.modulesToSave trains embeddings whole, and model.newTokens their rows: leave embed_tokens and lm_head out of modulesToSave"
+_ADAPTER_TRAINS_NO_TOKENS = (
+    "model.initialAdapter trains no tokens: leave method.lora.trainableTokens out, or train afresh"
 )
 _GALORE_IS_FULL = (
     "training.optimizer.name: galore_adamw projects gradients of whole weight matrices: it needs method.type: Full"
@@ -126,6 +134,7 @@ class FineTuneJobSpec(ApiModel):
             ),
             ("self.method.type != 'Full' || !self.output.merged.enabled", _FULL_IS_MERGED),
             ("self.method.type != 'Full' || !has(self.model.initialAdapter)", _FULL_HAS_NO_ADAPTER),
+            ("self.method.type != 'Full' || !has(self.model.newTokens)", _FULL_HAS_NO_NEW_TOKENS),
             ("self.method.type == 'Full' || self.training.optimizer.name != 'galore_adamw'", _GALORE_IS_FULL),
             (
                 "!self.method.lora.useDora || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
@@ -134,6 +143,20 @@ class FineTuneJobSpec(ApiModel):
             (
                 "!has(self.method.lora.modulesToSave) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
                 _SAVED_MESSAGE,
+            ),
+            (
+                "!has(self.model.newTokens) && !has(self.method.lora.trainableTokens) || "
+                "(self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                _TOKENS_ARE_WHOLE,
+            ),
+            (
+                "!has(self.model.newTokens) || !has(self.method.lora.modulesToSave) || "
+                f"!self.method.lora.modulesToSave.exists(m, m.matches('(^|[.])({EMBEDDINGS})$'))",
+                _NEW_ROWS_TWICE,
+            ),
+            (
+                "!has(self.model.initialAdapter) || !has(self.method.lora.trainableTokens)",
+                _ADAPTER_TRAINS_NO_TOKENS,
             ),
             (
                 "!(self.method.lora.initialization in ['EVA', 'LoftQ', 'PiSSA', 'OLoRA']) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
@@ -201,6 +224,19 @@ class FineTuneJobSpec(ApiModel):
             (full and self.output.merged.enabled, _FULL_IS_MERGED),
             (full and self.model.initial_adapter is not None, _FULL_HAS_NO_ADAPTER),
             (galore and not full, _GALORE_IS_FULL),
+        ):
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _tokens(self) -> FineTuneJobSpec:
+        lora, new = self.method.lora, bool(self.model.new_tokens)
+        for wrong, message in (
+            (new and self.method.type is MethodType.FULL, _FULL_HAS_NO_NEW_TOKENS),
+            ((new or bool(lora.trainable_tokens)) and self._shards, _TOKENS_ARE_WHOLE),
+            (new and lora.saves_embeddings, _NEW_ROWS_TWICE),
+            (bool(lora.trainable_tokens) and self.model.initial_adapter is not None, _ADAPTER_TRAINS_NO_TOKENS),
         ):
             if wrong:
                 raise ValueError(message)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated
 
 from pydantic import ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
-from finetune_api.fieldtypes import MODULE_KEYS, Alpha, AlphaMap, ModuleName, ModulePattern, Rank, RankMap, cel
+from finetune_api.fieldtypes import (
+    MODULE_KEYS,
+    Alpha,
+    AlphaMap,
+    ModuleName,
+    ModulePattern,
+    Rank,
+    RankMap,
+    TokenText,
+    cel,
+)
 
 _ONE_CHOICE = "method.full takes spectrum or modules: leave one of them out"
 LayerIndex = Annotated[int, Field(ge=0, le=9999)]
@@ -52,6 +63,11 @@ WHOLE_WEIGHTS = (LoraInitialization.EVA, LoraInitialization.LOFTQ, *BEGIN_AT_WEI
 
 
 _DORA_MESSAGE = "useDora and initialization: PiSSA or OLoRA each say what the update is: leave one of them out"
+
+
+EMBEDDINGS = "embed_tokens|embed_in|wte|word_embeddings|lm_head|embed_out"
+"""Names of input embeddings and output heads."""
+TRAINED_TWICE = "modulesToSave trains embeddings whole already: leave trainableTokens out, or embed_tokens and lm_head out of modulesToSave"
 
 
 class Lora(ApiModel):
@@ -102,6 +118,15 @@ class Lora(ApiModel):
         ),
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
+    trainable_tokens: Annotated[list[TokenText], Field(min_length=1, max_length=256)] | None = Field(
+        None,
+        description=(
+            "Tokens of the tokenizer, by their text, whose rows of the embeddings (and of the output head) are trained beside the adapter: for a "
+            "chat template's or a format's tokens that the base hardly knows. Those of model.newTokens are trained in any case. Needs the whole base "
+            "model on each GPU; vLLM serves such adapters merged only."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
     use_dora: bool = Field(
         False,
         description=(
@@ -142,6 +167,10 @@ class Lora(ApiModel):
                 "useDora measures the weights before they are initialized so: leave initialization: Orthogonal and LoftQ out",
             ),
             ("!self.useDora || !(self.initialization in ['PiSSA', 'OLoRA'])", _DORA_MESSAGE),
+            (
+                f"!has(self.trainableTokens) || !has(self.modulesToSave) || !self.modulesToSave.exists(m, m.matches('(^|[.])({EMBEDDINGS})$'))",
+                TRAINED_TWICE,
+            ),
         )
     )
 
@@ -149,6 +178,17 @@ class Lora(ApiModel):
     def _no_dora_of_what_begins_at_weights(self) -> Lora:
         if self.use_dora and self.initialization in BEGIN_AT_WEIGHTS:
             raise ValueError(_DORA_MESSAGE)
+        return self
+
+    @property
+    def saves_embeddings(self) -> bool:
+        """Whether modulesToSave names the input embeddings or the output head."""
+        return any(re.search(rf"(^|[.])({EMBEDDINGS})$", module) for module in self.modules_to_save or [])
+
+    @model_validator(mode="after")
+    def _embeddings_once(self) -> Lora:
+        if self.trainable_tokens and self.saves_embeddings:
+            raise ValueError(TRAINED_TWICE)
         return self
 
 
@@ -254,7 +294,7 @@ _ADAPTER_MESSAGE = (
 _LORA_DEFAULTS = (
     "self.lora.rank == 16 && !has(self.lora.alpha) && !has(self.lora.rankPattern) && !has(self.lora.alphaPattern) && self.lora.dropout == 0.05 && "
     "self.lora.bias == 'None' && self.lora.targetModules == ['all-linear'] && !has(self.lora.excludeModules) && !has(self.lora.layersToTransform) && "
-    "!has(self.lora.modulesToSave) && !self.lora.useDora && !has(self.lora.loraPlusLRRatio) && self.lora.initialization == 'Default' && "
+    "!has(self.lora.modulesToSave) && !has(self.lora.trainableTokens) && !self.lora.useDora && !has(self.lora.loraPlusLRRatio) && self.lora.initialization == 'Default' && "
     "!self.lora.useRslora && self.quantization.type == 'NF4' && !has(self.quantization.doubleQuantization)"
 )
 """What the API server fills in where a user says nothing; that somebody wrote a default out cannot be told."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from finetune_api.base import ApiModel
-from finetune_api.fieldtypes import Name, cel
+from finetune_api.fieldtypes import Name, NewToken, cel
 from finetune_api.spec.references import RemoteSource
 from finetune_api.uris import MODEL_URI_PATTERN
 
@@ -58,6 +58,9 @@ class InitialAdapter(RemoteSource):
     )
 
 
+_ADAPTER_KNOWS_NO_NEW = "initialAdapter knows no new tokens: leave newTokens out, or train afresh"
+
+
 class Model(RemoteSource):
     """The base model."""
 
@@ -73,6 +76,14 @@ class Model(RemoteSource):
             "Train on from this adapter's weights instead of fresh ones. Rank, alpha, modules and variant are the adapter's; of method.lora "
             "only dropout and loraPlusLRRatio apply."
         ),
+    )
+    new_tokens: Annotated[list[NewToken], Field(min_length=1, max_length=256)] | None = Field(
+        None,
+        description=(
+            "Tokens that the tokenizer gets in addition, such as <tool_call>: plain ones, which stand in answers as any text does. Their rows of the "
+            "embeddings begin as the mean of all others, and are trained. Needs the whole base model on each GPU; vLLM serves such a model merged only."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model repository ships.")
     cache: ModelCache | None = Field(
@@ -90,5 +101,15 @@ class Model(RemoteSource):
                 "!has(self.cache) || !self.uri.startsWith('pvc://')",
                 "a pvc:// model is used where it lies: cache applies to others",
             ),
+            (
+                "!has(self.initialAdapter) || !has(self.newTokens)",
+                _ADAPTER_KNOWS_NO_NEW,
+            ),
         )
     )
+
+    @model_validator(mode="after")
+    def _new_tokens_are_trained_afresh(self) -> Model:
+        if self.new_tokens and self.initial_adapter is not None:
+            raise ValueError(_ADAPTER_KNOWS_NO_NEW)
+        return self

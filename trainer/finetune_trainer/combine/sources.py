@@ -75,7 +75,7 @@ def _read_config(folder: Path, place: str) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise StageError(Reason.INVALID_CONFIG, f"{place} is no adapter of peft's ({CONFIG}: {error}).") from error
     assert isinstance(config, dict)
-    strange = strange_settings(config, "modules_to_save", "use_dora")
+    strange = strange_settings(config, "modules_to_save", "trainable_token_indices", "use_dora")
     if kind != "LORA" or strange or config.get("bias", "none") != "none":
         found = kind if kind != "LORA" else ", ".join(strange) or "trained biases"
         raise StageError(

@@ -27,6 +27,7 @@ from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.prepare.split import copies, fingerprint, group_of
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Remembered, flat, lists
+from finetune_trainer.prepare.trained_tokens import add_new_tokens
 from finetune_trainer.prepare.turns import alternates
 
 
@@ -51,6 +52,7 @@ class Recipe:
         if model is not None:
             return Assessor(self, model.tokenizer, model.renderer)
         tokenizer = load_tokenizer(self.folder, self.spec.model.trust_remote_code)
+        add_new_tokens(tokenizer, self.spec.model.new_tokens or ())
         return Assessor(self, tokenizer, ChatRenderer(tokenizer, self.template) if self.template else None)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Prepared:
     """What the prompts' answers are compared with."""
     preview: list[PreviewRow]
     warnings: list[str]
+    occurrences: Counter[int] = field(default_factory=Counter)
+    """How often trained tokens stand in the training rows."""
 
 
 def finish(
@@ -67,11 +70,13 @@ def finish(
     folder: Path,
     questions: Questions | None = None,
     preview_rows: int = PREVIEW_ROWS,
+    trained_ids: Sequence[int] = (),
 ) -> Prepared:
     """Split the rows and write the files.
 
     Args:
         questions: what is answered instead of held-out prompts.
+        trained_ids: tokens that are counted.
 
     Raises:
         StageError: TooFewRows.
@@ -81,6 +86,7 @@ def finish(
     sides = (Side(), Side())
     prompts: list[PreparedPrompt] = []
     preview: list[PreviewRow] = []
+    occurrences: Counter[int] = Counter()
     most = TOKENIZER_PROMPTS if questions is not None else max(spec.evaluation.generation.prompts, TOKENIZER_PROMPTS)
     begin = 0
     with (
@@ -99,6 +105,8 @@ def finish(
                 prompts += [_prompt(_row(whole, i), tokenizer, renderer) for i in asked[: most - len(prompts)].tolist()]
             first = np.flatnonzero(copies)[: preview_rows - len(preview)].tolist()
             preview += [_preview(_row(rows, i), tokenizer) for i in first]
+            if trained_ids:
+                occurrences.update(count_tokens(rows, copies, trained_ids))
             for side, writer, chosen in zip(sides, (train, held), (trained, asked), strict=True):
                 side.add(rows, chosen)
                 writer.write(rows.select(SCHEMA.names), chosen)
@@ -132,7 +140,18 @@ def finish(
     )
     references = [prompt.reference for prompt in prompts if prompt.answered]
     warnings = _warnings(spec, data, checked, held_out)
-    return Prepared(folder, data, data_hash(sides), references, preview, warnings + about_questions)
+    return Prepared(folder, data, data_hash(sides), references, preview, warnings + about_questions, occurrences)
+
+
+def count_tokens(rows: pa.Table, copies: npt.NDArray[np.int64], wanted: Sequence[int]) -> Counter[int]:
+    """How often tokens stand in rows that are written so many times."""
+    ids = rows.column("input_ids").combine_chunks()
+    values = ids.flatten().to_numpy(zero_copy_only=False)
+    times = np.repeat(copies, ids.value_lengths().to_numpy(zero_copy_only=False))
+    found = np.isin(values, wanted)
+    numbers, places = np.unique(values[found], return_inverse=True)
+    counts = np.bincount(places, weights=times[found], minlength=len(numbers)).astype(int)
+    return Counter(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
 
 
 def _write(path: Path, items: Sequence[ApiModel]) -> None:

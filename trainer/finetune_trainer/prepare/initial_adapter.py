@@ -113,7 +113,7 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
         config = {**config, "fan_in_fan_out": False}  # peft sets it for such layers, by itself
     if (
         config.get("peft_type") != "LORA"
-        or (strange := strange_settings(config, "modules_to_save"))
+        or (strange := strange_settings(config, "modules_to_save", "trainable_token_indices"))
         or config.get("bias") != "none"
     ):
         found = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(strange) or "trained biases"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import Reason
-from finetune_api.results import SourceFile
+from finetune_api.results import SourceFile, TrainedTokens
 from finetune_api.spec import CpuOffload, MethodType, Parallelism
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
@@ -26,6 +26,7 @@ from finetune_trainer.prepare.shapes import (
     refuse_unsaveable,
 )
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
+from finetune_trainer.prepare.trained_tokens import grown, resized_config, trained_rows, trained_tokens
 from finetune_trainer.s3_transfer import CHUNK_BYTES
 from finetune_trainer.sources.model import ModelSource, TensorHeaders, resolve_model
 from finetune_trainer.waiting import wait_until_available
@@ -45,14 +46,16 @@ class BaseModel:
     """Rows of the embedding: token ids must be below it."""
     parameters: Parameters
     config: dict[str, Any]
-    """config.json."""
+    """config.json; with new tokens, of the resized model."""
     shapes: dict[str, tuple[int, ...]]
-    """Of every tensor in the weights' files."""
+    """Of every tensor in the weights' files; with new tokens, of the resized embeddings."""
     warnings: list[str]
     adapter: InitialAdapter | None = None
     """What training goes on from."""
     folder: Path = Path()
     """Where configuration and tokenizer lie."""
+    tokens: TrainedTokens | None = None
+    """Those whose rows of the embeddings are trained."""
 
 
 def inspect_model(ctx: StageContext) -> BaseModel:
@@ -75,6 +78,9 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     if ctx.snapshot.spec.output.merged.enabled:
         check_mergeable(headers, spec.uri)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
+    tokens = trained_tokens(tokenizer, ctx.snapshot.spec, headers)
+    if tokens is not None and tokens.resized_to is not None:
+        headers, config = grown(headers, tokens.resized_to), resized_config(config, tokens.resized_to)
     own = ctx.snapshot.spec.data.chat_template
     template = own or chat_template(tokenizer)
     renderer = tried_renderer(tokenizer, template, given=own is not None) if template else None
@@ -102,7 +108,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         parameters = count_full(headers, method.full, tied, spec.uri)
     else:
         refuse_unsaveable(headers, lora, tied, method.type is not MethodType.LORA)
-        parameters = count_parameters(headers, lora)
+        parameters = count_parameters(headers, lora, trained_rows(headers, config, tokens))
         refuse_mamba_projections(config.get("model_type"), parameters)
         if is_mixture_of_experts(headers):
             warnings.append(of_experts(parameters))
@@ -116,7 +122,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         commit=model.commit,
         files=records,
         tokenizer=tokenizer,
-        tokenizer_hash=tokenizer_hash({f.path: f.sha256 for f in records if f.sha256}, template),
+        tokenizer_hash=tokenizer_hash({f.path: f.sha256 for f in records if f.sha256}, template, spec.new_tokens or ()),
         renderer=renderer,
         vocabulary=_vocabulary(config, headers, spec.uri),
         parameters=parameters,
@@ -125,6 +131,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         adapter=adapter,
         warnings=warnings,
         folder=folder,
+        tokens=tokens,
     )
 
 

@@ -66,7 +66,7 @@ def plan_run(
     try:
         arch = parse_config(model.config)
         shapes = parameter_shapes(model.shapes, arch)
-        request = request_for(spec, arch, shapes, data)
+        request = request_for(spec, arch, shapes, data, len(model.tokens.ids) if model.tokens is not None else 0)
         return from_request(spec, split, request, found, is_shardable(spec, arch, model.shapes), model.uri)
     except (UnknownArchitecture, UnknownTarget) as error:
         if automatic := left_to_the_plan(spec):
@@ -148,14 +148,25 @@ def _nothing_known(product: str | None, node_gpus: Sequence[NodeGpu] | None) -> 
     return f"{why}. Set compute.gpu.product, or declare its memory in compute.gpu.memory."
 
 
-def request_for(spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data: DataSummary) -> Request:
-    """What to plan: rows are as long as the longest, which is often far below the limit."""
+def request_for(
+    spec: FineTuneJobSpec, arch: Architecture, shapes: Shapes, data: DataSummary, token_rows: int = 0
+) -> Request:
+    """What to plan: rows are as long as the longest, which is often far below the limit.
+
+    Args:
+        token_rows: tokens whose rows of the embeddings are trained.
+    """
     length = spec.training.length
     epochs = length.epochs or 0.0
     if length.steps is not None:
         epochs = length.steps * spec.training.global_batch_sequences / max(1, data.train_rows)
     request = request_of(
-        spec, arch, shapes, gpus=rank_count(spec), run_tokens=max(1, round(epochs * data.train_tokens))
+        spec,
+        arch,
+        shapes,
+        gpus=rank_count(spec),
+        run_tokens=max(1, round(epochs * data.train_tokens)),
+        token_rows=token_rows,
     )
     longest = max(1, min(spec.training.max_sequence_tokens, data.tokens.max))
     return request.model_copy(update={"batch": request.batch.model_copy(update={"sequence_tokens": longest})})

@@ -29,6 +29,7 @@ from finetune_api.results import (
     PrepareReport,
     PrepareResult,
     RunPlan,
+    TrainedTokens,
     TrainResult,
 )
 from finetune_api.spec import Judge
@@ -46,6 +47,7 @@ from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.prepare.questions import check_questions, read_questions
 from finetune_trainer.prepare.tasks import prepare_tasks
 from finetune_trainer.prepare.trackers import check_trackers
+from finetune_trainer.prepare.trained_tokens import counted, warnings_of
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.ahead import fetch_or_leave
 from finetune_trainer.stored import read_stored
@@ -99,6 +101,7 @@ def run(ctx: StageContext) -> PrepareReport:
         model_commit=model.commit,
         model_files=model.files,
         tokenizer_hash=model.tokenizer_hash,
+        trained_tokens=found.tokens,
         trainable_parameters=model.parameters.trainable,
         total_parameters=model.parameters.total,
         total_steps=found.total_steps,
@@ -130,6 +133,8 @@ class Examined:
     plan: RunPlan | None
     total_steps: int
     warnings: list[str]
+    tokens: TrainedTokens | None = None
+    """Those whose rows of the embeddings are trained, and how often each occurs."""
 
 
 def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS, with_plan: bool = True) -> Examined:
@@ -151,8 +156,10 @@ def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS, with_plan: bool
     checked = check_data(ctx, model)
     questions = read_questions(ctx, model)
     prepared = finish(
-        ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared", questions, preview_rows
-    )
+        ctx.snapshot.spec, checked, model.tokenizer, model.renderer, ctx.work_dir / "prepared", questions, preview_rows,
+        model.tokens.ids if model.tokens is not None else (),
+    )  # fmt: skip
+    tokens = counted(model.tokens, prepared.occurrences) if model.tokens is not None else None
     if search is not None:
         check_on(search, prepared.references)
     checked.spool.unlink(missing_ok=True)
@@ -161,8 +168,9 @@ def examine(ctx: StageContext, preview_rows: int = PREVIEW_ROWS, with_plan: bool
     if with_plan:
         planned = plan_run(snapshot.spec, ctx.snapshot.split, model, prepared.data, ctx.snapshot.node_gpus)
     steps = total_steps(ctx.snapshot.spec, prepared.data.train_rows)
-    warnings = model.warnings + prepared.warnings + (capped(snapshot.spec, planned) if with_plan else [])
-    return Examined(model, prepared, planned, steps, warnings)
+    warnings = model.warnings + prepared.warnings + (warnings_of(tokens) if tokens is not None else [])
+    warnings += capped(snapshot.spec, planned) if with_plan else []
+    return Examined(model, prepared, planned, steps, warnings, tokens)
 
 
 def check_judge(judge: Judge | None) -> None:

@@ -68,9 +68,12 @@ def check_config(folder: Path, uri: str) -> dict[str, Any]:
     return dict(config)
 
 
-def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
+def count_parameters(headers: TensorHeaders, lora: ResolvedLora, token_rows: int = 0) -> Parameters:
     """Trainable parameters of LoRA, rank × (in + out) per adapted layer (Hu et al., 2021), with DoRA its outputs, and the chosen biases; and
     all parameters.
+
+    Args:
+        token_rows: numbers in trained tokens' rows of the embeddings.
 
     Raises:
         StageError: UnknownTargetModule, InvalidConfig for output head or embeddings.
@@ -92,7 +95,7 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora) -> Parameters:
     )
     _no_routed_is_saved(routed, lora)
     trainable += _biases(tensors, targets, lora.bias) + _saved(tensors, targets, lora.modules_to_save)
-    return Parameters(trainable, sum(math.prod(shape) for shape in tensors.values()), targets)
+    return Parameters(trainable + token_rows, sum(math.prod(shape) for shape in tensors.values()), targets)
 
 
 def _outputs(name: str, shape: tuple[int, ...]) -> int:

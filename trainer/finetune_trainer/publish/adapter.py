@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from finetune_api.failures import Reason
 from finetune_api.results import WEIGHTS_FILE, TrainedWeights
 from finetune_api.targets import as_peft_reads
 from finetune_trainer.errors import StageError
-from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, MAGNITUDE, WEIGHTS, strange_settings, tensor_name
+from finetune_trainer.lora_files import (
+    CONFIG,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    TOKENS,
+    WEIGHTS,
+    strange_settings,
+    tensor_name,
+)
 from finetune_trainer.publish.safetensors_stream import rows_per_chunk
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -68,6 +77,8 @@ class Adapter:
     file: str = WEIGHTS
     words: str = "base + adapter"
     """What base and this are together, for messages."""
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Base tensors of which it replaces rows, or to which it adds some: those of trained tokens, ascending."""
 
     def lora(self, module: str) -> Lora:
         """The update of a module."""
@@ -78,6 +89,10 @@ class Adapter:
     def replacement(self, tensor: str) -> torch.Tensor:
         """The trained values of a base tensor."""
         return self._read(tensor)
+
+    def token_rows(self, tensor: str) -> torch.Tensor:
+        """The trained rows of a base tensor, in the order of ``tokens``."""
+        return self._read(f"{tensor.removesuffix('.weight')}{TOKENS}")
 
     def replaced_rows(self, tensor: str) -> Iterator[tuple[int, torch.Tensor]]:
         """The same in parts: (first row, rows)."""
@@ -167,4 +182,27 @@ def read_adapter(folder: Path) -> Adapter:
     root = math.sqrt if config.get("use_rslora") else float
     alphas = dict.fromkeys(modules, alpha) | as_peft_reads(modules, config.get("alpha_pattern") or {})
     scalings = {m: alphas[m] / root(ranks[m]) for m in modules}
-    return Adapter(folder, scalings, frozenset(n for n in keys if ".lora_" not in n), keys)
+    replaced = frozenset(n for n in keys if ".lora_" not in n and not n.endswith(TOKENS))
+    return Adapter(folder, scalings, replaced, keys, tokens=token_indices(folder, config, keys))
+
+
+def token_indices(folder: Path, config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Trained tokens by base tensor.
+
+    Raises:
+        StageError: VerificationFailed, if the file has not a row for each.
+    """
+    configured: dict[str, list[int]] = config.get("trainable_token_indices") or {}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        found = {
+            n.removesuffix(TOKENS): file.get_slice(k).get_shape()[0] for n, k in keys.items() if n.endswith(TOKENS)
+        }
+    if found != {name: len(ids) for name, ids in configured.items()} or any(
+        ids != sorted(set(ids)) for ids in configured.values()
+    ):
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the adapter is not whole: it has trained rows of {found or 'no embedding'}, and is configured for "
+            f"{ {name: len(ids) for name, ids in configured.items()} or 'none' }.",
+        )
+    return {f"{name}.weight": tuple(ids) for name, ids in configured.items()}

@@ -13,6 +13,7 @@ from finetune_trainer.publish.adapter import Adapter
 from finetune_trainer.publish.merge import BaseWeights
 from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.publish.streamed import StreamedModel
+from finetune_trainer.publish.tokens import with_rows
 from finetune_trainer.train.device import cpu_dtype
 from finetune_trainer.train.rows import Rows
 
@@ -51,6 +52,9 @@ def merge_check(
     indices = list(range(trained.check_rows))
 
     def unmerged(name: str) -> torch.Tensor:
+        if name in adapter.tokens:
+            parts = with_rows(base.rows(name), adapter.tokens[name], adapter.token_rows(name))
+            return torch.cat([rows.to(compute) for _, rows in parts])
         return adapter.replacement(name) if name in adapter.replaced else base.read(name)
 
     checkpoint = Checkpoint(merged)

@@ -15,6 +15,7 @@ from finetune_api.failures import Reason
 from finetune_api.results import WEIGHTS_FILE, FileRecord
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import CONFIG, WEIGHTS
+from finetune_trainer.prepare.trained_tokens import resized_config
 from finetune_trainer.publish.adapter import Adapter
 from finetune_trainer.publish.round_trip import RoundTrip
 from finetune_trainer.publish.safetensors_stream import (
@@ -27,6 +28,7 @@ from finetune_trainer.publish.safetensors_stream import (
     read_header,
     rows_per_chunk,
 )
+from finetune_trainer.publish.tokens import grown, with_rows
 
 NOT_COPIED = {CONFIG, WEIGHTS, WEIGHTS_FILE, "README.md"}
 
@@ -70,8 +72,9 @@ def merge(
         StageError: UnsupportedModel, if no tensor of the adapter fits the base; VerificationFailed, if one is left over.
     """
     tensors = base.checkpoint.tensors
-    fitting = {m for m in adapter.modules if f"{m}.weight" in tensors} | {n for n in adapter.replaced if n in tensors}
-    left = {n for n in (adapter.modules.keys() | adapter.replaced) - fitting if not adapter.repeats(n, fitting)}
+    whole = adapter.replaced | adapter.tokens.keys()
+    fitting = {m for m in adapter.modules if f"{m}.weight" in tensors} | {n for n in whole if n in tensors}
+    left = {n for n in (adapter.modules.keys() | whole) - fitting if not adapter.repeats(n, fitting)}
     if not fitting:
         raise StageError(
             Reason.UNSUPPORTED_MODEL,
@@ -87,7 +90,7 @@ def merge(
     records = []
     for file in base.checkpoint.files:
         # Widest elements first keeps every tensor aligned.
-        mine = [target(t, dtype) for t in tensors.values() if t.file == file]
+        mine = [target(grown(t, adapter.tokens.get(t.name, ())), dtype) for t in tensors.values() if t.file == file]
         mine.sort(key=lambda t: -element_size(t))
         with StreamWriter(folder / file, mine) as writer:
             for info in mine:
@@ -110,6 +113,9 @@ def merged_parts(base: BaseWeights, adapter: Adapter, info: TensorInfo) -> Any:
     elif info.name in adapter.replaced:
         for _, rows in adapter.replaced_rows(info.name):
             yield rows.to(dtype)
+    elif info.name in adapter.tokens:
+        for _, rows in with_rows(base.rows(info.name), adapter.tokens[info.name], adapter.token_rows(info.name)):
+            yield rows.to(dtype)
     elif info.name.endswith(".weight") and module_of(info.name) in adapter.modules:
         lora = adapter.lora(module_of(info.name))
         if (lora.b.shape[0], lora.a.shape[1]) != tuple(info.shape):
@@ -125,9 +131,18 @@ def merged_parts(base: BaseWeights, adapter: Adapter, info: TensorInfo) -> Any:
 
 
 def write_companions(
-    base_folder: Path, base_names: list[str], adapter_folder: Path, dtype: torch.dtype, folder: Path
+    base_folder: Path,
+    base_names: list[str],
+    adapter_folder: Path,
+    dtype: torch.dtype,
+    folder: Path,
+    vocabulary: int | None = None,
 ) -> None:
-    """What a model folder needs beside weights: configuration and code of the base, tokenizer and template of the adapter."""
+    """What a model folder needs beside weights: configuration and code of the base, tokenizer and template of the adapter.
+
+    Args:
+        vocabulary: rows of the embeddings, where they were resized.
+    """
     weights = {name for name in base_names if name.endswith(".safetensors")}
     for name in base_names:
         if name not in weights and name not in ("config.json", INDEX):
@@ -136,6 +151,8 @@ def write_companions(
         if path.is_file() and path.name not in NOT_COPIED:
             shutil.copyfile(path, folder / path.name)
     config = json.loads((base_folder / "config.json").read_text())
+    if vocabulary is not None:
+        config = resized_config(config, vocabulary)
     (folder / "config.json").write_text(json.dumps(merged_config(config, dtype), indent=2) + "\n")
     if (base_folder / INDEX).exists() and INDEX in base_names:
         write_index(base_folder, folder)

@@ -29,6 +29,7 @@ from finetune_trainer.publish.check import lost_in_rounding, merge_check
 from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
 from finetune_trainer.publish.round_trip import RoundTrip
 from finetune_trainer.publish.safetensors_stream import Checkpoint
+from finetune_trainer.publish.tokens import must_train, with_shared_head
 from finetune_trainer.publish.written import check_written
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.train.device import use_all_cpus
@@ -72,15 +73,19 @@ def make_merged(
     weights = trained.weights
     if weights is None:
         adapter = read_adapter(adapter_folder)
+        must_train(adapter, prepared.trained_tokens)
+        adapter = with_shared_head(adapter, checkpoint.tensors)
     else:
         config = json.loads((base_files.folder / "config.json").read_text())
         tied = bool(config.get("tie_word_embeddings"))
         adapter = read_weights(adapter_folder, weights, checkpoint.tensors, tied)
+    vocabulary = prepared.trained_tokens.resized_to if prepared.trained_tokens is not None else None
     dtype: torch.dtype = getattr(torch, spec.output.merged.dtype.value)
     folder = ctx.work_dir / (MERGED_DIR if weights is None else MODEL_DIR)
     total = sum(t.elements for t in checkpoint.tensors.values()) * dtype.itemsize
     merge(base, adapter, dtype, folder, ctx.reporter.transfer("merge", total))
-    write_companions(base_files.folder, [f.path for f in base_files.files], adapter_folder, dtype, folder)
+    names = [f.path for f in base_files.files]
+    write_companions(base_files.folder, names, adapter_folder, dtype, folder, vocabulary)
 
     ctx.reporter.report(activity="Verifying")
     check_written(base, adapter, folder)

@@ -71,6 +71,11 @@ class Checkpoint:
         with safe_open(self.folder / self.tensors[name].file, "pt") as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 
+    def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of a tensor."""
+        with safe_open(self.folder / self.tensors[name].file, "pt") as file:
+            return file.get_slice(name)[start:stop]  # type: ignore[no-any-return]
+
     def read_rows(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor in parts along its first dimension: (first row, rows)."""
         info = self.tensors[name]

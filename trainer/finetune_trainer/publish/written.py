@@ -6,6 +6,7 @@ small adapter, or one module of a large one, would pass.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def compare_tensor(base: BaseWeights, adapter: Adapter, merged: Checkpoint, info
     if info.dtype is None:
         found, original = merged.read(name), base.checkpoint.read(name)
         return Written(found.numel(), 0 if torch.equal(found, original) else found.numel())
+    if name in adapter.tokens:
+        return compare_token_rows(base, adapter, merged, name)
     parts = adapter.replaced_rows(name) if name in adapter.replaced else base.rows(name)
     lora = adapter.lora(module_of(name)) if name.endswith(".weight") and module_of(name) in adapter.modules else None
     for (start, rows), (_, found) in zip(parts, merged.read_rows(name), strict=True):
@@ -94,6 +97,21 @@ def compare_tensor(base: BaseWeights, adapter: Adapter, merged: Checkpoint, info
             weight = rows[at : at + step].float()
             part = lora.rows(start + at, len(weight)) if lora else None
             _compare(result, weight, found[at : at + step], part)
+    return result
+
+
+def compare_token_rows(base: BaseWeights, adapter: Adapter, merged: Checkpoint, name: str) -> Written:
+    """An embedding of which some rows are trained: those against the adapter's, one by one, the others against the base's."""
+    ids, result = adapter.tokens[name], Written()
+    rows, width = base.checkpoint.tensors[name].shape
+    expected = (max(rows, ids[-1] + 1), width)
+    if merged.tensors[name].shape != expected:
+        return Written(math.prod(expected), math.prod(expected))
+    for start, part in base.rows(name):
+        kept = [i for i in range(len(part)) if start + i not in ids]
+        _compare(result, part[kept].float(), merged.read_range(name, start, start + len(part))[kept], None)
+    found = torch.cat([merged.read_range(name, i, i + 1) for i in ids])
+    _compare(result, adapter.token_rows(name), found, None)
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from finetune_api.spec import LoraBias, LoraInitialization, Quantization
 from finetune_api.targets import is_named, routed_kinds, setting_of, without_patterns
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.trained_tokens import add_new_tokens
 from finetune_trainer.remote_code import remote_code
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.full import take_up_weights, trained_parameters
 from finetune_trainer.train.offset_lora import make_offset
+from finetune_trainer.train.tokens import ROWS, trained_rows
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +98,9 @@ def is_the_models_fault(error: Exception) -> bool:
 
 
 def load_base_tokenizer(folder: Path, snapshot: Snapshot) -> Any:
-    """The base model's tokenizer, with the job's chat template where it has one: so it is saved with the adapter."""
+    """The base model's tokenizer, with the job's new tokens, and its chat template where it has one: so it is saved with the adapter."""
     tokenizer = load_tokenizer(folder, snapshot)
+    add_new_tokens(tokenizer, snapshot.spec.model.new_tokens or ())
     if snapshot.spec.data.chat_template is not None:
         tokenizer.chat_template = snapshot.spec.data.chat_template
     return tokenizer
@@ -133,8 +136,13 @@ def keep_training_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -> PeftModel:
+def attach_adapter(
+    base: Any, snapshot: Snapshot, initial: Path | None = None, token_ids: Sequence[int] = ()
+) -> PeftModel:
     """A LoRA adapter on the base, trainables in float32: a fresh one, or with the weights of ``initial``.
+
+    Args:
+        token_ids: tokens whose rows of the embeddings are trained.
 
     Raises:
         StageError: UnknownTargetModule, InvalidConfig.
@@ -152,6 +160,7 @@ def attach_adapter(base: Any, snapshot: Snapshot, initial: Path | None = None) -
         rank_pattern=by_full_name(base, lora.rank_pattern),
         alpha_pattern=by_full_name(base, lora.alpha_pattern),
         modules_to_save=saved_modules(base, lora) or None,
+        trainable_token_indices=trained_rows(base, token_ids),
         ensure_weight_tying=bool(lora.modules_to_save) and base.config.get_text_config().tie_word_embeddings,
         init_lora_weights=INITIALIZATION.get(lora.initialization, True),
         eva_config=EvaConfig(rho=1.0)
@@ -282,7 +291,7 @@ def trained_base_weights(model: Any) -> dict[str, torch.Tensor]:
     return {
         n.replace(".base_layer.", "."): p.detach().clone()
         for n, p in model.get_base_model().named_parameters()
-        if p.requires_grad and "lora_" not in n and SAVED not in n
+        if p.requires_grad and "lora_" not in n and SAVED not in n and ROWS not in n
     }
 
 
@@ -303,6 +312,6 @@ def detach_adapter(model: PeftModel, original: dict[str, torch.Tensor], dtype: t
     # peft leaves its configuration on the model, and would stack a second adapter upon it with a warning only.
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         base.__dict__.pop(attribute, None)
-    left = [n for n, _ in base.named_modules() if "lora_" in n or SAVED in n]
+    left = [n for n, _ in base.named_modules() if "lora_" in n or SAVED in n or "token_adapter" in n]
     assert not left, f"adapter layers that were not removed: {left[:3]}"
     return base

@@ -115,7 +115,10 @@ class Ranks:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in trained])
         distributed.all_reduce(flat, group=self.data)
         for parameter, part in zip(trained, torch.split(flat, [p.numel() for p in trained]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+            if parameter.grad is None:
+                parameter.grad = part.view_as(parameter).clone()
+            else:  # in its place: an embedding that is trained whole has gigabytes of them, and the plan has room for no third copy
+                parameter.grad.copy_(part.view_as(parameter))
 
 
 def join(use_cpu: bool, environ: Mapping[str, str] = os.environ) -> Ranks:

@@ -62,6 +62,7 @@ from finetune_trainer.train.sharded import adapter_to, load_sharded, ready_for_a
 from finetune_trainer.train.split import choose_split, given_restarts, planned_split
 from finetune_trainer.train.step_log import StepLog
 from finetune_trainer.train.tasks import Tasks
+from finetune_trainer.train.tokens import check_ids, make_room
 from finetune_trainer.train.versions import library_versions
 from finetune_trainer.waiting import wait_until_available
 
@@ -111,12 +112,15 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     rows = replace(rows, limit=split.max_sequence_tokens)
     tokenizer = model.load_base_tokenizer(base_files.folder, snapshot)
     used = verify.check_tokenizer_files(tokenizer, base_files.files, prepared.result)
+    check_ids(tokenizer, prepared.result.trained_tokens)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     pad_id = evaluate.pad_token_id(tokenizer)
     offloaded = is_offloaded(spec, prepared.result.plan)
     sharded = offloaded or (ranks.size > 1 and is_sharded(spec, prepared.result.plan))
     ranks = replace(ranks, sharded=sharded, offloaded=offloaded)
     base, quantized = load(base_files.folder, snapshot, compute, ranks)
+    tokens = prepared.result.trained_tokens
+    make_room(base, tokens, ranks)
     limits = answer_limits(spec, gathered=ranks.sharded)
     asked = [p for p in prepared.prompts if p.answered][: limits.prompts]
     answering = Answering(
@@ -144,7 +148,8 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     if weights is not None:
         tuned, trained_base = full.train_weights(base, weights), {}
     else:
-        tuned = model.attach_adapter(base, snapshot, prepared.initial_adapter)
+        token_ids = tokens.ids if tokens is not None else ()
+        tuned = model.attach_adapter(base, snapshot, prepared.initial_adapter, token_ids)
         if ranks.offloaded:
             adapter_to(tuned, compute.device)
         trained_base = model.trained_base_weights(tuned)
@@ -221,6 +226,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     del tuned
     fetched = ranks.on_node(lambda: verify.fetch_back(ctx, store, stored, prefix, ctx.work_dir / "fetched"))
     tokenizer = model.load_tokenizer(fetched, snapshot)
+    check_ids(tokenizer, tokens)
     verify.check_tokenizer(tokenizer, prepared.prompts)
     if weights is not None:
         del base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -10,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
 from finetune_api.results import FileRecord, PreparedPrompt, PrepareResult, Verification
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.lora_files import CONFIG, WEIGHTS, tensor_name
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
+from finetune_trainer.publish.adapter import token_indices
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.train.inputs import must_equal
 from finetune_trainer.train.model import SAVED, take_up
@@ -58,6 +62,7 @@ def load_freshly(base: Any, folder: Path) -> PeftModel:
     Raises:
         StageError: VerificationFailed.
     """
+    must_be_whole(folder)
     model = PeftModel.from_pretrained(base, folder, is_trainable=False)
     saved = [p for n, p in model.named_parameters() if SAVED in n]
     for parameter in saved:
@@ -75,13 +80,25 @@ def load_freshly(base: Any, folder: Path) -> PeftModel:
     return model
 
 
+def must_be_whole(folder: Path) -> None:
+    """The file has a row for each trained token: peft fails with a KeyError where an embedding's are missing.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        keys = {tensor_name(key): key for key in file.keys()}  # noqa: SIM118 - not a dict
+    token_indices(folder, json.loads((folder / CONFIG).read_text()), keys)
+
+
 def check_tokenizer_files(tokenizer: Any, files: Sequence[FileRecord], prepared: PrepareResult) -> str:
     """The hash over the tokenizer's files and template, which must be the prepare stage's.
 
     Raises:
         StageError: VerificationFailed.
     """
-    found = tokenizer_hash({f.path: f.sha256 for f in files}, chat_template(tokenizer))
+    new = prepared.trained_tokens.new if prepared.trained_tokens is not None else []
+    found = tokenizer_hash({f.path: f.sha256 for f in files}, chat_template(tokenizer), new)
     if found != prepared.tokenizer_hash:
         raise StageError(
             Reason.VERIFICATION_FAILED,
