@@ -19,6 +19,8 @@ from finetune_operator.settings import Settings
 
 Manifest = dict[str, Any]
 RUN_AS = 65532
+KILLED = 137
+"""SIGKILL, as a container ends that exceeds its memory limit."""
 GRACE_SECONDS = 120
 """Of the CPU stages; the training pod's is the spec's, since it must save a checkpoint."""
 POD_FIELDS = {ENV_POD_UID: "metadata.uid", ENV_POD_NAME: "metadata.name"}
@@ -116,13 +118,15 @@ def failure_rules(stage: Stage) -> list[Manifest]:
     """What the Job controller does about a failed pod; the first rule that fits decides, and none means: it counts.
 
     A disruption comes first: a drained node's pod may die with any code, and that must not count. (The operator counts the
-    evictions and OOMKilled containers that are ignored here.)
+    evictions and OOMKilled containers that are ignored here; not those of combine and fetch, which only their Jobs count.)
     """
     ends: tuple[int, ...] = PERMANENT_EXIT_CODES
     passes: tuple[int, ...] = INTERRUPTED_EXIT_CODES
     if stage is Stage.TRAIN:
         # It has waited as long as it may hold a GPU for nothing: the operator goes back to prepare.
         ends = tuple(sorted((*ends, *HANDED_BACK_EXIT_CODES)))
+    if stage in (Stage.COMBINE, Stage.FETCH):
+        passes = tuple(code for code in passes if code != KILLED)
     if stage is Stage.COMBINE:
         # It has waited a minute for what is missing, and said so by ending: the Job's deadline ends that.
         passes = tuple(sorted((*passes, *HANDED_BACK_EXIT_CODES)))

@@ -19,6 +19,7 @@ from finetune_operator.combinations.observe import trim_combination
 from finetune_operator.planning.combination import CombinationPlan, CombinationView, plan_combination
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import JobView, Observation, PlannerConfig, Pod, Refusal, StageJob
+from finetune_operator.pods import failure_rules
 from finetune_operator.settings import Settings
 from tests.operator.manifests import COMBINED, combination, failure, success
 
@@ -279,4 +280,22 @@ def test_every_exit_code_is_followed_by_what_the_table_says(failure_row: Any) ->
         Consequence.REPLACE: "Ignore",
     }
     assert action == passes[failure_row.consequence]
-    assert set(INTERRUPTED_EXIT_CODES) <= set(rules[-1]["onExitCodes"]["values"])
+    assert set(INTERRUPTED_EXIT_CODES) - {137} <= set(rules[-1]["onExitCodes"]["values"])
+
+
+@pytest.mark.parametrize("stage", [Stage.COMBINE, Stage.FETCH])
+def test_a_pod_that_needs_more_memory_than_it_may_have_is_not_repeated_for_ever(stage: Stage) -> None:
+    first, *by_code = failure_rules(stage)
+    assert first["onPodConditions"][0]["type"] == "DisruptionTarget", "an evicted pod may end with any code"
+    assert all(137 not in rule["onExitCodes"]["values"] for rule in by_code), "backoffLimit counts it"
+
+
+@pytest.mark.parametrize("why", ["BackoffLimitExceeded", "DeadlineExceeded"])
+def test_an_end_for_want_of_memory_says_so(why: str) -> None:
+    killed = replace(POD, phase="Failed", finished_at=NOW, exit_code=137, terminated_reason="OOMKilled")
+    reason, message = told(planned(killed, job=replace(JOB, failed_at=NOW, failed_reason=why)), ConditionType.FAILED)
+    if why == "DeadlineExceeded":
+        assert "The last failure: HostOutOfMemory: the combine container" in message
+    else:
+        assert reason == "HostOutOfMemory"
+        assert "cpuStages.limits.memory" in message

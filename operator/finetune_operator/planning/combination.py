@@ -151,12 +151,16 @@ def _why(spec: AdapterCombinationSpec, view: StageView) -> StageFailure:
     if view.job is None or view.job.failed_reason != DEADLINE:
         return view.failure
     told = [pod_failure(pod, STAGE) for pod in view.pods if pod.ended]
-    missing = next((f for f in reversed(told) if consequence_of(f.reason) is not Consequence.REPLACE), None)
-    words = f" The last that was missing: {missing.reason}: {sentence(missing.message)}" if missing else ""
-    return StageFailure(
-        Reason.DEADLINE_EXCEEDED,
-        f"It was not done after {spec.active_deadline_seconds} s (activeDeadlineSeconds).{words}",
-    )
+    last = next((f for f in reversed(told) if consequence_of(f.reason) is not Consequence.REPLACE), None)
+    if last is None:
+        return _too_late(spec, "")
+    what = "that was missing" if consequence_of(last.reason) is Consequence.WAIT else "failure"
+    return _too_late(spec, f" The last {what}: {last.reason}: {sentence(last.message)}")
+
+
+def _too_late(spec: AdapterCombinationSpec, words: str) -> StageFailure:
+    text = f"It was not done after {spec.active_deadline_seconds} s (activeDeadlineSeconds).{words}"
+    return StageFailure(Reason.DEADLINE_EXCEEDED, text)
 
 
 def _failed(seen: CombinationView, obs: Observation, failure: StageFailure) -> CombinationPlan:
