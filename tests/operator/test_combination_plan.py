@@ -18,7 +18,7 @@ from finetune_operator.combinations.job import combine_job
 from finetune_operator.combinations.observe import trim_combination
 from finetune_operator.planning.combination import CombinationPlan, CombinationView, plan_combination
 from finetune_operator.planning.conditions import find, is_true
-from finetune_operator.planning.model import JobView, Observation, PlannerConfig, Pod, Refusal, StageJob
+from finetune_operator.planning.model import DeleteJob, JobView, Observation, PlannerConfig, Pod, Refusal, StageJob
 from finetune_operator.pods import failure_rules
 from finetune_operator.settings import Settings
 from tests.operator.manifests import COMBINED, combination, failure, success
@@ -197,6 +197,35 @@ def test_a_refused_job_is_asked_for_again_when_it_is_time() -> None:
     again = planned(job=None, refusal=refusal, status=plan.status)
     assert (again.status, again.requeue_after) == (None, 4.0)
     assert planned(job=None, refusal=refusal, status=plan.status, later=4).create_job
+
+
+@pytest.mark.parametrize(
+    ("job", "seen", "words"),
+    [
+        (None, {"refusal": Refusal("exceeded quota", NOW + timedelta(days=1))}, "AdmissionRefused: exceeded quota."),
+        (None, {}, "Starts a pod on a CPU."),
+        (replace(JOB, suspended=True, started_at=NOW), {}, "Its Job is suspended: a queue, or somebody, holds it."),
+    ],
+    ids=["refused", "deleted again and again", "suspended"],
+)
+def test_its_deadline_also_ends_what_no_job_ends(job: StageJob | None, seen: dict[str, Any], words: str) -> None:
+    status = planned(job=job, **seen).status
+    waits = planned(job=job, status=status, later=3599, **seen)
+    assert (waits.status, waits.requeue_after) == (None, 1.0)
+    over = planned(job=job, status=status, later=3600, **seen)
+    reason, message = told(over, ConditionType.FAILED)
+    assert (reason, over.create_job) == ("DeadlineExceeded", False)
+    assert f"It was not done after 3600 s (activeDeadlineSeconds). {words}" in message
+    gone = planned(job=job, status=over.status, later=3601, **seen)
+    assert gone.deletes == ((DeleteJob(job.name, job.uid),) if job else ())
+
+
+def test_a_job_that_was_admitted_late_has_its_whole_time() -> None:
+    status = planned(job=replace(JOB, suspended=True)).status
+    late = replace(JOB, started_at=NOW + timedelta(seconds=3500))
+    for pods in ((), (POD,)):
+        plan = planned(*pods, job=late, status=status, later=3700)
+        assert plan.status is None or not is_true(plan.status, ConditionType.FINISHED)
 
 
 def test_it_is_deleted_when_its_time_to_live_is_over() -> None:

@@ -60,6 +60,8 @@ class CombinationReconciler:
             decided = await self._decide(cached)
             if decided.create_job:
                 self._queue.add(key)
+        for delete in decided.deletes:
+            await self._applier.delete_job(cached.job, delete)
         if decided.delete_self:
             await self._applier.delete_combination(cached.job, cached.resource_version)
         elif decided.status is not None:

@@ -19,11 +19,12 @@ from finetune_api.names import Stage
 from finetune_api.results import ADAPTER_DIR, MANIFEST
 from finetune_api.spec import AdapterCombinationSpec
 from finetune_api.status import ConditionType
-from finetune_operator.planning.clock import rfc3339
+from finetune_operator.planning.clock import parse_time, rfc3339
 from finetune_operator.planning.conditions import Wish, apply_wishes, find, is_true, transition_time
 from finetune_operator.planning.endings import consequence_of, pod_failure
 from finetune_operator.planning.messages import sentence
 from finetune_operator.planning.model import (
+    DeleteJob,
     EventNote,
     Observation,
     PlannerConfig,
@@ -63,6 +64,7 @@ class CombinationPlan:
     """What to do. Applied in this order."""
 
     create_job: bool = False
+    deletes: tuple[DeleteJob, ...] = ()
     delete_self: bool = False
     status: AdapterCombinationStatus | None = None
     """The whole desired status; absent when it is as desired."""
@@ -88,16 +90,37 @@ def plan_combination(seen: CombinationView, obs: Observation, config: PlannerCon
     if view.state in (StageState.SUCCEEDED, StageState.REPORT_LOST):
         # A pod ends well only after it has written the manifest: without its report, sizes are missing and nothing else.
         return _complete(seen, obs, seen.spec, _report(view))
+    due = _due(seen, obs, seen.spec, view)
+    if due is not None and obs.now >= due:
+        return _failed(seen, obs, _too_late(seen.spec, f" {_what_kept_it(obs, view, config)}"))
     return _on_its_way(seen, obs, seen.spec, view, config)
 
 
 def _finished(seen: CombinationView, obs: Observation) -> CombinationPlan:
+    """Nothing changes any more; a Job that never came to run is stopped, and the time to live counted."""
+    leftovers = tuple(DeleteJob(j.name, j.uid) for j in obs.jobs if not j.finished and not j.deleting)
     ttl = seen.spec.ttl_seconds_after_finished if seen.spec is not None else None
     ended = transition_time(seen.status, ConditionType.FINISHED)
     if ttl is None or ended is None:
-        return CombinationPlan()
+        return CombinationPlan(deletes=leftovers)
     left = ttl - (obs.now - ended).total_seconds()
-    return CombinationPlan(delete_self=True) if left <= 0 else CombinationPlan(requeue_after=left)
+    if left <= 0:
+        return CombinationPlan(delete_self=True)
+    return CombinationPlan(deletes=leftovers, requeue_after=left)
+
+
+def _due(
+    seen: CombinationView, obs: Observation, spec: AdapterCombinationSpec, view: StageView
+) -> datetime | None:
+    """When waiting ends where no Job's deadline ends it: there is none, it is suspended (and its time begins anew after that), or goes."""
+    if view.state not in _NOT_RUNNING or (view.state is StageState.STARTING and view.job and view.job.started_at):
+        return None
+    return (parse_time(seen.status.start_time) or obs.now) + timedelta(seconds=spec.active_deadline_seconds)
+
+
+def _what_kept_it(obs: Observation, view: StageView, config: PlannerConfig) -> str:
+    wait = find_wait(obs, view, config)
+    return f"{wait.reason}: {sentence(wait.message)}" if wait is not None else _NOT_RUNNING[view.state]
 
 
 def _on_its_way(
@@ -114,7 +137,7 @@ def _on_its_way(
     wish = _NOTHING_MISSING
     if wait is not None:
         text = (
-            f"{sentence(wait.message)} It fails when it is not done {spec.active_deadline_seconds} s after its Job began (activeDeadlineSeconds). "
+            f"{sentence(wait.message)} It fails when it is not done {spec.active_deadline_seconds} s after it, or its Job, began (activeDeadlineSeconds). "
             f"{advice_for(wait.reason, STAGE)}"
         ).strip()
         wish = Wish(ConditionType.WAITING, True, wait.reason, text)
@@ -123,7 +146,8 @@ def _on_its_way(
         message = f"Tried again after {last.reason}: {sentence(last.message)}"
     phase = CombinationPhase.RUNNING if running else CombinationPhase.PENDING
     decided = _with_status(seen, obs, phase, message, (wish,))
-    return replace(decided, create_job=create, requeue_after=_until(obs, _next(obs, view, config)))
+    moments = [m for m in (_next(obs, view, config), _due(seen, obs, spec, view)) if m is not None]
+    return replace(decided, create_job=create, requeue_after=_until(obs, min(moments, default=None)))
 
 
 def _next(obs: Observation, view: StageView, config: PlannerConfig) -> datetime | None:
