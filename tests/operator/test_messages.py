@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from finetune_api.results import MergeCheck
 from finetune_api.scores import AnswerScores, JudgeVerdict, TaskScore, TextMetrics
 from finetune_operator.planning.messages import metrics_status
+from finetune_operator.planning.phases import success_message
 from tests.operator.manifests import METRICS, publish_report
 
 TEXT = TextMetrics(
@@ -39,3 +43,20 @@ def test_scores_of_answers_stand_in_the_metrics_once_they_are_published() -> Non
     assert "; token accuracy 40.0% → 61.3%; 1,052 tokens/s" in metrics_status(accurate).summary
     assert metrics_status(accurate).token_accuracy == 0.6125
     assert "answers" not in metrics_status(METRICS, publish_report()).summary
+
+
+@pytest.mark.parametrize(
+    ("model_bytes", "verified", "agrees"),
+    [
+        (None, "Adapter verified", "Merged model agrees with base + adapter within 0.1%."),
+        (270, "Trained weights verified", "Published model agrees with the trained weights within 0.1%."),
+    ],
+    ids=["adapter", "Full"],
+)
+def test_a_good_end_names_what_was_published(model_bytes: int | None, verified: str, agrees: str) -> None:
+    check = MergeCheck(
+        held_out_loss_adapter=0.86, held_out_loss_merged=0.86, relative_difference=0.001, tolerance=0.01, rows=9
+    )
+    text = success_message(publish_report().model_copy(update={"merge_check": check, "model_bytes": model_bytes}))
+    assert text.startswith(f"{verified} from the bucket: held-out loss 0.861 reproduced")
+    assert text.endswith(agrees)

@@ -96,12 +96,15 @@ def not_suspended(look: Look) -> list[Wish]:
 def success_message(report: PublishReport) -> str:
     """How it ended well."""
     metrics = report.metrics
+    full = report.model_bytes is not None
+    what = "Trained weights" if full else "Adapter"
     text = (
-        f"Adapter verified from the bucket: held-out loss {metrics.held_out_loss:.3f} reproduced "
+        f"{what} verified from the bucket: held-out loss {metrics.held_out_loss:.3f} reproduced "
         f"(base model {metrics.held_out_loss_base:.3f})."
     )
     if report.merge_check is not None:
-        text += f" Merged model agrees with base + adapter within {report.merge_check.relative_difference:.1%}."
+        agrees = "Published model agrees with the trained weights" if full else "Merged model agrees with base + adapter"
+        text += f" {agrees} within {report.merge_check.relative_difference:.1%}."
     return text
 
 
