@@ -30,7 +30,9 @@ class NodeGpus:
     def __init__(self, api: Api) -> None:
         self._api = api
         self._nodes: list[Raw] | None = None
-        self._read_at: float | None = None
+        self._unread: ApiError | None = None
+        """Why they were never read."""
+        self._asked_at: float | None = None
         self._lock = asyncio.Lock()
 
     async def for_job(self, spec: FineTuneJobSpec) -> list[NodeGpu] | None:
@@ -41,28 +43,40 @@ class NodeGpus:
         """
         if not needed(spec):
             return None
-        nodes = await self.nodes()
+        nodes = await self.nodes(waited_for=True)
         return kinds(nodes, spec) if nodes is not None else None
 
-    async def nodes(self) -> list[Raw] | None:
+    async def nodes(self, *, waited_for: bool = False) -> list[Raw] | None:
         """What is looked at of the nodes with GPUs (see :func:`_trimmed`); None without the right to list them.
 
+        Args:
+            waited_for: a job goes on only with them: where an outage kept them from ever being read, they are asked for at once again.
+
         Raises:
-            ApiError: they were never read, and cannot be now.
+            ApiError: they were never read, and could not be when they were last asked for.
         """
         async with self._lock:
-            if self._nodes is None or self._read_at is None or time.monotonic() - self._read_at > FRESH_SECONDS:
-                try:
-                    self._nodes, _ = await self._api.list_all(NODES_PATH, GPU_PRODUCT_LABEL, trim=_trimmed)
-                    self._read_at = time.monotonic()
-                except ApiError as problem:
-                    if problem.status != FORBIDDEN and self._nodes is None:
-                        problem.message = f"nodes cannot be listed: {problem.message or problem.reason}"
-                        raise
-                    logger.warning("nodes cannot be listed: %s", problem)
-                    if problem.status == FORBIDDEN:
-                        return None
+            fresh = self._asked_at is not None and time.monotonic() - self._asked_at <= FRESH_SECONDS
+            if not fresh or (waited_for and self._unread is not None):
+                await self._ask()
+            if self._unread is not None:
+                raise self._unread.with_traceback(None)
             return self._nodes
+
+    async def _ask(self) -> None:
+        """A refusal is remembered as an answer is: nobody hears of a right sooner than after a minute."""
+        unread = None
+        try:
+            self._nodes, _ = await self._api.list_all(NODES_PATH, GPU_PRODUCT_LABEL, trim=_trimmed)
+        except ApiError as problem:
+            if problem.status != FORBIDDEN and self._nodes is None:
+                problem.message = f"nodes cannot be listed: {problem.message or problem.reason}"
+                unread = problem
+            else:
+                logger.warning("nodes cannot be listed: %s", problem)
+            if problem.status == FORBIDDEN:
+                self._nodes = None
+        self._unread, self._asked_at = unread, time.monotonic()
 
 
 def needed(spec: FineTuneJobSpec) -> bool:

@@ -143,10 +143,31 @@ async def test_nodes_are_read_once_a_minute_and_what_was_read_outlives_an_outage
     assert api.asked == 3
 
 
-async def test_without_the_right_to_list_nodes_nothing_is_known_and_that_is_not_remembered() -> None:
-    nodes = NodeGpus(Nodes(refused(403), [node(A10)]))  # type: ignore[arg-type]
-    assert await nodes.for_job(spec()) is None
+async def test_without_the_right_to_list_nodes_nothing_is_known_and_they_are_asked_for_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    api = Nodes(refused(403), [node(A10)])
+    nodes = NodeGpus(api)  # type: ignore[arg-type]
+    assert [await nodes.for_job(spec()), await nodes.nodes()] == [None, None]
+    assert (api.asked, len(caplog.records)) == (1, 1)
+    monkeypatch.setattr("finetune_operator.gpus.FRESH_SECONDS", -1)
     assert await nodes.for_job(spec()) == [NodeGpu(product=A10, nodes=1, per_node=1)]
+
+
+async def test_an_outage_is_remembered_too_and_only_a_job_that_needs_nodes_asks_again_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    api = Nodes(refused(500), [node(A10)], refused(500))
+    nodes = NodeGpus(api)  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(ApiError, match="500"):
+            await nodes.nodes()
+    assert api.asked == 1
+    known = await nodes.for_job(spec())
+    assert (known, api.asked) == ([NodeGpu(product=A10, nodes=1, per_node=1)], 2)
+    monkeypatch.setattr(nodes, "_asked_at", None)  # a minute has passed
+    assert await nodes.for_job(spec()) == await nodes.for_job(spec()) == known
+    assert (api.asked, len(caplog.records)) == (3, 1)
 
 
 async def test_an_outage_before_nodes_were_ever_read_says_what_it_is_about() -> None:
