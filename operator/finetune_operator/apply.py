@@ -37,6 +37,8 @@ class Answers:
     refusals: int = 0
     failures: int = 0
     conflict: str | None = None
+    fetch: Refusal | None = None
+    fetch_refusals: int = 0
 
 
 class Applier:
@@ -119,6 +121,8 @@ class Applier:
             if stage is not None:
                 await self._create_job(job, record, stage, allotment)
         except (Conflict, ApiError) as problem:
+            if stage is Stage.FETCH:
+                return self._not_fetched(job, problem)
             return self._not_created(job, problem)
         return self._created(job)
 
@@ -136,6 +140,15 @@ class Applier:
             self._answers.setdefault(job.uid, Answers()).conflict = str(problem)
         else:
             self._refused(job, problem)
+        return False
+
+    def _not_fetched(self, job: JobView, problem: Conflict | ApiError) -> bool:
+        """Whatever stands in the way, training can fetch for itself: not even an outage is worth an error."""
+        answers = self._answers.setdefault(job.uid, Answers())
+        retry_at = self.now() + timedelta(seconds=min(1.0 * 2**answers.fetch_refusals, MAX_RETRY_SECONDS))
+        answers.fetch_refusals += 1
+        answers.fetch = refusal(problem, retry_at) if isinstance(problem, ApiError) else Refusal(str(problem), retry_at)
+        logger.info("%s/%s: nothing is fetched: %s", job.namespace, job.name, answers.fetch.message)
         return False
 
     def _created(self, job: JobView) -> bool:

@@ -158,6 +158,7 @@ class Reconciler:
             gone=in_server_time(tuple(family.gone.values()), now),
             snapshot=record,
             refusal=answers.refusal,
+            fetch_refusal=answers.fetch,
             conflict=conflict,
         )
         if (finished := untold_end(seen, self._config)) is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -14,12 +16,16 @@ from finetune_api.progress import StageReport
 from finetune_api.status import Phase
 from finetune_cluster.steps import Call, Running, Step, Terminated
 from finetune_cluster.steps import Pod as RawPod
+from finetune_operator.apply import Applier
+from finetune_operator.cache import Cache
+from finetune_operator.client import Api, ApiError
 from finetune_operator.manifests import KUEUE_QUEUE, Owner, stage_job
 from finetune_operator.planning.model import Pod, Refusal, StageJob
 from finetune_operator.settings import Settings
+from finetune_operator.snapshots import Snapshots
 from tests.operator.harness import Bench, stage_of, succeed_stage, until_set
 from tests.operator.manifests import failure, finetunejob, prepare_report, success, termination_message
-from tests.operator.world import UID, World, world
+from tests.operator.world import START, UID, World, world
 
 QUEUED = {
     "queue": {"name": "team", "cpuName": "cpus"},
@@ -182,7 +188,7 @@ def test_a_job_that_gave_its_gpu_back_fetches_anew_before_it_asks_for_one_again(
 
 def test_a_fetch_that_may_not_be_created_is_tried_again_and_holds_nothing_up() -> None:
     w = in_queue()
-    w.refusal = Refusal("exceeded quota", w.now + timedelta(seconds=5))
+    w.fetch_refusal = Refusal("exceeded quota", w.now + timedelta(seconds=5))
     decided = w.settle()
     assert stages(w) == [Stage.PREPARE, Stage.TRAIN]
     assert w.status.phase is Phase.QUEUED
@@ -195,6 +201,38 @@ def test_a_fetch_that_may_not_be_created_is_tried_again_and_holds_nothing_up() -
     w.run_pod()
     w.settle()
     assert w.status.phase is Phase.TRAINING
+
+
+def test_a_fetch_job_that_validation_refuses_is_not_asked_for_again_and_fails_nothing() -> None:
+    w = in_queue()
+    w.fetch_refusal = Refusal("spec.template: invalid", w.now, for_good=True)
+    w.tick(60)
+    w.settle()
+    assert (w.status.phase, stages(w)) == (Phase.QUEUED, [Stage.PREPARE, Stage.TRAIN])
+
+
+@pytest.mark.parametrize(("status", "fields"), [(422, ("spec",)), (403, ()), (500, ()), (409, ())])
+async def test_a_no_to_the_fetch_job_is_no_answer_to_the_fine_tune_job(status: int, fields: tuple[str, ...]) -> None:
+    class Server:
+        clock = SimpleNamespace(now=lambda: START)
+
+        async def create(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+            raise ApiError(status, "Reason", "no", "POST", path, fields)
+
+        async def get(self, path: str) -> dict[str, Any]:
+            return {"metadata": {"name": "somebody's"}}
+
+    w = in_queue()
+    view, api = w.observe().job, cast(Api, Server())
+    snapshots = Snapshots(api, Settings())
+    assert w.snapshot is not None
+    snapshots._known[view.uid] = w.snapshot
+    applier = Applier(api, Cache(), snapshots, Settings())
+    assert not await applier.create(view, False, Stage.FETCH)
+    answers = applier.answers(view.uid)
+    assert (answers.refusal, answers.conflict) == (None, None)
+    assert answers.fetch is not None
+    assert (answers.fetch.for_good, answers.fetch.retry_at) == (status == 422, START + timedelta(seconds=1))
 
 
 def test_a_fetch_without_a_pod_is_not_what_the_job_waits_for() -> None:

@@ -31,6 +31,7 @@ class World:
     pods: dict[str, Pod] = field(default_factory=dict)
     snapshot: SnapshotRecord | None = None
     refusal: Refusal | None = None
+    fetch_refusal: Refusal | None = None
     pod_refusal: str = ""
     conflict: str | None = None
     deleting: bool = False
@@ -73,6 +74,7 @@ class World:
             self.pod_refusal,
             self.conflict,
             tuple(self.ended),
+            fetch_refusal=self.fetch_refusal,
         )
 
     def plan(self) -> Plan:

@@ -19,7 +19,9 @@ def fetch_while_queued(look: Look) -> Decision | None:
     waits = look.stage is Stage.TRAIN and look.view.state in (StageState.QUEUED, StageState.STARTING)
     if report is None or not report.fetch_pending or not waits or look.fetch_job is not None:
         return None
-    refusal, again = look.obs.refusal, next_look(look.obs, look.view, look.config)
+    refusal, again = look.obs.fetch_refusal, next_look(look.obs, look.view, look.config)
+    if refusal is not None and refusal.for_good:
+        return None
     if refusal is not None and refusal.retry_at > look.now:
         return phases.current(look, requeue_at=min(again or refusal.retry_at, refusal.retry_at))
     return phases.current(look, create=Stage.FETCH, requeue_at=again)

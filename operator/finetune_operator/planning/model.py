@@ -198,6 +198,8 @@ class Observation:
     """The last pods that have gone, as they ended. Only attempts are told of them."""
     stock: tuple[GpuStock, ...] | None = None
     """What the training pod may land on, and what is free of it; absent where nobody needs to know (see stock_wanted), or nodes tell nothing."""
+    fetch_refusal: Refusal | None = None
+    """The last no to a create of the fetch Job, a foreign Job of its name included: nothing else is held up by it."""
 
 
 class EventType(StrEnum):
