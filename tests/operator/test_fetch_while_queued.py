@@ -186,6 +186,33 @@ def test_a_job_that_gave_its_gpu_back_fetches_anew_before_it_asks_for_one_again(
     assert stages(w) == [Stage.PREPARE, Stage.TRAIN, Stage.FETCH]
 
 
+def test_when_prepare_runs_again_and_the_model_is_missing_it_is_fetched_anew() -> None:
+    w = in_queue()
+    w.settle()
+    first = job(w, Stage.FETCH)
+    change(w, Stage.FETCH, complete_at=w.now)
+    change(w, Stage.TRAIN, suspended=False)
+    w.start_pod()
+    w.run_pod()
+    w.settle()
+    w.tick(60)
+    train = job(w, Stage.TRAIN)
+    del w.jobs[train.name]
+    w.pods = {name: pod for name, pod in w.pods.items() if pod.owner_uid != train.uid}
+    w.settle()
+    w.collect()
+    w.tick(5)
+    prepare(w)
+    w.settle()
+    w.collect()
+    w.settle()
+    assert stages(w) == [Stage.PREPARE, Stage.TRAIN, Stage.FETCH]
+    assert job(w, Stage.FETCH).uid != first.uid
+    w.tick(60)
+    change(w, Stage.FETCH, complete_at=w.now)
+    assert w.settle().idle, "once"
+
+
 def test_a_fetch_that_may_not_be_created_is_tried_again_and_holds_nothing_up() -> None:
     w = in_queue()
     w.fetch_refusal = Refusal("exceeded quota", w.now + timedelta(seconds=5))

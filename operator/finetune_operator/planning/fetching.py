@@ -6,7 +6,7 @@ from finetune_api.names import Stage
 from finetune_operator.planning import phases
 from finetune_operator.planning.decision import Decision
 from finetune_operator.planning.look import Look
-from finetune_operator.planning.model import StageState
+from finetune_operator.planning.model import DeleteJob, StageState
 from finetune_operator.planning.waiting import next_look
 
 
@@ -17,8 +17,13 @@ def fetch_while_queued(look: Look) -> Decision | None:
     """
     report = look.prepare_report
     waits = look.stage is Stage.TRAIN and look.view.state in (StageState.QUEUED, StageState.STARTING)
-    if report is None or not report.fetch_pending or not waits or look.fetch_job is not None:
+    if report is None or not report.fetch_pending or not waits:
         return None
+    prepare, there = look.views[Stage.PREPARE].job, look.fetch_job
+    if there is not None:
+        # Prepare has run again since, and found the cache without the model: what an earlier fetch did is gone.
+        old = there.finished and not there.deleting and prepare is not None and there.created < prepare.created
+        return phases.current(look, deletes=(DeleteJob(there.name, there.uid),)) if old else None
     refusal, again = look.obs.fetch_refusal, next_look(look.obs, look.view, look.config)
     if refusal is not None and refusal.for_good:
         return None
