@@ -30,6 +30,7 @@ from finetune_api.names import (
 )
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.env_snapshot import for_cleanup
 from finetune_operator.planning.model import AS_ASKED, Allotment, JobView, SnapshotRecord
 from finetune_operator.pods import (
     GRACE_SECONDS,
@@ -219,7 +220,7 @@ def cleanup_job(owner: Owner, snapshot: Snapshot, settings: Settings) -> Manifes
     stage = Stage.CLEANUP
     runtime, labels = snapshot.spec.runtime, owner.labels(stage)
     pod = _pod_spec(owner, snapshot, stage, settings)
-    pod["containers"][0]["env"].append({"name": ENV_SNAPSHOT, "value": snapshot.canonical_json()})
+    pod["containers"][0]["env"].append({"name": ENV_SNAPSHOT, "value": for_cleanup(snapshot)})
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

@@ -12,7 +12,8 @@ from finetune_api import COMBINATION_KIND
 from finetune_api.combination import AdapterCombinationStatus, CombinationSnapshot
 from finetune_api.failures import FAILURES, INTERRUPTED_EXIT_CODES, Consequence, Reason
 from finetune_api.names import ENV_ENDPOINT, ENV_SNAPSHOT, LABEL_UID, Stage
-from finetune_api.spec import AdapterCombinationSpec
+from finetune_api.snapshot import JobIdentity
+from finetune_api.spec import AdapterCombinationSpec, CombinationRuntime
 from finetune_api.status import ConditionType, FineTuneJobStatus
 from finetune_operator.combinations.job import combine_job
 from finetune_operator.combinations.observe import trim_combination
@@ -285,7 +286,10 @@ def test_its_pod_has_what_it_needs_and_nothing_else() -> None:
     env = {e["name"]: e.get("value") for e in container["env"]}
     assert ENV_ENDPOINT not in env, "it reports to nobody"
     assert env["A"] == "b"
-    assert CombinationSnapshot.model_validate_json(env[ENV_SNAPSHOT] or "").spec == asked
+    handed = CombinationSnapshot.model_validate_json(env[ENV_SNAPSHOT] or "")
+    identity = JobIdentity(name="mix", namespace="ns", uid=UID, generation=1)
+    assert handed.digest() == CombinationSnapshot(job=identity, spec=asked).digest(), "all that decides the result"
+    assert handed.spec.runtime == CombinationRuntime(), "Linux takes no variable above 128 KiB"
     mounts = {m["mountPath"] for m in container["volumeMounts"]}
     secrets = {f"/etc/finetune/secrets/{slot}" for slot in ("output", "adapter-0", "adapter-2")}
     assert mounts == {"/work", "/tmp", "/mnt/pvc/models", *secrets}

@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 
 from finetune_api.names import FINALIZER_DELETE_OUTPUT, Stage
+from finetune_api.snapshot import Snapshot
 from finetune_api.status import ConditionType
 from finetune_cluster.steps import Pod, Running, Step, Terminated, run_forever
 from finetune_operator.manifests import Owner, cleanup_job
@@ -156,6 +157,26 @@ def test_the_cleanup_job_depends_on_nothing_that_goes_with_the_finetunejob() -> 
     assert "FINETUNE_PROGRESS_URL" not in names
     assert pod["containers"][0]["args"] == ["cleanup"]
     assert "nvidia.com/gpu" not in str(pod["containers"][0]["resources"])
+
+
+def test_what_the_cleanup_pod_is_told_fits_a_variable_and_is_what_it_reads() -> None:
+    source = {"uri": "s3://data/rows.jsonl", "format": "Text", "template": {"text": "ä" * 16_000}}
+    w = world(
+        data={"train": [source] * 4, "heldOut": {"sources": [source] * 4}, "chatTemplate": "ü" * 32_000},
+        evaluation={"generation": {"sources": [source] * 4}},
+        runtime={"annotations": {f"example.com/a{n}": "x" * 4_000 for n in range(8)}},
+        output={**DELETE["output"], "workspace": {"uri": "s3://scratch/ä"}},
+    )
+    w.make_snapshot()
+    assert w.snapshot is not None
+    whole = w.snapshot.snapshot
+    [container] = cleanup_job(Owner("ns", "story", UID), whole, Settings())["spec"]["template"]["spec"]["containers"]
+    [text] = [e["value"] for e in container["env"] if e["name"] == "FINETUNE_SNAPSHOT"]
+    assert len(text.encode()) < 16_000
+    assert "scratch/ä" in text
+    told = Snapshot.model_validate_json(text)
+    assert (told.output, told.workspace) == (whole.output, whole.workspace)
+    assert told.spec.output == whole.spec.output
 
 
 def clean(pod: Pod) -> list[Step]:

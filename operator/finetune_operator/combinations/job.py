@@ -1,4 +1,4 @@
-"""The Job of an AdapterCombination. Its spec cannot change, so it stands whole in the pod's environment."""
+"""The Job of an AdapterCombination. Its spec cannot change, so what decides the result stands in the pod's environment."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from finetune_api.combination import CombinationSnapshot
 from finetune_api.names import ENV_SNAPSHOT, Stage, stage_job_name
 from finetune_api.snapshot import JobIdentity
 from finetune_api.spec import AdapterCombinationSpec
+from finetune_operator.env_snapshot import for_combine
 from finetune_operator.manifests import Owner
 from finetune_operator.planning.model import JobView
 from finetune_operator.pods import cpu_stage_resources, environment, failure_rules, restricted_pod, scratch_environment
@@ -55,7 +56,7 @@ def _pod(job: JobView, spec: AdapterCombinationSpec, settings: Settings) -> Mani
     stage, runtime = Stage.COMBINE, spec.runtime
     identity = JobIdentity(name=job.name, namespace=job.namespace, uid=job.uid, generation=job.generation)
     snapshot = CombinationSnapshot(job=identity, spec=spec)
-    values = {**scratch_environment(stage), ENV_SNAPSHOT: snapshot.canonical_json()}
+    values = {**scratch_environment(stage), ENV_SNAPSHOT: for_combine(snapshot)}
     volumes, mounts = combination_volumes(spec)
     requests, limits = cpu_stage_resources(settings)
     if settings.cpu_stage_ephemeral_storage_request:
