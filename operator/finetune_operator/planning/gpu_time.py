@@ -56,13 +56,24 @@ def _new(before: FineTuneJobStatus, seen: dict[str, Pod]) -> list[GpuHolder]:
     # A full list has lost its oldest: a pod from before them is one of those.
     full = len(before.gpu_holders) >= MAX_HOLDERS
     oldest = min((h.since for h in before.gpu_holders if h.until), default="") if full else ""
+    settled = _settled(before)
     found = []
     for pod in seen.values():
         since = pod.bound_at or pod.started_at
         if pod.uid in known or since is None or pod.refused or rfc3339(since) <= oldest:
             continue
+        if pod.ended and rfc3339(since) < settled:
+            continue
         found.append(GpuHolder(execution_id=pod.uid, since=rfc3339(since)))
     return found
+
+
+def _settled(before: FineTuneJobStatus) -> str:
+    """Until when an earlier version, which named no holders, has counted all pods: those too that are no attempt of their own."""
+    if before.gpu_time is None or before.gpu_holders:
+        return ""
+    ended = (a.finished_at for a in before.attempts if a.stage == Stage.TRAIN and a.outcome != "Running")
+    return max((at for at in ended if at), default="")
 
 
 def _looked_at(holder: GpuHolder, pod: Pod | None, now: datetime) -> GpuHolder:
