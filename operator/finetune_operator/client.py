@@ -27,6 +27,8 @@ _PLURALS = {KIND: PLURAL, COMBINATION_KIND: COMBINATION_PLURAL}
 STATUS_MANAGER = "finetune-operator"
 PROGRESS_MANAGER = "finetune-operator-progress"
 NODES_PATH = "/api/v1/nodes"
+UNDECLARED = "field not declared in schema"
+"""The API server's words to an apply of a field that the CRD lacks."""
 
 
 class ApiError(Exception):
@@ -255,6 +257,8 @@ def _error(status: int, reason: str, data: bytes, method: str, path: str) -> Api
         fields = tuple(str(c["field"]) for c in causes if c.get("field"))
         reasons = tuple(str(c["reason"]) for c in causes if c.get("reason"))
         words = str(body.get("message") or "")
+        if UNDECLARED in words:
+            words += " (the CRD is older than this operator: apply the CRDs of its version)"
         return ApiError(status, str(body.get("reason") or reason), words, method, path, fields, reasons)
     except (ValueError, AttributeError):
         return ApiError(status, reason, data[:512].decode(errors="replace"), method, path)

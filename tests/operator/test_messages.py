@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from finetune_api.results import MergeCheck
 from finetune_api.scores import AnswerScores, JudgeVerdict, TaskScore, TextMetrics
+from finetune_operator.client import _error
 from finetune_operator.planning.messages import metrics_status
 from finetune_operator.planning.phases import success_message
 from tests.operator.manifests import METRICS, publish_report
@@ -60,3 +63,11 @@ def test_a_good_end_names_what_was_published(model_bytes: int | None, verified: 
     text = success_message(publish_report().model_copy(update={"merge_check": check, "model_bytes": model_bytes}))
     assert text.startswith(f"{verified} from the bucket: held-out loss 0.861 reproduced")
     assert text.endswith(agrees)
+
+
+def test_a_crd_that_is_too_old_for_the_operator_is_named() -> None:
+    message = "failed to create typed patch object: .status.gpuStock: field not declared in schema"
+    answer = json.dumps({"reason": "InternalError", "message": message}).encode()
+    assert _error(500, "", answer, "PATCH", "/").message.endswith(
+        "(the CRD is older than this operator: apply the CRDs of its version)"
+    )
