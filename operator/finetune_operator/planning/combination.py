@@ -109,9 +109,7 @@ def _finished(seen: CombinationView, obs: Observation) -> CombinationPlan:
     return CombinationPlan(deletes=leftovers, requeue_after=left)
 
 
-def _due(
-    seen: CombinationView, obs: Observation, spec: AdapterCombinationSpec, view: StageView
-) -> datetime | None:
+def _due(seen: CombinationView, obs: Observation, spec: AdapterCombinationSpec, view: StageView) -> datetime | None:
     """When waiting ends where no Job's deadline ends it: there is none, it is suspended (and its time begins anew after that), or goes."""
     if view.state not in _NOT_RUNNING or (view.state is StageState.STARTING and view.job and view.job.started_at):
         return None

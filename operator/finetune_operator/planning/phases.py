@@ -103,7 +103,9 @@ def success_message(report: PublishReport) -> str:
         f"(base model {metrics.held_out_loss_base:.3f})."
     )
     if report.merge_check is not None:
-        agrees = "Published model agrees with the trained weights" if full else "Merged model agrees with base + adapter"
+        agrees = (
+            "Published model agrees with the trained weights" if full else "Merged model agrees with base + adapter"
+        )
         text += f" {agrees} within {report.merge_check.relative_difference:.1%}."
     return text
 
