@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,17 @@ from finetune_api.names import ENV_ENDPOINT, ENV_SNAPSHOT, LABEL_UID, Stage
 from finetune_api.snapshot import JobIdentity
 from finetune_api.spec import AdapterCombinationSpec, CombinationRuntime
 from finetune_api.status import ConditionType, FineTuneJobStatus
+from finetune_operator.apply import Applier
+from finetune_operator.cache import Cache, Key
 from finetune_operator.combinations.job import combine_job
 from finetune_operator.combinations.observe import trim_combination
+from finetune_operator.combinations.reconciler import CombinationReconciler
 from finetune_operator.planning.combination import CombinationPlan, CombinationView, plan_combination
 from finetune_operator.planning.conditions import find, is_true
 from finetune_operator.planning.model import DeleteJob, JobView, Observation, PlannerConfig, Pod, Refusal, StageJob
 from finetune_operator.pods import failure_rules
 from finetune_operator.settings import Settings
+from finetune_operator.workqueue import WorkQueue
 from tests.operator.manifests import COMBINED, combination, failure, success
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -219,6 +224,38 @@ def test_its_deadline_also_ends_what_no_job_ends(job: StageJob | None, seen: dic
     assert f"It was not done after 3600 s (activeDeadlineSeconds). {words}" in message
     gone = planned(job=job, status=over.status, later=3601, **seen)
     assert gone.deletes == ((DeleteJob(job.name, job.uid),) if job else ())
+
+
+async def test_the_suspended_job_of_one_that_has_failed_is_deleted() -> None:
+    status = planned(job=replace(JOB, suspended=True), later=3600, own=spec(activeDeadlineSeconds=1)).status
+    over = planned(
+        job=replace(JOB, suspended=True), later=3601, status=status, own=spec(activeDeadlineSeconds=1)
+    ).status
+    assert over is not None
+    raw = combination("mix")
+    raw["metadata"] |= {"namespace": "ns", "uid": UID}
+    raw["status"] = over.to_json_dict()
+    cache = Cache()
+    cache.put_combination(raw)
+    body = combine_job(OWNER, spec(), Settings())
+    body["metadata"] |= {"uid": "job", "resourceVersion": "1"}
+    body["spec"]["suspend"] = True
+    cache.put_job(body)
+    deleted: list[DeleteJob] = []
+
+    class Api:
+        clock = SimpleNamespace(now=lambda: NOW)
+
+        async def delete_job(self, namespace: str, delete: DeleteJob) -> Any:
+            deleted.append(delete)
+            return {}
+
+    settings, queue = Settings(), WorkQueue[Key]()
+    applier = Applier(Api(), cache, None, settings)  # type: ignore[arg-type]
+    unused: Any = None
+    reconciler = CombinationReconciler(cache, queue, applier, unused, unused, unused, settings)
+    await reconciler.reconcile(Key("ns", "mix", COMBINATION_KIND))
+    assert deleted == [DeleteJob(body["metadata"]["name"], "job")]
 
 
 def test_a_job_that_was_admitted_late_has_its_whole_time() -> None:
