@@ -169,6 +169,17 @@ def test_the_layers_that_patterns_fit_are_adapted(tiny_model: Path, tmp_path: Pa
     assert not any(is_pattern(name) for name in again.peft_config["default"].target_modules)
 
 
+def test_patterns_and_full_names_fit_the_chosen_layers_only(tiny_model: Path) -> None:
+    """The same as prepare counts: peft adapts what is named in full in all layers."""
+    lora = {"targetModules": ["*.[qv]_proj", "up_proj", "model.layers.0.mlp.down_proj"], "layersToTransform": [1]}
+    run = snapshot(method={"lora": lora})
+    adapted = model.attach_adapter(model.load_base(tiny_model, run, CPU32), run)
+    found = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    headers = {name: ("F32", tuple(t.shape)) for name, t in load_file(tiny_model / "model.safetensors").items()}
+    assert found == set(count_parameters(headers, run.plan.method.lora).targets)
+    assert found == {f"model.layers.1.{m}_proj" for m in ("self_attn.q", "self_attn.v", "mlp.up")}
+
+
 def test_ranks_and_alphas_of_single_modules(tiny_model: Path) -> None:
     """The most specific name counts, in whatever order YAML's map comes; alpha is twice the rank where nothing says otherwise."""
     pattern = {"down_proj": 6, "layers.1.mlp.down_proj": 3, "up_proj": 5}

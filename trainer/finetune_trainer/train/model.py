@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from finetune_api.failures import Reason
 from finetune_api.snapshot import ResolvedLora, Snapshot
 from finetune_api.spec import LoraBias, LoraInitialization, Quantization
-from finetune_api.targets import is_named, routed_kinds, setting_of, without_patterns
+from finetune_api.targets import is_left_out, is_named, routed_kinds, setting_of, without_patterns
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.trained_tokens import add_new_tokens
@@ -235,7 +235,9 @@ def target_modules(base: Any, lora: ResolvedLora) -> str | list[str]:
     routed = routed_kinds(name for name, _ in base.named_parameters())
     layers = [name for name in linear_layers(base) if name.rpartition(".")[2] not in routed]
     if lora.target_modules != [ALL_LINEAR]:
-        return without_patterns(lora.target_modules, layers)
+        # peft takes a full name whatever layers_to_transform says.
+        outside = {name for name in layers if is_left_out(name, [], lora.layers_to_transform)}
+        return [name for name in without_patterns(lora.target_modules, layers) if name not in outside]
     if lora.layers_to_transform is None and not routed:
         return ALL_LINEAR
     return kinds(layers)
