@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from finetune_api.failures import Reason
@@ -20,7 +20,7 @@ from finetune_api.targets import is_pattern
 from finetune_trainer.cpus import usable_cpus
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.shapes import count_parameters
-from finetune_trainer.train import device, evaluate, model
+from finetune_trainer.train import device, evaluate, model, verify
 from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import Rows
 from finetune_trainer.train.schedule import make_schedule
@@ -178,6 +178,22 @@ def test_patterns_and_full_names_fit_the_chosen_layers_only(tiny_model: Path) ->
     headers = {name: ("F32", tuple(t.shape)) for name, t in load_file(tiny_model / "model.safetensors").items()}
     assert found == set(count_parameters(headers, run.plan.method.lora).targets)
     assert found == {f"model.layers.1.{m}_proj" for m in ("self_attn.q", "self_attn.v", "mlp.up")}
+
+
+def test_tensors_of_a_stored_adapter_are_counted_without_loading_them_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = snapshot(method={"lora": {"targetModules": ["q_proj"]}})
+    adapted = model.attach_adapter(model.load_base(tiny_model, run, CPU32), run)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(verify, "load_file", None)
+        verify.load_freshly(model.load_base(tiny_model, run, CPU32), tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(StageError, match="has 3 tensors; its configuration needs 4") as caught:
+        verify.load_freshly(model.load_base(tiny_model, run, CPU32), tmp_path)
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
 
 
 def test_ranks_and_alphas_of_single_modules(tiny_model: Path) -> None:

@@ -69,9 +69,10 @@ def load_freshly(base: Any, folder: Path) -> PeftModel:
         # peft makes these copies in the base's type.
         parameter.data = parameter.data.float()
     if saved:
-        take_up(model, load_file(folder / "adapter_model.safetensors"))
+        take_up(model, load_file(folder / WEIGHTS))
     wanted = len(get_peft_model_state_dict(model, save_embedding_layers=False))
-    found = len(load_file(folder / "adapter_model.safetensors"))
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        found = len(file.keys())
     if wanted != found:
         raise StageError(
             Reason.VERIFICATION_FAILED,
