@@ -15,11 +15,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from finetune_api.combination import CombinationManifest
+from finetune_api.combination import CombinationError, CombinationManifest
 from finetune_api.failures import FAILURES, Reason
 from finetune_api.results import PrepareResult
 from finetune_trainer import waiting
 from finetune_trainer.combine import files, run
+from finetune_trainer.combine.card import model_card
 from finetune_trainer.combine.methods import Combined
 from finetune_trainer.combine.run import run as combine
 from finetune_trainer.context import CombineContext
@@ -99,6 +100,14 @@ def test_a_combination_leaves_a_whole_result_with_its_lineage(mix: Mix, tiny_mod
     loaded = PeftModel.from_pretrained(plain, tmp_path / "got")
     assert loaded.peft_config["default"].base_model_name_or_path == BASE
     assert loaded.peft_config["default"].target_modules == {"q_proj", "up_proj"}
+
+
+@pytest.mark.parametrize(("rank", "said"), [(10, "--max-lora-rank 16 "), (513, "vLLM serves no such adapter")])
+def test_the_card_names_a_rank_that_vllm_takes(mix: Mix, rank: int, said: str) -> None:
+    ctx, error = mix.context(), CombinationError(whole=0.0, largest=0.0, module="m", tolerance=1e-5)
+    text = model_card(ctx.snapshot, BASE, [], rank, error, ctx.output_store(), tokenizer=False)
+    assert said in text
+    assert ("vllm serve" in text) == (rank <= 512)
 
 
 def test_what_is_done_is_not_done_again_and_what_is_half_done_is(mix: Mix) -> None:

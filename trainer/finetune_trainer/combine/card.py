@@ -9,6 +9,7 @@ from finetune_api.combination import CombinationError, CombinationSnapshot, Comb
 from finetune_trainer.combine.sources import Source
 from finetune_trainer.markdown import render
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.vllm import max_lora_rank
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -44,6 +45,7 @@ def model_card(
         base_id=base if _HUB_NAME.fullmatch(base) else None,
         adapters=adapters,
         rank=rank,
+        vllm_rank=max_lora_rank(rank),
         error=error,
         adapter_uri=output.uri("adapter"),
         tokenizer=tokenizer,

@@ -14,10 +14,9 @@ from finetune_trainer.publish.facts import cost_facts, data_facts, method_facts
 from finetune_trainer.publish.scores import score_rows
 from finetune_trainer.publish.tasks import task_rows
 from finetune_trainer.s3 import S3Store
+from finetune_trainer.vllm import max_lora_rank
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as ``--max-lora-rank`` (``vllm/config/lora.py``)."""
 
 
 def model_card(
@@ -69,10 +68,10 @@ def model_card(
 
 
 def vllm_rank(lora: ResolvedLora) -> int | None:
-    """The least of VLLM_RANKS that an adapter may be served with; None for one that vLLM does not serve."""
+    """What vLLM takes as ``--max-lora-rank`` for an adapter; None for one that vLLM does not serve."""
     if lora.use_dora or lora.modules_to_save or lora.bias is not LoraBias.NONE:
         return None
-    return next((allowed for allowed in VLLM_RANKS if allowed >= lora.highest_rank), None)
+    return max_lora_rank(lora.highest_rank)
 
 
 def held_out_overlap(data: DataSummary) -> str:
