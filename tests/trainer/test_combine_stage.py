@@ -19,7 +19,7 @@ from finetune_api.combination import CombinationError, CombinationManifest
 from finetune_api.failures import FAILURES, Reason
 from finetune_api.results import PrepareResult
 from finetune_trainer import waiting
-from finetune_trainer.combine import files, run
+from finetune_trainer.combine import files, methods, run
 from finetune_trainer.combine.card import model_card
 from finetune_trainer.combine.methods import Combined
 from finetune_trainer.combine.run import run as combine
@@ -244,18 +244,34 @@ def test_tokenizers_that_differ_are_left_out_with_a_warning(mix: Mix) -> None:
 def test_a_result_that_is_not_the_sum_is_found_out(
     mix: Mix, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
 ) -> None:
-    real = files.combine
-
-    def slightly_wrong(*arguments: Any) -> Combined:
-        made = real(*arguments)
-        return replace(made, b=made.b * 1.001)
-
     monkeypatch.setattr(files, "combine", slightly_wrong)
     with pytest.raises(StageError) as caught:
         combine(mix.context(**asked))
     assert caught.value.reason is Reason.VERIFICATION_FAILED
     assert "from the weighted sum" in caught.value.message
     assert "out/mix-0a1b2c3d/manifest.json" not in mix.made()
+
+
+def slightly_wrong(*arguments: Any) -> Combined:
+    made = methods.combine(*arguments)
+    return replace(made, b=made.b * 1.001)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"type": "Linear"}, {"type": "DARETIES", "density": 0.5, "seed": 3}], ids=["Linear", "DARE"]
+)
+def test_a_result_that_its_type_does_not_make_is_found_out(
+    mix: Mix, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    """These are no sums: they are computed again, random draws included."""
+    mix.adapters[1] = make_adapter(tiny_model, mix.folder / "two", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "combine", slightly_wrong)
+        with pytest.raises(StageError, match="computed again gives other numbers") as caught:
+            combine(mix.context(**asked))
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+    assert "out/mix-0a1b2c3d/manifest.json" not in mix.made()
+    assert not combine(mix.context(**asked)).exact
 
 
 def test_other_bytes_in_the_bucket_are_found_out(mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from finetune_api.combination import CombinationError
 from finetune_api.failures import Reason
+from finetune_api.spec import AdapterCombinationSpec
 from finetune_trainer.combine.files import modules_of, parts_of
-from finetune_trainer.combine.methods import Part
+from finetune_trainer.combine.methods import Part, combine
 from finetune_trainer.combine.sources import Source
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish.adapter import Adapter, Lora
@@ -54,14 +55,17 @@ def distance(result: Lora, parts: list[Part]) -> Distance:
     return Distance(off, norm(own_b, own_a), norm(b, a), sum(norm(*half) for half in halves))
 
 
-def measure(result: Adapter, sources: list[Source], left_out: dict[str, float]) -> CombinationError:
+def measure(
+    spec: AdapterCombinationSpec, result: Adapter, sources: list[Source], rank: int, left_out: dict[str, float]
+) -> CombinationError:
     """Of all modules.
 
     Args:
-        left_out: norm of what the rank could not hold, by module; empty for types that do not mean the sum.
+        rank: of the result.
+        left_out: norm of what the rank could not hold, by module; empty for types that do not mean the sum: their result is computed again.
 
     Raises:
-        StageError: VerificationFailed, if it is another adapter, or not the sum that it should be.
+        StageError: VerificationFailed, if it is another adapter, or not what it should be.
     """
     shapes = modules_of(sources)
     if result.modules.keys() != shapes.keys():
@@ -72,7 +76,10 @@ def measure(result: Adapter, sources: list[Source], left_out: dict[str, float]) 
     off = total = 0.0
     largest, where = -1.0, ""
     for module in shapes:
-        found = distance(result.lora(module), parts_of(sources, module))
+        lora, parts = result.lora(module), parts_of(sources, module)
+        found = distance(lora, parts)
+        if not left_out:
+            must_be_made_of(lora, spec, module, parts, rank)
         if left_out and not found.is_best(left_out[module]):
             raise StageError(
                 Reason.VERIFICATION_FAILED,
@@ -89,6 +96,21 @@ def measure(result: Adapter, sources: list[Source], left_out: dict[str, float]) 
         module=where,
         tolerance=TOLERANCE if exact else None,
     )
+
+
+def must_be_made_of(lora: Lora, spec: AdapterCombinationSpec, module: str, parts: list[Part], rank: int) -> None:
+    """One module is what its type makes of the adapters, number by number: what is drawn at random is drawn the same again.
+
+    Raises:
+        StageError: VerificationFailed.
+    """
+    made = combine(spec, module, parts, rank)
+    if lora.scaling != 1.0 or not (torch.equal(lora.a, made.a) and torch.equal(lora.b, made.b)):
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"{module} of the adapter in the bucket has Frobenius norm {norm(lora.b.double(), lora.a.double() * lora.scaling):.6g}; {spec.type.value} "
+            f"computed again gives other numbers, of norm {norm(made.b.double(), made.a.double()):.6g}.",
+        )
 
 
 def is_exact(left_out: dict[str, float], total: float) -> bool:

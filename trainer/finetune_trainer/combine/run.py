@@ -69,7 +69,7 @@ def run(ctx: CombineContext) -> CombineReport:
     files = _patiently(ctx, lambda: output.upload_dir(folder, ADAPTER_DIR))
     must_be_stored(weights, files)
     back = _patiently(ctx, lambda: read_back(output, files, ctx.work_dir / "back"))
-    error = measure(read_adapter(back), sources, left_out)
+    error = measure(spec, read_adapter(back), sources, rank, left_out)
 
     # Describe.
     adapters = [lineage(source) for source in sources]
