@@ -16,12 +16,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
-from finetune_api.results import BASE_EVALUATION, BaseEvaluation, Manifest, Scores
+from finetune_api.results import (
+    BASE_EVALUATION,
+    PREPARE_RESULT,
+    TASK_REPLIES,
+    BaseEvaluation,
+    Manifest,
+    PrepareResult,
+    Scores,
+)
 from finetune_api.spec import Training
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.run import run as prepare
 from finetune_trainer.prepare.tasks import prepare_tasks, write_rows
 from finetune_trainer.publish.run import run as publish
+from finetune_trainer.publish.tasks import task_scores
 from finetune_trainer.tasks.protocol import Continuation, Requests, generated_of
 from finetune_trainer.train import run as training
 from finetune_trainer.train.device import pick_compute
@@ -187,6 +196,23 @@ def test_scores_stand_in_all_places_and_the_base_is_asked_once(done: tuple[Pod, 
     assert base.tasks is not None
     # Of the group the two tasks ask the same, without the examples.
     assert (len(base.tasks.log_likelihoods), len(base.tasks.texts)) == (30 + 12, 10)
+
+
+def test_answers_that_are_gone_are_made_again_and_told_of(done: tuple[Pod, dict[str, Any], Any]) -> None:
+    pod, spec, _ = done
+    context = pod.context(spec, Stage.PUBLISH)
+    output, workspace = context.output_store(), context.workspace_store()
+    trained = training.finished_result(context, output, workspace)
+    assert trained is not None
+    kept = workspace.get_bytes(TASK_REPLIES)
+    workspace.delete(TASK_REPLIES)
+    try:
+        assert training.finished_result(context, output, workspace) is None
+        with pytest.raises(StageError, match=r"tasks\.json has disappeared since training") as info:
+            task_scores(context, workspace.get_model(PREPARE_RESULT, PrepareResult), trained, workspace)
+        assert info.value.reason is Reason.VERIFICATION_FAILED
+    finally:
+        workspace.put_bytes(TASK_REPLIES, kept)
 
 
 @pytest.mark.parametrize(

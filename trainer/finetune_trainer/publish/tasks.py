@@ -13,6 +13,7 @@ from finetune_api.results import PREPARED_TASK_DATA, PrepareResult, TrainResult
 from finetune_api.scores import TaskScore
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
+from finetune_trainer.publish.whole import fetch_stored
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.tasks.child import run_harness
 from finetune_trainer.tasks.protocol import REPLIES, SCORES, Command, Score
@@ -27,7 +28,11 @@ PAIRS = TypeAdapter(list[tuple[Score, Score]])
 def task_scores(
     ctx: StageContext, prepared: PrepareResult, trained: TrainResult, workspace: S3Store
 ) -> tuple[list[TaskScore], list[str]]:
-    """All numbers of all tasks, and what is worth knowing of them. A task that cannot be scored costs its scores, not the job."""
+    """All numbers of all tasks, and what is worth knowing of them. A task that cannot be scored costs its scores, not the job.
+
+    Raises:
+        StageError: VerificationFailed, for files that are not what was stored.
+    """
     if trained.task_replies is None:
         return [], []
     folder = ctx.work_dir / "tasks"
@@ -48,7 +53,7 @@ def _fetch(ctx: StageContext, prepared: PrepareResult, trained: TrainResult, wor
     data = next(record for record in prepared.files if record.path == PREPARED_TASK_DATA)
     assert trained.task_replies is not None
     for record, path in ((data, packed), (trained.task_replies, folder / REPLIES)):
-        must_equal(workspace.download_file(record.path, path), record, workspace.uri(record.path))
+        must_equal(fetch_stored(workspace, record, path), record, workspace.uri(record.path))
     with tarfile.open(packed) as tar:
         tar.extractall(folder, filter="data")
     packed.unlink()

@@ -58,12 +58,17 @@ def fetch_published(ctx: StageContext, output: S3Store, workspace: S3Store, resu
     moved = ctx.reporter.transfer("download", sum(f.size for _, f in stored))
     for store, record in stored:
         path = ctx.work_dir / "published" / record.path
-        found = wait_until_available(ctx, partial(_fetch, store, record, path, moved))
+        found = wait_until_available(ctx, partial(fetch_stored, store, record, path, moved))
         must_equal(found, record, store.uri(record.path))
     return ctx.work_dir / "published" / (ADAPTER_DIR if result.weights is None else WEIGHTS_DIR)
 
 
-def _fetch(store: S3Store, record: FileRecord, path: Path, moved: OnBytes) -> FileRecord:
+def fetch_stored(store: S3Store, record: FileRecord, path: Path, moved: OnBytes | None = None) -> FileRecord:
+    """A file that an earlier stage stored.
+
+    Raises:
+        StageError: VerificationFailed, if it is gone.
+    """
     try:
         return store.download_file(record.path, path, moved)
     except NotFound as error:

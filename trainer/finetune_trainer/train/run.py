@@ -502,7 +502,8 @@ def finished_result(ctx: StageContext, output: S3Store, workspace: S3Store) -> T
         if result.snapshot_digest != ctx.snapshot.digest():
             return None
         whole = all(output.head(f.path).size == f.size for f in (*result.adapter_files, *result.report_files))
-        whole = whole and all(workspace.head(f.path).size == f.size for f in result.weights_files)
+        replies = [result.task_replies] if result.task_replies is not None else []
+        whole = whole and all(workspace.head(f.path).size == f.size for f in (*result.weights_files, *replies))
     except (NotFound, ValidationError):
         return None
     return result if whole else None
