@@ -20,6 +20,7 @@ from finetune_trainer.combine.sources import fetch_adapter, must_go_together
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish.adapter import read_adapter
 from tests.support.adapters import combine_context, make_adapter
+from tests.support.tiny_families import build_tiny_family
 
 Deltas = dict[str, torch.Tensor]
 PLAIN: dict[str, Any] = {}
@@ -48,6 +49,23 @@ def ours(
     adapter = read_adapter(folder)
     loras = {module: adapter.lora(module) for module in adapter.modules}
     return {module: lora.b @ lora.a * lora.scaling for module, lora in loras.items()}, folder
+
+
+def test_adapters_of_gpt2_are_combined(tmp_path: Path) -> None:
+    """peft sets fan_in_fan_out for its layers, by itself."""
+    base = build_tiny_family(tmp_path / "base", "gpt2")
+    own = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    found, folder = ours(tmp_path / "pod", base, [own, {**own, "r": 2}], [0.5, -1.0])
+    model = loaded(base, tmp_path / "pod", 2)
+    model.load_adapter(folder, adapter_name="mix")
+    for module, update in found.items():
+        layer = model.get_submodule(f"base_model.model.{module}")
+        wanted = 0.5 * layer.get_delta_weight("0") - layer.get_delta_weight("1")
+        torch.testing.assert_close(update.T, wanted)
+        torch.testing.assert_close(layer.get_delta_weight("mix"), wanted)
+    assert len(found) == 4
+    with pytest.raises(StageError, match="fan_in_fan_out"):
+        ours(tmp_path / "other", base, [{"target_modules": ["lm_head"], "fan_in_fan_out": True}, own], [1.0, 1.0])
 
 
 def loaded(base: Path, pod: Path, count: int) -> PeftModel:

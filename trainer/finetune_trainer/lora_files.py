@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 CONFIG = "adapter_config.json"
@@ -18,11 +19,25 @@ UNKNOWN_SETTINGS = (
     "target_parameters", "kasa_config", "monteclora_config", "velora_config", "arrow_config", "use_bdlora", "alora_invocation_tokens", "use_qalora",
 )  # fmt: skip
 """The operator sets none of them; a file that has one is refused, not misread."""
+CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|c_fc|c_proj|q_attn)$")
+"""GPT-2's layers, whose weights are stored (inputs, outputs)."""
 
 
-def strange_settings(config: Mapping[str, Any], *others: str) -> list[str]:
-    """Those that are set, and ``others``."""
-    return [name for name in (*UNKNOWN_SETTINGS, *others) if config.get(name)]
+def strange_settings(config: Mapping[str, Any], modules: Collection[str], *others: str) -> list[str]:
+    """Those that are set, and ``others``; but for fan_in_fan_out, which peft sets by itself, where all layers are GPT-2's: A and B are as those
+    of any layer.
+
+    Args:
+        modules: those that the adapter is on.
+    """
+    by_itself = {"fan_in_fan_out"} if all(CONV1D.search(module) for module in modules) else set()
+    return [name for name in (*UNKNOWN_SETTINGS, *others) if config.get(name) and name not in by_itself]
+
+
+def adapted_modules(keys: Collection[str]) -> list[str]:
+    """The modules that a file with these keys has an update of."""
+    names = [tensor_name(key) for key in keys]
+    return sorted(name.removesuffix(LORA_A) for name in names if name.endswith(LORA_A))
 
 
 def tensor_name(key: str) -> str:

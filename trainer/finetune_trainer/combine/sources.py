@@ -18,7 +18,15 @@ from finetune_api.spec import WeightedAdapter
 from finetune_trainer.context import CombineContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.hashing import hash_files
-from finetune_trainer.lora_files import CONFIG, LORA_A, LORA_B, UNCHANGED_BASE, WEIGHTS, strange_settings
+from finetune_trainer.lora_files import (
+    CONFIG,
+    LORA_A,
+    LORA_B,
+    UNCHANGED_BASE,
+    WEIGHTS,
+    adapted_modules,
+    strange_settings,
+)
 from finetune_trainer.prepare.tokenizer_files import PATTERNS
 from finetune_trainer.publish.adapter import Adapter, read_adapter
 from finetune_trainer.sources.model import resolve_source
@@ -72,10 +80,14 @@ def _read_config(folder: Path, place: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            modules = adapted_modules(file.keys())
     except (ValueError, AttributeError) as error:
         raise StageError(Reason.INVALID_CONFIG, f"{place} is no adapter of peft's ({CONFIG}: {error}).") from error
+    except SafetensorError as error:
+        raise StageError(Reason.INVALID_CONFIG, f"{place} is no adapter of peft's ({WEIGHTS}: {error}).") from error
     assert isinstance(config, dict)
-    strange = strange_settings(config, "modules_to_save", "trainable_token_indices", "use_dora")
+    strange = strange_settings(config, modules, "modules_to_save", "trainable_token_indices", "use_dora")
     if kind != "LORA" or strange or config.get("bias", "none") != "none":
         found = kind if kind != "LORA" else ", ".join(strange) or "trained biases"
         raise StageError(

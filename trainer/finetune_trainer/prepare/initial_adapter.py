@@ -21,6 +21,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import (
     CONFIG,
+    CONV1D,
     LORA_A,
     LORA_B,
     MAGNITUDE,
@@ -29,7 +30,7 @@ from finetune_trainer.lora_files import (
     strange_settings,
     tensor_name,
 )
-from finetune_trainer.prepare.shapes import ALL_LINEAR, CONV1D, Parameters
+from finetune_trainer.prepare.shapes import ALL_LINEAR, Parameters
 from finetune_trainer.sources.model import resolve_source
 from finetune_trainer.waiting import wait_until_available
 
@@ -109,11 +110,9 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
     Raises:
         StageError: InvalidConfig, for an adapter that cannot be trained on, or a job that asks for another.
     """
-    if all(CONV1D.search(module) for module in modules):
-        config = {**config, "fan_in_fan_out": False}  # peft sets it for such layers, by itself
     if (
         config.get("peft_type") != "LORA"
-        or (strange := strange_settings(config, "modules_to_save", "trainable_token_indices"))
+        or (strange := strange_settings(config, modules, "modules_to_save", "trainable_token_indices"))
         or config.get("bias") != "none"
     ):
         found = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(strange) or "trained biases"

@@ -15,6 +15,7 @@ from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
 from finetune_api.targets import is_left_out, is_named, is_pattern, routed_kinds, setting_of
 from finetune_trainer.errors import StageError
+from finetune_trainer.lora_files import CONV1D
 from finetune_trainer.sources.model import TensorHeaders
 
 ALL_LINEAR = "all-linear"
@@ -22,7 +23,6 @@ EMBEDDING = re.compile(r"(^|\.)(wte|wpe|[a-z_]*embed[a-z_]*)$")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)$")
 BLOCK = re.compile(r"\.\d+\.")
 EXPERT = re.compile(r"\.experts\.\d+\.")
-CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn|crossattention|mlp)\.(c_attn|c_fc|c_proj|q_attn)$")
 BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|\.attention\.masked_bias)$")
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")

@@ -23,6 +23,7 @@ from finetune_trainer.lora_files import (
     MAGNITUDE,
     TOKENS,
     WEIGHTS,
+    adapted_modules,
     strange_settings,
     tensor_name,
 )
@@ -156,7 +157,9 @@ def read_adapter(folder: Path) -> Adapter:
         raise StageError(
             Reason.VERIFICATION_FAILED, f"the adapter's peft_type is {config.get('peft_type')!r}, not LORA."
         )
-    if strange := strange_settings(config):
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        layers = adapted_modules(file.keys())
+    if strange := strange_settings(config, layers):
         raise StageError(
             Reason.VERIFICATION_FAILED,
             f"the adapter's configuration sets {', '.join(strange)}, which cannot be merged.",
