@@ -287,6 +287,21 @@ def on_nodes(*products: str, memory_mib: int | None = None) -> list[NodeGpu]:
     return [NodeGpu(product=product, memory_mib=memory_mib, nodes=1) for product in products]
 
 
+def test_gpus_on_nodes_without_the_type_that_is_asked_for_are_avoided() -> None:
+    nodes = on_nodes("NVIDIA-A100-SXM4-80GB", "NVIDIA-A10G", "Tesla-T4")
+    spec: dict[str, Any] = {"method": {"type": "QLoRA"}, "nodes": nodes}
+    plain, asking = planned(**spec), planned(**spec, training={"computeDtype": "bfloat16"})
+    assert plain is not None
+    assert asking is not None
+    assert (plain.gpu, plain.unsuitable_gpu_products) == ("Tesla T4", None)
+    assert (asking.gpu, asking.unsuitable_gpu_products) == ("NVIDIA A10G", ["Tesla-T4"])
+    assert "Not on Tesla T4, which nodes have: no bfloat16, which training.computeDtype asks for." in asking.summary
+    large = planned(nodes=nodes, training={"maxSequenceTokens": 8192, "computeDtype": "bfloat16"}, data=rows(8192))
+    assert large is not None
+    assert large.unsuitable_gpu_products == ["NVIDIA-A10G", "Tesla-T4"]
+    assert "Not on NVIDIA A10G, which nodes have: too little memory for it. Not on Tesla T4" in large.summary
+
+
 def test_a_job_that_names_no_gpu_is_planned_for_the_smallest_on_nodes_that_it_fits() -> None:
     nodes = on_nodes("NVIDIA-H100-80GB-HBM3", "NVIDIA-A100-SXM4-40GB", "Tesla-T4")
     lora, qlora = (planned(nodes=nodes, method={"type": method}) for method in ("LoRA", "QLoRA"))

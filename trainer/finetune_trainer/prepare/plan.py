@@ -91,6 +91,8 @@ class Candidates:
     """Nodes have more kinds, and their memory is not known."""
     per_node: Mapping[str, int] = field(default_factory=dict)
     """By product, the most that one node has, where nodes tell."""
+    without_bfloat16: list[Gpu] = field(default_factory=list)
+    """Kinds on nodes that lack the type that is asked for: none of ``gpus``."""
 
     def with_count(self, gpus: int) -> list[Gpu]:
         """The kinds of which one node may have so many."""
@@ -117,8 +119,11 @@ def candidates_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) ->
         kinds = [labelled_gpu(product, memory) for product, memory in nodes.items() if product not in shared]
         gpus = [gpu for gpu in kinds if gpu is not None]
         found = Candidates(gpus, named=False, others=len(gpus) < len(nodes))
-    if spec.training.compute_dtype is ComputeDtype.BFLOAT16 and found.gpus and not any(g.bfloat16 for g in found.gpus):
-        raise StageError(Reason.INVALID_CONFIG, NO_BFLOAT16.format(names(found.gpus)))
+    if spec.training.compute_dtype is ComputeDtype.BFLOAT16 and found.gpus:
+        able = [gpu for gpu in found.gpus if gpu.bfloat16]
+        if not able:
+            raise StageError(Reason.INVALID_CONFIG, NO_BFLOAT16.format(names(found.gpus)))
+        found = replace(found, gpus=able, without_bfloat16=[gpu for gpu in found.gpus if not gpu.bfloat16])
     automatic = left_to_the_plan(spec)
     if not found.gpus and automatic:
         raise StageError(Reason.INVALID_CONFIG, f"{automatic}: {_nothing_known(asked.product, node_gpus)}")
@@ -185,7 +190,7 @@ def from_request(
     """
     tries = rounds(spec, shardable)
     if not found.gpus:
-        return _of_unknown(spec, spec.method.type, split, request, tries[0], [])
+        return _of_unknown(spec, spec.method.type, split, request, tries[0], [], [])
     fewer = ""
     for gpus, several in [(n, may) for may in tries for n in counts_of(spec, may, found)]:
         able = (found.with_count(gpus) if spec.compute.gpus() is None else []) or found.gpus
@@ -201,12 +206,20 @@ def from_request(
         if choice.fit.fits:
             if misfit := host_memory_misfit(spec, choice):
                 raise StageError(Reason.DOES_NOT_FIT, misfit)
-            return _chosen(spec, split, choice, suitable[0], [gpu for gpu in able if gpu not in suitable], fewer)
+            return _chosen(
+                spec,
+                split,
+                choice,
+                suitable[0],
+                [gpu for gpu in able if gpu not in suitable],
+                found.without_bfloat16,
+                fewer,
+            )
         fewer = f" {gpus} would not do: {gib(choice.planned.needed_bytes)} on each."
     if not (choice.planned.verified or (request.architecture.known and not request.architecture.experts)):
-        return _chosen(spec, split, choice, suitable[0], [])  # an estimate refuses nothing
+        return _chosen(spec, split, choice, suitable[0], [], found.without_bfloat16)  # an estimate refuses nothing
     if found.others and spec.compute.gpus() is not None:
-        return _of_unknown(spec, choice.method, split, request, tries[-1], found.gpus)
+        return _of_unknown(spec, choice.method, split, request, tries[-1], found.gpus, found.without_bfloat16)
     here = possible(spec, choice.fit.alternatives, shardable)
     words = misfit_sentence(uri, choice.request, choice.fit.model_copy(update={"alternatives": here}), suitable[0])
     if spec.compute.gpus() is None:
@@ -255,6 +268,7 @@ def _of_unknown(
     request: Request,
     several: tuple[Layout, ...],
     unsuitable: list[Gpu],
+    without_bfloat16: list[Gpu],
 ) -> RunPlan:
     quantized = request.tuning.model_copy(update={"quantized": method is MethodType.QLORA})
     batch = request.batch.model_copy(update={"micro_batch_sequences": split.micro_batch_sequences})
@@ -265,16 +279,19 @@ def _of_unknown(
         split=split,
         layout=layout,
         gpus_per_node=request.gpus // spec.compute.nodes,
-        unsuitable_gpu_products=[gpu.product for gpu in unsuitable] or None,
+        unsuitable_gpu_products=[gpu.product for gpu in (*unsuitable, *without_bfloat16)] or None,
         needed_bytes=planned.needed_bytes,
         peak_allocated_bytes=planned.measurable_bytes,
         verified=planned.verified,
-        summary=f"needs {gib(planned.needed_bytes)} of GPU memory by plan; whether the GPU has it is not known.{_avoided(unsuitable)}",
+        summary=f"needs {gib(planned.needed_bytes)} of GPU memory by plan; whether the GPU has it is not known.{_avoided(unsuitable, without_bfloat16)}",
     )
 
 
-def _avoided(unsuitable: list[Gpu]) -> str:
-    return f" Not on {names(unsuitable)}, which nodes have: too little memory for it." if unsuitable else ""
+def _avoided(unsuitable: list[Gpu], without_bfloat16: list[Gpu]) -> str:
+    small = f" Not on {names(unsuitable)}, which nodes have: too little memory for it." if unsuitable else ""
+    if not without_bfloat16:
+        return small
+    return f"{small} Not on {names(without_bfloat16)}, which nodes have: no bfloat16, which training.computeDtype asks for."
 
 
 def names(gpus: Sequence[Gpu]) -> str:
@@ -283,7 +300,13 @@ def names(gpus: Sequence[Gpu]) -> str:
 
 
 def _chosen(
-    spec: FineTuneJobSpec, split: Split, choice: Choice, gpu: Gpu, unsuitable: list[Gpu], fewer: str = ""
+    spec: FineTuneJobSpec,
+    split: Split,
+    choice: Choice,
+    gpu: Gpu,
+    unsuitable: list[Gpu],
+    without_bfloat16: list[Gpu],
+    fewer: str = "",
 ) -> RunPlan:
     planned = plan(choice.request, gpu.peak_tflops)
     share = -(-spec.training.global_batch_sequences // choice.request.gpus)
@@ -301,11 +324,11 @@ def _chosen(
             }
         ),
         gpu=gpu.name,
-        unsuitable_gpu_products=[each.product for each in unsuitable] or None,
+        unsuitable_gpu_products=[each.product for each in (*unsuitable, *without_bfloat16)] or None,
         needed_bytes=planned.needed_bytes,
         usable_bytes=gpu.usable_bytes,
         peak_allocated_bytes=planned.measurable_bytes,
         estimated_seconds=planned.work.seconds,
         verified=planned.verified,
-        summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{fewer}{misfit}{_avoided(unsuitable)}",
+        summary=f"{plan_sentence(choice.request, planned, gpu)} {choice.reason}{fewer}{misfit}{_avoided(unsuitable, without_bfloat16)}",
     )
