@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+from typing import Any
+
 from finetune_api.base import ApiModel
 from finetune_api.planner import Layout
 from finetune_api.results import RunPlan
@@ -44,10 +48,29 @@ def answer_limits(spec: FineTuneJobSpec, *, gathered: bool) -> AnswerLimits:
     )
 
 
+def prompt_room(positions: int | None, max_new_tokens: int, context_tokens: int | None) -> int:
+    """Tokens of a prompt that fit the model's positions together with the answer, and ``context_tokens``; at least one."""
+    limits = [context_tokens, positions - max_new_tokens if positions else None]
+    return max(1, min((limit for limit in limits if limit is not None), default=sys.maxsize))
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """The positions that a model has by its config.json, where that says so; GPT-2 has a name of its own for them."""
+    text = config.get("text_config")
+    values = {**config, **text} if isinstance(text, Mapping) else config
+    names = ("max_position_embeddings", "n_positions")
+    return next((values[name] for name in names if isinstance(values.get(name), int)), None)
+
+
+def is_gathered(spec: FineTuneJobSpec, plan: RunPlan | None) -> bool:
+    """Whether no GPU holds the whole base, so that each token of an answer gathers it."""
+    return is_sharded(spec, plan) or is_offloaded(spec, plan)
+
+
 def capped(spec: FineTuneJobSpec, plan: RunPlan | None) -> list[str]:
     """A warning where less is answered than asked for."""
     asked = spec.evaluation.generation
-    limits = answer_limits(spec, gathered=is_sharded(spec, plan) or is_offloaded(spec, plan))
+    limits = answer_limits(spec, gathered=is_gathered(spec, plan))
     if not asked.prompts or (limits.prompts, limits.new_tokens) == (asked.prompts, asked.max_new_tokens):
         return []
     return [

@@ -14,6 +14,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune_api.answering import positions_of
 from finetune_api.failures import Reason
 from finetune_api.names import Stage
 from finetune_api.results import (
@@ -24,11 +25,12 @@ from finetune_api.results import (
     Manifest,
     PrepareResult,
     Scores,
+    TaskPrompt,
 )
 from finetune_api.spec import Training
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.run import run as prepare
-from finetune_trainer.prepare.tasks import prepare_tasks, write_rows
+from finetune_trainer.prepare.tasks import cut_prompts, prepare_tasks, write_rows
 from finetune_trainer.publish.run import run as publish
 from finetune_trainer.publish.tasks import task_scores
 from finetune_trainer.tasks.protocol import Continuation, Requests, generated_of
@@ -230,7 +232,9 @@ def test_a_task_that_cannot_be_done_fails_before_a_gpu(
     pod = pod_of(s3, tmp_path)
     bad = {**task(bucket, name), "uri": f"s3://{bucket}/bad/"}
     with pytest.raises(StageError) as info:
-        prepare_tasks(pod.context(spec_of(s3, bucket, bad)), AutoTokenizer.from_pretrained(tiny_model))
+        prepare_tasks(
+            pod.context(spec_of(s3, bucket, bad)), AutoTokenizer.from_pretrained(tiny_model), {}, gathered=False
+        )
     assert info.value.reason is Reason.INVALID_CONFIG
     assert f"evaluation.tasks: {said}" in info.value.message
 
@@ -258,7 +262,10 @@ def test_data_that_are_not_there_are_told_of_or_waited_for_before_a_gpu(
     folder = f"s3://{bucket}/{key.partition('/')[0]}/"
     with pytest.raises(StageError) as info:
         prepare_tasks(
-            pod_of(s3, tmp_path).context(spec_of(s3, bucket, {**task(bucket, "choice"), "uri": folder})), None
+            pod_of(s3, tmp_path).context(spec_of(s3, bucket, {**task(bucket, "choice"), "uri": folder})),
+            None,
+            {},
+            gathered=False,
         )
     assert (info.value.reason, len(waits)) == (reason, 1)
     assert said in info.value.message
@@ -267,7 +274,37 @@ def test_data_that_are_not_there_are_told_of_or_waited_for_before_a_gpu(
 def test_an_image_without_lm_eval_is_told(s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_LM_EVAL", str(tmp_path))
     with pytest.raises(StageError, match="use the trainer image of this version") as info:
-        prepare_tasks(pod_of(s3, tmp_path).context(spec_of(s3, bucket, task(bucket, "choice"))), None)
+        prepare_tasks(
+            pod_of(s3, tmp_path).context(spec_of(s3, bucket, task(bucket, "choice"))), None, {}, gathered=False
+        )
+    assert info.value.reason is Reason.INVALID_CONFIG
+
+
+@pytest.mark.parametrize("name", ["saying", "choice"])
+def test_tasks_that_generate_are_refused_where_each_token_gathers_the_base(
+    s3: S3, bucket: str, tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    context = pod_of(s3, tmp_path).context(spec_of(s3, bucket, task(bucket, name, limit=2)))
+    asked = context, AutoTokenizer.from_pretrained(tiny_model), {}
+    if name == "choice":
+        assert len(prepare_tasks(*asked, gathered=True)[0]) == 3, "likelihoods cost a pass, as held-out rows do"
+        return
+    with pytest.raises(StageError, match="2 requests to generate an answer, and no GPU holds the whole base") as info:
+        prepare_tasks(*asked, gathered=True)
+    assert info.value.reason is Reason.INVALID_CONFIG
+
+
+def test_prompts_are_counted_that_positions_leave_no_room_for() -> None:
+    prompts = [TaskPrompt(input_ids=[1] * n, max_new_tokens=100, until=[]) for n in (10, 30, 60)]
+    config = {"n_positions": 150}
+    assert [
+        cut_prompts(prompts, positions, limit) for positions, limit in ((None, 40), (positions_of(config), 512))
+    ] == [1, 1]
+    assert cut_prompts(prompts[:1], 110, 512) == 0, "it fits as it is"
+    with pytest.raises(
+        StageError, match="a prompt of 30 tokens is to be answered with up to 100, and the model has 110 pos"
+    ) as info:
+        cut_prompts(prompts, 110, 512)
     assert info.value.reason is Reason.INVALID_CONFIG
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from transformers import (
     masking_utils,
 )
 
+from finetune_api.answering import prompt_room
 from finetune_api.spec import Length
 from finetune_trainer.train import evaluate
 from finetune_trainer.train.device import Compute
@@ -356,7 +356,7 @@ def test_answers_are_generated_a_few_at_a_time(lengths: list[int], new: int, bat
 def test_prompt_and_answer_fit_the_models_positions(
     positions: int | None, new: int, context: int | None, room: int
 ) -> None:
-    assert evaluate.prompt_room(SimpleNamespace(max_position_embeddings=positions), new, context) == room
+    assert prompt_room(positions, new, context) == room
 
 
 def test_answers_are_the_same_however_they_are_batched(

@@ -15,7 +15,7 @@ from typing import TypeVar
 import httpx
 from pydantic import ValidationError
 
-from finetune_api.answering import capped
+from finetune_api.answering import capped, is_gathered
 from finetune_api.failures import Reason
 from finetune_api.results import (
     PREPARE_RESULT,
@@ -83,7 +83,9 @@ def run(ctx: StageContext) -> PrepareReport:
     model, prepared, planned = found.model, found.prepared, found.plan
     if planned is not None:
         log.info("%s", planned.summary)
-    task_files, of_tasks = prepare_tasks(ctx, model.tokenizer)
+    task_files, of_tasks = prepare_tasks(
+        ctx, model.tokenizer, model.config, gathered=is_gathered(ctx.snapshot.spec, planned)
+    )
     for warning in (warnings := of_trackers + found.warnings + of_tasks):
         log.warning("%s", warning)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 
+from finetune_api.answering import positions_of, prompt_room
 from finetune_api.failures import Reason
 from finetune_api.names import task_slot
 from finetune_api.results import (
@@ -39,12 +40,20 @@ OWN_FILES = (".yaml", ".json", ".jsonl", ".csv", ".parquet")
 """No code: a task's YAML may name Python functions, but brings none."""
 MOST_BYTES = 4 << 30
 """Of all tasks' data, which later stages fetch."""
+LEAST_PROMPT = 16
+"""Tokens: what is left of a prompt that is cut to less asks nothing."""
 ASKED_TASKS = TypeAdapter(list[AskedTask])
 PROMPTS = TypeAdapter(list[TaskPrompt])
 
 
-def prepare_tasks(ctx: StageContext, tokenizer: Any) -> tuple[dict[str, Path], list[str]]:
+def prepare_tasks(
+    ctx: StageContext, tokenizer: Any, config: Mapping[str, Any], *, gathered: bool
+) -> tuple[dict[str, Path], list[str]]:
     """The prepared files by name, and what is worth knowing of them; none where no task is asked for.
+
+    Args:
+        config: the model's config.json.
+        gathered: whether no GPU holds the whole base.
 
     Raises:
         StageError: InvalidConfig, DatasetNotFound, AccessDenied, BucketNotFound.
@@ -58,6 +67,12 @@ def prepare_tasks(ctx: StageContext, tokenizer: Any) -> tuple[dict[str, Path], l
     folder.mkdir(parents=True)
     wait_until_available(ctx, lambda: _make_requests(ctx, asked, folder))
     requests = Requests.model_validate_json((folder / REQUESTS).read_bytes())
+    if gathered and requests.generated:
+        raise StageError(
+            Reason.INVALID_CONFIG,
+            f"{FIELD}: {plural(len(requests.generated), 'request')} to generate an answer, and no GPU holds the whole base: each token gathers it. "
+            "Leave tasks that generate out (those that compare likelihoods are answered), or ask for GPUs that hold the base, or for type: QLoRA.",
+        )
     files = {name: ctx.work_dir / name for name in (PREPARED_TASK_ROWS, PREPARED_TASK_PROMPTS, PREPARED_TASK_DATA)}
     limit = ctx.snapshot.spec.training.max_sequence_tokens
     cut = write_rows(files[PREPARED_TASK_ROWS], requests, tokenizer, limit)
@@ -67,12 +82,32 @@ def prepare_tasks(ctx: StageContext, tokenizer: Any) -> tuple[dict[str, Path], l
     ]
     files[PREPARED_TASK_PROMPTS].write_bytes(PROMPTS.dump_json(prompts, by_alias=True))
     pack(folder, files[PREPARED_TASK_DATA])
-    cut += sum(len(p.input_ids) > limit for p in prompts)
+    cut += cut_prompts(prompts, positions_of(config), limit)
     count = len(requests.continuations) + len(requests.generated)
     log.info("%s: %s", FIELD, plural(count, "request"))
     return files, [
-        f"{plural(cut, 'request')} of {count:,} of {FIELD} longer than training.maxSequenceTokens ({limit:,}): their beginning is left out"
+        f"{plural(cut, 'request')} of {count:,} of {FIELD} longer than training.maxSequenceTokens ({limit:,}), or than the model's positions leave room for beside the answer: their beginning is left out"
     ] if cut else []
+
+
+def cut_prompts(prompts: Sequence[TaskPrompt], positions: int | None, limit: int) -> int:
+    """How many of them do not fit as a whole.
+
+    Raises:
+        StageError: InvalidConfig, where hardly anything of one would be left.
+    """
+    cut = 0
+    for prompt in prompts:
+        room = prompt_room(positions, prompt.max_new_tokens, limit)
+        if len(prompt.input_ids) > room and positions is not None and positions - prompt.max_new_tokens < LEAST_PROMPT:
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"{FIELD}: a prompt of {len(prompt.input_ids):,} tokens is to be answered with up to {prompt.max_new_tokens:,}, and the model has "
+                f"{positions:,} positions: less than {LEAST_PROMPT} are left for the prompt. Leave the task out, or ask for less in a task of "
+                "your own (generation_kwargs.max_gen_toks).",
+            )
+        cut += len(prompt.input_ids) > room
+    return cut
 
 
 def _make_requests(ctx: StageContext, tasks: Sequence[EvaluationTask], folder: Path) -> None:

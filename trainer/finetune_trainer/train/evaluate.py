@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from finetune_api.answering import prompt_room
 from finetune_api.planner.plan import ANSWER_TOKENS, ANSWERED_AT_ONCE, EVALUATION_TOKENS
 from finetune_api.results import IGNORED
 from finetune_trainer import heartbeat
@@ -127,7 +127,8 @@ def greedy_tokens(
     all_say: Callable[[bool], bool] | None = None,
 ) -> list[list[int]]:
     """The same as tokens, without the end token."""
-    context = prompt_room(causal_lm.config.get_text_config(), max_new_tokens, context_tokens)
+    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    context = prompt_room(positions, max_new_tokens, context_tokens)
     given = [list(p)[-context:] for p in prompts]
     cut = sum(len(g) < len(p) for g, p in zip(given, prompts, strict=True))
     if cut:
@@ -141,13 +142,6 @@ def greedy_tokens(
         for index, answer in zip(indices, found, strict=True):
             answers[index] = answer
     return answers
-
-
-def prompt_room(config: Any, max_new_tokens: int, context_tokens: int | None) -> int:
-    """Tokens of a prompt that fit the model's positions together with the answer, and ``context_tokens``; at least one."""
-    positions = getattr(config, "max_position_embeddings", None)
-    limits = [context_tokens, positions - max_new_tokens if positions else None]
-    return max(1, min((limit for limit in limits if limit is not None), default=sys.maxsize))
 
 
 def answer_batches(lengths: Sequence[int], max_new_tokens: int, divisor: int = 1) -> list[list[int]]:
