@@ -275,9 +275,12 @@ def test_weights_that_changed_in_the_bucket_are_not_published(trained: PreparedJ
 def test_updates_below_half_a_step_of_bfloat16_are_not_lost(tiny_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).requires_grad_(False)
     name = "model.layers.0.mlp.up_proj.weight"
-    model = full.train_weights(base, TrainedWeights(tensors=[name]))
+    model = full.train_weights(base, TrainedWeights(tensors=[name]), tiny_model)
     parameters = full.trained_parameters(model)
     assert {n: p.dtype for n, p in parameters.items()} == {name: torch.float32}
+    first = load_file(tiny_model / "model.safetensors")[name]
+    assert torch.equal(parameters[name], first), "as stored"
+    assert not torch.equal(first, first.bfloat16().float()), "not rounded to the type that the base was loaded in"
     before = parameters[name].detach().clone()
     with torch.no_grad():
         parameters[name].add_(1e-5)

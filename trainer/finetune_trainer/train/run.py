@@ -146,7 +146,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     tuned: Any
     weights = prepared.result.weights
     if weights is not None:
-        tuned, trained_base = full.train_weights(base, weights), {}
+        tuned, trained_base = full.train_weights(base, weights, base_files.folder), {}
     else:
         token_ids = tokens.ids if tokens is not None else ()
         tuned = model.attach_adapter(base, snapshot, prepared.initial_adapter, token_ids)
