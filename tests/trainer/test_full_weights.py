@@ -16,10 +16,12 @@ from finetune_api.failures import Reason
 from finetune_api.names import Stage
 from finetune_api.results import (
     MANIFEST,
+    PREPARE_RESULT,
     TRAIN_RESULT,
     WEIGHTS_DIR,
     WEIGHTS_FILE,
     Manifest,
+    PrepareResult,
     TrainedWeights,
     TrainResult,
 )
@@ -206,6 +208,21 @@ def test_what_is_in_the_bucket_must_be_what_was_trained(
     with pytest.raises(StageError, match=words) as failed:
         train.run(job.context())
     assert failed.value.reason is Reason.VERIFICATION_FAILED
+
+
+def test_what_is_no_parameter_is_refused_before_the_base_is_evaluated(
+    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = full_job(s3, tmp_path, tiny_model, {"modules": ["mlp"]}, {})
+    known = job.context().workspace_store().get_model(PREPARE_RESULT, PrepareResult)
+    assert known.weights is not None
+    other = TrainedWeights(tensors=[*known.weights.tensors, "model.mtp_layers.0.mlp.up_proj.weight"])
+    changed = known.model_copy(update={"weights": other})
+    job.context().workspace_store().put_model(PREPARE_RESULT, changed)
+    monkeypatch.setattr(train, "evaluate_base", lambda *_: pytest.fail("a GPU was used"))
+    with pytest.raises(StageError, match=r"1 tensors .*mtp_layers.* are no parameters of LlamaForCausalLM") as refused:
+        train.run(job.context())
+    assert refused.value.reason is Reason.UNSUPPORTED_MODEL
 
 
 @pytest.fixture(scope="module")
