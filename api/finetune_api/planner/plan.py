@@ -29,6 +29,9 @@ HOST_BYTES = 4 << 30
 comes on top."""
 PASSES = 2
 """How often a layer comes from host memory for a micro-batch: forward and backward; recomputing its activations is part of the latter."""
+CHECKPOINTS_IN_MEMORY = 4
+"""The one that is being written, the best and the newest that wait, and the one that is being copied from the GPU. Those of an adapter are
+too small to count more than once."""
 CHECKPOINTS_ON_DISK = 2
 """The newest, and the one that is being uploaded. Those of an adapter are too small to count."""
 EVALUATION_TOKENS = 16384
@@ -98,9 +101,12 @@ class MemoryPlan(ApiModel):
     peak_loading_bytes: int
     """While the base is read (and quantized, a tensor at a time), context included."""
     host_memory_bytes: int
-    """Of one process; an estimate."""
+    """Of the first process, which copies checkpoints; an estimate."""
     offloaded_bytes: int = 0
     """The base in host memory, part of ``host_memory_bytes``."""
+    copied_bytes: int = 0
+    """What of ``host_memory_bytes`` only the first process needs: with full weights all copies of checkpoints but one, which every process takes
+    up when a run goes on."""
     disk_bytes: int
     """Of the training pod: the model's files and the trained weights twice (saved, and fetched back); with full weights also checkpoints."""
     trainable_parameters: int
@@ -171,6 +177,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     largest = max((unpacked * math.prod(shapes[name]) for name in quantized), default=0)
     # The old embeddings beside the new ones, after all else is loaded.
     resizing = weights.token_copy_bytes(arch, tuning)
+    copied = (CHECKPOINTS_IN_MEMORY - 1) * (adapter + optimizer) if tuning.full else 0
     flop = training_flop_per_token(arch, shapes, targets, tuning, batch)
     return MemoryPlan(
         weight_bytes=weight,
@@ -192,8 +199,9 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         peak_loading_bytes=loaded + constants + shared.gathered_bytes + max(largest, resizing) + CONTEXT_BYTES,
         host_memory_bytes=HOST_BYTES
         + max(2 * math.prod(shape) for shape in shapes.values())
-        + (adapter + optimizer if tuning.full else 4 * (3 * trainable + frozen))
+        + (adapter + optimizer + copied if tuning.full else 4 * (3 * trainable + frozen))
         + pinned(offload),
+        copied_bytes=copied,
         offloaded_bytes=pinned(offload),
         disk_bytes=weights.checkpoint_bytes(shapes)
         + 2 * adapter
