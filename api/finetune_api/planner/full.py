@@ -51,6 +51,16 @@ def state_bytes(optimizer: str, chosen: Shapes, linears: list[Linear], tuning: T
     return optimizer_bytes(optimizer, total, embedding) + (FULL * total if optimizer in FOREACH else 0)
 
 
+def update_bytes(chosen: Shapes, linears: list[Linear], tuning: Tuning) -> int:
+    """GaLore's temporaries, a tensor at a time: an update as large as the weight; when a matrix of m × n, m ≥ n, is decomposed the scaled gradient
+    with its Gram matrix (n × n), and that with its eigenvectors and the solver's workspace (LAPACK's syevd: 2 n²)."""
+    if tuning.galore_rank is None:
+        return 0
+    sides = [(max(t.inputs, t.outputs), min(t.inputs, t.outputs)) for t in linears]
+    decomposed = [max(m * n + n * n, 4 * n * n) for m, n in sides if tuning.galore_rank < n]
+    return FULL * max([math.prod(shape) for shape in chosen.values()] + decomposed)
+
+
 def product_bytes(chosen: Shapes) -> int:
     """While one weight's gradient is made: its half-precision copy, the gradient of that, and the same in float32."""
     return (2 * HALF + FULL) * max((math.prod(shape) for shape in chosen.values()), default=0)

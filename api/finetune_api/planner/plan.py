@@ -249,7 +249,9 @@ def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory
     chosen = full.trained(shapes, tuning)
     return step.model_copy(
         update={
-            "working_bytes": step.working_bytes + full.product_bytes(chosen),
+            # The optimizer's turn comes after that of the products.
+            "working_bytes": step.working_bytes
+            + max(full.product_bytes(chosen), full.update_bytes(chosen, targets, tuning)),
             "loss_bytes": step.loss_bytes + full.head_bytes(chosen, arch.tied_embeddings),
         }
     )
