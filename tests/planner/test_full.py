@@ -163,3 +163,16 @@ def test_host_memory_must_hold_the_checkpoints_that_are_being_written_and_wait(g
     assert words.startswith("method.type: Full needs ")
     assert f"compute.memory: {few}Gi is" in words
     assert not host_memory_misfit(job(method=method, compute={"memory": f"{enough}Gi", "gpusPerNode": gpus}), choice)
+
+
+def test_what_is_trained_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a search of every name for every module, and a plan is made for each alternative."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return stand_ins(*arguments)
+
+    monkeypatch.setattr("finetune_api.planner.full.stand_ins", counted)
+    plan(request("qwen2.5-0.5b", QUARTER))
+    assert len(calls) == 1

@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 
 from finetune_api.full_weights import UnknownModule, stand_ins
-from finetune_api.planner.architecture import Architecture
-from finetune_api.planner.linears import Linear, UnknownTarget, linear_layers
+from finetune_api.planner.linears import Linear, UnknownTarget
 from finetune_api.planner.tensors import EMBEDDING, HEAD, Shapes
 from finetune_api.planner.weights import FULL, HALF, optimizer_bytes
 from finetune_api.planner.workload import Tuning
@@ -30,10 +29,9 @@ def trained(shapes: Shapes, tuning: Tuning) -> Shapes:
         raise UnknownTarget(str(error)) from error
 
 
-def trained_linears(shapes: Shapes, arch: Architecture, tuning: Tuning) -> list[Linear]:
-    """Those of them that are linear layers."""
-    names = trained(shapes, tuning)
-    return [layer for layer in linear_layers(shapes, arch) if f"{layer.name}.weight" in names]
+def trained_linears(chosen: Shapes, linears: list[Linear]) -> list[Linear]:
+    """Those of the linear layers that are among the tensors that are trained."""
+    return [layer for layer in linears if f"{layer.name}.weight" in chosen]
 
 
 def state_bytes(optimizer: str, chosen: Shapes, linears: list[Linear], tuning: Tuning) -> int:

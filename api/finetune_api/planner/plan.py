@@ -146,7 +146,8 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     with_weights = weights.quantization_bytes(shapes, quantized, tuning, arch)
     chosen = full.trained(shapes, tuning)
     trainable = parameters(chosen) if tuning.full else trainable_parameters(shapes, arch, tuning)
-    targets = _targets(request)
+    linears = linear_layers(shapes, arch)
+    targets = full.trained_linears(chosen, linears) if tuning.full else adapted_layers(linears, tuning)
     frozen = matrix_parameters(targets, tuning) if tuning.offset else 0
     units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
     shared = communication(request.layout, units, trainable)
@@ -163,21 +164,28 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     held = weight + constants + adapter + 4 * trainable + optimizer + shared.gathered_bytes + shared.buffer_bytes
     steps = {
         checkpointing: _step(
-            request, batch.model_copy(update={"gradient_checkpointing": checkpointing}), trainable + frozen
+            request,
+            batch.model_copy(update={"gradient_checkpointing": checkpointing}),
+            trainable + frozen,
+            chosen,
+            linears,
+            targets,
         )
         for checkpointing in (True, False)
     }
     step = steps[batch.gradient_checkpointing]
     mlp_adapted = not tuning.full and any(".mlp." in target.name for target in targets)
     # Matrices that are put together for each product have no copy that autocast keeps.
-    evaluation = _evaluation(request, quantized, mlp_adapted, trainable - frozen)
+    # Copies of full weights in half precision exist one at a time.
+    copied = max(math.prod(shape) for shape in chosen.values()) if tuning.full else trainable - frozen
+    evaluation = _evaluation(request, quantized, mlp_adapted, copied)
     fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
     # In 8 bit a tensor is there as it was loaded, and once more in float16 (transformers' Bnb8bitQuantize, bitsandbytes' Int8Params).
     unpacked = 4 if tuning.eight_bit else 2
     largest = max((unpacked * math.prod(shapes[name]) for name in quantized), default=0)
     # The old embeddings beside the new ones, after all else is loaded.
     resizing = weights.token_copy_bytes(arch, tuning)
-    copied = (CHECKPOINTS_IN_MEMORY - 1) * (adapter + optimizer) if tuning.full else 0
+    more_checkpoints = (CHECKPOINTS_IN_MEMORY - 1) * (adapter + optimizer) if tuning.full else 0
     flop = training_flop_per_token(arch, shapes, targets, tuning, batch)
     return MemoryPlan(
         weight_bytes=weight,
@@ -199,9 +207,9 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         peak_loading_bytes=loaded + constants + shared.gathered_bytes + max(largest, resizing) + CONTEXT_BYTES,
         host_memory_bytes=HOST_BYTES
         + max(2 * math.prod(shape) for shape in shapes.values())
-        + (adapter + optimizer + copied if tuning.full else 4 * (3 * trainable + frozen))
+        + (adapter + optimizer + more_checkpoints if tuning.full else 4 * (3 * trainable + frozen))
         + pinned(offload),
-        copied_bytes=copied,
+        copied_bytes=more_checkpoints,
         offloaded_bytes=pinned(offload),
         disk_bytes=weights.checkpoint_bytes(shapes)
         + 2 * adapter
@@ -225,9 +233,10 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     )
 
 
-def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory:
+def _step(
+    request: Request, batch: Batch, copied: int, chosen: Shapes, linears: list[Linear], targets: list[Linear]
+) -> activations.StepMemory:
     arch, tuning, shapes = request.architecture, request.tuning, request.shapes
-    linears, targets = linear_layers(shapes, arch), _targets(request)
     # All layers are taken to be as the one that is adapted the most.
     adapted: dict[int, int] = {}
     for target in targets:
@@ -246,7 +255,6 @@ def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory
         # The head's copy, and its gradient of all rows, of which those of the trained tokens are taken.
         copies = 2 * weights.token_copy_bytes(arch, tuning)
         return step.model_copy(update={"loss_bytes": step.loss_bytes + copies})
-    chosen = full.trained(shapes, tuning)
     return step.model_copy(
         update={
             # The optimizer's turn comes after that of the products.
@@ -257,18 +265,9 @@ def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory
     )
 
 
-def _targets(request: Request) -> list[Linear]:
-    """Linear layers with an adapter, or those that are trained themselves."""
-    if request.tuning.full:
-        return full.trained_linears(request.shapes, request.architecture, request.tuning)
-    return adapted_layers(linear_layers(request.shapes, request.architecture), request.tuning)
-
-
 def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, copied: int) -> int:
     arch, tokens = request.architecture, request.batch.sequence_tokens
     widest = max((2 * math.prod(request.shapes[name]) for name in quantized), default=0)
-    if request.tuning.full:  # half-precision copies exist one at a time
-        copied = max(math.prod(s) for s in full.trained(request.shapes, request.tuning).values())
 
     def rows(count: int) -> tuple[Batch, int]:
         batch = request.batch.model_copy(update={"micro_batch_sequences": count})
