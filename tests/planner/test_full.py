@@ -18,6 +18,7 @@ from finetune_api.planner import (
     choose,
     describe,
     fit,
+    host_memory_misfit,
     parse_config,
     plan,
     possible,
@@ -147,3 +148,31 @@ def test_full_weights_are_whole_on_each_gpu_and_auto_never_becomes_full() -> Non
     )
     auto = choose(request_of(job(method={"type": "Auto"}), arch, describe(arch)), 640 * GIB, 16)
     assert auto.method is MethodType.LORA
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_host_memory_must_hold_the_checkpoints_that_are_being_written_and_wait(gpus: int) -> None:
+    """Four on the first process, one on each other; 12 bytes a weight."""
+    arch = parse_config(read_config("qwen2.5-0.5b"))
+    method = {"type": "Full", "full": {"spectrum": {"fraction": 0.5}}}
+    asked = request_of(job(method=method), arch, describe(arch), gpus=gpus)
+    choice = choose(asked, 80 * GIB, 16, MethodType.FULL)
+    copies = 12 * choice.planned.trainable_parameters * (3 + gpus)
+    few, enough = (copies // GIB + 4 * gpus + extra for extra in (0, 2))
+    words = host_memory_misfit(job(method=method, compute={"memory": f"{few}Gi", "gpusPerNode": gpus}), choice)
+    assert words.startswith("method.type: Full needs ")
+    assert f"compute.memory: {few}Gi is" in words
+    assert not host_memory_misfit(job(method=method, compute={"memory": f"{enough}Gi", "gpusPerNode": gpus}), choice)
+
+
+def test_what_is_trained_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a search of every name for every module, and a plan is made for each alternative."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return stand_ins(*arguments)
+
+    monkeypatch.setattr("finetune_api.planner.full.stand_ins", counted)
+    plan(request("qwen2.5-0.5b", QUARTER))
+    assert len(calls) == 1

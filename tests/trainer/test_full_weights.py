@@ -16,10 +16,12 @@ from finetune_api.failures import Reason
 from finetune_api.names import Stage
 from finetune_api.results import (
     MANIFEST,
+    PREPARE_RESULT,
     TRAIN_RESULT,
     WEIGHTS_DIR,
     WEIGHTS_FILE,
     Manifest,
+    PrepareResult,
     TrainedWeights,
     TrainResult,
 )
@@ -208,6 +210,21 @@ def test_what_is_in_the_bucket_must_be_what_was_trained(
     assert failed.value.reason is Reason.VERIFICATION_FAILED
 
 
+def test_what_is_no_parameter_is_refused_before_the_base_is_evaluated(
+    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = full_job(s3, tmp_path, tiny_model, {"modules": ["mlp"]}, {})
+    known = job.context().workspace_store().get_model(PREPARE_RESULT, PrepareResult)
+    assert known.weights is not None
+    other = TrainedWeights(tensors=[*known.weights.tensors, "model.mtp_layers.0.mlp.up_proj.weight"])
+    changed = known.model_copy(update={"weights": other})
+    job.context().workspace_store().put_model(PREPARE_RESULT, changed)
+    monkeypatch.setattr(train, "evaluate_base", lambda *_: pytest.fail("a GPU was used"))
+    with pytest.raises(StageError, match=r"1 tensors .*mtp_layers.* are no parameters of LlamaForCausalLM") as refused:
+        train.run(job.context())
+    assert refused.value.reason is Reason.UNSUPPORTED_MODEL
+
+
 @pytest.fixture(scope="module")
 def trained(s3: Any, tmp_path_factory: Any) -> PreparedJob:
     """To be published wrongly."""
@@ -275,9 +292,12 @@ def test_weights_that_changed_in_the_bucket_are_not_published(trained: PreparedJ
 def test_updates_below_half_a_step_of_bfloat16_are_not_lost(tiny_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).requires_grad_(False)
     name = "model.layers.0.mlp.up_proj.weight"
-    model = full.train_weights(base, TrainedWeights(tensors=[name]))
+    model = full.train_weights(base, TrainedWeights(tensors=[name]), tiny_model)
     parameters = full.trained_parameters(model)
     assert {n: p.dtype for n, p in parameters.items()} == {name: torch.float32}
+    first = load_file(tiny_model / "model.safetensors")[name]
+    assert torch.equal(parameters[name], first), "as stored"
+    assert not torch.equal(first, first.bfloat16().float()), "not rounded to the type that the base was loaded in"
     before = parameters[name].detach().clone()
     with torch.no_grad():
         parameters[name].add_(1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from safetensors.torch import save_file
 
 from finetune_api.failures import Reason
 from finetune_api.full_weights import chosen_count, most_signal, named_tensors, ranked_matrices
+from finetune_api.planner import describe, parse_config
 from finetune_api.results import PREPARE_RESULT, PrepareResult
 from finetune_api.spec import Full
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare import full_weights, singular
-from finetune_trainer.prepare.full_weights import count_full
+from finetune_trainer.prepare.full_weights import count_full, refuse_others
+from finetune_trainer.prepare.trained_tokens import is_tied
 from finetune_trainer.publish.safetensors_stream import Checkpoint
 from tests.support.prepare_bench import ROWS, Bench
 from tests.support.tiny_model import build_tiny_model
@@ -117,6 +120,44 @@ def test_what_cannot_be_trained_is_refused_before_a_gpu_is_asked_for(
     with pytest.raises(StageError, match=words) as refused:
         count_full(headers, Full(modules=modules), tied, "hf://org/model")
     assert refused.value.reason is reason
+
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_attention_heads": 1,
+    "num_hidden_layers": 1,
+    "intermediate_size": 16,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize(
+    ("full", "model_type", "refused"),
+    [
+        (Full(), "llama", True),
+        (Full.model_validate({"spectrum": {"fraction": 0.5}}), "llama", True),
+        (Full(modules=["embed_tokens"]), "llama", False),
+        (Full(), "of-its-own", False),
+    ],
+    ids=["everything", "Spectrum", "others are named", "an architecture that is not known"],
+)
+def test_tensors_that_are_no_parameters_are_refused_before_a_gpu_is_asked_for(
+    full: Full, model_type: str, refused: bool
+) -> None:
+    config = {**MODEL, "model_type": model_type}
+    own = {name: ("F32", shape) for name, shape in describe(parse_config(config)).items()}
+    refuse_others(own, full, config, "hf://org/model")
+    headers = {**own, "model.mtp_layers.0.mlp.up_proj.weight": ("F32", (16, 8))}
+    with pytest.raises(StageError, match=r"1 tensors .*as model\.mtp_layers") if refused else nullcontext():
+        refuse_others(headers, full, config, "hf://org/model")
+
+
+def test_embeddings_are_tied_where_a_familys_configuration_leaves_it_out() -> None:
+    """And files have the head all the same: it is not trained beside the embedding that it is."""
+    assert is_tied(HEADERS, {**MODEL, "model_type": "gemma2"})
+    assert not is_tied(HEADERS, MODEL)
+    assert not is_tied(HEADERS, {"model_type": "of-its-own"})
 
 
 def test_prepare_chooses_once_and_tells_how_many_weights(

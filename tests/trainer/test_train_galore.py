@@ -10,8 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune_api.planner.full import update_bytes
+from finetune_api.planner.linears import Linear
+from finetune_api.planner.workload import Tuning
 from finetune_api.spec import GaLore
+from finetune_trainer import heartbeat
 from finetune_trainer.train.galore import GaLoreAdamW, galore_groups
+from tests.planner.simulator.tracker import LiveStorages
 
 LR, EPS, DECAY, BETAS = 0.01, 1e-8, 0.1, (0.9, 0.999)
 
@@ -118,3 +123,35 @@ def test_only_linear_layers_are_projected(tiny_model: Path) -> None:
     found = {g["projected"]: {named[id(p)] for p in g["params"]} for g in groups}
     assert found[False] == {n for n in named.values() if "norm" in n or "embed" in n or "lm_head" in n}
     assert all(".mlp." in n or ".self_attn." in n for n in found[True])
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (512, 128), (128, 512)], ids=["square", "tall", "wide"])
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_step_needs_no_more_than_is_planned(shape: tuple[int, int], projected: bool) -> None:
+    """Beside parameter, gradient and state: of the step that decomposes and of the next. What the solver takes and returns is not seen."""
+    rank = 4
+    parameter = torch.nn.Parameter(torch.ones(shape))
+    made = optimizer(parameter, GaLore(rank=rank, update_interval_steps=2), projected)
+    parameter.grad = gradients(shape, 1)[0]
+    linear = Linear(name="layers.0.a", inputs=shape[1], outputs=shape[0])
+    tuning = Tuning(galore_rank=rank)
+    small = 8 * 4 * rank * max(shape)  # what is projected, and the rows of a norm
+    for _ in range(3):
+        with LiveStorages() as live:
+            for tensor in (parameter.data, parameter.grad, *made.state[parameter].values()):
+                live.add(tensor)
+            made.step()
+        kept = sum(v.nbytes for k, v in made.state[parameter].items() if k != "step")
+        planned = update_bytes({"layers.0.a.weight": shape}, [linear] if projected else [], tuning)
+        assert live.peak_bytes <= parameter.nbytes + parameter.grad.nbytes + kept + planned + small
+
+
+def test_each_decomposition_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[int] = []
+    monkeypatch.setattr(heartbeat, "beat", lambda: beats.append(1))
+    parameter = torch.nn.Parameter(torch.ones(8, 5))
+    made = optimizer(parameter, GaLore(rank=2, update_interval_steps=3))
+    for grad in gradients((8, 5), 4):
+        parameter.grad = grad
+        made.step()
+    assert len(beats) == 2

@@ -6,14 +6,14 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from finetune_api.snapshot import Snapshot
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import AdapterCombinationSpec, FineTuneJobSpec
 
 PRIVATE = ("runtime",)
 """Of the specification, what is left out: environment variables may hold keys."""
 HIDDEN = "…"
 
 
-def shareable(spec: FineTuneJobSpec) -> dict[str, Any]:
+def shareable(spec: FineTuneJobSpec | AdapterCombinationSpec) -> dict[str, Any]:
     """The specification without what may be secret."""
     asked: dict[str, Any] = without_credentials({k: v for k, v in spec.to_json_dict().items() if k not in PRIVATE})
     return asked

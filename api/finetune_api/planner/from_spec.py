@@ -148,14 +148,17 @@ def possible(spec: FineTuneJobSpec, offered: Sequence[Alternative], shardable: b
 
 
 def host_memory_misfit(spec: FineTuneJobSpec, choice: Choice) -> str:
-    """By how much ``compute.memory`` is too little for a base in host memory, in a sentence; empty where it is not, or not given."""
-    if spec.compute.memory is None or not choice.planned.offloaded_bytes:
+    """By how much ``compute.memory`` is too little for a base in host memory, or for checkpoints of full weights, in a sentence; empty where it is
+    not, or not given."""
+    planned, full = choice.planned, choice.request.tuning.full is not None
+    if spec.compute.memory is None or not (planned.offloaded_bytes or full):
         return ""
     has = int(parse_quantity(spec.compute.memory))
-    needs = choice.planned.host_memory_bytes * choice.request.gpus // spec.compute.nodes
+    processes = choice.request.gpus // spec.compute.nodes
+    needs = planned.host_memory_bytes * processes - planned.copied_bytes * (processes - 1)
     if needs <= has:
         return ""
     return (
-        f"training.cpuOffload needs {gib(needs)} of host memory in each training pod by plan; compute.memory: {spec.compute.memory} is "
+        f"{'method.type: Full' if full else 'training.cpuOffload'} needs {gib(needs)} of host memory in each training pod by plan; compute.memory: {spec.compute.memory} is "
         f"{gib(needs - has)} too little."
     )

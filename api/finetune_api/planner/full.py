@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 
 from finetune_api.full_weights import UnknownModule, stand_ins
-from finetune_api.planner.architecture import Architecture
-from finetune_api.planner.linears import Linear, UnknownTarget, linear_layers
+from finetune_api.planner.linears import Linear, UnknownTarget
 from finetune_api.planner.tensors import EMBEDDING, HEAD, Shapes
 from finetune_api.planner.weights import FULL, HALF, optimizer_bytes
 from finetune_api.planner.workload import Tuning
@@ -30,10 +29,9 @@ def trained(shapes: Shapes, tuning: Tuning) -> Shapes:
         raise UnknownTarget(str(error)) from error
 
 
-def trained_linears(shapes: Shapes, arch: Architecture, tuning: Tuning) -> list[Linear]:
-    """Those of them that are linear layers."""
-    names = trained(shapes, tuning)
-    return [layer for layer in linear_layers(shapes, arch) if f"{layer.name}.weight" in names]
+def trained_linears(chosen: Shapes, linears: list[Linear]) -> list[Linear]:
+    """Those of the linear layers that are among the tensors that are trained."""
+    return [layer for layer in linears if f"{layer.name}.weight" in chosen]
 
 
 def state_bytes(optimizer: str, chosen: Shapes, linears: list[Linear], tuning: Tuning) -> int:
@@ -49,6 +47,16 @@ def state_bytes(optimizer: str, chosen: Shapes, linears: list[Linear], tuning: T
         return 2 * FULL * rest + sum(FULL * tuning.galore_rank * (2 * m + n) for m, n in projected)
     embedding = sum(math.prod(shape) for name, shape in chosen.items() if EMBEDDING.search(name))
     return optimizer_bytes(optimizer, total, embedding) + (FULL * total if optimizer in FOREACH else 0)
+
+
+def update_bytes(chosen: Shapes, linears: list[Linear], tuning: Tuning) -> int:
+    """GaLore's temporaries, a tensor at a time: an update as large as the weight; when a matrix of m × n, m ≥ n, is decomposed the scaled gradient
+    with its Gram matrix (n × n), and that with its eigenvectors and the solver's workspace (LAPACK's syevd: 2 n²)."""
+    if tuning.galore_rank is None:
+        return 0
+    sides = [(max(t.inputs, t.outputs), min(t.inputs, t.outputs)) for t in linears]
+    decomposed = [max(m * n + n * n, 4 * n * n) for m, n in sides if tuning.galore_rank < n]
+    return FULL * max([math.prod(shape) for shape in chosen.values()] + decomposed)
 
 
 def product_bytes(chosen: Shapes) -> int:

@@ -29,6 +29,9 @@ HOST_BYTES = 4 << 30
 comes on top."""
 PASSES = 2
 """How often a layer comes from host memory for a micro-batch: forward and backward; recomputing its activations is part of the latter."""
+CHECKPOINTS_IN_MEMORY = 4
+"""The one that is being written, the best and the newest that wait, and the one that is being copied from the GPU. Those of an adapter are
+too small to count more than once."""
 CHECKPOINTS_ON_DISK = 2
 """The newest, and the one that is being uploaded. Those of an adapter are too small to count."""
 EVALUATION_TOKENS = 16384
@@ -98,9 +101,12 @@ class MemoryPlan(ApiModel):
     peak_loading_bytes: int
     """While the base is read (and quantized, a tensor at a time), context included."""
     host_memory_bytes: int
-    """Of one process; an estimate."""
+    """Of the first process, which copies checkpoints; an estimate."""
     offloaded_bytes: int = 0
     """The base in host memory, part of ``host_memory_bytes``."""
+    copied_bytes: int = 0
+    """What of ``host_memory_bytes`` only the first process needs: with full weights all copies of checkpoints but one, which every process takes
+    up when a run goes on."""
     disk_bytes: int
     """Of the training pod: the model's files and the trained weights twice (saved, and fetched back); with full weights also checkpoints."""
     trainable_parameters: int
@@ -140,7 +146,8 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     with_weights = weights.quantization_bytes(shapes, quantized, tuning, arch)
     chosen = full.trained(shapes, tuning)
     trainable = parameters(chosen) if tuning.full else trainable_parameters(shapes, arch, tuning)
-    targets = _targets(request)
+    linears = linear_layers(shapes, arch)
+    targets = full.trained_linears(chosen, linears) if tuning.full else adapted_layers(linears, tuning)
     frozen = matrix_parameters(targets, tuning) if tuning.offset else 0
     units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
     shared = communication(request.layout, units, trainable)
@@ -157,20 +164,28 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     held = weight + constants + adapter + 4 * trainable + optimizer + shared.gathered_bytes + shared.buffer_bytes
     steps = {
         checkpointing: _step(
-            request, batch.model_copy(update={"gradient_checkpointing": checkpointing}), trainable + frozen
+            request,
+            batch.model_copy(update={"gradient_checkpointing": checkpointing}),
+            trainable + frozen,
+            chosen,
+            linears,
+            targets,
         )
         for checkpointing in (True, False)
     }
     step = steps[batch.gradient_checkpointing]
     mlp_adapted = not tuning.full and any(".mlp." in target.name for target in targets)
     # Matrices that are put together for each product have no copy that autocast keeps.
-    evaluation = _evaluation(request, quantized, mlp_adapted, trainable - frozen)
+    # Copies of full weights in half precision exist one at a time.
+    copied = max(math.prod(shape) for shape in chosen.values()) if tuning.full else trainable - frozen
+    evaluation = _evaluation(request, quantized, mlp_adapted, copied)
     fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
     # In 8 bit a tensor is there as it was loaded, and once more in float16 (transformers' Bnb8bitQuantize, bitsandbytes' Int8Params).
     unpacked = 4 if tuning.eight_bit else 2
     largest = max((unpacked * math.prod(shapes[name]) for name in quantized), default=0)
     # The old embeddings beside the new ones, after all else is loaded.
     resizing = weights.token_copy_bytes(arch, tuning)
+    more_checkpoints = (CHECKPOINTS_IN_MEMORY - 1) * (adapter + optimizer) if tuning.full else 0
     flop = training_flop_per_token(arch, shapes, targets, tuning, batch)
     return MemoryPlan(
         weight_bytes=weight,
@@ -192,8 +207,9 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         peak_loading_bytes=loaded + constants + shared.gathered_bytes + max(largest, resizing) + CONTEXT_BYTES,
         host_memory_bytes=HOST_BYTES
         + max(2 * math.prod(shape) for shape in shapes.values())
-        + (adapter + optimizer if tuning.full else 4 * (3 * trainable + frozen))
+        + (adapter + optimizer + more_checkpoints if tuning.full else 4 * (3 * trainable + frozen))
         + pinned(offload),
+        copied_bytes=more_checkpoints,
         offloaded_bytes=pinned(offload),
         disk_bytes=weights.checkpoint_bytes(shapes)
         + 2 * adapter
@@ -217,9 +233,10 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     )
 
 
-def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory:
+def _step(
+    request: Request, batch: Batch, copied: int, chosen: Shapes, linears: list[Linear], targets: list[Linear]
+) -> activations.StepMemory:
     arch, tuning, shapes = request.architecture, request.tuning, request.shapes
-    linears, targets = linear_layers(shapes, arch), _targets(request)
     # All layers are taken to be as the one that is adapted the most.
     adapted: dict[int, int] = {}
     for target in targets:
@@ -238,27 +255,19 @@ def _step(request: Request, batch: Batch, copied: int) -> activations.StepMemory
         # The head's copy, and its gradient of all rows, of which those of the trained tokens are taken.
         copies = 2 * weights.token_copy_bytes(arch, tuning)
         return step.model_copy(update={"loss_bytes": step.loss_bytes + copies})
-    chosen = full.trained(shapes, tuning)
     return step.model_copy(
         update={
-            "working_bytes": step.working_bytes + full.product_bytes(chosen),
+            # The optimizer's turn comes after that of the products.
+            "working_bytes": step.working_bytes
+            + max(full.product_bytes(chosen), full.update_bytes(chosen, targets, tuning)),
             "loss_bytes": step.loss_bytes + full.head_bytes(chosen, arch.tied_embeddings),
         }
     )
 
 
-def _targets(request: Request) -> list[Linear]:
-    """Linear layers with an adapter, or those that are trained themselves."""
-    if request.tuning.full:
-        return full.trained_linears(request.shapes, request.architecture, request.tuning)
-    return adapted_layers(linear_layers(request.shapes, request.architecture), request.tuning)
-
-
 def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, copied: int) -> int:
     arch, tokens = request.architecture, request.batch.sequence_tokens
     widest = max((2 * math.prod(request.shapes[name]) for name in quantized), default=0)
-    if request.tuning.full:  # half-precision copies exist one at a time
-        copied = max(math.prod(s) for s in full.trained(request.shapes, request.tuning).values())
 
     def rows(count: int) -> tuple[Batch, int]:
         batch = request.batch.model_copy(update={"micro_batch_sequences": count})

@@ -22,7 +22,7 @@ from finetune_trainer.combine.sources import fetch_adapter, must_go_together, sh
 from finetune_trainer.context import CombineContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.lora_files import CONFIG, WEIGHTS
-from finetune_trainer.private import without_credentials
+from finetune_trainer.private import shareable
 from finetune_trainer.publish.adapter import read_adapter
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.stored import read_stored
@@ -85,7 +85,7 @@ def run(ctx: CombineContext) -> CombineReport:
         modules=len(modules_of(sources)),
         relative_error=error,
         snapshot_digest=ctx.snapshot.digest(),
-        config=without_credentials({k: v for k, v in spec.to_json_dict().items() if k != "runtime"}),
+        config=shareable(spec),
         versions=library_versions(),
         warnings=warnings,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

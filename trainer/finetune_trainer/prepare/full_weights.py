@@ -6,9 +6,11 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune_api.failures import Reason
 from finetune_api.full_weights import UnknownModule, most_signal, named_tensors, ranked_matrices, trained_count
+from finetune_api.planner import UnknownArchitecture, describe, parse_config
 from finetune_api.results import TrainedWeights
 from finetune_api.spec import Full
 from finetune_trainer.context import StageContext
@@ -47,6 +49,29 @@ def count_full(headers: TensorHeaders, full: Full, tied: bool, uri: str) -> Para
         raise StageError(Reason.UNKNOWN_TARGET_MODULE, str(error)) from error
     total = sum(math.prod(shape) for name, shape in shapes.items() if not BUFFER.search(name))
     return Parameters(trainable, total, [])
+
+
+def refuse_others(headers: TensorHeaders, full: Full, config: Mapping[str, Any], uri: str) -> None:
+    """Tensors that are no parameters of the model, such as those of layers for multi-token prediction, cannot be trained. For an architecture
+    that is not known the training pod finds them, before it computes anything.
+
+    Raises:
+        StageError: UnsupportedModel.
+    """
+    try:
+        arch = parse_config(config)
+    except UnknownArchitecture:
+        return
+    shapes = trainable_shapes({name: shape for name, (_, shape) in headers.items()}, arch.tied_embeddings)
+    ranked = [name for names in ranked_matrices(shapes).values() for name in names]
+    chosen = named_tensors(shapes, full) if full.spectrum is None else ranked
+    parameters = describe(arch) if arch.known else shapes
+    if others := [name for name in chosen if name not in parameters]:
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"method.type: Full would train {len(others)} tensors of {uri} that are no parameters of a {config.get('model_type')} model, such "
+            f"as {others[0]}: name others in method.full.modules, or use type: LoRA.",
+        )
 
 
 def trainable_shapes(shapes: Shapes, tied: bool) -> dict[str, tuple[int, ...]]:

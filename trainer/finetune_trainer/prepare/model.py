@@ -14,7 +14,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
 from finetune_trainer.prepare.four_bit import left_in_16_bit
-from finetune_trainer.prepare.full_weights import count_full
+from finetune_trainer.prepare.full_weights import count_full, refuse_others
 from finetune_trainer.prepare.initial_adapter import InitialAdapter, fetch_initial_adapter, must_fit
 from finetune_trainer.prepare.shapes import (
     Parameters,
@@ -26,7 +26,7 @@ from finetune_trainer.prepare.shapes import (
     refuse_unsaveable,
 )
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
-from finetune_trainer.prepare.trained_tokens import grown, resized_config, trained_rows, trained_tokens
+from finetune_trainer.prepare.trained_tokens import grown, is_tied, resized_config, trained_rows, trained_tokens
 from finetune_trainer.s3_transfer import CHUNK_BYTES
 from finetune_trainer.sources.model import ModelSource, TensorHeaders, resolve_model
 from finetune_trainer.waiting import wait_until_available
@@ -94,7 +94,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         )
     adapter = fetch_initial_adapter(ctx, headers)
     snapshot = ctx.snapshot if adapter is None else ctx.snapshot.with_lora(adapter.record.lora)
-    method, tied = snapshot.plan.method, bool(config.get("tie_word_embeddings"))
+    method, tied = snapshot.plan.method, is_tied(headers, config)
     lora = method.lora
     training = snapshot.spec.training
     shards = training.parallelism is Parallelism.FSDP or training.cpu_offload is not CpuOffload.NEVER
@@ -106,6 +106,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         )
     if method.full is not None:
         parameters = count_full(headers, method.full, tied, spec.uri)
+        refuse_others(headers, method.full, config, spec.uri)
     else:
         refuse_unsaveable(headers, lora, tied, method.type is not MethodType.LORA)
         parameters = count_parameters(headers, lora, trained_rows(headers, config, tokens))

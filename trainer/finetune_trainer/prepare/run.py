@@ -47,7 +47,7 @@ from finetune_trainer.prepare.plan import plan_run
 from finetune_trainer.prepare.questions import check_questions, read_questions
 from finetune_trainer.prepare.tasks import prepare_tasks
 from finetune_trainer.prepare.trackers import check_trackers
-from finetune_trainer.prepare.trained_tokens import counted, warnings_of
+from finetune_trainer.prepare.trained_tokens import counted, is_tied, warnings_of
 from finetune_trainer.s3 import S3Store
 from finetune_trainer.sources.ahead import fetch_or_leave
 from finetune_trainer.stored import read_stored
@@ -92,7 +92,7 @@ def run(ctx: StageContext) -> PrepareReport:
     full = ctx.snapshot.plan.method.full
     weights = None
     if full is not None and not plan_only:
-        shapes = trainable_shapes(model.shapes, bool(model.config.get("tie_word_embeddings")))
+        shapes = trainable_shapes(model.shapes, is_tied(model.shapes, model.config))
         weights = choose_weights(ctx, shapes, full, model.commit)
     files = [] if plan_only else upload(ctx, prepared, model.adapter, task_files)
     result = PrepareResult(

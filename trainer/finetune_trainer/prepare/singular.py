@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
-from finetune_trainer.sources.model import INDEX, SINGLE
+from finetune_trainer.weight_files import weight_files
 
 Matrix = npt.NDArray[Any]
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -28,12 +28,8 @@ class StoredMatrices:
     """Matrices in a model folder's safetensors files, mapped into memory."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / INDEX
-        files = [SINGLE]
-        if not (folder / SINGLE).exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         self._where: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-        for file in files:
+        for file in weight_files(folder):
             with (folder / file).open("rb") as opened:
                 (length,) = struct.unpack("<Q", opened.read(8))
                 header = json.loads(opened.read(length))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken
@@ -118,12 +118,13 @@ def embedding_rows(headers: TensorHeaders) -> int:
     return int(headers[name][1][0])
 
 
-def is_tied(headers: TensorHeaders, config: Mapping[str, Any]) -> bool:
+def is_tied(tensors: Iterable[str], config: Mapping[str, Any]) -> bool:
     """Whether input embeddings and output head are one; where config.json does not say so, by what the model's family does."""
     try:
         return parse_config(config).tied_embeddings
     except UnknownArchitecture:
-        return bool(config.get("tie_word_embeddings", head_of(headers) is None))
+        has_head = any(HEAD.search(_module(name)) and ".layers." not in name for name in tensors)
+        return bool(config.get("tie_word_embeddings", not has_head))
 
 
 def refuse_untrainable(headers: TensorHeaders, spec: FineTuneJobSpec) -> None:

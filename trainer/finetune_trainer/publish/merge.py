@@ -20,7 +20,6 @@ from finetune_trainer.publish.adapter import Adapter
 from finetune_trainer.publish.round_trip import RoundTrip
 from finetune_trainer.publish.safetensors_stream import (
     CODES,
-    INDEX,
     Checkpoint,
     StreamWriter,
     TensorInfo,
@@ -29,6 +28,7 @@ from finetune_trainer.publish.safetensors_stream import (
     rows_per_chunk,
 )
 from finetune_trainer.publish.tokens import grown, with_rows
+from finetune_trainer.weight_files import INDEX
 
 NOT_COPIED = {CONFIG, WEIGHTS, WEIGHTS_FILE, "README.md"}
 

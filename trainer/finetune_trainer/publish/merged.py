@@ -24,6 +24,7 @@ from finetune_api.results import (
 from finetune_api.spec import MergedBase
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
+from finetune_trainer.prepare.trained_tokens import is_tied
 from finetune_trainer.publish.adapter import read_adapter, read_weights
 from finetune_trainer.publish.check import lost_in_rounding, merge_check
 from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
@@ -77,7 +78,7 @@ def make_merged(
         adapter = with_shared_head(adapter, checkpoint.tensors)
     else:
         config = json.loads((base_files.folder / "config.json").read_text())
-        tied = bool(config.get("tie_word_embeddings"))
+        tied = is_tied(checkpoint.tensors, config)
         adapter = read_weights(adapter_folder, weights, checkpoint.tensors, tied)
     vocabulary = prepared.trained_tokens.resized_to if prepared.trained_tokens is not None else None
     dtype: torch.dtype = getattr(torch, spec.output.merged.dtype.value)

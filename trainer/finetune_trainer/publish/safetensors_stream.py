@@ -20,9 +20,8 @@ import torch
 from safetensors import safe_open
 
 from finetune_api.results import FileRecord
+from finetune_trainer.weight_files import weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CHUNK_BYTES = 16 << 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -54,11 +53,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / INDEX
-        if (folder / SINGLE).exists() or not index.exists():
-            self.files = [SINGLE]
-        else:
-            self.files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        self.files = weight_files(folder)
         self.tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             header = read_header(folder / file)

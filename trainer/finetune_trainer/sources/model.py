@@ -20,6 +20,7 @@ from finetune_trainer.s3 import S3Store, connect
 from finetune_trainer.s3_transfer import OnBytes
 from finetune_trainer.sources.hub import HubFile, HubRepository, remove_download_notes
 from finetune_trainer.sources.pvc import pvc_path
+from finetune_trainer.weight_files import INDEX, SINGLE
 
 CONFIG_PATTERNS = (
     "config.json",
@@ -34,8 +35,6 @@ CONFIG_PATTERNS = (
     "*.tiktoken",
 )
 CODE_PATTERNS = ("*.py",)
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 FIRST_READ_BYTES = 128 << 10
 MAX_HEADER_BYTES = 100_000_000
 SAMPLES, SAMPLE_BYTES = 256, 4096

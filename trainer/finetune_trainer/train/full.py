@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune_api.failures import Reason
 from finetune_api.results import WEIGHTS_FILE, TrainedWeights
 from finetune_trainer.errors import StageError
+from finetune_trainer.weight_files import weight_files
 
 
-def train_weights(base: Any, weights: TrainedWeights) -> Any:
-    """The base, with these of its parameters to be trained.
+def train_weights(base: Any, weights: TrainedWeights, folder: Path) -> Any:
+    """The base, with these of its parameters to be trained: as they are in its files in ``folder``, not rounded to the type of the products.
 
     Raises:
         StageError: UnsupportedModel, where a parameter has another name than its tensor in the files.
     """
     parameters = parameters_of(base, weights)
     for parameter in parameters.values():
-        parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+    for name, value in stored_values(folder, weights.tensors):
+        parameter = parameters[name]
+        assert value.shape == parameter.shape, (
+            f"{name} is {list(value.shape)} in its file, {list(parameter.shape)} loaded"
+        )
+        parameter.data = value.to(parameter.device, torch.float32, copy=True)  # the file's mapping is not written to
     return base
+
+
+def stored_values(folder: Path, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """These tensors of a model's files, one at a time, as they are stored."""
+    wanted = set(names)
+    for file in weight_files(folder):
+        with safe_open(folder / file, framework="pt") as opened:
+            for name in wanted.intersection(opened.keys()):
+                yield name, opened.get_tensor(name)
 
 
 def parameters_of(base: Any, weights: TrainedWeights) -> dict[str, torch.nn.Parameter]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from finetune_api.spec import GaLore
+from finetune_trainer import heartbeat
 
 SameEverywhere = Callable[[torch.Tensor], torch.Tensor]
 """A tensor as the first rank has it."""
@@ -54,6 +55,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         projected = group["projected"] and self._settings.rank < min(parameter.shape)
         if projected:
             if done % self._settings.update_interval_steps == 0:
+                heartbeat.beat()  # a step that decomposes every matrix takes minutes
                 state["projection"] = self._same(projection(gradient, self._settings.rank))
             gradient = project(gradient, state["projection"])
         if not done:
@@ -62,10 +64,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state["step"] = torch.tensor(float(done + 1))
         state["exp_avg"].lerp_(gradient, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        size = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** (done + 1))).add_(group["eps"])
-        update = state["exp_avg"] / size / (1 - beta1 ** (done + 1))
+        # One tensor at a time: the planner counts no more.
+        size = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2 ** (done + 1))).add_(group["eps"])
+        update = torch.div(state["exp_avg"], size, out=size).div_(1 - beta1 ** (done + 1))
         if projected:
-            update = project_back(update, state["projection"], parameter.shape) * self._settings.scale
+            update = project_back(update, state["projection"], parameter.shape).mul_(self._settings.scale)
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.sub_(update, alpha=group["lr"])
@@ -76,6 +79,7 @@ def projection(gradient: torch.Tensor, rank: int) -> torch.Tensor:
     the smaller Gram matrix."""
     scaled = gradient.float() / gradient.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     gram = scaled.T @ scaled if is_tall(gradient.shape) else scaled @ scaled.T
+    del scaled  # the decomposition needs the memory
     _, vectors = torch.linalg.eigh(gram)  # smallest first
     found: torch.Tensor = vectors[:, -rank:].to(gradient.dtype).contiguous()
     return found

@@ -119,6 +119,9 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     sharded = offloaded or (ranks.size > 1 and is_sharded(spec, prepared.result.plan))
     ranks = replace(ranks, sharded=sharded, offloaded=offloaded)
     base, quantized = load(base_files.folder, snapshot, compute, ranks)
+    weights = prepared.result.weights
+    if weights is not None:
+        full.parameters_of(base, weights)  # refused before a GPU evaluates the base
     tokens = prepared.result.trained_tokens
     make_room(base, tokens, ranks)
     limits = answer_limits(spec, gathered=ranks.sharded)
@@ -144,9 +147,8 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     if ranks.sharded:
         ready_for_adapter(base)
     tuned: Any
-    weights = prepared.result.weights
     if weights is not None:
-        tuned, trained_base = full.train_weights(base, weights), {}
+        tuned, trained_base = full.train_weights(base, weights, base_files.folder), {}
     else:
         token_ids = tokens.ids if tokens is not None else ()
         tuned = model.attach_adapter(base, snapshot, prepared.initial_adapter, token_ids)

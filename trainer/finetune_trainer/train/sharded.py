@@ -10,7 +10,6 @@ Why not transformers' own loader: it makes the whole model on every rank and sha
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from contextlib import ExitStack
@@ -37,13 +36,13 @@ from finetune_trainer.train.device import Compute
 from finetune_trainer.train.model import bits_and_bytes, blaming_the_model
 from finetune_trainer.train.quantized import describe
 from finetune_trainer.train.ranks import Ranks, alone
+from finetune_trainer.weight_files import weight_files
 
 log = logging.getLogger(__name__)
 
 STORAGE = torch.bfloat16
 """The type that packed weights pretend to have. Sharding needs a floating type, and nothing here is ever cast."""
 CONSTANTS = "block_constants"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def load_sharded(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tuple[Any, list[QuantizedModule]]:
@@ -227,10 +226,8 @@ class Stored:
     """A model's tensors in its safetensors files, by name; one at a time."""
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
-        index = folder / INDEX
-        files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE}
         self._where: dict[str, Any] = {}
-        for file in sorted(files):
+        for file in weight_files(folder):
             tensors = opened.enter_context(safe_open(folder / file, framework="pt"))
             self._where.update(dict.fromkeys(tensors.keys(), tensors))
 
