@@ -268,7 +268,7 @@ def test_a_model_that_computes_otherwise_is_not_published(
 
     def other_angles(*arguments: Any) -> None:
         original(*arguments)
-        path = arguments[-1] / "config.json"
+        path = arguments[4] / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1.0}))
 
     monkeypatch.setattr(merged, "write_companions", other_angles)

@@ -56,7 +56,7 @@ def test_a_merged_model_that_is_configured_as_another_one_fails(
 
     def spoiled(*given: Any) -> None:
         write(*given)
-        config = Path(given[-1]) / "config.json"
+        config = Path(given[4]) / "config.json"
         settings = json.loads(config.read_text())
         config.write_text(json.dumps({**settings, "rms_norm_eps": 1e3}))
 
