@@ -81,7 +81,7 @@ def spec_of(crd: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("state", ["pending-upgrade", "pending-install", "uninstalling"])
-def test_a_release_whose_helm_was_killed_can_be_installed_again(stack: Stack, state: str) -> None:
+def test_a_release_whose_helm_was_killed_can_be_installed_again(stack: Stack, state: str, tmp_path: Path) -> None:
     """Helm refuses to touch a release that it left in the middle of something; the demo must not."""
     history = stack.target.get("secrets", "-n", SYSTEM_NAMESPACE, "-l", f"owner=helm,name={RELEASE}")["items"]
     newest = max(history, key=lambda s: int(s["metadata"]["labels"]["version"]))
@@ -90,8 +90,10 @@ def test_a_release_whose_helm_was_killed_can_be_installed_again(stack: Stack, st
     release["info"]["status"] = state
     body = base64.b64encode(base64.b64encode(gzip.compress(json.dumps(release).encode()))).decode()
     patch = {"data": {"release": body}, "metadata": {"labels": {"status": state}}}
+    file = tmp_path / "patch.json"  # a release with its CRDs is longer than an argument may be
+    file.write_text(json.dumps(patch))
     stack.target.kubectl(
-        "patch", "secret", newest["metadata"]["name"], "-n", SYSTEM_NAMESPACE, "--type=merge", "-p", json.dumps(patch)
+        "patch", "secret", newest["metadata"]["name"], "-n", SYSTEM_NAMESPACE, "--type=merge", f"--patch-file={file}"
     )
     install_operator(stack.target, images.ensure(stack.target))
     stack.target.kubectl("rollout", "status", "deployment/finetune-operator", "-n", SYSTEM_NAMESPACE, "--timeout=60s")

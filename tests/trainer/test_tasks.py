@@ -112,6 +112,7 @@ def measured_by_lm_eval(model: Any, tokenizer: Any, folder: Path) -> dict[str, d
     from lm_eval.tasks import TaskManager
 
     before = Path.cwd()
+    os.environ["DISABLE_MULTIPROC"] = "1"  # as the product's own runs
     os.chdir(folder)
     try:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=128)

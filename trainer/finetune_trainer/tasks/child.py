@@ -43,6 +43,7 @@ def run_harness(command: Command, folder: Path, *, token: str | None = None, end
     # Behind everything else: what both need is the trainer's.
     environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(installed)])
     environment |= {"HF_HOME": str(folder / CACHE), "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TQDM": "1"}
+    environment |= {"DISABLE_MULTIPROC": "1"}  # a pool of forks for bootstrapped errors may hang where threads run
     (folder / ERROR).unlink(missing_ok=True)
     program = [sys.executable, "-m", "finetune_trainer.tasks.harness", command, str(folder)]
     try:
