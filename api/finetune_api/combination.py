@@ -20,7 +20,7 @@ from finetune_api.names import job_key
 from finetune_api.results import FileRecord, Sha256
 from finetune_api.snapshot import JobIdentity
 from finetune_api.spec import AdapterCombinationSpec, CombinationRuntime, CombinationType
-from finetune_api.status import DATE_TIME, Condition
+from finetune_api.status import DATE_TIME, Conditions
 from finetune_api.uris import S3Location, parse_uri
 
 COMBINATION_VERSION = 1
@@ -145,12 +145,7 @@ class AdapterCombinationStatus(ApiModel):
     phase: CombinationPhase | None = None
     observed_generation: int | None = None
     message: str | None = Field(None, description="One sentence for people: what happens now or how it ended.")
-    conditions: Annotated[
-        list[Condition],
-        Field(
-            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
-        ),
-    ] = []
+    conditions: Conditions = []
     start_time: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
     completion_time: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
     base_model: str | None = None

@@ -282,6 +282,13 @@ class StageTimes(ApiModel):
     finished_at: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
 
 
+Conditions = Annotated[
+    list[Condition],
+    Field(max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}),
+]
+"""Of either kind's status, one of each type."""
+
+
 class FineTuneJobStatus(ApiModel):
     """Observed state."""
 
@@ -289,12 +296,7 @@ class FineTuneJobStatus(ApiModel):
     observed_generation: int | None = None
     message: str | None = Field(None, description="One sentence for people: what happens now or how it ended.")
     model_name: str | None = None
-    conditions: Annotated[
-        list[Condition],
-        Field(
-            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
-        ),
-    ] = []
+    conditions: Conditions = []
     start_time: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
     completion_time: Annotated[str, Field(json_schema_extra=DATE_TIME)] | None = None
     active_seconds: int | None = Field(
