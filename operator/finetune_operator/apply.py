@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from finetune_api import COMBINATION_KIND, KIND
+from finetune_api import KIND
 from finetune_api.combination import AdapterCombinationStatus
 from finetune_api.names import FINALIZER_DELETE_OUTPUT, Stage
 from finetune_api.status import FineTuneJobStatus
@@ -69,7 +69,7 @@ class Applier:
     async def hold_output(self, job: JobView, hold: bool) -> None:
         """Put our finalizer on, or take it off. One that was written since is looked at again (409)."""
         self._check_leading(job)
-        cached = self._cache.jobs.get(Key(job.namespace, job.name))
+        cached = self._cache.jobs.get(key_of(job))
         if cached is None or cached.uid != job.uid:
             return
         others = [f for f in cached.finalizers if f != FINALIZER_DELETE_OUTPUT]
@@ -81,9 +81,9 @@ class Applier:
         except ApiError as problem:
             if problem.status != 404:
                 raise
-            self._cache.drop_finetunejob(Key(job.namespace, job.name), job.uid)
+            self._cache.drop(key_of(job), job.uid)
             return
-        self._cache.put_finetunejob(answer)
+        self._cache.put(KIND, answer)
 
     async def create_cleanup(self, job: JobView) -> None:
         """Create the Job that deletes the artifacts; a refusal is remembered. The stored snapshot may be gone with its owner."""
@@ -214,7 +214,9 @@ class Applier:
                 raise
             self._cache.forget_job(job.uid, delete.name, delete.uid)
 
-    async def write_status(self, job: JobView, status: FineTuneJobStatus, resource_version: int) -> None:
+    async def write_status(
+        self, job: JobView, status: FineTuneJobStatus | AdapterCombinationStatus, resource_version: int
+    ) -> None:
         """Server-side apply of the whole status but progress, on top of the version that it was decided on.
 
         Without that, an operator that was paused and wakes up, or two at a time, would put an old status over a newer one: over
@@ -225,61 +227,29 @@ class Applier:
         """
         self._check_leading(job)
         body = {k: v for k, v in status.to_json_dict().items() if v not in ([], {}) and k != "progress"}
-        cached = self._cache.jobs.get(Key(job.namespace, job.name))
+        cached = self._cache.of(key_of(job))
         if cached is not None and cached.uid == job.uid:
-            body = with_unknown(body, cached.unknown)
+            body = with_unknown(body, cached.unknown, type(status))
         seen = str(resource_version) if resource_version else ""
-        answer = await self._api.apply_status(job.namespace, job.name, job.uid, body, STATUS_MANAGER, seen)
-        self._cache.put_finetunejob(answer)
+        answer = await self._api.apply_status(job.kind, job.namespace, job.name, job.uid, body, STATUS_MANAGER, seen)
+        self._cache.put(job.kind, answer)
 
-    async def delete_finetunejob(self, job: JobView) -> None:
-        """Delete the FineTuneJob as it was seen; edited or gone since is looked at again."""
+    async def delete_own(self, job: JobView) -> None:
+        """Delete the FineTuneJob, or the AdapterCombination, as it was seen; edited or gone since is looked at again."""
         self._check_leading(job)
-        cached = self._cache.jobs.get(Key(job.namespace, job.name))
+        key = key_of(job)
+        cached = self._cache.of(key)
         if cached is None or cached.uid != job.uid:
             return
         try:
-            await self._api.delete_own(KIND, job.namespace, job.name, job.uid, cached.resource_version)
+            await self._api.delete_own(job.kind, job.namespace, job.name, job.uid, cached.resource_version)
         except ApiError as problem:
             if problem.status == 404:
-                self._cache.drop_finetunejob(Key(job.namespace, job.name), job.uid)
-            elif problem.status == 409:
-                self._cache.put_finetunejob(await self._api.get_finetunejob(job.namespace, job.name))
-                raise
-            else:
-                raise
-
-    async def write_combination_status(
-        self, combination: JobView, status: AdapterCombinationStatus, resource_version: int
-    ) -> None:
-        """Server-side apply of the whole status, on top of the version that it was decided on.
-
-        Raises:
-            ApiError: 409 when anything was written since.
-        """
-        self._check_leading(combination)
-        body = {k: v for k, v in status.to_json_dict().items() if v not in ([], {})}
-        answer = await self._api.apply_status(
-            combination.namespace,
-            combination.name,
-            combination.uid,
-            body,
-            STATUS_MANAGER,
-            str(resource_version) if resource_version else "",
-            COMBINATION_KIND,
-        )
-        self._cache.put_combination(answer)
-
-    async def delete_combination(self, combination: JobView, resource_version: int) -> None:
-        """Delete the AdapterCombination as it was seen.
-
-        Raises:
-            ApiError: 404 or 409 when it is another one now.
-        """
-        self._check_leading(combination)
-        await self._api.delete_own(
-            COMBINATION_KIND, combination.namespace, combination.name, combination.uid, resource_version
-        )
+                self._cache.drop(key, job.uid)
+                return
+            if problem.status == 409:
+                await self.fetch(key)
+            raise
 
     def _check_leading(self, job: JobView) -> None:
         if not self.may_act():
@@ -295,6 +265,11 @@ class Applier:
             raise
         self._cache.put(key.kind, raw)
         return raw
+
+
+def key_of(job: JobView) -> Key:
+    """Where the cache has it."""
+    return Key(job.namespace, job.name, job.kind)
 
 
 def refusal(problem: ApiError, retry_at: datetime) -> Refusal:

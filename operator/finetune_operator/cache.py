@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from finetune_api import COMBINATION_KIND, KIND
+from finetune_api import KIND
 from finetune_operator.combinations.observe import CachedCombination, trim_combination
 from finetune_operator.observe import CachedJob, Raw, finetunejob_uid, trim_finetunejob, trim_job, trim_pod, version_of
 from finetune_operator.planning.model import Pod, StageJob
@@ -61,55 +61,36 @@ class Cache:
         """What has a UID."""
         return self._keys.get(uid)
 
-    def put_finetunejob(self, raw: Raw) -> Key | None:
-        """Remember a FineTuneJob; its key if that was news."""
-        meta = raw["metadata"]
-        key = Key(meta["namespace"], meta["name"])
-        known = self.jobs.get(key)
-        if meta["uid"] in self._gone or (known is not None and known.resource_version >= version_of(meta) > 0):
-            return None
-        if known is not None and known.uid != meta["uid"]:
-            self._forget(known.uid)
-        self.jobs[key] = trim_finetunejob(raw, known)
-        self._keys[meta["uid"]] = key
-        return key
-
-    def put_combination(self, raw: Raw) -> Key | None:
-        """Remember an AdapterCombination; its key if that was news."""
-        meta = raw["metadata"]
-        key = Key(meta["namespace"], meta["name"], COMBINATION_KIND)
-        known = self.combinations.get(key)
-        if meta["uid"] in self._gone or (known is not None and known.resource_version >= version_of(meta) > 0):
-            return None
-        if known is not None and known.uid != meta["uid"]:
-            self._forget(known.uid)
-        self.combinations[key] = trim_combination(raw)
-        self._keys[meta["uid"]] = key
-        return key
+    def of(self, key: Key) -> CachedJob | CachedCombination | None:
+        """What stands under a key, of either kind."""
+        return self.jobs.get(key) if key.kind == KIND else self.combinations.get(key)
 
     def put(self, kind: str, raw: Raw) -> Key | None:
-        """Remember one of either kind."""
-        return self.put_finetunejob(raw) if kind == KIND else self.put_combination(raw)
+        """Remember a FineTuneJob or an AdapterCombination; its key if that was news."""
+        meta = raw["metadata"]
+        key = Key(meta["namespace"], meta["name"], kind)
+        known = self.of(key)
+        if meta["uid"] in self._gone or (known is not None and known.resource_version >= version_of(meta) > 0):
+            return None
+        if known is not None and known.uid != meta["uid"]:
+            self._forget(known.uid)
+        if kind == KIND:
+            self.jobs[key] = trim_finetunejob(raw, self.jobs.get(key))
+        else:
+            self.combinations[key] = trim_combination(raw)
+        self._keys[meta["uid"]] = key
+        return key
 
     def drop(self, key: Key, uid: str) -> bool:
-        """Forget one of either kind that is gone, unless another has taken its name."""
+        """Forget one that is gone, unless another has taken its name."""
+        self._bury(uid)
+        known = self.of(key)
+        if known is None or known.uid != uid:
+            return False
         if key.kind == KIND:
-            return self.drop_finetunejob(key, uid)
-        self._bury(uid)
-        known = self.combinations.get(key)
-        if known is None or known.uid != uid:
-            return False
-        del self.combinations[key]
-        self._forget(uid)
-        return True
-
-    def drop_finetunejob(self, key: Key, uid: str) -> bool:
-        """Forget a FineTuneJob that is gone, unless another has taken its name."""
-        self._bury(uid)
-        known = self.jobs.get(key)
-        if known is None or known.uid != uid:
-            return False
-        del self.jobs[key]
+            del self.jobs[key]
+        else:
+            del self.combinations[key]
         self._forget(uid)
         return True
 

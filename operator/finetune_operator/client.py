@@ -123,14 +123,7 @@ class Api:
         return await self.request("GET", own_path(KIND, namespace, name))
 
     async def apply_status(
-        self,
-        namespace: str,
-        name: str,
-        uid: str,
-        status: Raw,
-        manager: str,
-        resource_version: str = "",
-        kind: str = KIND,
+        self, kind: str, namespace: str, name: str, uid: str, status: Raw, manager: str, resource_version: str = ""
     ) -> Raw:
         """Server-side apply on /status. The UID makes it a no to a namesake that was created since (409), and so does the
         resourceVersion, if one is given, to whatever was written since that was read."""

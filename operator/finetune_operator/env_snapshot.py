@@ -11,12 +11,12 @@ from finetune_api.spec import CombinationRuntime, DataSource, Runtime
 
 
 def for_cleanup(snapshot: Snapshot) -> str:
-    """Output and workspace are all that it reads."""
+    """Output and workspace are all that it reads; of data one source stays each, since there must be one."""
     spec = snapshot.spec
-    held_out = spec.data.held_out.model_copy(update={"sources": _plain(spec.data.held_out.sources)})
-    data = {"train": _plain(spec.data.train), "held_out": held_out, "chat_template": None}
+    held_out = spec.data.held_out.model_copy(update={"sources": _first(spec.data.held_out.sources)})
+    data = {"train": _first(spec.data.train), "held_out": held_out, "chat_template": None}
     asked = spec.evaluation.generation
-    generation = asked.model_copy(update={"sources": _plain(asked.sources)})
+    generation = asked.model_copy(update={"sources": _first(asked.sources)})
     short = {
         "data": spec.data.model_copy(update=data),
         "evaluation": spec.evaluation.model_copy(update={"generation": generation}),
@@ -31,8 +31,8 @@ def for_combine(snapshot: CombinationSnapshot) -> str:
     return _text(snapshot.model_copy(update={"spec": spec}))
 
 
-def _plain(sources: Sequence[DataSource] | None) -> list[DataSource] | None:
-    return [s.model_copy(update={"template": None}) for s in sources] if sources is not None else None
+def _first(sources: Sequence[DataSource] | None) -> list[DataSource] | None:
+    return [sources[0].model_copy(update={"template": None})] if sources is not None else None
 
 
 def _text(snapshot: Snapshot | CombinationSnapshot) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import kopf
 
-from finetune_api import COMBINATION_KIND, COMBINATION_PLURAL, GROUP, PLURAL, VERSION
+from finetune_api import COMBINATION_KIND, COMBINATION_PLURAL, GROUP, KIND, PLURAL, VERSION
 from finetune_api.names import LABEL_UID
 from finetune_operator.cache import Cache, Key
 from finetune_operator.observe import Raw
@@ -71,17 +71,15 @@ class Informer:
         """What is watched is no longer what is served: the watches are to begin anew."""
         self.last_event = time.monotonic()
 
-    def finetunejob(self, event: Raw) -> None:
-        """A FineTuneJob appeared, changed or went."""
+    def own(self, kind: str, event: Raw) -> None:
+        """A FineTuneJob, or an AdapterCombination, appeared, changed or went."""
         raw = event["object"]
         meta = raw["metadata"]
         self.last_event = time.monotonic()
-        key = Key(meta["namespace"], meta["name"])
         if event["type"] == "DELETED":
-            if self._cache.drop_finetunejob(key, meta["uid"]):
+            if self._cache.drop(Key(meta["namespace"], meta["name"], kind), meta["uid"]):
                 self._reconciler.forget(meta["uid"])
-            return
-        if self._cache.put_finetunejob(raw) is not None:
+        elif (key := self._cache.put(kind, raw)) is not None:
             self.enqueue(key)
 
     def serve_combinations(self, problem: str) -> None:
@@ -97,17 +95,6 @@ class Informer:
             logger.info("AdapterCombinations are served from now on.")
         self.combinations_served = served
         self.kinds_changed.set()
-
-    def combination(self, event: Raw) -> None:
-        """An AdapterCombination appeared, changed or went."""
-        raw = event["object"]
-        meta = raw["metadata"]
-        self.last_event = time.monotonic()
-        if event["type"] == "DELETED":
-            if self._cache.drop(Key(meta["namespace"], meta["name"], COMBINATION_KIND), meta["uid"]):
-                self._reconciler.forget(meta["uid"])
-        elif (key := self._cache.put_combination(raw)) is not None:
-            self.enqueue(key)
 
     def job(self, event: Raw) -> None:
         """A Job of ours."""
@@ -143,13 +130,13 @@ def make_registry(informer: Informer) -> kopf.OperatorRegistry:
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def on_finetunejob(event: Any, **_: Any) -> None:
-        informer.finetunejob(event)
+        informer.own(KIND, event)
 
     if informer.combinations_served:
 
         @kopf.on.event(GROUP, VERSION, COMBINATION_PLURAL, registry=registry)
         async def on_combination(event: Any, **_: Any) -> None:
-            informer.combination(event)
+            informer.own(COMBINATION_KIND, event)
 
     @kopf.on.event("batch", "v1", "jobs", registry=registry)
     async def on_job(event: Any, **_: Any) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from finetune_api.base import ApiModel
 from finetune_api.names import (
     ANNOTATION_MEMORY,
     FINALIZER_DELETE_OUTPUT,
@@ -29,6 +30,7 @@ from finetune_operator.unknown import unknown_fields
 Raw = dict[str, Any]
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+M = TypeVar("M", bound=ApiModel)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -91,7 +93,7 @@ def trim_finetunejob(raw: Raw, known: CachedJob | None) -> CachedJob:
     if known is not None and known.uid == meta["uid"] and known.generation == generation:
         spec, error = known.spec, known.spec_error
     else:
-        spec, error = _parse_spec(raw.get("spec") or {})
+        spec, error = parse_spec(FineTuneJobSpec, raw.get("spec") or {})
     told = raw.get("status") or {}
     status = parse_status(told)
     return CachedJob(
@@ -111,10 +113,10 @@ def trim_finetunejob(raw: Raw, known: CachedJob | None) -> CachedJob:
     )
 
 
-def _parse_spec(raw: Raw) -> tuple[FineTuneJobSpec | None, str]:
-    """What the API server has admitted is not judged again: a field that only a newer schema knows fails no job that runs."""
+def parse_spec(model: type[M], raw: Raw) -> tuple[M | None, str]:
+    """What the API server has admitted is not judged again: a field that only a newer schema knows fails nothing that runs."""
     try:
-        return FineTuneJobSpec.model_validate(raw, extra="ignore"), ""
+        return model.model_validate(raw, extra="ignore"), ""
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -122,12 +124,17 @@ def _parse_spec(raw: Raw) -> tuple[FineTuneJobSpec | None, str]:
 
 
 def parse_status(raw: Raw) -> FineTuneJobStatus:
+    """A FineTuneJob's status, in our order."""
+    return in_order(read_status(FineTuneJobStatus, raw))
+
+
+def read_status(model: type[M], raw: Raw) -> M:
     """Parse a status that another version may have written: fields it does not know are ignored, and of what it cannot read
     only that item or field is left out. A condition lost is a job run again."""
     raw = dict(raw)
     for _ in range(len(raw) + 1):
         try:
-            return in_order(FineTuneJobStatus.model_validate(raw, extra="ignore"))
+            return model.model_validate(raw, extra="ignore")
         except ValidationError as problem:
             places = {tuple(e["loc"][:2]) for e in problem.errors(include_url=False, include_input=False)}
         for name in {str(place[0]) for place in places}:
@@ -135,7 +142,7 @@ def parse_status(raw: Raw) -> FineTuneJobStatus:
             value = raw.pop(name, None)
             if isinstance(value, list):
                 raw[name] = [item for index, item in enumerate(value) if index not in bad]
-    return FineTuneJobStatus()
+    return model()
 
 
 def owner_uid(meta: Raw) -> str:

@@ -175,7 +175,7 @@ class Reconciler:
         for delete in decided.deletes:
             await self._applier.delete_job(view, delete)
         if decided.delete_self:
-            await self._applier.delete_finetunejob(view)
+            await self._applier.delete_own(view)
             return
         wait = decided.requeue_after
         if decided.deletes and decided.status is None:
@@ -213,7 +213,7 @@ class Reconciler:
         """The cache may be behind: what is gone or was replaced is forgotten."""
         if problem.status not in (404, 409):
             return
-        cached = self._cache.jobs.get(key) if key.kind == KIND else self._cache.combinations.get(key)
+        cached = self._cache.of(key)
         try:
             raw = await self._applier.fetch(key)
         except ApiError:

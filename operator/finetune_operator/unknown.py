@@ -6,26 +6,24 @@ for a while, or upgraded after another replica, destroys nothing.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from finetune_api.base import ApiModel
-from finetune_api.status import FineTuneJobStatus
 
 Raw = dict[str, Any]
 
 
-def _list_keys() -> dict[str, str]:
-    """Which field tells the items of the status's keyed lists apart."""
+@cache
+def _list_keys(model: type[ApiModel]) -> dict[str, str]:
+    """Which field tells the items of a model's keyed lists apart."""
     found = {}
-    for name, field in FineTuneJobStatus.model_fields.items():
+    for name, field in model.model_fields.items():
         extra = field.json_schema_extra
         keys = extra.get("x-kubernetes-list-map-keys") if isinstance(extra, dict) else None
         if isinstance(keys, list):
             found[field.alias or name] = str(keys[0])
     return found
-
-
-_KEYS = _list_keys()
 
 
 def unknown_fields(raw: Raw, read: ApiModel) -> Raw:
@@ -34,6 +32,7 @@ def unknown_fields(raw: Raw, read: ApiModel) -> Raw:
     (Atomic lists are left out: their items belong to whoever writes the list.)
     """
     names = {field.alias or name: name for name, field in type(read).model_fields.items()}
+    keys = _list_keys(type(read))
     found: Raw = {}
     for alias, value in raw.items():
         if alias not in names:
@@ -43,8 +42,8 @@ def unknown_fields(raw: Raw, read: ApiModel) -> Raw:
         inner: Raw = {}
         if isinstance(known, ApiModel) and isinstance(value, dict):
             inner = unknown_fields(value, known)
-        elif isinstance(read, FineTuneJobStatus) and alias in _KEYS and isinstance(value, list):
-            inner = _of_items(value, known, _KEYS[alias])
+        elif alias in keys and isinstance(value, list):
+            inner = _of_items(value, known, keys[alias])
         if inner:
             found[alias] = inner
     return found
@@ -56,7 +55,7 @@ def _of_items(raw: list[Raw], read: list[ApiModel], key: str) -> Raw:
     return {name: inner for name, inner in fields.items() if inner}
 
 
-def with_unknown(body: Raw, unknown: Raw, model: type[ApiModel] = FineTuneJobStatus) -> Raw:
+def with_unknown(body: Raw, unknown: Raw, model: type[ApiModel]) -> Raw:
     """What is to be written, with the fields of what was read that we do not know. What we removed on purpose stays removed."""
     names = {field.alias or name for name, field in model.model_fields.items()}
     result = dict(body)
@@ -65,7 +64,7 @@ def with_unknown(body: Raw, unknown: Raw, model: type[ApiModel] = FineTuneJobSta
         if alias not in names:
             result[alias] = value
         elif isinstance(there, list):
-            key = _KEYS[alias]
+            key = _list_keys(model)[alias]
             result[alias] = [{**value.get(item[key], {}), **item} for item in there]
         elif isinstance(there, dict):
             result[alias] = _merged(there, value)

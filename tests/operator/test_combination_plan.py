@@ -236,7 +236,7 @@ async def test_the_suspended_job_of_one_that_has_failed_is_deleted() -> None:
     raw["metadata"] |= {"namespace": "ns", "uid": UID}
     raw["status"] = over.to_json_dict()
     cache = Cache()
-    cache.put_combination(raw)
+    cache.put(COMBINATION_KIND, raw)
     body = combine_job(OWNER, spec(), Settings())
     body["metadata"] |= {"uid": "job", "resourceVersion": "1"}
     body["spec"]["suspend"] = True

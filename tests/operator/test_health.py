@@ -9,6 +9,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
+from finetune_api import KIND
 from finetune_cluster.ports import free_ports
 from finetune_operator import resync as resync_module
 from finetune_operator.cache import Cache, Key
@@ -82,7 +83,7 @@ async def test_changes_that_only_lists_find_fail_liveness_and_a_watch_that_tells
         assert probed.problem() is None, f"after {number} silent lists"
         await resync.once()
     assert probed.problem() == "lists find changes that the watches do not tell"
-    informer.finetunejob({"type": "MODIFIED", "object": finetunejob(lists.version + 1)})
+    informer.own(KIND, {"type": "MODIFIED", "object": finetunejob(lists.version + 1)})
     await resync.once()
     assert probed.problem() is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, cast
 
+from finetune_api import COMBINATION_KIND, KIND
 from finetune_api.names import LABEL_STAGE, LABEL_UID, Stage
 from finetune_api.status import AttemptStatus, ConditionType
 from finetune_operator.apply import Applier
@@ -97,7 +98,7 @@ def test_what_only_a_newer_version_knows_of_a_status_is_written_again() -> None:
     ended = [a.model_copy(update={"outcome": "Failed"}) for a in status.attempts]
     new = AttemptStatus(execution_id="f", stage="train", pod="q")
     body = status.model_copy(update={"attempts": [*ended, new], "progress": None}).to_json_dict()
-    written = with_unknown(body, unknown)
+    written = with_unknown(body, unknown, type(status))
     assert written["alsoNew"] == {"a": 1}
     assert written["plan"]["shards"] == 8
     assert written["conditions"][0]["severity"] == "Info"
@@ -164,16 +165,25 @@ async def test_a_status_write_carries_what_only_a_newer_version_knows() -> None:
     written: list[Raw] = []
 
     class Server:
-        async def apply_status(self, namespace: str, name: str, uid: str, status: Raw, *_: str) -> Raw:
+        async def apply_status(self, kind: str, namespace: str, name: str, uid: str, status: Raw, *_: str) -> Raw:
             written.append(status)
             return {**raw, "metadata": {**raw["metadata"], "resourceVersion": "6"}, "status": status}
 
     raw = {**finetunejob("newer").build(), "status": NEWER}
     raw["metadata"] |= {"uid": "u", "resourceVersion": "5"}
     cache, api = Cache(), cast(Api, Server())
-    cache.put_finetunejob(raw)
-    seen = cache.jobs[Key("default", "newer")]
     applier = Applier(api, cache, Snapshots(api, Settings()), Settings())
+    cache.put(KIND, raw)
+    seen = cache.jobs[Key("default", "newer")]
     await applier.write_status(seen.view(), seen.status.model_copy(update={"message": "on"}), seen.resource_version)
     assert (written[0]["message"], written[0]["alsoNew"]) == ("on", {"a": 1})
     assert written[0]["attempts"][0]["gpuSeconds"] == 5
+
+    raw = {**raw, "kind": COMBINATION_KIND, "status": {"alsoNew": 2, "conditions": [finished(severity="Info")]}}
+    key = cache.put(COMBINATION_KIND, raw)
+    assert key is not None
+    combination = cache.combinations[key]
+    on = combination.status.model_copy(update={"message": "on"})
+    await applier.write_status(combination.job, on, combination.resource_version)
+    assert (written[1]["message"], written[1]["alsoNew"]) == ("on", 2)
+    assert written[1]["conditions"][0]["severity"] == "Info"

@@ -55,7 +55,7 @@ class Server:
         return {"metadata": meta, "status": dict(self.status)}
 
     async def apply_status(
-        self, namespace: str, name: str, uid: str, status: Raw, manager: str, resource_version: str = ""
+        self, _: str, namespace: str, name: str, uid: str, status: Raw, manager: str, resource_version: str = ""
     ) -> Raw:
         self._answer()
         if self.meanwhile is not None:

@@ -160,10 +160,10 @@ def test_the_cleanup_job_depends_on_nothing_that_goes_with_the_finetunejob() -> 
 
 
 def test_what_the_cleanup_pod_is_told_fits_a_variable_and_is_what_it_reads() -> None:
-    source = {"uri": "s3://data/rows.jsonl", "format": "Text", "template": {"text": "ä" * 16_000}}
+    source = {"uri": f"s3://data/{'r' * 1000}.jsonl", "format": "Text", "template": {"text": "ä" * 16_000}}
     w = world(
-        data={"train": [source] * 4, "heldOut": {"sources": [source] * 4}, "chatTemplate": "ü" * 32_000},
-        evaluation={"generation": {"sources": [source] * 4}},
+        data={"train": [source] * 16, "heldOut": {"sources": [source] * 16}, "chatTemplate": "ü" * 32_000},
+        evaluation={"generation": {"sources": [source] * 16}},
         runtime={"annotations": {f"example.com/a{n}": "x" * 4_000 for n in range(8)}},
         output={**DELETE["output"], "workspace": {"uri": "s3://scratch/ä"}},
     )

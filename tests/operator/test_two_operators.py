@@ -11,6 +11,7 @@ import pytest
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.config import load_kube_config
 
+from finetune_api import KIND
 from finetune_api.names import PIPELINE, Stage
 from finetune_cluster.steps import Pod, Running, Step
 from finetune_operator.apply import Applier
@@ -134,7 +135,7 @@ async def test_a_status_that_was_decided_on_an_older_version_is_refused(bench: B
     await load_kube_config(str(bench.cluster.kubeconfig), client_configuration=configuration)
     api, settings, cache = Api(configuration), Settings(), Cache()
     try:
-        cache.put_finetunejob(raw)
+        cache.put(KIND, raw)
         seen = cache.jobs[Key(bench.namespace, "old")]
         applier = Applier(api, cache, Snapshots(api, settings), settings)
         newer = seen.status.model_copy(update={"message": "newer"})

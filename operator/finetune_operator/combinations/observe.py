@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from finetune_api import COMBINATION_KIND
 from finetune_api.combination import AdapterCombinationStatus
 from finetune_api.spec import AdapterCombinationSpec
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.observe import time_of, version_of
+from finetune_operator.observe import parse_spec, read_status, time_of, version_of
 from finetune_operator.planning.combination import CombinationView
 from finetune_operator.planning.conditions import conditions_in_order
 from finetune_operator.planning.model import JobView
+from finetune_operator.unknown import unknown_fields
 
 Raw = dict[str, Any]
 
@@ -29,6 +28,8 @@ class CachedCombination:
     spec: AdapterCombinationSpec | None
     spec_error: str
     status: AdapterCombinationStatus
+    unknown: Raw
+    """Status fields that only a newer version knows."""
 
     @property
     def uid(self) -> str:
@@ -43,7 +44,9 @@ class CachedCombination:
 def trim_combination(raw: Raw) -> CachedCombination:
     """Parse an AdapterCombination."""
     meta = raw["metadata"]
-    spec, error = _parse_spec(raw.get("spec") or {})
+    spec, error = parse_spec(AdapterCombinationSpec, raw.get("spec") or {})
+    told = raw.get("status") or {}
+    status = read_status(AdapterCombinationStatus, told)
     job = JobView(
         namespace=meta["namespace"],
         name=meta["name"],
@@ -56,23 +59,5 @@ def trim_combination(raw: Raw) -> CachedCombination:
         status=FineTuneJobStatus(),
         kind=COMBINATION_KIND,
     )
-    return CachedCombination(job, version_of(meta), spec, error, _parse_status(raw.get("status") or {}))
-
-
-def _parse_spec(raw: Raw) -> tuple[AdapterCombinationSpec | None, str]:
-    """A field that only a newer schema knows fails nothing."""
-    try:
-        return AdapterCombinationSpec.model_validate(raw, extra="ignore"), ""
-    except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in ("spec", *first["loc"]))
-        return None, f"{place}: {first['msg']}"
-
-
-def _parse_status(raw: Raw) -> AdapterCombinationStatus:
-    """One that cannot be read is decided anew from the Job, which is there for as long as the resource is."""
-    try:
-        status = AdapterCombinationStatus.model_validate(raw, extra="ignore")
-    except ValidationError:
-        return AdapterCombinationStatus()
-    return status.model_copy(update={"conditions": conditions_in_order(status.conditions)})
+    ordered = status.model_copy(update={"conditions": conditions_in_order(status.conditions)})
+    return CachedCombination(job, version_of(meta), spec, error, ordered, unknown_fields(told, status))

@@ -63,9 +63,9 @@ class CombinationReconciler:
         for delete in decided.deletes:
             await self._applier.delete_job(cached.job, delete)
         if decided.delete_self:
-            await self._applier.delete_combination(cached.job, cached.resource_version)
+            await self._applier.delete_own(cached.job)
         elif decided.status is not None:
-            await self._applier.write_combination_status(cached.job, decided.status, cached.resource_version)
+            await self._applier.write_status(cached.job, decided.status, cached.resource_version)
             self._events.record(cached.job, decided.events)
             if (ended := outcome_of(cached.status, decided.status)) is not None:
                 metrics.COMBINATIONS_FINISHED.labels(outcome=ended[0], reason=ended[1]).inc()

@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 from pydantic import ValidationError
 
+from finetune_api import KIND
 from finetune_api.progress import ProgressPost
 from finetune_operator import metrics
 from finetune_operator.cache import Cache, Key
@@ -106,7 +107,7 @@ class ProgressServer:
         """The leader sees its own write at once; a standby has no cache to keep."""
         if not self._leading():
             return
-        key = self._cache.put_finetunejob(answer)
+        key = self._cache.put(KIND, answer)
         if key is not None:
             self._informer.enqueue(key)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from finetune_api import KIND
 from finetune_api.names import Stage
 from finetune_api.progress import ProgressPost
 from finetune_api.status import FineTuneJobStatus, ProgressStatus
@@ -201,7 +202,7 @@ class ProgressWriter:
             key = caller.key
             try:
                 answer = await self._api.apply_status(
-                    key.namespace, key.name, caller.job_uid, body, PROGRESS_MANAGER, version
+                    KIND, key.namespace, key.name, caller.job_uid, body, PROGRESS_MANAGER, version
                 )
             except ApiError as problem:
                 if problem.status != 409 or not left:
