@@ -41,23 +41,27 @@ from tests.operator.harness import (
     Bench,
     Recorder,
     Tls,
+    combinations_of,
     finetunejobs_of,
+    is_true,
     jobs_of,
     name_of,
     stage_of,
     succeed_stage,
 )
-from tests.operator.manifests import DELETE, Raw, finetunejob, success
+from tests.operator.manifests import DELETE, Raw, combination, finetunejob, success
 from tests.operator.poster import Poster
 from tests.operator.remains import bench_in, remains
 from tests.support.api_proxy import ApiProxy, EventFault, EventStrike, Fault, Plan, ProxyLoop
 from tests.support.apiserver import ApiServer
 
 SUCCEEDS, STOPPED, RESUMED, REPORTED, ELECTED = "succeeds", "stopped", "resumed", "reported", "elected"
-STORIES = (SUCCEEDS, STOPPED, RESUMED, REPORTED, ELECTED)
+COMBINED = "combined"
+STORIES = (SUCCEEDS, STOPPED, RESUMED, REPORTED, ELECTED, COMBINED)
 """Names of jobs: one goes from apply to Succeeded; one trains for ever, until it is given a deadline that is over; one is killed for its
 memory, trains with more, is suspended and resumed, and then succeeds; of one the operator hears by its pods' posts alone, and what it
-stored is deleted with it; one has an operator that leads by a Lease, and of its requests those for the Lease alone are struck."""
+stored is deleted with it; one has an operator that leads by a Lease, and of its requests those for the Lease alone are struck; the
+last is no FineTuneJob but an AdapterCombination."""
 LITTLE, MORE = "4Gi", "6Gi"
 MOMENT = 1.2
 """Stages of that one last longer than Kubernetes' times are exact, so that its attempts always stand in one order."""
@@ -230,6 +234,11 @@ def manifest(story: str) -> Raw:
     return job.build()
 
 
+def collection(bench: Bench, story: str) -> str:
+    """Where a story's resource is."""
+    return combinations_of(bench.namespace) if story == COMBINED else finetunejobs_of(bench.namespace)
+
+
 def of_leases(path: str) -> bool:
     """Whether a request is one of the election."""
     return path.startswith("/apis/coordination.k8s.io/")
@@ -364,13 +373,17 @@ class Sweep:
             holder.append(kept)
             self._kept[namespace] = kept
             try:
-                bench.apply(manifest(point.story))
-                self._tell(bench, point.story)
-                bench.until_finished(point.story, FINISH_SECONDS)
+                if point.story == COMBINED:
+                    bench.combine(combination(COMBINED))
+                    bench.until_combined(COMBINED, lambda raw: is_true(raw, "Finished"), "Finished", FINISH_SECONDS)
+                else:
+                    bench.apply(manifest(point.story))
+                    self._tell(bench, point.story)
+                    bench.until_finished(point.story, FINISH_SECONDS)
                 if point.story == STOPPED:
                     selector = {"labelSelector": f"{LABEL_STAGE}={Stage.TRAIN}"}
                     bench.until_gone(jobs_of(namespace), query=selector)
-                outcome.left = remains(bench, point.story)
+                outcome.left = remains(bench, point.story, collection(bench, point.story))
                 outcome.requests, outcome.events = len(plan.requests), strike.count
                 outcome.problems += self._differences(point, outcome.left)
                 self._delete(bench, point.story)
@@ -405,7 +418,7 @@ class Sweep:
 
     @staticmethod
     def _delete(bench: Bench, name: str) -> None:
-        bench.api.delete(f"{finetunejobs_of(bench.namespace)}/{name}")
+        bench.api.delete(f"{collection(bench, name)}/{name}")
         if name == REPORTED:
             bench.until_gone(finetunejobs_of(bench.namespace))
             [cleanup] = [j for j in bench.stage_jobs() if j["metadata"]["labels"][LABEL_STAGE] == Stage.CLEANUP]

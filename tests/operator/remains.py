@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cluster.light import LightCluster
-from tests.operator.harness import Bench, Tls
+from tests.operator.harness import Bench, Tls, finetunejobs_of
 from tests.operator.manifests import Raw
 
 
@@ -25,9 +25,9 @@ def bench_in(cluster: LightCluster, tls: Tls, folder: Path, namespace: str) -> I
         bench.close()
 
 
-def remains(bench: Bench, name: str) -> dict[str, Any]:
-    """What a run leaves, without names, UIDs and times."""
-    job = bench.job(name)
+def remains(bench: Bench, name: str, collection: str = "") -> dict[str, Any]:
+    """What a run leaves, without names, UIDs and times; of a FineTuneJob unless another collection is named."""
+    job = bench.api.get(f"{collection or finetunejobs_of(bench.namespace)}/{name}")
     uid = job["metadata"]["uid"]
     status = job["status"]
 
