@@ -215,7 +215,9 @@ def test_only_the_completions_answers_are_learned_in_chat_style_completions(toke
     assert learned(tokenizer, encoded) == ["Two is 2.<|im_end|>"]
 
 
-@pytest.mark.parametrize(("template", "text"), [(REMEMBERS_TWO, "drops or rewrites"), (STRICT, "no system role")])
+@pytest.mark.parametrize(
+    ("template", "text"), [(REMEMBERS_TWO, "leaves this system turn out"), (STRICT, "no system role")]
+)
 def test_a_template_that_hides_or_refuses_names_the_row_not_silently_learns_nothing(
     tokenizer: Any, template: str, text: str
 ) -> None:

@@ -293,6 +293,15 @@ def test_a_broken_template_of_the_job_is_its_own_fault(bench: Bench) -> None:
         assert (failed.reason, failed.message.partition(": ")[0]) == (Reason.INVALID_CONFIG, "data.chatTemplate")
 
 
+def test_a_template_that_asks_with_more_than_it_is_trained_with_is_warned_of(bench: Bench, tiny_model: Path) -> None:
+    bench.put(ROWS)
+    own = chat_template(load_tokenizer(tiny_model, False))
+    assert own is not None
+    assert not any("stands in no row" in w for w in bench.run().warnings)
+    thinks = own.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    assert any("asks a model with '<think>\\n'" in w for w in bench.run(data={"chatTemplate": thinks}).warnings)
+
+
 def test_few_held_out_rows_and_turns_that_do_not_alternate_are_warned_of(bench: Bench) -> None:
     bench.put([row(f"What is {i} plus {i}?", f"It is {2 * i}.") for i in range(400)])
     assert not any("held-out row" in w or "take turns" in w for w in bench.run().warnings)

@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import (
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.left_out import Shape, left_out, shape_of
 from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.turns import Message, Tool
 from finetune_trainer.text import is_utf8, shorten
@@ -29,6 +30,8 @@ FROZEN_NOW = datetime.datetime(2024, 7, 26)
 """What ``strftime_now`` says to templates (Llama 3.1 and later print today's date): its own default where it has no clock.
 Else the same rows would be other tokens tomorrow."""
 SENTINEL = "\ue000answer\ue001"
+SHAPES = 4096
+"""Of so many kinds of conversations it is remembered whether the template writes all of them."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
@@ -89,6 +92,7 @@ class ChatRenderer:
         compiled.environment.globals["strftime_now"] = FROZEN_NOW.strftime
         self._compiled = compiled
         self._takes_tools = "tools" in jinja2.meta.find_undeclared_variables(compiled.environment.parse(template))
+        self._left_out: dict[tuple[Shape, bool], str] = {}
 
     def render(self, messages: list[Message], learn_from: int = 0, tools: Sequence[Tool] = ()) -> Rendered:
         """Text and answers of a conversation that ends with an assistant turn.
@@ -102,15 +106,13 @@ class ChatRenderer:
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= learn_from]
         messages, tools = _as_templates_see(messages), _plain_template_data(list(tools))
         text, marks = self._text(messages, tools, marked=self._marked)
+        self._refuse_left_out(messages, tools)
         if self._marked and marks:
             every = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
             if len(marks) == len(every):
                 answers = [mark for i, mark in zip(every, marks, strict=True) if i >= learn_from]
                 return Rendered(text, answers)
-        spans = [
-            self._by_prefix(messages, tools, turn, text) or self._by_sentinel(messages, tools, turn, text)
-            for turn in turns
-        ]
+        spans = [self._span(messages, tools, turn, text) for turn in turns]
         found = [span for span in spans if span is not None]
         if len(found) < len(turns):
             lost = next(turn for turn, span in zip(turns, spans, strict=True) if span is None)
@@ -128,13 +130,33 @@ class ChatRenderer:
         """The conversation's text and the beginning of an answer: what a model is asked with."""
         return self._text(_as_templates_see(messages), _plain_template_data(list(tools)), prompt=True)[0]
 
+    def _refuse_left_out(self, messages: list[Message], tools: Sequence[Tool]) -> None:
+        kind = shape_of(messages), bool(tools)
+        if kind not in self._left_out:
+            if len(self._left_out) == SHAPES:
+                self._left_out.clear()
+            try:
+                self._left_out[kind] = left_out(messages, lambda marked: self._text(marked, tools)[0])
+            except RowProblem:
+                # It refuses the marks; the texts themselves it took.
+                self._left_out[kind] = ""
+        if self._left_out[kind]:
+            raise RowProblem(self._left_out[kind])
+
+    def _span(self, messages: list[Message], tools: Sequence[Tool], turn: int, text: str) -> Span | None:
+        found = self._by_prefix(messages, tools, turn, text)
+        if found is None and tools:
+            # Mistral's templates write the tools before the last question, so behind earlier answers.
+            found = self._by_prefix(messages, (), turn, text)
+        return found or self._by_sentinel(messages, tools, turn, text)
+
     def _by_prefix(self, messages: list[Message], tools: Sequence[Tool], turn: int, text: str) -> Span | None:
         """An answer starts where the rendering of what comes before it, with the generation prompt, ends: so a model is asked."""
-        if turn == 0:
+        before = self._question(messages, tools, turn)
+        if not before:
             return None
         last = turn == len(messages) - 1
         try:
-            before = self._text(messages[:turn], tools, prompt=True)[0]
             through = text if last else self._text(messages[: turn + 1], tools)[0]
         except RowProblem:
             return None
@@ -144,23 +166,40 @@ class ChatRenderer:
 
     def _by_sentinel(self, messages: list[Message], tools: Sequence[Tool], turn: int, text: str) -> Span | None:
         """For templates that write earlier turns differently (Qwen 3 drops their thoughts): put a mark in the answer's place;
-        what stands before and after the mark must stand there in the whole text too. Calls stand outside the mark, where they would be left
-        out without a word."""
-        if messages[turn].get("tool_calls"):
-            return None
-        marked = [{**m, "content": SENTINEL} if i == turn else m for i, m in enumerate(messages)]
+        what stands before and after the mark must stand there in the whole text too. Calls have no place that a mark shows: they are found
+        only where they follow at once on what a model is asked with."""
+        mark = {**{k: v for k, v in messages[turn].items() if k != "tool_calls"}, "content": SENTINEL}
+        marked = [*messages[:turn], mark, *messages[turn + 1 :]]
         try:
             before, found, after = self._text(marked, tools)[0].partition(SENTINEL)
         except RowProblem:
             return None
         end = len(text) - len(after)
-        if not found or SENTINEL in after or end <= len(before):
+        if (
+            not found
+            or SENTINEL in after
+            or end <= len(before)
+            or not (text.startswith(before) and text.endswith(after))
+        ):
             return None
+        question = self._question(messages, tools, turn)
+        if messages[turn].get("tool_calls"):
+            return (len(before), end) if before == question else None
         answer = text[len(before) : end].strip()
         # A template may trim an answer or drop its thoughts, never write something else in its place.
-        if text.startswith(before) and text.endswith(after) and answer and answer in str(messages[turn]["content"]):
-            return len(before), end
-        return None
+        if not answer or answer not in str(messages[turn]["content"]):
+            return None
+        # What stands between is no model asked with (gpt-oss: a channel).
+        return len(question) if question and before.startswith(question) else len(before), end
+
+    def _question(self, messages: list[Message], tools: Sequence[Tool], turn: int) -> str:
+        """What a model is asked with for a turn; empty where the template refuses that."""
+        if turn == 0:
+            return ""
+        try:
+            return self._text(messages[:turn], tools, prompt=True)[0]
+        except RowProblem:
+            return ""
 
     def _text(
         self, messages: list[Message], tools: Sequence[Tool], *, prompt: bool = False, marked: bool = False

@@ -142,7 +142,7 @@ class Encoder:
         labels = np.full_like(ids, IGNORED)
         ended = False
         for span in rendered.answers:
-            learned = self._learned(placed, span)
+            learned = self._learned(placed, span, rendered.text)
             labels[learned] = ids[learned]
             if len(learned):
                 prompt_tokens = int(learned[0])
@@ -163,17 +163,18 @@ class Encoder:
             ids = np.append(ids, np.int32(self._eos))
         return _encoded(ids, ids.copy(), 0)
 
-    def _learned(self, placed: Placed, span: Span) -> Places:
+    def _learned(self, placed: Placed, span: Span, text: str) -> Places:
         """Indices of an answer's tokens through the token that ends it; a token that begins before the answer is prompt.
 
-        A template that marks answers may leave the ending out of the mark: a special token that follows at once is the ending.
+        A template that marks answers may leave the ending out of the mark: a special token that follows at once is the ending. Special tokens
+        may stand in an answer too (calls, channels): one ends it only where nothing but blanks comes behind.
         """
         ids, starts, ends_at = placed.ids, placed.starts, placed.ends
         inside = np.flatnonzero((starts >= span[0]) & (ends_at <= span[1]) & (ends_at > starts))
         if not len(inside):
             return inside
         ends = inside[self._ending(ids[inside])]
-        if len(ends):
+        if len(ends) and not text[ends_at[ends[-1]] : span[1]].strip():
             return np.asarray(inside[inside <= ends[-1]])
         following = int(inside[-1]) + 1
         if self._ending(ids[following : following + 1]).any():

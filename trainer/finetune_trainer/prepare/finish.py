@@ -33,7 +33,7 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer
 from finetune_trainer.prepare.check import Checked
 from finetune_trainer.prepare.near import Labels, clusters, joined
-from finetune_trainer.prepare.prompts import conversation_prompt, text_prompt
+from finetune_trainer.prepare.prompts import asked_beyond_answers, conversation_prompt, text_prompt
 from finetune_trainer.prepare.questions import Questions, warnings_of
 from finetune_trainer.prepare.split import held_out_rows
 from finetune_trainer.prepare.store import SCHEMA, Index, Remembered, RowWriter, Side, data_hash
@@ -140,6 +140,11 @@ def finish(
     )
     references = [prompt.reference for prompt in prompts if prompt.answered]
     warnings = _warnings(spec, data, checked, held_out)
+    if renderer is not None and any(prompt.messages for prompt in prompts) and (more := asked_beyond_answers(renderer)):
+        warnings.append(
+            f"the chat template asks a model with {more!r} before an answer, which stands in no row: the tuned model answers otherwise than "
+            "it was trained; set data.chatTemplate to one that writes it in rows too"
+        )
     return Prepared(folder, data, data_hash(sides), references, preview, warnings + about_questions, occurrences)
 
 

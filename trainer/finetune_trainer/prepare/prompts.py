@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune_api.results import PreparedPrompt
 from finetune_trainer.prepare.chat import ChatRenderer
+from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.turns import Message, Tool
 
 
@@ -35,3 +36,14 @@ def text_prompt(row: int, prompt: str, reference: str, tokenizer: Any) -> Prepar
     return PreparedPrompt(
         row=row, prompt=prompt, reference=reference, text=prompt, input_ids=tokenizer(prompt)["input_ids"]
     )
+
+
+def asked_beyond_answers(renderer: ChatRenderer) -> str:
+    """What the chat template asks a model with that does not stand before an answer in a row (DeepSeek R1's begins a thought); mostly nothing."""
+    hello: list[Message] = [{"role": "user", "content": "Hello"}]
+    try:
+        asked = renderer.question(hello)
+        answered = renderer.plain([*hello, {"role": "assistant", "content": "Hi there"}])
+    except RowProblem:
+        return ""
+    return next((asked[place:] for place, letter in enumerate(asked) if answered[place : place + 1] != letter), "")
