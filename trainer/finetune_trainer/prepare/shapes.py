@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import Reason
+from finetune_api.planner.tensors import BUFFER
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
 from finetune_api.targets import is_left_out, is_named, is_pattern, routed_kinds, setting_of
@@ -23,7 +24,6 @@ EMBEDDING = re.compile(r"(^|\.)(wte|wpe|[a-z_]*embed[a-z_]*)$")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)$")
 BLOCK = re.compile(r"\.\d+\.")
 EXPERT = re.compile(r"\.experts\.\d+\.")
-BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|\.attention\.masked_bias)$")
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
