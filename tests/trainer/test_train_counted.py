@@ -83,7 +83,7 @@ def test_it_is_in_all_dense_families(tmp_path: Path, family: str, bias: str) -> 
     "lora",
     [
         {"useDora": True, "targetModules": ["h.0.attn.c_attn", "c_fc"], "rankPattern": {"h.1.mlp.c_fc": 2}},
-        {"modulesToSave": ["wte", "ln_f"], "targetModules": ["*.c_proj"], "layersToTransform": [1]},
+        {"modulesToSave": ["ln_f"], "targetModules": ["*.c_proj"], "layersToTransform": [1]},
     ],
     ids=str,
 )

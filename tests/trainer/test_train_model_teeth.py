@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from finetune_api.failures import Reason
 from finetune_api.results import TrainedWeights
 from finetune_trainer.errors import StageError
-from finetune_trainer.train import full, model
+from finetune_trainer.train import full, model, verify
 from finetune_trainer.train.quantized import quantized_modules
+from finetune_trainer.train.schedule import make_schedule
+from finetune_trainer.train.trainer import LoraTrainer, training_arguments
 from tests.support.tiny_model import build_tiny_model
-from tests.trainer.test_train_trainer import CPU16, CPU32, snapshot
+from tests.trainer.test_train_trainer import CPU16, CPU32, rows_of, snapshot
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -108,3 +114,50 @@ def test_a_stored_weight_of_another_shape_is_not_trained(tiny_model: Path) -> No
     base.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(AssertionError, match=r"up_proj\.weight is \[128, 64\] in its file, \[4, 4\] loaded"):
         full.train_weights(base, TrainedWeights(tensors=[UP]), tiny_model)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
+@pytest.mark.parametrize(
+    "lacking", [[UP], [UP.replace("up_", f"{kind}_") for kind in ("up", "gate", "down")] + ["model.norm.weight"]]
+)
+def test_weights_that_the_files_lack_are_not_drawn(
+    tiny_model: Path, tmp_path: Path, method: str, lacking: list[str]
+) -> None:
+    """transformers would draw them, with a warning."""
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tiny_model / "model.safetensors")
+    save_file({n: t for n, t in weights.items() if n not in lacking}, tmp_path / "model.safetensors", {"format": "pt"})
+    said = f"have no {', '.join(sorted(lacking)[:3])}"
+    with pytest.raises(StageError, match=re.escape(said)) as caught:
+        model.load_base(tmp_path, snapshot(method={"type": method}), CPU16)
+    assert caught.value.reason is Reason.UNSUPPORTED_MODEL
+    assert ("and 1 more weights" in caught.value.message) == (len(lacking) > 3)
+
+
+def test_an_adapter_file_without_tensors_is_not_whole(tiny_model: Path, tmp_path: Path) -> None:
+    """Activation checkpointing by accelerate has peft write one, without an error."""
+    adapted(tiny_model).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(StageError, match="has 0 tensors; its configuration needs 28") as caught:
+        verify.load_freshly(model.load_base(tiny_model, snapshot(), CPU32), tmp_path)
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+
+
+def test_products_with_a_4_bit_base_are_in_the_computing_type(tiny_model: Path) -> None:
+    """bitsandbytes' own default is float32."""
+    base = model.load_base(tiny_model, snapshot(method={"type": "QLoRA"}), CPU16)
+    layers = [module for module in base.modules() if isinstance(module, Linear4bit)]
+    assert [layer.compute_dtype for layer in layers] == [torch.bfloat16] * 14
+
+
+def test_several_gpus_that_a_process_sees_are_not_shared_out_by_transformers(tiny_model: Path, tmp_path: Path) -> None:
+    """It would split each batch over them (nn.DataParallel)."""
+    run, rows = snapshot(), rows_of(tiny_model, 8)
+    schedule = make_schedule(len(rows), run.spec.training.length, 8, 0)
+    arguments = training_arguments(run, CPU32, schedule.steps, tmp_path)
+    assert arguments.n_gpu == 0
+    arguments._n_gpu = 2
+    trainer = LoraTrainer(
+        model=adapted(tiny_model), args=arguments, rows=rows, schedule=schedule, micro_batch=4, pad_id=0, compute=CPU32, callbacks=[]
+    )  # fmt: skip
+    assert trainer.args.n_gpu == 1
