@@ -15,16 +15,25 @@ from transformers import AutoTokenizer
 
 from finetune_api import results
 from finetune_api.names import Stage
-from finetune_api.results import DataSummary, LengthPercentiles, PreparedPrompt, PrepareResult, TrainedWeights
+from finetune_api.results import (
+    DataSummary,
+    LengthPercentiles,
+    PreparedPrompt,
+    PrepareResult,
+    TrainedTokens,
+    TrainedWeights,
+)
 from finetune_api.snapshot import Images, JobIdentity, Snapshot, make_snapshot
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.context import StageContext
 from finetune_trainer.prepare.chat import chat_template
-from finetune_trainer.prepare.full_weights import choose_weights, trainable_shapes
+from finetune_trainer.prepare.full_weights import choose_weights, count_full, trainable_shapes
+from finetune_trainer.prepare.shapes import Parameters, count_parameters
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
-from finetune_trainer.prepare.trained_tokens import trained_tokens
+from finetune_trainer.prepare.trained_tokens import grown, is_tied, trained_rows, trained_tokens
 from finetune_trainer.publish.safetensors_stream import Checkpoint, read_header
 from finetune_trainer.reporter import Reporter
+from finetune_trainer.sources.model import TensorHeaders
 from finetune_trainer.train.schedule import make_schedule
 
 SUBJECTS = ["pod", "node", "job", "secret", "volume", "service", "claim", "queue"]
@@ -158,10 +167,9 @@ def write_prepared(
 ) -> None:
     """``prepare/`` in the job's workspace; ``only_checked`` prompts more stand beside those to be answered."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    headers = {
-        n: (e["dtype"], tuple(e["shape"])) for p in model.glob("*.safetensors") for n, e in read_header(p).items()
-    }
+    headers = headers_of(model)
     tokens = trained_tokens(tokenizer, job.snapshot.spec, headers)
+    counted = count(job.snapshot, model, tokens)
     store = job.context(Stage.PREPARE).workspace_store()
     files = []
     for name, rows in ((results.PREPARED_TRAIN, train), (results.PREPARED_HELD_OUT, held_out)):
@@ -196,13 +204,30 @@ def write_prepared(
                 job.snapshot.spec.model.new_tokens or (),
             ),
             trained_tokens=tokens,
-            trainable_parameters=1,
-            total_parameters=1,
+            trainable_parameters=counted.trainable,
+            total_parameters=counted.total,
             total_steps=schedule.steps,
             weights=full_weights(job, model),
             files=files,
         ),
     )  # fmt: skip
+
+
+def count(snapshot: Snapshot, model: Path, tokens: TrainedTokens | None = None) -> Parameters:
+    """What the prepare stage counts."""
+    headers = headers_of(model)
+    config = json.loads((model / "config.json").read_text())
+    method, tied = snapshot.plan.method, is_tied(headers, config)
+    if method.full is not None:
+        return count_full(headers, method.full, tied, snapshot.spec.model.uri)
+    if tokens is not None and tokens.resized_to is not None:
+        headers = grown(headers, tokens.resized_to)
+    return count_parameters(headers, method.lora, trained_rows(headers, config, tokens))
+
+
+def headers_of(model: Path) -> TensorHeaders:
+    """Types and shapes of the tensors in a model's files."""
+    return {n: (e["dtype"], tuple(e["shape"])) for p in model.glob("*.safetensors") for n, e in read_header(p).items()}
 
 
 def full_weights(job: PreparedJob, model: Path) -> TrainedWeights | None:

@@ -214,6 +214,15 @@ def test_modules_that_cannot_be_trained_whole() -> None:
     refuse_unsaveable(LLAMA_3_8B, head, tied=False, quantized=True)
     with pytest.raises(StageError, match="name embed_tokens, and both are trained as one"):
         refuse_unsaveable(LLAMA_3_8B, head, tied=True, quantized=False)
+    for tied in (True, False):
+        refuse_unsaveable(
+            LLAMA_3_8B, lora(8, ["q_proj"], modules_to_save=["model.embed_tokens"]), tied, quantized=False
+        )
+    wte = lora(8, ["c_attn"], modules_to_save=["transformer.wte", "wpe"])
+    refuse_unsaveable(LLAMA_3_8B, wte, tied=False, quantized=False)
+    with pytest.raises(StageError, match=r"transformer\.wte is the output head of this model too") as refused:
+        refuse_unsaveable(LLAMA_3_8B, wte, tied=True, quantized=False)
+    assert refused.value.reason is Reason.INVALID_CONFIG
     linear = lora(8, ["q_proj"], modules_to_save=["down_proj"])
     refuse_unsaveable(LLAMA_3_8B, linear, tied=False, quantized=False)
     with pytest.raises(StageError, match=r"QLoRA holds model.layers.\d+.mlp.down_proj quantized"):

@@ -153,6 +153,18 @@ def test_prepared_data_of_another_snapshot_are_refused(job: PreparedJob) -> None
         train.run(job.with_spec(training={"seed": 7}).context())
 
 
+def test_other_layers_than_prepare_counted_are_not_trained(job: PreparedJob) -> None:
+    store = job.context().workspace_store()
+    result = store.get_model(PREPARE_RESULT, PrepareResult)
+    more = result.trainable_parameters + 1
+    store.put_model(PREPARE_RESULT, result.model_copy(update={"trainable_parameters": more}))
+    said = f"{result.trainable_parameters:,} weights would be trained, and the prepare stage counted {more:,}"
+    with pytest.raises(StageError, match=said) as caught:
+        train.run(job.context())
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+    assert not store.exists("train/result.json")
+
+
 def other_weights(data: bytes) -> bytes:
     return save({n: t + 1 if n == "model.norm.weight" else t for n, t in load(data).items()}, {"format": "pt"})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import Reason
+from finetune_api.planner.tensors import BUFFER
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
 from finetune_api.targets import is_left_out, is_named, is_pattern, routed_kinds, setting_of
@@ -20,10 +21,10 @@ from finetune_trainer.sources.model import TensorHeaders
 
 ALL_LINEAR = "all-linear"
 EMBEDDING = re.compile(r"(^|\.)(wte|wpe|[a-z_]*embed[a-z_]*)$")
+INPUTS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)$")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)$")
 BLOCK = re.compile(r"\.\d+\.")
 EXPERT = re.compile(r"\.experts\.\d+\.")
-BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|\.attention\.masked_bias)$")
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
@@ -254,6 +255,14 @@ def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, qu
             "method.lora.modulesToSave names the output head, which this model shares with its input embeddings (tie_word_embeddings): name "
             "embed_tokens, and both are trained as one.",
         )
+    for module in lora.modules_to_save:
+        # peft (0.21, _check_tied_modules) knows embeddings by that name alone, and has a warning for others.
+        if tied and INPUTS.search(module) and module.rpartition(".")[2] != "embed_tokens":
+            raise StageError(
+                Reason.INVALID_CONFIG,
+                f"method.lora.modulesToSave: {module} is the output head of this model too (tie_word_embeddings), and peft would train it as the "
+                "input embeddings only: the two would no longer be one. Leave it out.",
+            )
     matrices = [
         n.removesuffix(".weight") for n, (_, shape) in headers.items() if n.endswith(".weight") and len(shape) == 2
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,11 +13,10 @@ from finetune_api.planner import UnknownArchitecture, parse_config
 from finetune_api.results import TrainedToken, TrainedTokens
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.shapes import HEAD
+from finetune_trainer.prepare.shapes import HEAD, INPUTS
 from finetune_trainer.sources.model import TensorHeaders
 from finetune_trainer.text import shorten
 
-INPUTS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)$")
 NAMED = 5
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
     """The base as a causal language model: in the computing type, or quantized for QLoRA.
 
     Raises:
-        StageError: UnsupportedModel, if transformers cannot load the folder.
+        StageError: UnsupportedModel, if transformers cannot load the folder, or draws what its files lack.
     """
     quantization = snapshot.plan.method.quantization
     arguments: dict[str, Any] = {
@@ -64,7 +64,8 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
     if quantization is not None:
         arguments["quantization_config"] = bits_and_bytes(quantization, compute.dtype)
     with blaming_the_model():
-        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+        model, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    must_be_read(model, loaded["missing_keys"])
     model.config.use_cache = False
     model.requires_grad_(False)
     keep_training_layout(model)
@@ -73,6 +74,23 @@ def load_base(folder: Path, snapshot: Snapshot, compute: Compute) -> Any:
 
         multiply_in_16_bit(model, compute.dtype)
     return model
+
+
+def must_be_read(model: Any, missing: Set[str]) -> None:
+    """transformers (5.23) draws the weights that the files lack, with a warning only: they would be others in each execution.
+
+    Args:
+        missing: names that the files lack. Buffers among them are made anew.
+
+    Raises:
+        StageError: UnsupportedModel.
+    """
+    if drawn := sorted(missing & dict(model.named_parameters()).keys()):
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"the files of the base model have no {', '.join(drawn[:3])}{f' and {len(drawn) - 3} more weights' if len(drawn) > 3 else ''} of "
+            f"{type(model).__name__}: expected all of them. Upload the model again, or name one that is whole.",
+        )
 
 
 @contextmanager

@@ -49,6 +49,7 @@ from finetune_trainer.trackers.event_files import store_event_files
 from finetune_trainer.trackers.tracking import Tracking
 from finetune_trainer.train import evaluate, full, inputs, model, save, select, verify
 from finetune_trainer.train.checkpoints import Checkpoints
+from finetune_trainer.train.counted import must_be_as_counted
 from finetune_trainer.train.device import Compute, pick_compute
 from finetune_trainer.train.fit import Fit, History
 from finetune_trainer.train.held_out_curve import overfitting
@@ -156,6 +157,12 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
             adapter_to(tuned, compute.device)
         trained_base = model.trained_base_weights(tuned)
     trainable = model.assert_trainables_float32(tuned)
+    must_be_as_counted(
+        trainable,
+        prepared.result.trainable_parameters,
+        base_files.folder,
+        own_code=spec.model.trust_remote_code,
+    )
     schedule = make_schedule(
         len(rows),
         spec.training.length,
