@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_api.optimizers import REFUSED as REFUSED_OPTIMIZERS
+from finetune_api.optimizers import RUNNING, SCHEDULE_FREE, OptimizerName
 from tests.support.apiserver import ApiServer
 
 pytestmark = pytest.mark.light
@@ -115,6 +117,11 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("a runtime class", {"runtime": {"runtimeClassName": "nvidia"}}),
     ("an optimizer in 8 bit on a CPU", {"training": {"useCpu": True, "optimizer": {"name": "adamw_bnb_8bit"}}}),
+    *(
+        (f"the optimizer {name}", {"training": {"optimizer": {"name": name.value}, "scheduler": "Constant"}})
+        for name in RUNNING
+        if name is not OptimizerName.GALORE_ADAMW
+    ),
     ("biases with LoRA", {"method": {"lora": {"bias": "All"}}}),
     ("Auto for a product", {"method": {"type": "Auto"}, "compute": {"gpu": {"product": "NVIDIA-A10G"}}}),
     ("Auto for declared memory", {"method": {"type": "Auto"}, "compute": {"gpu": {"memory": "22Gi"}}}),
@@ -296,7 +303,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("a runtime class that is no name", {"runtime": {"runtimeClassName": "Not a name"}}, "spec.runtime.runtimeClassName"),
     ("biases with QLoRA", {"method": {"type": "QLoRA", "lora": {"bias": "All"}}}, "QLoRA cannot train biases, and Auto may choose it: bitsandbytes holds those of quantized layers in 16 bit"),
     ("biases with Auto", {"method": {"type": "Auto", "lora": {"bias": "All"}}, "compute": {"gpu": {"memory": "80Gi"}}}, "QLoRA cannot train biases"),
-    ("an optimizer whose package the image has not", {"training": {"optimizer": {"name": "apollo_adamw"}}}, 'Unsupported value: "apollo_adamw": supported values: "adamw_torch"'),
+    ("an optimizer that nobody knows", {"training": {"optimizer": {"name": "adamw"}}}, 'Unsupported value: "adamw": supported values: "adamw_torch"'),
+    *((f"the optimizer {name}", {"training": {"optimizer": {"name": name.value}}}, why) for names, why in REFUSED_OPTIMIZERS for name in names),
+    *((f"a schedule with {name}", {"training": {"optimizer": {"name": name.value}}}, "set training.scheduler: Constant") for name in sorted(SCHEDULE_FREE)),
     ("a revision of data in a bucket", {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "revision": "v1"}]}}, "revision applies to hf:// data only"),
     ("memory that may grow from nothing", {"recovery": {"outOfMemory": {"maxMemory": "8Gi"}}}, "maxMemory needs compute.memory"),
     ("memory that may grow to less", {"compute": {"memory": "1Gi"}, "recovery": {"outOfMemory": {"maxMemory": "1G"}}}, "maxMemory must not be less than compute.memory"),

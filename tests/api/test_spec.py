@@ -47,7 +47,9 @@ def templated(**parts: str) -> dict[str, Any]:
         ({"runtime": {"labels": {"a b": "c"}}}, "'a b': every key must be a name"),
         ({"runtime": {"annotations": {"/x": "c"}}}, "'/x': every key must be a name"),
         ({"runtime": {"nodeSelector": {"a": "b c"}}}, "String should match pattern"),
-        ({"training": {"optimizer": {"name": "lomo"}}}, "Input should be 'adamw_torch'"),
+        ({"training": {"optimizer": {"name": "adamw"}}}, "Input should be 'adamw_torch'"),
+        ({"training": {"optimizer": {"name": "lomo"}}}, "within the backward pass"),
+        ({"training": {"optimizer": {"name": "schedule_free_sgd"}}}, "set training.scheduler: Constant"),
         ({"evaluation": {"generation": {"metrics": ["Regex"]}}}, "regex and the metric Regex need each other"),
         (
             {"evaluation": {"generation": {"sources": [{"uri": "s3://bucket/p", "weight": 2}]}}},

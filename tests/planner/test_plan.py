@@ -142,7 +142,7 @@ def test_time_is_operations_by_speed() -> None:
     assert plan(asked).work.seconds is None
 
 
-def test_an_optimizer_that_is_not_known_is_planned_as_the_largest() -> None:
+def test_an_optimizer_that_is_not_known_is_planned_as_adamw() -> None:
     assert optimizer_bytes("novel", 1000) == optimizer_bytes("adamw_torch_fused", 1000) == 8000
     assert optimizer_bytes("paged_adamw_8bit", 1_000_000) < 2_100_000
 

@@ -142,7 +142,7 @@ def test_a_step_needs_no_more_than_is_planned(shape: tuple[int, int], projected:
                 live.add(tensor)
             made.step()
         kept = sum(v.nbytes for k, v in made.state[parameter].items() if k != "step")
-        planned = update_bytes({"layers.0.a.weight": shape}, [linear] if projected else [], tuning)
+        planned = update_bytes("galore_adamw", {"layers.0.a.weight": shape}, [linear] if projected else [], tuning)
         assert live.peak_bytes <= parameter.nbytes + parameter.grad.nbytes + kept + planned + small
 
 

@@ -27,6 +27,10 @@ SPEC: dict[str, Any] = {
         ({"method": {"type": "Auto"}}, ["datasets"]),
         ({"training": {"optimizer": {"name": "adamw_8bit"}}}, ["datasets"]),
         ({"training": {"optimizer": {"name": "adafactor"}}}, ["datasets", "bitsandbytes"]),
+        (
+            {"training": {"optimizer": {"name": "schedule_free_sgd"}, "scheduler": "Constant"}},
+            ["datasets", "bitsandbytes"],
+        ),
         ({"model": {"trustRemoteCode": True}}, []),
     ],
     ids=lambda value: str(value),

@@ -11,8 +11,8 @@ from finetune_api.planner.tensors import EMBEDDING, HEAD, Shapes
 from finetune_api.planner.weights import FULL, HALF, optimizer_bytes
 from finetune_api.planner.workload import Tuning
 
-FOREACH = ("adamw_torch", "adagrad", "sgd", "rmsprop")
-"""torch's optimizers that compute with temporaries of all weights at once (torch.optim, foreach); the fused one has none."""
+FOREACH = ("adamw_torch", "adagrad", "sgd", "rmsprop", "schedule_free_adamw", "schedule_free_radam")
+"""Optimizers that compute with temporaries of all weights at once (foreach, of torch.optim and schedulefree); the fused one has none."""
 
 
 def trained(shapes: Shapes, tuning: Tuning) -> Shapes:
@@ -49,9 +49,14 @@ def state_bytes(optimizer: str, chosen: Shapes, linears: list[Linear], tuning: T
     return optimizer_bytes(optimizer, total, embedding) + (FULL * total if optimizer in FOREACH else 0)
 
 
-def update_bytes(chosen: Shapes, linears: list[Linear], tuning: Tuning) -> int:
-    """GaLore's temporaries, a tensor at a time: an update as large as the weight; when a matrix of m × n, m ≥ n, is decomposed the scaled gradient
-    with its Gram matrix (n × n), and that with its eigenvectors and the solver's workspace (LAPACK's syevd: 2 n²)."""
+def update_bytes(optimizer: str, chosen: Shapes, linears: list[Linear], tuning: Tuning) -> int:
+    """Temporaries of optimizers that go a tensor at a time. StableAdamW's are two as large as the weight.
+
+    GaLore's: an update as large as the weight; when a matrix of m × n, m ≥ n, is decomposed the scaled gradient with its Gram matrix (n × n), and
+    that with its eigenvectors and the solver's workspace (LAPACK's syevd: 2 n²).
+    """
+    if optimizer == "stable_adamw":
+        return 2 * FULL * max(math.prod(shape) for shape in chosen.values())
     if tuning.galore_rank is None:
         return 0
     sides = [(max(t.inputs, t.outputs), min(t.inputs, t.outputs)) for t in linears]

@@ -259,7 +259,7 @@ def _step(
         update={
             # The optimizer's turn comes after that of the products.
             "working_bytes": step.working_bytes
-            + max(full.product_bytes(chosen), full.update_bytes(chosen, targets, tuning)),
+            + max(full.product_bytes(chosen), full.update_bytes(request.optimizer, chosen, targets, tuning)),
             "loss_bytes": step.loss_bytes + full.head_bytes(chosen, arch.tied_embeddings),
         }
     )

@@ -21,24 +21,30 @@ CODE_BYTES = 16 * FULL
 NESTED_CODE_BYTES = 256 * FULL + FULL
 """The 256 values of the constants' 8-bit type and their offset, kept with each layer."""
 
-OPTIMIZER_BYTES = {
-    # two float32 moments (Loshchilov and Hutter 2019)
-    "adamw_torch": 8.0,
-    "adamw_torch_fused": 8.0,
-    "paged_adamw_32bit": 8.0,
-    "paged_adamw": 8.0,
-    # two 8-bit moments and a float32 per 256 of them (Dettmers et al. 2022, block-wise quantization)
-    "adamw_8bit": 2.0 + 2 * FULL / NESTED_BLOCK,
-    "adamw_bnb_8bit": 2.0 + 2 * FULL / NESTED_BLOCK,
-    "paged_adamw_8bit": 2.0 + 2 * FULL / NESTED_BLOCK,
-    # one moment (Chen et al. 2023)
-    "lion_32bit": 4.0,
-    "paged_lion_32bit": 4.0,
-    "lion_8bit": 1.0 + FULL / NESTED_BLOCK,
-    "paged_lion_8bit": 1.0 + FULL / NESTED_BLOCK,
-    "sgd": 0.0,
+MOMENTS = {
+    # one (Chen et al. 2023)
+    "lion_32bit": 1,
+    "lion_8bit": 1,
+    "paged_lion_32bit": 1,
+    "paged_lion_8bit": 1,
+    # a fast and a slow one, and the squares (Pagliardini et al. 2024)
+    "ademamix": 3,
+    "ademamix_8bit": 3,
+    "paged_ademamix_32bit": 3,
+    "paged_ademamix_8bit": 3,
+    # the squares
+    "adagrad": 1,
+    "rmsprop": 1,
+    "rmsprop_bnb": 1,
+    "rmsprop_bnb_8bit": 1,
+    "rmsprop_bnb_32bit": 1,
+    # the steps without the average (Defazio et al. 2024); with AdamW and RAdam the squares, too
+    "schedule_free_sgd": 1,
+    "sgd": 0,
 }
-"""Bytes per trainable parameter. Paged ones can move to host memory under pressure; they are counted on the GPU all the same."""
+"""Values that an optimizer keeps of each trained weight, where they are not two as with AdamW (Loshchilov and Hutter 2019): float32, or 8 bit and a
+float32 per 256 of them (Dettmers et al. 2022, block-wise quantization). Adafactor's are fewer. Paged ones can move to host memory under
+pressure; they are counted on the GPU all the same."""
 
 
 def packed_bytes(shape: tuple[int, ...]) -> int:
@@ -87,13 +93,13 @@ def checkpoint_bytes(shapes: Shapes) -> int:
 
 
 def optimizer_bytes(name: str, trainable: int, embedding: int = 0) -> int:
-    """State of the optimizer; one that is not in the table is taken for AdamW, the largest.
+    """State of the optimizer; one that is not in the table is taken for AdamW.
 
     Args:
         embedding: how many of the trainable weights are input embeddings, whose state transformers keeps in 32 bit.
     """
-    each = OPTIMIZER_BYTES.get(name, 8.0)
-    return int(each * (trainable - embedding) + (8.0 if "8bit" in name else each) * embedding)
+    each = 1 + FULL / NESTED_BLOCK if "8bit" in name else FULL
+    return int(MOMENTS.get(name, 2) * (each * (trainable - embedding) + FULL * embedding))
 
 
 def token_copy_bytes(arch: Architecture, tuning: Tuning) -> int:

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from finetune_api.base import ApiModel
 from finetune_api.fieldtypes import cel, exactly_one
-from finetune_api.optimizers import OptimizerName
+from finetune_api.optimizers import REFUSED, SCHEDULE_FREE, OptimizerName
 
 
 class Length(ApiModel):
@@ -59,10 +59,20 @@ class GaLore(ApiModel):
     )
 
 
+def _refusal(why: str) -> str:
+    return f"training.optimizer.name: {why}"
+
+
 class Optimizer(ApiModel):
     """The optimizer, by transformers' own name (``TrainingArguments.optim``)."""
 
-    name: OptimizerName = Field(OptimizerName.ADAMW_TORCH_FUSED)
+    name: OptimizerName = Field(
+        OptimizerName.ADAMW_TORCH_FUSED,
+        description=(
+            "Any of transformers' names; those that cannot run here are refused, with the reason and what to take instead. schedule_free_* "
+            "publish the average of the weights, and need training.scheduler: Constant."
+        ),
+    )
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(
         None, description="Peak learning rate; the default is 2e-4, of method.type: Full 2e-5."
     )
@@ -73,8 +83,18 @@ class Optimizer(ApiModel):
     galore: GaLore | None = Field(None, description="Used by galore_adamw, which needs method.type: Full.")
 
     model_config = ConfigDict(
-        json_schema_extra=cel(("!has(self.galore) || self.name == 'galore_adamw'", _GALORE_MESSAGE))
+        json_schema_extra=cel(
+            ("!has(self.galore) || self.name == 'galore_adamw'", _GALORE_MESSAGE),
+            *((f"!(self.name in {[n.value for n in names]})", _refusal(why)) for names, why in REFUSED),
+        )
     )
+
+    @model_validator(mode="after")
+    def _can_run(self) -> Optimizer:
+        for names, why in REFUSED:
+            if self.name in names:
+                raise ValueError(_refusal(why))
+        return self
 
     @model_validator(mode="after")
     def _galore_applies(self) -> Optimizer:
@@ -120,6 +140,10 @@ class ComputeDtype(StrEnum):
     FLOAT32 = "float32"
 
 
+_SCHEDULE_FREE_MESSAGE = (
+    "training.optimizer.name: schedule_free_adamw, schedule_free_radam and schedule_free_sgd average weights in place of lowering the learning "
+    "rate: set training.scheduler: Constant"
+)
 NO_BFLOAT16 = "training.computeDtype: bfloat16: {} multiplies float16 only. Leave it out, or set float16."
 COMPUTE_DTYPE_RULES = (
     (
@@ -215,9 +239,19 @@ class Training(ApiModel):
                 "self.cpuOffload == 'Never' || self.parallelism != 'DDP'",
                 "cpuOffload leaves no whole copy of the model on a GPU, as parallelism: DDP asks for: set parallelism: Auto",
             ),
+            (
+                f"!(self.optimizer.name in {[n.value for n in sorted(SCHEDULE_FREE)]}) || self.scheduler == 'Constant'",
+                _SCHEDULE_FREE_MESSAGE,
+            ),
             *COMPUTE_DTYPE_RULES,
         )
     )
+
+    @model_validator(mode="after")
+    def _no_schedule_twice(self) -> Training:
+        if self.optimizer.name in SCHEDULE_FREE and self.scheduler is not Scheduler.CONSTANT:
+            raise ValueError(_SCHEDULE_FREE_MESSAGE)
+        return self
 
     @model_validator(mode="after")
     def _a_type_for_the_device(self) -> Training:

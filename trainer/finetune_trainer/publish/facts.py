@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from finetune_api.optimizers import SCHEDULE_FREE
 from finetune_api.planner import Layout
 from finetune_api.results import DataSummary, RunPlan, TrainResult
 from finetune_api.snapshot import ResolvedLora, ResolvedMethod, Snapshot
@@ -167,6 +168,7 @@ def _optimizer(snapshot: Snapshot) -> str:
         parts.append(
             f"rank {galore.rank}, projected anew every {galore.update_interval_steps} steps, scale {galore.scale:g}"
         )
+    parts += ["the average of the weights"] if optimizer.name in SCHEDULE_FREE else []
     parts += [f"NEFTune {training.neftune_noise_alpha:g}"] if training.neftune_noise_alpha else []
     return ", ".join(parts)
 

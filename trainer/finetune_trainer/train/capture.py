@@ -22,6 +22,7 @@ from finetune_trainer.train.model import trained_state
 
 PROGRESS_FILE = "progress.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ def write_files(captured: Captured, folder: Path) -> None:
     save_file(captured.adapter, folder / weights_file(captured.adapter_config is not None), metadata={"format": "pt"})
     if captured.adapter_config is not None:
         (folder / "adapter_config.json").write_text(json.dumps(captured.adapter_config, indent=1, default=str))
-    _save(captured.optimizer, folder / "optimizer.pt")
+    _save(captured.optimizer, folder / OPTIMIZER_FILE)
     _save(captured.scheduler, folder / "scheduler.pt")
     if captured.scaler is not None:
         _save(captured.scaler, folder / "scaler.pt")

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
+from finetune_api.optimizers import SCHEDULE_FREE
 from finetune_api.progress import Restart, Split
 from finetune_api.spec import CheckpointInterval
 from finetune_trainer import heartbeat, memory
@@ -23,7 +25,8 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import Interrupted, StageError
 from finetune_trainer.text import shorten
 from finetune_trainer.train import evaluate
-from finetune_trainer.train.capture import PROGRESS_FILE, Captured, capture, weights_file
+from finetune_trainer.train.averaging import averaged, to_average
+from finetune_trainer.train.capture import OPTIMIZER_FILE, PROGRESS_FILE, Captured, capture, weights_file
 from finetune_trainer.train.checkpoint_writer import CheckpointWriter
 from finetune_trainer.train.checkpoints import Checkpoints, Restored, Saved
 from finetune_trainer.train.device import Compute
@@ -92,7 +95,7 @@ class Fit:
             self.first_weights()
         elif self._is_complete(restored):
             log.info("all %d steps are made: the weights are those of the last checkpoint", start)
-            load_adapter(self.model, restored)
+            self.load(restored)
             return
         writer = CheckpointWriter(self.checkpoints, self._told, self._not_stored) if self.ranks.first else None
         trainer = self._trainer(start, writer)
@@ -146,6 +149,8 @@ class Fit:
             if trainer.state.global_step > start and not trainer.updating:
                 self._save_after_out_of_memory(trainer, writer)
             raise
+        if self.averages:
+            to_average(self.model, trainer.optimizer.state_dict())
 
     def _save_after_out_of_memory(self, trainer: LoraTrainer, writer: CheckpointWriter | None) -> None:
         """Any rank may be the one, and the others cannot be asked for their random states: the smaller split draws others anyway."""
@@ -162,10 +167,21 @@ class Fit:
                 raise
             log.warning("the next process starts from this pod's disk: %s", error)
 
+    @property
+    def averages(self) -> bool:
+        """Whether what was learned is the average of the weights that training goes on with."""
+        return self.ctx.snapshot.spec.training.optimizer.name in SCHEDULE_FREE
+
+    def load(self, restored: Restored) -> None:
+        """A checkpoint's weights into the adapter, or into the model itself, as they are evaluated and published."""
+        take_up(self.model, load_file(restored.folder / weights_file(isinstance(self.model, PeftModel))))
+        if self.averages:
+            to_average(self.model, torch.load(restored.folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
+
     def capture(
         self, trainer: LoraTrainer, states: list[dict[str, Any]], held_out_loss: float | None = None
     ) -> Captured:
-        """The state after the last completed step."""
+        """The state after the last completed step, as training goes on with it."""
         progress = {
             "log": self.steps.as_progress(),
             "evaluations": list(self.history.evaluations),
@@ -217,7 +233,7 @@ class Fit:
         step, every = restored.marker.step, self.ctx.snapshot.spec.evaluation.interval_steps
         if every is None or step % every or any(e["step"] == step for e in self.history.evaluations):
             return
-        load_adapter(self.model, restored)
+        self.load(restored)
         heartbeat.begin("Evaluating")
         measured = self.evaluate()
         heartbeat.begin("Training")
@@ -365,8 +381,12 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         """None when training is to stop: an evaluation may take longer than the grace period. Whoever goes on measures again."""
         assert self.trainer is not None
         heartbeat.begin("Evaluating")
+        learned = (
+            averaged(self._fit.model, self.trainer.optimizer.state_dict()) if self._fit.averages else nullcontext()
+        )
         try:
-            measured = self._fit.evaluate(self.trainer.should_stop)
+            with learned:
+                measured = self._fit.evaluate(self.trainer.should_stop)
         except TrainingStopped:
             return None
         finally:
@@ -384,11 +404,6 @@ def is_due(step: int, total: int, first: int, interval: CheckpointInterval, seco
         return step % interval.steps == 0
     assert interval.seconds is not None
     return seconds >= interval.seconds
-
-
-def load_adapter(model: Any, restored: Restored) -> None:
-    """A checkpoint's weights into the adapter, or into the model itself."""
-    take_up(model, load_file(restored.folder / weights_file(isinstance(model, PeftModel))))
 
 
 def _stopped(step: int, saved: Saved | None) -> Interrupted:

@@ -9,7 +9,7 @@ from finetune_api.results import CheckpointMarker
 from finetune_api.spec import Selection
 from finetune_trainer.train.checkpoints import folder_name
 from finetune_trainer.train.evaluate import HeldOutLoss
-from finetune_trainer.train.fit import Fit, load_adapter
+from finetune_trainer.train.fit import Fit
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def evaluate_and_select(fit: Fit) -> tuple[HeldOutLoss, int | None]:
             log.info(
                 "step %d was better (held-out loss %.4f) than the last (%.4f)", best.step, best.held_out_loss, last.loss
             )
-            load_adapter(fit.model, restored)
+            fit.load(restored)
             return fit.evaluate(), best.step
         log.warning("the best weights, of step %d, are lost with their checkpoint: the next best are taken", best.step)
     return last, None

@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finetune_api.failures import Reason
+from finetune_api.optimizers import SCHEDULE_FREE, OptimizerName
 from finetune_api.progress import Split
 from finetune_api.snapshot import Snapshot
 from finetune_api.spec import GaLore, Scheduler
 from finetune_trainer import heartbeat
 from finetune_trainer.errors import StageError
+from finetune_trainer.train.averaging import name_parameters
 from finetune_trainer.train.capture import random_states, restore_random_states, weights_file
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.galore import GaLoreAdamW, galore_groups
@@ -44,6 +46,13 @@ SCHEDULERS = {
     Scheduler.WARMUP_STABLE_DECAY: "warmup_stable_decay",
 }
 A_TENTH = 0.1
+GROUP_SETTINGS: dict[str, dict[str, Any]] = {
+    # The warm-up is the schedule's, as with all others. Training begins in this mode, and leaves it nowhere (see averaging).
+    **{name: {"warmup_steps": 0, "train_mode": True} for name in SCHEDULE_FREE},
+    # Its kernels are compiled when they are first used, and the image has no compiler (torch-optimi 0.3.3).
+    OptimizerName.STABLE_ADAMW: {"triton": False},
+}
+"""What transformers (5.23) has no way to say of an optimizer."""
 
 
 class LoraTrainer(Trainer):  # type: ignore[misc]
@@ -110,7 +119,9 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
             return self._galore_optimizer(self.galore)
         fresh = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if fresh and self.loraplus_lr_ratio is not None:
+        if not fresh:
+            return optimizer
+        if self.loraplus_lr_ratio is not None:
             in_b = {id(p) for n, p in self.model.named_parameters() if ".lora_B." in n}
             groups = []
             for group in optimizer.param_groups:
@@ -118,6 +129,10 @@ class LoraTrainer(Trainer):  # type: ignore[misc]
                     if parameters := [p for p in group["params"] if (id(p) in in_b) is chosen]:
                         groups.append({**group, "params": parameters, "lr": group["lr"] * factor})
             optimizer.param_groups[:] = groups
+        if self.args.optim in SCHEDULE_FREE:
+            name_parameters(optimizer, self.model)
+        for group in optimizer.param_groups:
+            group.update(GROUP_SETTINGS.get(self.args.optim, {}))
         return optimizer
 
     def _galore_optimizer(self, settings: GaLore) -> torch.optim.Optimizer:
