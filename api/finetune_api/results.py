@@ -52,6 +52,8 @@ PREPARED_PROMPTS = "prepare/prompts.json"
 PREPARED_PREVIEW = "prepare/preview.json"
 PREPARED_TASK_ROWS = "prepare/task-rows.parquet"
 PREPARED_TASK_PROMPTS = "prepare/task-prompts.json"
+PREPARED_BASE_TASK_ROWS = "prepare/base-task-rows.parquet"
+PREPARED_BASE_TASK_PROMPTS = "prepare/base-task-prompts.json"
 PREPARED_TASK_DATA = "prepare/tasks.tar"
 PREPARED_ADAPTER = "prepare/initial-adapter"
 TRAIN_RESULT = "train/result.json"
@@ -263,6 +265,13 @@ class TrainedTokens(ApiModel):
         return [token.token for token in self.tokens if token.new]
 
 
+class TaskDataset(ApiModel):
+    """Data of evaluation.tasks from the Hugging Face Hub, as they were fetched."""
+
+    dataset: str
+    commit: str
+
+
 class PrepareResult(ApiModel):
     """``prepare/result.json``."""
 
@@ -288,6 +297,7 @@ class PrepareResult(ApiModel):
     initial_adapter: InitialAdapterRecord | None = None
     weights: TrainedWeights | None = None
     """Present for method Full."""
+    task_datasets: list[TaskDataset] = []
     files: list[FileRecord]
     warnings: list[str] = []
 
@@ -549,6 +559,8 @@ class Manifest(ApiModel):
     """What the answers score; all scores stand in ``reports/metrics.json``."""
     judge: JudgeVerdict | None = None
     tasks: list[TaskScore] = []
+    task_datasets: list[TaskDataset] = []
+    """What those tasks read from the Hub."""
     verification: Verification
     merge_check: MergeCheck | None = None
     data: DataSummary

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 CHUNK = 1 << 16
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
@@ -121,6 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
@@ -138,6 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._content(file.read_bytes(), {"ETag": f'"{_sha256(file.read_bytes())}"'})
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._info(match[1], match[2], match[3] or "main")
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
+            return self._tree(match[1], match[2], match[3], match[4] or "")
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            return self._paths_info(match[1], match[2], match[3])
         if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve("datasets" if match[1] else "models", match[2], match[3], match[4])
         return self._error(404, None, "Not Found")
@@ -183,6 +190,26 @@ class _Handler(BaseHTTPRequestHandler):
             "tags": [],
         }
         self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _tree(self, kind: str, repo_id: str, revision: str, under: str) -> None:
+        """What stands below a folder (``HfApi.list_repo_tree``, through which datasets looks for files)."""
+        repo = self._repo(kind, repo_id, revision)
+        if repo is None:
+            return
+        if not (folder := repo.folder / under).is_dir():
+            return self._error(404, "EntryNotFound", f"{under} does not exist on {revision}")
+        deep = "recursive=true" in urlsplit(self.path).query.lower()
+        found = [_entry(repo.folder, path) for path in sorted(folder.rglob("*") if deep else folder.iterdir())]
+        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+
+    def _paths_info(self, kind: str, repo_id: str, revision: str) -> None:
+        """Of the paths that the form names those that exist (``HfApi.get_paths_info``)."""
+        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        repo = self._repo(kind, repo_id, revision)
+        if repo is None:
+            return
+        found = [_entry(repo.folder, repo.folder / path) for path in form["paths"] if (repo.folder / path).exists()]
+        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, kind: str, repo_id: str, revision: str, path: str) -> None:
         repo = self._repo(kind, repo_id, revision)
@@ -258,6 +285,17 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
+
+
+def _entry(root: Path, path: Path) -> dict[str, object]:
+    name = path.relative_to(root).as_posix()
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": _blob_id(name.encode())}
+    data = path.read_bytes()
+    entry: dict[str, object] = {"type": "file", "path": name, "size": len(data), "oid": _blob_id(data)}
+    if path.suffix in LFS_SUFFIXES:
+        entry["lfs"] = {"size": len(data), "oid": _sha256(data), "pointerSize": 135}
+    return entry
 
 
 def _sha256(data: bytes) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ from finetune_api.results import (
 from finetune_api.spec import Training
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.run import run as prepare
-from finetune_trainer.prepare.tasks import cut_prompts, prepare_tasks, write_rows
+from finetune_trainer.prepare.task_rows import cut_prompts, write_rows
+from finetune_trainer.prepare.tasks import generated_tokens, prepare_tasks
 from finetune_trainer.publish.run import run as publish
 from finetune_trainer.publish.tasks import task_scores
-from finetune_trainer.tasks.protocol import Continuation, Requests, generated_of
+from finetune_trainer.tasks.protocol import ASKED, Asked, AskedTask, Continuation, Generated, Requests, generated_of
+from finetune_trainer.train import evaluate
 from finetune_trainer.train import run as training
 from finetune_trainer.train.device import pick_compute
+from finetune_trainer.train.tasks import cut
 from tests.support.prepared import deep_merge, job_spec, questions
 from tests.support.trainer_run import Pod
 from tests.trainer.conftest import S3
@@ -66,6 +70,12 @@ AGAIN = CHOICE.replace("task: choice", "task: again")
 BOTH = "group: both\ntask: [choice, again]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
 ROLLING = SAYING.replace("saying", "rolling").replace("generate_until", "loglikelihood_rolling")
 SAMPLED = SAYING.replace("task: saying", "task: sampled").replace("8}", "8, do_sample: true, temperature: 0.7}")
+SPOILT = SAYING.replace("task: saying", "task: spoilt").replace(
+    "higher_is_better: true}", "higher_is_better: true, regexes_to_ignore: ['(']}"
+)
+METRIC = SAYING.replace("task: saying", "task: metric").replace("metric: chrf", "metric: rouge")
+UNSAFE = SAYING.replace("task: saying", "task: unsafe") + "unsafe_code: true\n"
+LONG = SAYING.replace("task: saying", "task: long").replace("max_gen_toks: 8", "max_gen_toks: 200000")
 CODE = "task: code\nclass: !function own.Task\n"
 DOCUMENTS = [
     {"question": turns[0]["content"], "choices": [turns[1]["content"], "The pod waits.", "No."], "label": 0}
@@ -81,7 +91,15 @@ def bucket(s3: S3, tiny_model: Path) -> str:
     s3.put(name, "train.jsonl", "".join(json.dumps({"messages": m}) + "\n" for m in questions(48)))
     for kind, text in {"choice": CHOICE, "again": AGAIN, "both": BOTH, "saying": SAYING}.items():
         s3.put(name, f"tasks/{kind}.yaml", text)
-    for kind, text in {"rolling": ROLLING, "sampled": SAMPLED, "code": CODE}.items():
+    for kind, text in {
+        "rolling": ROLLING,
+        "sampled": SAMPLED,
+        "code": CODE,
+        "spoilt": SPOILT,
+        "metric": METRIC,
+        "unsafe": UNSAFE,
+        "long": LONG,
+    }.items():
         s3.put(name, f"bad/{kind}.yaml", text)
     for folder in ("tasks", "bad"):
         s3.put(name, f"{folder}/data/test.jsonl", "".join(json.dumps(d) + "\n" for d in DOCUMENTS))
@@ -105,8 +123,13 @@ def pod_of(s3: S3, folder: Path) -> Pod:
     return pod
 
 
-def measured_by_lm_eval(model: Any, tokenizer: Any, folder: Path) -> dict[str, dict[str, float]]:
-    """lm-eval's own evaluation, with its own implementation of the model."""
+DONE = (("choice", 2, 10), ("saying", None, 10), ("both", None, 4))
+
+
+def measured_by_lm_eval(
+    model: Any, tokenizer: Any, folder: Path, asked: Sequence[tuple[str, int | None, int]] = DONE
+) -> dict[str, dict[str, Any]]:
+    """lm-eval's own evaluation, with its own implementation of the model: numbers, and what was answered."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -118,12 +141,14 @@ def measured_by_lm_eval(model: Any, tokenizer: Any, folder: Path) -> dict[str, d
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=128)
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         found = {}
-        for name, few_shot, limit in (("choice", 2, 10), ("saying", None, 10), ("both", None, 4)):
+        for name, few_shot, limit in asked:
             out = simple_evaluate(
                 lm, tasks=[name], num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=1000
             )
             assert out is not None
             found[name] = {**out["results"], **out.get("groups", {})}[name]
+            if name in out["samples"]:
+                found[name]["answers"] = [each[0] for sample in out["samples"][name] for each in sample["resps"]]
         return found
     finally:
         os.chdir(before)
@@ -201,6 +226,31 @@ def test_scores_stand_in_all_places_and_the_base_is_asked_once(done: tuple[Pod, 
     assert (len(base.tasks.log_likelihoods), len(base.tasks.texts)) == (30 + 12, 10)
 
 
+def test_a_task_is_loaded_once_for_both_models(
+    done: tuple[Pod, dict[str, Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn, such as examples, is drawn the same for both: an answer that was not asked for would be missing."""
+    monkeypatch.syspath_prepend(os.environ["FINETUNE_LM_EVAL"])
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    from finetune_trainer.tasks import harness
+
+    pod, spec, _ = done
+    loaded: list[str] = []
+
+    def load(asked: AskedTask, folder: Path) -> Any:
+        loaded.append(asked.name)
+        return loading(asked, folder)
+
+    loading = harness.load
+    monkeypatch.setattr(harness, "load", load)
+    folder = pod.work / "tasks"
+    monkeypatch.chdir(folder)
+    pairs = harness.both_scores(Asked.model_validate_json((folder / ASKED).read_bytes()), folder)
+    assert loaded == ["choice", "saying", "both"]
+    scores = pod.context(spec, Stage.PUBLISH).output_store().get_model("reports/metrics.json", Scores).tasks
+    assert [(base.value, tuned.value) for base, tuned in pairs] == [(s.base, s.tuned) for s in scores]
+
+
 def test_answers_that_are_gone_are_made_again_and_told_of(done: tuple[Pod, dict[str, Any], Any]) -> None:
     pod, spec, _ = done
     context = pod.context(spec, Stage.PUBLISH)
@@ -224,7 +274,11 @@ def test_answers_that_are_gone_are_made_again_and_told_of(done: tuple[Pod, dict[
         ("rolling", "rolling: rolling asks for loglikelihood_rolling, and only loglikelihood and generate_until are answered"),
         ("sampled", "sampled: ValueError: it samples its answers, and here they are greedy"),
         ("nothing", "nothing: its folder has "),
-        ("code", "code: "),
+        ("code", "code: it needs the Python package own, which the trainer image has not: leave it out"),
+        ("spoilt", "spoilt: what is answered cannot be scored: error: missing ), unterminated subpattern"),
+        ("metric", "metric: its metric rouge is code that the evaluate library downloads, which is not run: leave it out"),
+        ("unsafe", "unsafe: unsafe: it runs code that models write, which is not done here: leave it out"),
+        ("long", "12 answers with up to 2,400,000 tokens in all are generated by each model, and 1,048,576 tokens is the most: lower limit"),
     ],
 )  # fmt: skip
 def test_a_task_that_cannot_be_done_fails_before_a_gpu(
@@ -234,7 +288,7 @@ def test_a_task_that_cannot_be_done_fails_before_a_gpu(
     bad = {**task(bucket, name), "uri": f"s3://{bucket}/bad/"}
     with pytest.raises(StageError) as info:
         prepare_tasks(
-            pod.context(spec_of(s3, bucket, bad)), AutoTokenizer.from_pretrained(tiny_model), {}, gathered=False
+            pod.context(spec_of(s3, bucket, bad)), AutoTokenizer.from_pretrained(tiny_model), None, {}, gathered=False
         )
     assert info.value.reason is Reason.INVALID_CONFIG
     assert f"evaluation.tasks: {said}" in info.value.message
@@ -265,6 +319,7 @@ def test_data_that_are_not_there_are_told_of_or_waited_for_before_a_gpu(
         prepare_tasks(
             pod_of(s3, tmp_path).context(spec_of(s3, bucket, {**task(bucket, "choice"), "uri": folder})),
             None,
+            None,
             {},
             gathered=False,
         )
@@ -276,23 +331,51 @@ def test_an_image_without_lm_eval_is_told(s3: S3, bucket: str, tmp_path: Path, m
     monkeypatch.setenv("FINETUNE_LM_EVAL", str(tmp_path))
     with pytest.raises(StageError, match="use the trainer image of this version") as info:
         prepare_tasks(
-            pod_of(s3, tmp_path).context(spec_of(s3, bucket, task(bucket, "choice"))), None, {}, gathered=False
+            pod_of(s3, tmp_path).context(spec_of(s3, bucket, task(bucket, "choice"))), None, None, {}, gathered=False
         )
     assert info.value.reason is Reason.INVALID_CONFIG
 
 
-@pytest.mark.parametrize("name", ["saying", "choice"])
-def test_tasks_that_generate_are_refused_where_each_token_gathers_the_base(
-    s3: S3, bucket: str, tiny_model: Path, tmp_path: Path, name: str
+def test_tasks_that_generate_are_left_out_where_each_token_gathers_the_base(
+    s3: S3, bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    context = pod_of(s3, tmp_path).context(spec_of(s3, bucket, task(bucket, name, limit=2)))
-    asked = context, AutoTokenizer.from_pretrained(tiny_model), {}
-    if name == "choice":
-        assert len(prepare_tasks(*asked, gathered=True)[0]) == 3, "likelihoods cost a pass, as held-out rows do"
-        return
-    with pytest.raises(StageError, match="2 requests to generate an answer, and no GPU holds the whole base") as info:
-        prepare_tasks(*asked, gathered=True)
-    assert info.value.reason is Reason.INVALID_CONFIG
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    both = spec_of(s3, bucket, task(bucket, "saying", limit=2), task(bucket, "choice", limit=2))
+    found = prepare_tasks(pod_of(s3, tmp_path).context(both), tokenizer, None, {}, gathered=True)
+    assert [
+        "saying left out: they have answers generated, and no GPU holds the whole base" in w for w in found.warnings
+    ] == [True]
+    rows = pq.read_table(found.files["prepare/task-rows.parquet"])
+    assert (len(rows), found.files["prepare/task-prompts.json"].read_text()) == (6, "[]"), "likelihoods cost a pass"
+    alone = spec_of(s3, bucket, task(bucket, "saying", limit=2))
+    found = prepare_tasks(pod_of(s3, tmp_path / "alone").context(alone), tokenizer, None, {}, gathered=True)
+    assert (found.files, len(found.warnings)) == ({}, 1)
+
+
+def test_a_job_is_told_of_answers_that_take_long() -> None:
+    asked = [Generated(context=str(i), until=(), max_new_tokens=1280) for i in range(100)]
+    assert generated_tokens(asked[:50]) == []
+    assert generated_tokens(asked) == [
+        "evaluation.tasks: 100 answers with up to 128,000 tokens in all are generated by each model, while a GPU is held; limit makes it fewer"
+    ]
+
+
+def test_an_answer_ends_with_what_a_task_names(tiny_model: Path) -> None:
+    """It is cut to the same text, and fewer tokens are generated."""
+    compute = pick_compute(Training(use_cpu=True))
+    causal_lm = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=compute.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompts = [tokenizer(turns[0]["content"])["input_ids"] for turns in questions(3)]
+
+    def answers(until: list[str]) -> tuple[list[list[int]], list[str]]:
+        found = evaluate.greedy_tokens(causal_lm, prompts, tokenizer, compute, 48, until=until)
+        return found, [str(tokenizer.decode(tokens)) for tokens in found]
+
+    whole, texts = answers([])
+    stop = texts[0][2:4]
+    short, cut_texts = answers([stop, "never said"])
+    assert len(short[0]) < len(whole[0]) == 48
+    assert [cut(text, [stop]) for text in cut_texts] == [cut(text, [stop]) for text in texts]
 
 
 def test_prompts_are_counted_that_positions_leave_no_room_for() -> None:

@@ -38,6 +38,7 @@ from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.lora_files import CONFIG, WEIGHTS
 from finetune_trainer.pattern import check_on, compiled
+from finetune_trainer.prepare.chat import load_tokenizer
 from finetune_trainer.prepare.check import check_data
 from finetune_trainer.prepare.finish import PREVIEW_ROWS, Prepared, finish, total_steps
 from finetune_trainer.prepare.full_weights import choose_weights, trainable_shapes
@@ -83,10 +84,10 @@ def run(ctx: StageContext) -> PrepareReport:
     model, prepared, planned = found.model, found.prepared, found.plan
     if planned is not None:
         log.info("%s", planned.summary)
-    task_files, of_tasks = prepare_tasks(
-        ctx, model.tokenizer, model.config, gathered=is_gathered(ctx.snapshot.spec, planned)
-    )
-    for warning in (warnings := of_trackers + found.warnings + of_tasks):
+    spec = ctx.snapshot.spec
+    base_tokenizer = load_tokenizer(model.folder, spec.model.trust_remote_code) if spec.model.new_tokens else None
+    tasks = prepare_tasks(ctx, model.tokenizer, base_tokenizer, model.config, gathered=is_gathered(spec, planned))
+    for warning in (warnings := of_trackers + found.warnings + tasks.warnings):
         log.warning("%s", warning)
 
     full = ctx.snapshot.plan.method.full
@@ -94,7 +95,7 @@ def run(ctx: StageContext) -> PrepareReport:
     if full is not None and not plan_only:
         shapes = trainable_shapes(model.shapes, is_tied(model.shapes, model.config))
         weights = choose_weights(ctx, shapes, full, model.commit)
-    files = [] if plan_only else upload(ctx, prepared, model.adapter, task_files)
+    files = [] if plan_only else upload(ctx, prepared, model.adapter, tasks.files)
     result = PrepareResult(
         snapshot_digest=ctx.snapshot.digest(),
         execution_id=ctx.execution_id,
@@ -110,6 +111,7 @@ def run(ctx: StageContext) -> PrepareReport:
         plan=planned,
         initial_adapter=model.adapter.record if model.adapter is not None else None,
         weights=weights,
+        task_datasets=tasks.datasets,
         files=files,
         warnings=warnings,
     )

@@ -158,6 +158,7 @@ def make_manifest(
         snapshot_digest=snapshot.digest(),
         config=shareable_snapshot(snapshot),
         metrics=trained.metrics,
+        task_datasets=prepared.task_datasets,
         verification=trained.verification,
         data=prepared.data,
         plan=prepared.plan,

@@ -140,7 +140,7 @@ class HubRepository:
         return f"hf://{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
 
     def _api(self) -> HfApi:
-        _trust(self._credentials.values().get("AWS_CA_BUNDLE"))
+        trust(self._credentials.values().get("AWS_CA_BUNDLE"))
         return HfApi(endpoint=self._credentials.hub()[1], token=self._token())
 
     def _token(self) -> str | bool:
@@ -181,7 +181,7 @@ class HubRepository:
 _trusted: set[str] = set()
 
 
-def _trust(ca_bundle: str | None) -> None:
+def trust(ca_bundle: str | None) -> None:
     """Make huggingface_hub trust a private CA too (PEM text or a path). It has one client for all repositories."""
     if not ca_bundle or ca_bundle in _trusted:
         return

@@ -12,40 +12,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
-from lm_eval.tasks import TaskManager
 from pydantic import TypeAdapter
 
-from finetune_api.results import TaskAnswers, TaskReplies
+from finetune_api.results import TaskAnswers, TaskDataset, TaskReplies
+from finetune_trainer.sources.hub import PUBLIC_ENDPOINT, trust
+from finetune_trainer.tasks.loading import Loaded, load, without_downloaded_code
 from finetune_trainer.tasks.protocol import (
     ASKED,
     ERROR,
     REPLIES,
     REQUESTS,
     SCORES,
+    Asked,
     AskedTask,
     Command,
     Continuation,
-    Failure,
     Generated,
     Requests,
     Score,
-    Trouble,
     generated_of,
 )
-from finetune_trainer.text import shorten
+from finetune_trainer.tasks.troubles import Unusable, trouble
 
-FEW_SHOT_SEED = 1234
-"""lm-eval's own."""
 BOOTSTRAPS = 1000
 """For the standard errors of metrics that are no means."""
-ASKED_TASKS = TypeAdapter(list[AskedTask])
 SCORE_PAIRS = TypeAdapter(list[tuple[Score, Score]])
-
-
-class Unusable(Exception):
-    """A task that cannot be done here, and why."""
 
 
 class Replay(LM):  # type: ignore[misc]
@@ -70,74 +64,91 @@ class Replay(LM):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def load(asked: AskedTask, folder: Path) -> dict[str, Any]:
-    """lm-eval's tasks, data included."""
-    own = folder / asked.folder if asked.folder is not None else None
-    if own is not None:
-        os.chdir(own)  # its YAML names data relative to it
-    manager = TaskManager(include_path=own, include_defaults=own is None)
-    if asked.name not in manager.all_tasks:
-        known = (
-            f"its folder has {', '.join(manager.all_tasks) or 'none'}"
-            if own is not None
-            else "lm-eval has no task of that name"
-        )
-        raise Unusable(known)
-    loaded: dict[str, Any] = manager.load([asked.name])
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise Unusable(f"{name} runs code that models write")
-        if getattr(task, "MULTIMODAL", False):
-            raise Unusable(f"{name} is about more than text")
-        own_number = task.get_config("num_fewshot")
-        if own_number is None or (asked.few_shot is not None and own_number != 0):
-            task.set_config(key="num_fewshot", value=asked.few_shot or 0)
-        task.set_fewshot_seed(seed=FEW_SHOT_SEED)
-    return loaded
+class Rehearsal(LM):  # type: ignore[misc]
+    """A model that says the same to everything."""
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """More or less likely in turn."""
+        return [(-1.0 - number % 7, number % 2 == 0) for number, _ in enumerate(requests)]
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """A sentence with a number in it."""
+        return ["The answer is 1."] * len(requests)
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Refused when requests were made."""
+        raise NotImplementedError
 
 
-def requests_of(tasks: list[AskedTask], folder: Path) -> Requests:
-    """What the models are asked by all tasks, each once."""
+def fetch(asked: Asked, folder: Path) -> None:
+    """The data of all tasks, into the folder's cache."""
+    for each in asked.tasks:
+        with named(each.name):
+            load(each, folder)
+
+
+def requests_of(asked: Asked, folder: Path) -> Requests:
+    """What the models are asked by all tasks, each once, and proof that lm-eval can score what they answer."""
     continuations: dict[Continuation, None] = {}
     generated: dict[Generated, None] = {}
-    for asked in tasks:
-        with named(asked):
-            for name, request in instances_of(asked, folder):
-                match request.request_type:
-                    case "loglikelihood":
-                        context, text = request.args
-                        continuations[Continuation(context=context, continuation=text)] = None
-                    case "generate_until":
-                        generated[generated_of(*request.args)] = None
-                    case other:
-                        raise Unusable(
-                            f"{name} asks for {other}, and only loglikelihood and generate_until are answered"
-                        )
-    return Requests(continuations=list(continuations), generated=list(generated))
+    left_out: list[str] = []
+    datasets: dict[TaskDataset, None] = {}
+    for each in asked.tasks:
+        with named(each.name):
+            loaded = load(each, folder)
+            likely, said = asked_by(each, loaded)
+            if said and not asked.generates:
+                left_out.append(each.name)
+                continue
+            with named("what is answered cannot be scored"):
+                list(scores_of(each, loaded, Rehearsal(), bootstraps=0))
+            continuations |= dict.fromkeys(likely)
+            generated |= dict.fromkeys(said)
+            datasets |= dict.fromkeys(loaded.datasets)
+    return Requests(
+        continuations=list(continuations), generated=list(generated), left_out=left_out, datasets=list(datasets)
+    )
 
 
-def instances_of(asked: AskedTask, folder: Path) -> Iterator[tuple[str, Any]]:
-    """lm-eval's requests, with the names of their tasks."""
-    for name, task in load(asked, folder)["tasks"].items():
+def asked_by(asked: AskedTask, loaded: Loaded) -> tuple[list[Continuation], list[Generated]]:
+    """The requests of one of evaluation.tasks.
+
+    Raises:
+        Unusable: it wants what is not answered.
+    """
+    likely: list[Continuation] = []
+    said: list[Generated] = []
+    loaded.again()
+    for name, task in loaded.tasks.items():
         task.build_all_requests(limit=asked.limit, rank=0, world_size=1)
-        yield from ((name, request) for request in task.instances)
+        for request in task.instances:
+            match request.request_type:
+                case "loglikelihood":
+                    context, text = request.args
+                    likely.append(Continuation(context=context, continuation=text))
+                case "generate_until":
+                    said.append(generated_of(*request.args))
+                case other:
+                    raise Unusable(f"{name} asks for {other}, and only loglikelihood and generate_until are answered")
+    return likely, said
 
 
 @contextmanager
-def named(asked: AskedTask) -> Iterator[None]:
-    """What is raised says of which task."""
+def named(what: str) -> Iterator[None]:
+    """What is raised says of which task, or doing what."""
     try:
         yield
     except Exception as error:
-        error.add_note(asked.name)
+        error.add_note(what)
         raise
 
 
-def scores_of(asked: AskedTask, folder: Path, lm: LM) -> Iterator[Score]:
+def scores_of(asked: AskedTask, loaded: Loaded, lm: LM, bootstraps: int = BOOTSTRAPS) -> Iterator[Score]:
     """All numbers of a task, groups first."""
-    found = evaluate(
-        lm=lm, task_dict=load(asked, folder), limit=asked.limit, log_samples=False, bootstrap_iters=BOOTSTRAPS
-    )
+    with without_downloaded_code():
+        found = evaluate(
+            lm=lm, task_dict=loaded.again(), limit=asked.limit, log_samples=False, bootstrap_iters=bootstraps
+        )
     for task, values in itertools.chain(found.get("groups", {}).items(), found["results"].items()):
         for key, value in values.items():
             metric, _, kind = key.partition(",")
@@ -158,48 +169,43 @@ def scores_of(asked: AskedTask, folder: Path, lm: LM) -> Iterator[Score]:
             )
 
 
-def both_scores(tasks: list[AskedTask], folder: Path) -> list[tuple[Score, Score]]:
+def both_scores(asked: Asked, folder: Path) -> list[tuple[Score, Score]]:
     """Base and tuned side by side. Both have the same numbers, unless one is not finite: then it is left out."""
     requests = Requests.model_validate_json((folder / REQUESTS).read_bytes())
     replies = TaskAnswers.model_validate_json((folder / REPLIES).read_bytes())
     pairs: list[tuple[Score, Score]] = []
-    for asked in tasks:
-        with named(asked):
+    for each in (task for task in asked.tasks if task.name not in requests.left_out):
+        with named(each.name):
+            loaded = load(each, folder)
             base, tuned = (
-                {(s.task, s.metric, s.filter): s for s in scores_of(asked, folder, Replay(requests, side))}
+                {(s.task, s.metric, s.filter): s for s in scores_of(each, loaded, Replay(requests, side))}
                 for side in (replies.base, replies.tuned)
             )
         pairs += [(base[key], tuned[key]) for key in base if key in tuned]
     return pairs
 
 
-def trouble(error: Exception) -> Trouble:
-    """In the words of the failure table."""
-    names = {c.__name__ for c in type(error).__mro__}
-    if names & {"GatedRepoError", "ManualGated"} or "gated dataset" in str(error):
-        failure = Failure.NOT_ALLOWED
-    elif names & {"ConnectionError", "TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
-        failure = Failure.AWAY
-    elif names & {"DatasetNotFoundError", "RepositoryNotFoundError"}:
-        failure = Failure.NOT_FOUND
-    else:
-        failure = Failure.UNUSABLE
-    told = str(error) if isinstance(error, Unusable) else f"{type(error).__name__}: {error}"
-    of = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
-    return Trouble(failure=failure, message=shorten(f"{of}{' '.join(told.split())}", 500))
+def ready_for_hub() -> None:
+    """A mirror of the Hub is trusted as the Secret says, and has no dataset viewer, which datasets would ask beside it."""
+    trust(os.environ.get("AWS_CA_BUNDLE"))
+    datasets.config.USE_PARQUET_EXPORT = datasets.config.HF_ENDPOINT.rstrip("/") == PUBLIC_ENDPOINT
 
 
 def main(command: Command, folder: Path) -> int:
     """Do it; 1 with ``error.json`` where that fails."""
     folder = folder.resolve()
-    tasks = ASKED_TASKS.validate_json((folder / ASKED).read_bytes())
+    asked = Asked.model_validate_json((folder / ASKED).read_bytes())
     try:
-        if command is Command.REQUESTS:
-            (folder / REQUESTS).write_text(requests_of(tasks, folder).model_dump_json(by_alias=True))
-        else:
-            (folder / SCORES).write_bytes(SCORE_PAIRS.dump_json(both_scores(tasks, folder), by_alias=True))
+        match command:
+            case Command.DATA:
+                ready_for_hub()
+                fetch(asked, folder)
+            case Command.REQUESTS:
+                (folder / REQUESTS).write_text(requests_of(asked, folder).model_dump_json(by_alias=True))
+            case Command.SCORES:
+                (folder / SCORES).write_bytes(SCORE_PAIRS.dump_json(both_scores(asked, folder), by_alias=True))
     except Exception as error:  # noqa: BLE001 - tasks are code of many authors and raise anything
-        (folder / ERROR).write_text(json.dumps(trouble(error).to_json_dict()))
+        (folder / ERROR).write_text(json.dumps(trouble(error, offline=command is not Command.DATA).to_json_dict()))
         return 1
     return 0
 

@@ -6,16 +6,20 @@ from enum import StrEnum
 from typing import Any
 
 from finetune_api.base import ApiModel
+from finetune_api.results import TaskDataset
 
 ASKED, REQUESTS, REPLIES, SCORES, ERROR = "asked.json", "requests.json", "replies.json", "scores.json", "error.json"
 CACHE = "cache"
-"""Of Hugging Face's libraries: the tasks' data."""
+"""Of Hugging Face's libraries and nltk: the tasks' data."""
 
 
 class Command(StrEnum):
     """What is to be done."""
 
+    DATA = "data"
+    """Fetch them. The others work without the Hub."""
     REQUESTS = "requests"
+    """Make them, and try whether answers can be scored."""
     SCORES = "scores"
 
 
@@ -27,6 +31,14 @@ class AskedTask(ApiModel):
     """Where its own files lie, below the folder."""
     limit: int
     few_shot: int | None = None
+
+
+class Asked(ApiModel):
+    """``asked.json``."""
+
+    tasks: list[AskedTask]
+    generates: bool = True
+    """False where no GPU holds the whole base: tasks that generate are left out."""
 
 
 class Continuation(ApiModel):
@@ -45,10 +57,13 @@ class Generated(ApiModel):
 
 
 class Requests(ApiModel):
-    """Of all tasks, each once."""
+    """``requests.json``: of all tasks, each once."""
 
     continuations: list[Continuation] = []
     generated: list[Generated] = []
+    left_out: list[str] = []
+    """Those of evaluation.tasks that generate, where that is not to be."""
+    datasets: list[TaskDataset] = []
 
 
 class Score(ApiModel):

@@ -125,8 +125,13 @@ def greedy_tokens(
     context_tokens: int | None = None,
     divisor: int = 1,
     all_say: Callable[[bool], bool] | None = None,
+    until: Sequence[str] = (),
 ) -> list[list[int]]:
-    """The same as tokens, without the end token."""
+    """The same as tokens, without the end token.
+
+    Args:
+        until: one of these in an answer ends it, too; what was said with it, or after it, is not cut off here.
+    """
     positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     context = prompt_room(positions, max_new_tokens, context_tokens)
     given = [list(p)[-context:] for p in prompts]
@@ -138,7 +143,7 @@ def greedy_tokens(
     answers: list[list[int]] = [[]] * len(given)
     for indices in answer_batches([len(g) for g in given], max_new_tokens, divisor):
         heartbeat.beat()
-        found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens, all_say)
+        found = _continue(causal_lm, [given[i] for i in indices], tokenizer, compute, max_new_tokens, all_say, until)
         for index, answer in zip(indices, found, strict=True):
             answers[index] = answer
     return answers
@@ -166,6 +171,7 @@ def _continue(
     compute: Compute,
     max_new_tokens: int,
     all_say: Callable[[bool], bool] | None,
+    until: Sequence[str],
 ) -> list[list[int]]:
     """One batch, padded on the left."""
     ends = end_token_ids(causal_lm, tokenizer)
@@ -187,7 +193,9 @@ def _continue(
             pad_token_id=pad,
             # No row ends by itself where ranks must end together.
             eos_token_id=ends if all_say is None else [causal_lm.get_output_embeddings().weight.shape[0]],
-            stopping_criteria=StoppingCriteriaList([EachToken(ends, longest, all_say)]),
+            stopping_criteria=StoppingCriteriaList(
+                [EachToken(ends, longest, all_say), Said(until, tokenizer, longest)]
+            ),
             use_cache=True,
         )
     answers = [line[longest:].tolist() for line in out]
@@ -208,6 +216,25 @@ class EachToken(StoppingCriteria):  # type: ignore[misc]
             rows = input_ids[:, self._prompt_tokens :].tolist()
             done = self._all_say(all(self._ends.intersection(row) for row in rows))
         return torch.full((len(input_ids),), done, device=input_ids.device)
+
+
+class Said(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row in which one of some texts was said. (transformers' own reads the whole vocabulary first.)"""
+
+    def __init__(self, until: Sequence[str], tokenizer: Any, prompt_tokens: int) -> None:
+        self._until = [text for text in until if text]
+        self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
+        # No token is shorter than a byte: what ends now began among so many.
+        self._tokens = 1 + max((len(text.encode()) for text in self._until), default=0)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002 - transformers'
+        """Per row, whether it is done."""
+        done = [False] * len(input_ids)
+        if self._until:
+            said = input_ids[:, self._prompt_tokens :][:, -self._tokens :].tolist()
+            texts = self._tokenizer.batch_decode(said, skip_special_tokens=True)
+            done = [any(stop in text for stop in self._until) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def pad_token_id(tokenizer: Any) -> int:

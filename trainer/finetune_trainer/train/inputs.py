@@ -12,6 +12,8 @@ from finetune_api.failures import GPU_PATIENCE_SECONDS, Reason
 from finetune_api.results import (
     PREPARE_RESULT,
     PREPARED_ADAPTER,
+    PREPARED_BASE_TASK_PROMPTS,
+    PREPARED_BASE_TASK_ROWS,
     PREPARED_HELD_OUT,
     PREPARED_PROMPTS,
     PREPARED_TASK_PROMPTS,
@@ -34,6 +36,8 @@ from finetune_trainer.waiting import wait_until_available
 
 log = logging.getLogger(__name__)
 PROMPTS = TypeAdapter(list[PreparedPrompt])
+TASKS = (PREPARED_TASK_ROWS, PREPARED_TASK_PROMPTS)
+BASE_TASKS = (PREPARED_BASE_TASK_ROWS, PREPARED_BASE_TASK_PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Prepared:
     """Weights that training goes on from."""
     tasks: tuple[Path, Path] | None = None
     """Rows and prompts of evaluation.tasks."""
+    base_tasks: tuple[Path, Path] | None = None
+    """Those for the base, as its own tokenizer reads them: with new tokens ``tasks`` are for the tuned model alone."""
 
 
 def fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
@@ -76,7 +82,7 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
     records = {f.path: f for f in result.files}
     paths = {}
     adapter = f"{PREPARED_ADAPTER}/{WEIGHTS}" if result.initial_adapter is not None else None
-    of_tasks = [name for name in (PREPARED_TASK_ROWS, PREPARED_TASK_PROMPTS) if name in records]
+    of_tasks = [name for pair in (TASKS, BASE_TASKS) for name in pair if name in records]
     for name in (PREPARED_TRAIN, PREPARED_HELD_OUT, PREPARED_PROMPTS, *([adapter] if adapter else []), *of_tasks):
         paths[name] = ctx.work_dir / name
         if paths[name].is_file() and hash_file(paths[name], name, lambda: None) == records[name]:
@@ -88,8 +94,10 @@ def _fetch_prepared(ctx: StageContext, workspace: S3Store) -> Prepared:
         must_equal(found, records[name], workspace.uri(name))
     prompts = PROMPTS.validate_json(paths[PREPARED_PROMPTS].read_bytes())
     initial = paths[adapter] if adapter else None
-    tasks = (paths[PREPARED_TASK_ROWS], paths[PREPARED_TASK_PROMPTS]) if of_tasks else None
-    return Prepared(result, paths[PREPARED_TRAIN], paths[PREPARED_HELD_OUT], prompts, initial, tasks)
+    tasks, base_tasks = ((paths[pair[0]], paths[pair[1]]) if pair[0] in paths else None for pair in (TASKS, BASE_TASKS))
+    return Prepared(
+        result, paths[PREPARED_TRAIN], paths[PREPARED_HELD_OUT], prompts, initial, tasks, base_tasks or tasks
+    )
 
 
 @dataclass(frozen=True)

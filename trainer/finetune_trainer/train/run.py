@@ -124,7 +124,6 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     if weights is not None:
         full.parameters_of(base, weights)  # refused before a GPU evaluates the base
     tokens = prepared.result.trained_tokens
-    make_room(base, tokens, ranks)
     limits = answer_limits(spec, gathered=ranks.sharded)
     asked = [p for p in prepared.prompts if p.answered][: limits.prompts]
     answering = Answering(
@@ -134,12 +133,17 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         spec.training.max_sequence_tokens,
         split.evaluation_divisor,
         ranks.agreed if ranks.sharded else None,
-        Tasks.read(*prepared.tasks) if prepared.tasks is not None else None,
     )
 
-    # Evaluate the base, once for all executions.
+    # Evaluate the base, once for all executions. Tasks it does as it is, with its own tokenizer.
     begin(ctx, "Evaluating")
-    measured = evaluate_base(ctx, workspace, base, held_out, pad_id, compute, answering, tokenizer, ranks)
+    earlier = ranks.share(lambda: patiently(ctx, lambda: read_base_evaluation(ctx.snapshot, workspace)))
+    replies = None
+    if earlier is None:
+        own = model.load_tokenizer(base_files.folder, snapshot)
+        replies = ranks.together(lambda: answering.task_replies(base, own, Tasks.read(prepared.base_tasks)))
+    make_room(base, tokens, ranks)
+    measured = earlier or evaluate_base(ctx, workspace, base, held_out, pad_id, answering, tokenizer, ranks, replies)
     loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens, measured.right)
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
@@ -269,7 +273,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         Answer(row=p.row, prompt=p.prompt, reference=p.reference, base=b, tuned=t)
         for p, b, t in zip(asked, measured.answers, answering.answers(tuned, tokenizer), strict=True)
     ]
-    tuned_replies = answering.task_replies(tuned, tokenizer)
+    tuned_replies = answering.task_replies(tuned, tokenizer, Tasks.read(prepared.tasks))
     leave()
     if not ranks.first:
         return RankDone()
@@ -376,25 +380,22 @@ def evaluate_base(
     base: Any,
     held_out: Rows,
     pad_id: int,
-    compute: Compute,
     answering: Answering,
     tokenizer: Any,
     ranks: Ranks,
+    replies: TaskReplies | None,
 ) -> BaseEvaluation:
-    """What an earlier execution measured of the base, or what this one does and leaves for later ones."""
-    found = ranks.share(lambda: patiently(ctx, lambda: read_base_evaluation(ctx.snapshot, workspace)))
-    if found is not None:
-        return found
+    """Measure the base, and leave that, with what it has answered to evaluation.tasks, for later executions."""
 
     def measure() -> BaseEvaluation:
-        loss = evaluate.held_out_loss(base, held_out, pad_id, compute, divisor=answering.divisor)
+        loss = evaluate.held_out_loss(base, held_out, pad_id, answering.compute, divisor=answering.divisor)
         return BaseEvaluation(
             snapshot_digest=ctx.snapshot.digest(),
             nll=loss.nll,
             tokens=loss.tokens,
             right=loss.right,
             answers=answering.answers(base, tokenizer),
-            tasks=answering.task_replies(base, tokenizer),
+            tasks=replies,
         )
 
     measured = ranks.together(measure)
@@ -454,7 +455,6 @@ class Answering:
     divisor: int
     all_say: Callable[[bool], bool] | None
     """Where ranks answer together: whether all of them say so."""
-    tasks: Tasks | None = None
 
     def answers(self, causal_lm: Any, tokenizer: Any) -> list[str]:
         """Greedy answers."""
@@ -469,11 +469,11 @@ class Answering:
             self.all_say,
         )
 
-    def task_replies(self, causal_lm: Any, tokenizer: Any) -> TaskReplies | None:
+    def task_replies(self, causal_lm: Any, tokenizer: Any, tasks: Tasks | None) -> TaskReplies | None:
         """Answers to evaluation.tasks, if there are any."""
-        if self.tasks is None:
+        if tasks is None:
             return None
-        return self.tasks.replies(causal_lm, tokenizer, self.compute, self.context_tokens, self.divisor, self.all_say)
+        return tasks.replies(causal_lm, tokenizer, self.compute, self.context_tokens, self.divisor, self.all_say)
 
 
 def store_replies(

@@ -20,14 +20,17 @@ PROMPTS = TypeAdapter(list[TaskPrompt])
 
 @dataclass(frozen=True)
 class Tasks:
-    """The requests of all tasks."""
+    """The requests of all tasks, for a model with one tokenizer."""
 
     rows: Rows
     prompts: list[TaskPrompt]
 
     @classmethod
-    def read(cls, rows: Path, prompts: Path) -> Tasks:
-        """As prepare made them."""
+    def read(cls, files: tuple[Path, Path] | None) -> Tasks | None:
+        """As prepare made them: rows and prompts."""
+        if files is None:
+            return None
+        rows, prompts = files
         return cls(read_rows(rows), PROMPTS.validate_json(prompts.read_bytes()))
 
     def replies(
@@ -54,8 +57,8 @@ class Tasks:
             likely = [-nll for nll in found.nll]
             greedy = [right == tokens for right, tokens in zip(found.right, found.tokens, strict=True)]
         texts = [""] * len(self.prompts)
-        for longest in sorted({p.max_new_tokens for p in self.prompts}):
-            numbers = [i for i, p in enumerate(self.prompts) if p.max_new_tokens == longest]
+        for longest, until in sorted({(p.max_new_tokens, tuple(p.until)) for p in self.prompts}):
+            numbers = [i for i, p in enumerate(self.prompts) if (p.max_new_tokens, tuple(p.until)) == (longest, until)]
             tokens = evaluate.greedy_tokens(
                 causal_lm,
                 [self.prompts[i].input_ids for i in numbers],
@@ -65,6 +68,7 @@ class Tasks:
                 context_tokens,
                 divisor,
                 all_say,
+                until,
             )
             for number, answer in zip(numbers, tokens, strict=True):
                 said = str(tokenizer.decode(answer, skip_special_tokens=True))

@@ -1,0 +1,192 @@
+"""Tasks whose data lie on the Hub: all that can be wrong with them is found out before a GPU is asked for, and later stages need no Hub."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from transformers import AutoTokenizer
+
+from finetune_api.failures import Reason
+from finetune_api.results import TaskAnswers, TaskDataset, TaskReplies
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.tasks import prepare_tasks
+from finetune_trainer.tasks.child import run_harness
+from finetune_trainer.tasks.protocol import REPLIES, REQUESTS, SCORES, Command, Failure, Requests
+from finetune_trainer.tasks.troubles import trouble
+from tests.support.hub_server import COMMIT, VALID_TOKEN, WEAK_TOKEN, HubServer
+from tests.support.tls import localhost_certificate
+from tests.trainer.conftest import S3
+from tests.trainer.test_tasks import CHOICE, DOCUMENTS, pod_of, spec_of, task
+
+pytestmark = pytest.mark.timeout(900)
+OF_HUB = CHOICE.replace("path: json", "path: org/pods").replace(
+    "dataset_kwargs: {data_files: {test: data/test.jsonl}}\n", ""
+)
+STORIES = [
+    {
+        "ind": i,
+        "activity_label": "Pods",
+        "ctx_a": "A pod waits.",
+        "ctx_b": f"node {i}",
+        "ctx": f"A pod waits. Node {i}",
+        "endings": ["runs it.", "fails.", "sleeps.", "sings [title] aloud."],
+        "label": str(i % 4),
+    }
+    for i in range(6)
+]
+SUMS = [{"question": f"What is {i} plus 1?", "answer": f"One more than {i}. #### {i + 1}"} for i in range(8)]
+SUMS_CARD = "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: main/train-*}\n  - {split: test, path: main/test-*}\n---\n"
+
+
+def publish(hub: HubServer, name: str, folder: Path, files: dict[str, list[dict[str, Any]]], **access: bool) -> Path:
+    """A dataset of Parquet files."""
+    for path, rows in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), folder / path)
+    hub.add_dataset(name, folder, **access)
+    return folder
+
+
+def reach(folder: Path, hub: HubServer, token: str | None) -> None:
+    """Keys of the Hub in a Secret."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "HF_ENDPOINT").write_text(hub.endpoint)
+    if token is not None:
+        (folder / "HF_TOKEN").write_text(token)
+
+
+def test_lm_evals_own_tasks_are_fetched_once_and_scored_when_the_hub_is_gone(
+    s3: S3, tiny_model: Path, tmp_path: Path
+) -> None:
+    bucket = s3.new_bucket()
+    pod = pod_of(s3, tmp_path)
+    asked = [
+        {"name": "gsm8k", "limit": 3, "fewShot": 2, "secretRef": {"name": "hub"}},
+        {"name": "hellaswag", "limit": 5},
+    ]
+    with HubServer() as hub:
+        publish(
+            hub, "Rowan/hellaswag", tmp_path / "h", {f"data/{s}-0.parquet": STORIES for s in ("train", "validation")}
+        )
+        sums = publish(
+            hub, "openai/gsm8k", tmp_path / "g", {f"main/{s}-0.parquet": SUMS for s in ("train", "test")}, gated=True
+        )
+        (sums / "README.md").write_text(SUMS_CARD)
+        reach(pod.secrets / "task-0", hub, VALID_TOKEN)
+        context = pod.context(spec_of(s3, bucket, *asked))
+        found = prepare_tasks(context, AutoTokenizer.from_pretrained(tiny_model), None, {}, gathered=False)
+        fetched = [path for path in hub.log.paths("GET") if path.endswith(".parquet")]
+        assert len(fetched) == len(set(fetched)) == 4
+    assert found.datasets == [
+        TaskDataset(dataset="openai/gsm8k", commit=COMMIT),
+        TaskDataset(dataset="Rowan/hellaswag", commit=COMMIT),
+    ]
+    assert found.warnings == []
+    with tarfile.open(found.files["prepare/tasks.tar"]) as tar:
+        assert not any(name.endswith(".parquet") or "/hub/" in name for name in tar.getnames()), "raw data stay behind"
+        tar.extractall(tmp_path / "later", filter="data")
+    later = tmp_path / "later"
+    requests = Requests.model_validate_json((later / REQUESTS).read_bytes())
+    assert (len(requests.continuations), len(requests.generated)) == (5 * 4, 3)
+    assert {(g.max_new_tokens, g.until) for g in requests.generated} == {(256, ("Question:", "</s>", "<|im_end|>"))}
+    assert all(g.context.count("Question:") == 3 for g in requests.generated)
+
+    # Whoever prefers the first ending is right in two of five; who says 1 to all is right once.
+    likely = [float(-(n % 4)) for n in range(20)]
+    replies = TaskReplies(log_likelihoods=likely, greedy=[False] * 20, texts=["#### 1"] * 3)
+    better = replies.model_copy(update={"texts": [f"#### {n}" for n in (1, 2, 3)]})
+    (later / REPLIES).write_text(TaskAnswers(base=replies, tuned=better).model_dump_json(by_alias=True))
+    run_harness(Command.SCORES, later)
+    scores = {
+        (base["task"], base["metric"], base["filter"]): (base["value"], tuned["value"])
+        for base, tuned in json.loads((later / SCORES).read_bytes())
+    }
+    assert scores["gsm8k", "exact_match", "strict-match"] == pytest.approx((1 / 3, 1.0))
+    assert scores["hellaswag", "acc", "none"] == pytest.approx((0.4, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason", "said"),
+    [
+        ("gated", Reason.ACCESS_DENIED, "'org/pods' is a gated dataset on the Hub. Visit the dataset page"),
+        ("missing", Reason.DATASET_NOT_FOUND, "'org/pods' doesn't exist on the Hub or cannot be accessed"),
+        ("script", Reason.INVALID_CONFIG, "its data are made by code on the Hub, which is not run"),
+        ("away", Reason.HUB_UNAVAILABLE, "503"),
+        ("untrusted", Reason.HUB_UNAVAILABLE, "certificate"),
+        (None, None, ""),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_data_of_the_hub_is_said_before_a_gpu(
+    s3: S3,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: str | None,
+    reason: Reason | None,
+    said: str,
+) -> None:
+    """Of a task of one's own, whose Secret has the Hub's keys beside the bucket's; the last one is as it should be, behind a private CA."""
+    monkeypatch.setattr("finetune_trainer.prepare.tasks.wait_until_available", lambda _, fn: fn())
+    bucket = s3.new_bucket()
+    s3.put(bucket, "tasks/choice.yaml", OF_HUB)
+    pod = pod_of(s3, tmp_path)
+    ca, tls = localhost_certificate(tmp_path / "tls")
+    with HubServer(tls if wrong in (None, "untrusted") else None) as hub:
+        if wrong != "missing":
+            folder = publish(
+                hub, "org/pods", tmp_path / "pods", {"data/test-0.parquet": DOCUMENTS}, gated=wrong in (None, "gated")
+            )
+            if wrong == "script":
+                (folder / "pods.py").write_text("raise SystemExit")
+        reach(pod.secrets / "task-0", hub, WEAK_TOKEN if wrong == "gated" else VALID_TOKEN)
+        if wrong is None:
+            (pod.secrets / "task-0" / "AWS_CA_BUNDLE").write_text(ca.read_text())
+        hub.faults.unavailable = -1 if wrong == "away" else 0
+        context = pod.context(spec_of(s3, bucket, task(bucket, "choice", limit=2)))
+        coder = AutoTokenizer.from_pretrained(tiny_model)
+        if reason is None:
+            found = prepare_tasks(context, coder, None, {}, gathered=False)
+            assert found.datasets == [TaskDataset(dataset="org/pods", commit=COMMIT)]
+            return
+        with pytest.raises(StageError) as info:
+            prepare_tasks(context, coder, None, {}, gathered=False)
+    assert info.value.reason is reason
+    assert "evaluation.tasks: choice: " in info.value.message
+    assert said in info.value.message
+
+
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def answered(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    return kind(f"{status}", response=httpx2.Response(status, request=httpx2.Request("GET", "http://hub")))
+
+
+@pytest.mark.parametrize(
+    ("error", "failure", "offline"),
+    [
+        (answered(HfHubHTTPError, 503), Failure.AWAY, Failure.UNUSABLE),
+        (answered(HfHubHTTPError, 429), Failure.AWAY, Failure.UNUSABLE),
+        (answered(HfHubHTTPError, 403), Failure.NOT_ALLOWED, Failure.NOT_ALLOWED),
+        (answered(HfHubHTTPError, 400), Failure.UNUSABLE, Failure.UNUSABLE),
+        (answered(RepositoryNotFoundError, 401), Failure.NOT_FOUND, Failure.NOT_FOUND),
+        (raised(ValueError("x"), answered(GatedRepoError, 403)), Failure.NOT_ALLOWED, Failure.NOT_ALLOWED),
+        (raised(RuntimeError("x"), ConnectionError("y")), Failure.AWAY, Failure.UNUSABLE),
+        (ModuleNotFoundError("x", name="langdetect.detector"), Failure.UNUSABLE, Failure.UNUSABLE),
+    ],
+)  # fmt: skip
+def test_errors_have_the_words_of_the_failure_table(error: Exception, failure: Failure, offline: Failure) -> None:
+    """What waits for the Hub never waits where the Hub is not asked."""
+    assert (trouble(error, offline=False).failure, trouble(error, offline=True).failure) == (failure, offline)
+    if isinstance(error, ModuleNotFoundError):
+        assert "it needs the Python package langdetect, which" in trouble(error, offline=False).message
