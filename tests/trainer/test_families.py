@@ -111,7 +111,7 @@ def test_layers_of_mamba_that_peft_refuses_are_refused_before_a_gpu_is_used() ->
     assert sorted(modules) == sorted(counted(**without).targets)
 
 
-FAMILIES = ["phi3", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"]
+FAMILIES = ["phi3", "gpt2", "gpt_neox", "falcon", "gemma3_text", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"]
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
@@ -129,7 +129,7 @@ def run_job(s3: Any, folder: Path, family: str, **changes: Any) -> tuple[Prepare
         "training": {"length": {"steps": 2}},
         "evaluation": {"generation": {"prompts": 1, "maxNewTokens": 2}},
         "output": {
-            "merged": {"enabled": family not in ("gpt2", *MIXTURES), "dtype": "float32"},
+            "merged": {"enabled": True, "dtype": "float32"},
             "workspace": {"retention": "Keep"},
         },
     }
@@ -140,7 +140,8 @@ def run_job(s3: Any, folder: Path, family: str, **changes: Any) -> tuple[Prepare
     context = pod.context(spec, Stage.PUBLISH)
     prepared = context.workspace_store().get_model("prepare/result.json", PrepareResult)
     store = context.output_store()
-    s3.get_dir(bucket, f"{store.location.key}/adapter", folder / "adapter")
+    for part in ("adapter", "merged"):
+        s3.get_dir(bucket, f"{store.location.key}/{part}", folder / part)
     return prepared, store.get_model("manifest.json", Manifest), folder / "adapter"
 
 
@@ -152,6 +153,8 @@ def test_a_job_on_any_family_ends_in_a_verified_adapter(s3: Any, tmp_path: Path,
     assert prepared.trainable_parameters == sum(a * b for a, b in stored.values())
     assert manifest.verification is not None
     assert manifest.verification.relative_difference < 1e-6
+    assert manifest.merge_check is not None
+    assert manifest.merge_check.relative_difference < 1e-5
     mixture = [
         w
         for w in prepared.warnings
@@ -159,6 +162,28 @@ def test_a_job_on_any_family_ends_in_a_verified_adapter(s3: Any, tmp_path: Path,
     ]
     assert len(mixture) == (family in MIXTURES)
     assert not any("experts" in name for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "head"),
+    [
+        ("gpt2", {"model": {"newTokens": ["<zig>", "<zag>"]}}, "transformer.wte.weight"),
+        ("gpt_neox", {"model": {"newTokens": ["<zig>", "<zag>"]}}, "embed_out.weight"),
+        ("gpt_neox", {"method": {"lora": {"modulesToSave": ["lm_head"]}}}, "embed_out.weight"),
+    ],
+    ids=["tied", "apart", "whole"],
+)
+def test_what_is_trained_of_the_head_is_merged_whatever_the_files_call_it(
+    s3: Any, tmp_path: Path, family: str, changes: dict[str, Any], head: str
+) -> None:
+    prepared, manifest, _ = run_job(s3, tmp_path, family, **changes)
+    assert manifest.merge_check is not None
+    assert manifest.merge_check.relative_difference < 1e-5
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as merged:
+        found = merged.get_tensor(head)
+    base = load_file(tmp_path / "base" / "model.safetensors")[head]
+    assert len(found) - len(base) == len(prepared.trained_tokens.new if prepared.trained_tokens else [])
+    assert len(found) > len(base) or not torch.equal(found, base)
 
 
 @pytest.mark.parametrize("bias", ["All", "LoRAOnly"])
@@ -186,6 +211,16 @@ def test_qlora_of_experts_tells_how_much_stays_in_16_bit(s3: Any, tmp_path: Path
     prepared, manifest, _ = run_job(s3, tmp_path, "mixtral", method={"type": "QLoRA"})
     assert any(w.startswith("QLoRA leaves 86% of its layers' weights in 16 bit") for w in prepared.warnings)
     assert manifest.verification is not None
+    assert manifest.merge_check is not None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_qlora_of_older_families_is_merged_into_what_training_saw(s3: Any, tmp_path: Path, family: str) -> None:
+    """The merge check compares base + adapter here with training's own measurement."""
+    _, manifest, _ = run_job(s3, tmp_path, family, method={"type": "QLoRA"})
+    assert manifest.merge_check is not None
+    assert manifest.merge_check.held_out_loss_trained is not None
+    assert not any("quantize on this CPU" in warning for warning in manifest.warnings)
 
 
 def test_qlora_that_would_quantize_nothing_is_refused(bench: Bench, tmp_path: Path) -> None:

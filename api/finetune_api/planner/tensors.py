@@ -35,14 +35,14 @@ def parameter_shapes(headers: Mapping[str, Shape], arch: Architecture) -> Shapes
             kind = "gate_up_proj" if found[3] in UP_NAMES else "down_proj"
             experts.setdefault((found[1].replace("block_sparse_moe", "mlp"), kind), []).append(shape)
         else:
-            shapes[_renamed(name)] = shape
+            shapes[parameter_name(name)] = shape
     for (module, kind), parts in experts.items():
         fused = 2 if kind == "gate_up_proj" else 1
         shapes[f"{module}.{kind}"] = (len(parts) // fused, fused * parts[0][0], parts[0][1])
     return shapes
 
 
-def _renamed(name: str) -> str:
+def parameter_name(name: str) -> str:
     """The parameter's name where transformers 5 has another one than the checkpoint."""
     return name.replace("block_sparse_moe.gate", "mlp.gate").replace("embed_out.weight", "lm_head.weight")
 

@@ -11,11 +11,12 @@ from typing import Any
 from finetune_api.failures import Reason
 from finetune_api.full_weights import UnknownModule, most_signal, named_tensors, ranked_matrices, trained_count
 from finetune_api.planner import UnknownArchitecture, describe, parse_config
+from finetune_api.planner.tensors import BUFFER
 from finetune_api.results import TrainedWeights
 from finetune_api.spec import Full
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.shapes import BUFFER, HEAD, Parameters, why_not_writable
+from finetune_trainer.prepare.shapes import HEAD, Parameters, why_not_writable
 from finetune_trainer.prepare.singular import ratios
 from finetune_trainer.sources.cache import cache_of
 from finetune_trainer.sources.model import TensorHeaders, resolve_model

@@ -76,7 +76,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     model, folder, headers = wait_until_available(ctx, fetch)
     config = check_config(folder, spec.uri)
     if ctx.snapshot.spec.output.merged.enabled:
-        check_mergeable(headers, spec.uri)
+        check_mergeable(headers, config.get("model_type"), spec.uri)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
     tokens = trained_tokens(tokenizer, ctx.snapshot.spec, headers)
     if tokens is not None and tokens.resized_to is not None:

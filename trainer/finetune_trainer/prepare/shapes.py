@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import Reason
+from finetune_api.planner.tensors import BUFFER, parameter_name
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
 from finetune_api.targets import is_left_out, is_named, is_pattern, routed_kinds, setting_of
@@ -23,8 +24,18 @@ EMBEDDING = re.compile(r"(^|\.)(wte|wpe|[a-z_]*embed[a-z_]*)$")
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)$")
 BLOCK = re.compile(r"\.\d+\.")
 EXPERT = re.compile(r"\.experts\.\d+\.")
-BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias|\.attn\.bias|\.attention\.masked_bias)$")
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+USUAL_EMBEDDINGS = "model.embed_tokens.weight"
+KNOWN_EMBEDDINGS = {
+    "gpt2": ("wte.weight", "transformer.wte.weight"),
+    "gpt_neox": ("gpt_neox.embed_in.weight",),
+    "falcon": ("transformer.word_embeddings.weight",),
+    "mixtral": (USUAL_EMBEDDINGS,),
+    "qwen2_moe": (USUAL_EMBEDDINGS,),
+    "qwen3_moe": (USUAL_EMBEDDINGS,),
+}
+"""What the embeddings are called in the files of models that have other names there than Llama's, or experts, and are merged as transformers
+loads them."""
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -78,7 +89,7 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora, token_rows: int
     Raises:
         StageError: UnknownTargetModule, InvalidConfig for output head or embeddings.
     """
-    tensors = {name: shape for name, (_, shape) in headers.items() if not BUFFER.search(name)}
+    tensors = {parameter_name(name): shape for name, (_, shape) in headers.items() if not BUFFER.search(name)}
     matrices = {
         name.removesuffix(".weight"): shape
         for name, shape in tensors.items()
@@ -265,23 +276,28 @@ def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, qu
         )
 
 
-def check_mergeable(headers: TensorHeaders, uri: str) -> None:
-    """Refuse now what publish could not merge after the GPU time is spent: it reads weights by the names of the modules.
+def check_mergeable(headers: TensorHeaders, model_type: object, uri: str) -> None:
+    """Refuse now what publish could not merge after the GPU time is spent.
+
+    Args:
+        model_type: config.json's.
 
     Raises:
         StageError: UnsupportedModel.
     """
-    if found := why_not_writable(headers):
+    known = KNOWN_EMBEDDINGS.get(str(model_type), ())
+    found = "" if any(name in headers for name in known) else why_not_writable(headers)
+    if found:
         raise StageError(
             Reason.UNSUPPORTED_MODEL,
-            f"{uri} cannot be merged: expected a dense decoder with tensors named model.layers.…, found {found}. "
-            "Set output.merged.enabled: false to train the adapter alone.",
+            f"{uri} cannot be merged: expected a dense decoder with tensors named model.layers.…, or one of {', '.join(KNOWN_EMBEDDINGS)}; "
+            f"found {found}. Set output.merged.enabled: false to train the adapter alone.",
         )
 
 
 def why_not_writable(headers: TensorHeaders) -> str:
-    """What keeps publish from writing a whole model like this one; empty if nothing does."""
-    usual = "model.embed_tokens.weight" in headers and any(name.startswith("model.layers.0.") for name in headers)
+    """What keeps publish from writing the model's own weights, trained; empty if nothing does."""
+    usual = USUAL_EMBEDDINGS in headers and any(name.startswith("model.layers.0.") for name in headers)
     if usual and not is_mixture_of_experts(headers):
         return ""
     return "a mixture of experts" if usual else f"tensors named otherwise (such as {min(headers)})"

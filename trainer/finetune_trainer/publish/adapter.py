@@ -27,10 +27,10 @@ from finetune_trainer.lora_files import (
     strange_settings,
     tensor_name,
 )
-from finetune_trainer.publish.safetensors_stream import rows_per_chunk
+from finetune_trainer.publish.safetensors_stream import module_of, rows_per_chunk
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-"""In the files of the models that publish writes (prepare refuses others)."""
+"""In the files of the models whose own weights are trained (prepare refuses others)."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,31 @@ def read_adapter(folder: Path) -> Adapter:
     scalings = {m: alphas[m] / root(ranks[m]) for m in modules}
     replaced = frozenset(n for n in keys if ".lora_" not in n and not n.endswith(TOKENS))
     return Adapter(folder, scalings, replaced, keys, tokens=token_indices(folder, config, keys))
+
+
+def in_files(adapter: Adapter, tensors: Mapping[str, str]) -> Adapter:
+    """The same adapter by the names that the base's files have.
+
+    Args:
+        tensors: of the parameters that stand there as they are, by the model's names for them.
+    """
+
+    def module(name: str) -> str:
+        return module_of(tensors.get(f"{name}.weight", f"{name}.weight"))
+
+    def renamed(name: str) -> str:
+        for suffix in (LORA_A, LORA_B, MAGNITUDE, TOKENS):
+            if name.endswith(suffix):
+                return module(name.removesuffix(suffix)) + suffix
+        return tensors.get(name, name)
+
+    return replace(
+        adapter,
+        modules={module(name): scaling for name, scaling in adapter.modules.items()},
+        replaced=frozenset(map(renamed, adapter.replaced)),
+        keys={renamed(name): key for name, key in adapter.keys.items()},
+        tokens={renamed(name): ids for name, ids in adapter.tokens.items()},
+    )
 
 
 def token_indices(folder: Path, config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
