@@ -92,7 +92,7 @@ def stored_of(base: Path) -> StoredWeights:
 
 def write_merged(base: Path, weights: BaseWeights, adapter: Path, folder: Path) -> Adapter:
     """As the publish stage does; what was merged, by the files' names."""
-    found = in_files(read_adapter(adapter), stored_of(base).alone)
+    found = in_files(read_adapter(adapter), stored_of(base))
     merge(weights, found, torch.float32, folder, lambda _: None)
     write_companions(base, sorted(p.name for p in base.iterdir()), adapter, torch.float32, folder)
     check_written(weights, found, folder)
@@ -163,12 +163,91 @@ def test_the_streamed_forward_is_the_models_own(tmp_path: Path, tiny_model: Path
     rows = Rows(table([encode(tokenizer, q) for q in questions(4)]))
     tuned = PeftModel.from_pretrained(plain_model(base), adapter).get_base_model()
     checkpoint = Checkpoint(base)
-    found = in_files(read_adapter(adapter), stored_of(base).alone)
+    found = in_files(read_adapter(adapter), stored_of(base))
     streamed = StreamedModel(base, set(checkpoint.tensors), checkpoint.read, torch.float32, adapter=found)
     expected = evaluate.held_out_loss(tuned, rows, 0, CPU32).loss
     assert streamed.loss(rows, list(range(len(rows))), 0) == pytest.approx(expected, rel=1e-5)
     bare = evaluate.held_out_loss(plain_model(base), rows, 0, CPU32).loss
     assert abs(bare - expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "head"),
+    [("gpt_neox", [], "embed_out.weight"), ("falcon", [], None), ("falcon", ["lm_head.weight"], "lm_head.weight")],
+)
+def test_the_head_is_known_by_the_files_name(tmp_path: Path, family: str, stored: list[str], head: str | None) -> None:
+    base = build_tiny_family(tmp_path / "base", family)
+    assert StoredWeights(empty_model(base, torch.float32), {*Checkpoint(base).tensors, *stored}).head == head
+
+
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [("mixtral", [DOWN, GATE_UP]), ("qwen2_moe", [GATE_UP]), ("qwen3_moe", ["layers.1.mlp.experts.down_proj"])],
+)
+def test_updates_of_experts_are_merged_expert_by_expert(
+    tmp_path: Path, tiny_model: Path, family: str, parameters: list[str]
+) -> None:
+    base = build(tmp_path / "base", family)
+    adapter = random_adapter(
+        plain_model(base), tmp_path / "adapter", ["q_proj"], target_parameters=parameters, use_rslora=True
+    )
+    folder = tmp_path / "merged"
+    weights = BaseWeights(Checkpoint(base), None)
+    found = write_merged(base, weights, adapter, folder)
+    theirs = PeftModel.from_pretrained(plain_model(base), adapter).merge_and_unload()
+    torch.testing.assert_close(logits(plain_model(folder)), logits(theirs), rtol=1e-4, atol=1e-5)
+    for name, parameter in plain_model(folder).named_parameters():
+        torch.testing.assert_close(parameter, theirs.get_parameter(name), rtol=1e-5, atol=1e-6)
+    ours, before = Checkpoint(folder), weights.checkpoint
+    changed = {name for name in ours.tensors if not torch.equal(ours.read(name), before.read(name))}
+    kinds = {GATE_UP: ("w1", "w3", "gate_proj", "up_proj"), DOWN: ("w2", "down_proj")}
+    layers = [1] if parameters[0].startswith("layers.1.") else [0, 1]
+    wanted = {kind for p in parameters for kind in kinds["mlp." + p.rpartition("mlp.")[2]]}
+    experts = {
+        n for n in ours.tensors if ".experts." in n and n.split(".")[-2] in wanted and int(n.split(".")[2]) in layers
+    }
+    assert len(experts) == 4 * len(layers) * sum(
+        {GATE_UP: 2, DOWN: 1}["mlp." + p.rpartition("mlp.")[2]] for p in parameters
+    )
+    assert changed == experts | {f"model.layers.{n}.self_attn.q_proj.weight" for n in range(2)}
+
+    tokenizer = model.load_tokenizer(tiny_model, snapshot_of(job_spec(None, "bucket"), "u" * 32))
+    rows = Rows(table([encode(tokenizer, q) for q in questions(2)]))
+    streamed = StreamedModel(base, set(before.tensors), before.read, torch.float32, adapter=found)
+    expected = evaluate.held_out_loss(theirs, rows, 0, CPU32).loss
+    assert streamed.loss(rows, list(range(len(rows))), 0) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("spoilt", ["a B is missing", "another rank", "a parameter is missing"])
+def test_an_adapter_that_lacks_experts_updates_is_not_whole(tmp_path: Path, spoilt: str) -> None:
+    base = build_tiny_family(tmp_path / "base", "mixtral")
+    adapter = random_adapter(plain_model(base), tmp_path / "adapter", ["q_proj"], target_parameters=[DOWN])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    experts = sorted(name for name in tensors if ".experts." in name)
+    if spoilt == "a B is missing":
+        tensors.pop(experts[1])
+    elif spoilt == "another rank":
+        for name in experts:
+            tensors[name] = tensors[name][:-1].contiguous() if "lora_A" in name else tensors[name][:, :-1].contiguous()
+    else:
+        tensors = {name: value for name, value in tensors.items() if name not in experts}
+    save_file(tensors, file)
+    with pytest.raises(StageError, match=r"not whole: .*mlp\.experts\.down_proj") as caught:
+        read_adapter(adapter)
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
+
+
+def test_updates_of_experts_that_the_base_has_not_fail(tmp_path: Path) -> None:
+    base = build_tiny_family(tmp_path / "base", "mixtral")
+    adapter = random_adapter(plain_model(base), tmp_path / "adapter", ["q_proj"], target_parameters=[DOWN])
+    dense = stored_of(build_tiny_family(tmp_path / "dense", "qwen3"))
+    with pytest.raises(StageError, match="the base has no such experts") as caught:
+        in_files(read_adapter(adapter), dense)
+    assert caught.value.reason is Reason.VERIFICATION_FAILED
 
 
 def test_files_that_lack_an_experts_tensor_are_refused(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def make_merged(
     if weights is None:
         adapter = read_adapter(adapter_folder)
         must_train(adapter, prepared.trained_tokens)
-        adapter = with_shared_head(in_files(adapter, stored.alone), stored.head)
+        adapter = with_shared_head(in_files(adapter, stored), stored.head)
     else:
         config = json.loads((base_files.folder / "config.json").read_text())
         tied = is_tied(checkpoint.tensors, config)

@@ -17,7 +17,14 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 
 from finetune_api.failures import Reason
@@ -45,6 +52,18 @@ class Source:
     """Of several tensors, or of one that is turned; None for one that is taken as it is stored."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of the files stands in a parameter of all experts: (experts, outputs, inputs)."""
+
+    parameter: str
+    expert: int
+    experts: int
+    half: int
+    """Of the outputs, where they are put together of several tensors: gate, then up."""
+    halves: int
+
+
 class StoredWeights:
     """Where the parameters of a model stand in its files.
 
@@ -61,6 +80,8 @@ class StoredWeights:
         self._sources = sources_of(model, stored)
         self.alone = {n: source.tensors[0][0] for n, source in self._sources.items() if source.converter is None}
         """Parameters that stand in the files as they are, with their names there."""
+        self.parts = {tensor: part for n, s in self._sources.items() for tensor, part in parts_of(n, s).items()}
+        """Tensors of single experts, with their places in parameters of all."""
         head, embedding = (name_of(model, m) for m in (model.get_output_embeddings(), model.get_input_embeddings()))
         self.head = self.alone.get(f"{head}.weight")
         """The output head's tensor; None where it is the embeddings' and stored once."""
@@ -108,6 +129,22 @@ def sources_of(model: Any, stored: Collection[str]) -> dict[str, Source]:
         if name in state:
             source = found.setdefault(name, Source(converter=by_pattern[pattern] if pattern is not None else None))
             source.tensors.append((tensor, pattern))
+    return found
+
+
+def parts_of(parameter: str, source: Source) -> dict[str, Part]:
+    """The tensors of single experts that are stacked, then put side by side."""
+    if source.converter is None:
+        return {}
+    stacked = [type(operation) for operation in source.converter.operations] in (
+        [MergeModulelist],
+        [MergeModulelist, Concatenate],
+    )
+    found: dict[str, Part] = {}
+    patterns = source.converter.source_patterns
+    for half, wanted in enumerate(patterns if stacked else []):
+        names = [name for name, pattern in source.tensors if pattern == wanted]
+        found |= {n: Part(parameter, expert, len(names), half, len(patterns)) for expert, n in enumerate(names)}
     return found
 
 

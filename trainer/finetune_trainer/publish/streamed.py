@@ -45,7 +45,7 @@ class StreamedModel:
     ) -> None:  # fmt: skip
         self.model = empty_model(config_folder, dtype, trust_remote_code)
         self.model.eval().requires_grad_(False)
-        self._read = read
+        self._read = with_experts(read, adapter) if adapter is not None and adapter.parts else read
         self._dtype = dtype
         self._stored = StoredWeights(self.model, names)
         if adapter is not None:
@@ -74,6 +74,16 @@ class StreamedModel:
                 put(module, name, self._stored.read(full, self._read).to(self._dtype))
 
         return fill
+
+
+def with_experts(read: Read, adapter: Adapter) -> Read:
+    """The tensors of single experts with their updates: within a parameter of all, outputs have no update of their own."""
+
+    def updated(name: str) -> torch.Tensor:
+        value, module = read(name), module_of(name)
+        return adapter.lora(module).merged(value).to(value.dtype) if module in adapter.parts else value
+
+    return updated
 
 
 def streamed_modules(model: Any) -> list[tuple[str, nn.Module]]:
