@@ -31,13 +31,14 @@ import finetune_trainer.train  # noqa: F401 - sets how threads wait, before torc
 from bench import figures
 from finetune_api.spec import Quantization
 from finetune_trainer.publish.adapter import read_adapter
-from finetune_trainer.publish.merge import BaseWeights, merge, module_of
+from finetune_trainer.publish.merge import BaseWeights, merge
 from finetune_trainer.publish.round_trip import RoundTrip, double_quantized
-from finetune_trainer.publish.safetensors_stream import INDEX, Checkpoint
+from finetune_trainer.publish.safetensors_stream import Checkpoint, module_of
 from finetune_trainer.publish.streamed import StreamedModel
 from finetune_trainer.publish.written import check_written
 from finetune_trainer.train.quantized import describe
 from finetune_trainer.train.rows import Rows
+from finetune_trainer.weight_files import INDEX
 
 RANK = 16
 SAMPLE_SECONDS = 0.002

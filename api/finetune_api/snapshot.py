@@ -58,6 +58,8 @@ class ResolvedLora(ApiModel):
     dropout: float
     bias: LoraBias
     target_modules: list[str]
+    target_parameters: list[str] = []
+    """Of fused experts."""
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = {}
@@ -241,6 +243,7 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
                 dropout=lora.dropout,
                 bias=lora.bias,
                 target_modules=list(lora.target_modules),
+                target_parameters=list(lora.target_parameters or []),
                 exclude_modules=list(lora.exclude_modules or []),
                 layers_to_transform=lora.layers_to_transform,
                 rank_pattern=ranks_of,

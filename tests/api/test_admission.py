@@ -78,6 +78,17 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("modules trained whole", {"method": {"lora": {"modulesToSave": ["embed_tokens", "lm_head"]}}}),
     (
+        "experts",
+        {
+            "method": {
+                "lora": {
+                    "dropout": 0,
+                    "targetParameters": ["mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"],
+                }
+            }
+        },
+    ),
+    (
         "new tokens, and others whose rows are trained",
         {
             "model": {"uri": "hf://org/model", "newTokens": ["<tool_call>", "<two words>"]},
@@ -244,6 +255,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("an adapter and trained tokens", {"model": {"uri": "hf://org/model", "initialAdapter": {"uri": "s3://bucket/adapter"}}, "method": {"lora": {"trainableTokens": ["<a>"]}}}, "model.initialAdapter trains no tokens"),
     ("new tokens with full weights", {"model": {"uri": "hf://org/model", "newTokens": ["<a>"]}, "method": {"type": "Full"}}, "model.newTokens is for type: LoRA and QLoRA"),
     ("trained tokens with full weights", {"method": {"type": "Full", "lora": {"trainableTokens": ["<a>"]}}}, "method.lora and method.quantization do not apply"),
+    ("experts with dropout", {"method": {"lora": {"targetParameters": ["mlp.experts.down_proj"]}}}, "dropout of inputs has no place: set dropout: 0"),
+    ("experts with DoRA", {"method": {"lora": {"dropout": 0, "useDora": True, "targetParameters": ["mlp.experts.down_proj"]}}}, "targetParameters has no magnitudes to train"),
+    ("experts with EVA", {"method": {"lora": {"dropout": 0, "initialization": "EVA", "targetParameters": ["mlp.experts.down_proj"]}}}, "targetParameters begins with initialization: Default or Gaussian"),
+    ("experts of some layers", {"method": {"lora": {"dropout": 0, "layersToTransform": [1], "targetParameters": ["mlp.experts.down_proj"]}}}, "layersToTransform does not reach targetParameters"),
+    ("experts with QLoRA", {"method": {"type": "QLoRA", "lora": {"dropout": 0, "targetParameters": ["mlp.experts.down_proj"]}}}, "lora.targetParameters is for type: LoRA"),
+    ("experts with Auto", {"method": {"type": "Auto", "lora": {"dropout": 0, "targetParameters": ["mlp.experts.down_proj"]}}}, "lora.targetParameters is for type: LoRA"),
+    ("experts in shards", {"method": {"lora": {"dropout": 0, "targetParameters": ["mlp.experts.down_proj"]}}, "training": {"cpuOffload": "Always"}}, "targetParameters needs the whole base model"),
+    ("a pattern of experts", {"method": {"lora": {"dropout": 0, "targetParameters": ["mlp.experts.*"]}}}, "spec.method.lora.targetParameters[0]"),
     ("LoftQ in 16 bit", {"method": {"lora": {"initialization": "LoftQ"}}}, "LoftQ makes good for quantization: it needs type: QLoRA"),
     ("LoftQ with DoRA", {"method": {"type": "QLoRA", "lora": {"initialization": "LoftQ", "useDora": True}}}, "useDora measures the weights"),
     ("PiSSA with DoRA", {"method": {"lora": {"initialization": "PiSSA", "useDora": True}}}, "useDora and initialization: PiSSA or OLoRA each say"),

@@ -18,6 +18,9 @@ MINIMAL: dict[str, Any] = {
 }
 
 
+EXPERTS: dict[str, Any] = {"dropout": 0, "targetParameters": ["mlp.experts.down_proj"]}
+
+
 def templated(**parts: str) -> dict[str, Any]:
     """A source whose rows are written by a template."""
     return {"data": {"train": [{"uri": "s3://bucket/x.jsonl", "template": parts}]}}
@@ -32,6 +35,11 @@ def templated(**parts: str) -> dict[str, Any]:
             {"method": {"lora": {"initialization": "OLoRA", "useDora": True}}},
             "useDora and initialization: PiSSA or OLoRA",
         ),
+        ({"method": {"lora": EXPERTS | {"dropout": 0.1}}}, "dropout of inputs has no place: set dropout: 0"),
+        ({"method": {"lora": EXPERTS | {"useDora": True}}}, "targetParameters has no magnitudes to train"),
+        ({"method": {"lora": EXPERTS | {"initialization": "EVA"}}}, "initialization: Default or Gaussian"),
+        ({"method": {"lora": EXPERTS | {"layersToTransform": [1]}}}, "layersToTransform does not reach"),
+        ({"method": {"type": "Auto", "lora": EXPERTS}}, "lora.targetParameters is for type: LoRA"),
         (
             {"method": {"type": "QLoRA", "quantization": {"type": "Int8", "doubleQuantization": True}}},
             "doubleQuantization is for the constants of the 4-bit types",
@@ -114,7 +122,14 @@ def test_full_weights_have_a_learning_rate_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "lora", [{"useDora": True}, {"modulesToSave": ["norm"]}, {"initialization": "PiSSA"}, {"initialization": "EVA"}]
+    "lora",
+    [
+        {"useDora": True},
+        {"modulesToSave": ["norm"]},
+        {"initialization": "PiSSA"},
+        {"initialization": "EVA"},
+        {"dropout": 0, "targetParameters": ["mlp.experts.down_proj"]},
+    ],
 )
 @pytest.mark.parametrize("training", [{"parallelism": "FSDP"}, {"cpuOffload": "IfNeeded"}])
 def test_what_needs_the_whole_base_is_refused_with_shards_offline_too(

@@ -176,3 +176,18 @@ def test_a_spec_says_what_is_planned() -> None:
     assert asked.tuning.target_modules == ["q_proj"]
     assert asked.run_tokens == 10 * 4 * 100
     assert request_of(spec, *model("smollm2-135m"), run_tokens=7).run_tokens == 7
+
+
+def test_experts_with_adapters_are_copied_for_each_pass() -> None:
+    """One layer's copy and its gradient with checkpointing; without, the copies of all layers stay."""
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    bare = plan(request("mixtral-8x7b", tuning=Tuning(dropout=0)))
+    adapted = plan(request("mixtral-8x7b", tuning=Tuning(dropout=0, target_parameters=experts)))
+    layer, trained = 2 * 8 * 3 * 4096 * 14336, 32 * 16 * 8 * (4096 + 2 * 14336 + 14336 + 4096)
+    assert adapted.trainable_parameters - bare.trainable_parameters == trained
+    with_it = adapted.activation_bytes_with_checkpointing - bare.activation_bytes_with_checkpointing
+    assert with_it == 2 * layer
+    without = adapted.activation_bytes_without_checkpointing - bare.activation_bytes_without_checkpointing
+    assert without == 33 * layer + 2 * trained, "and autocast's copies of the matrices"
+    assert adapted.peak_evaluation_bytes - bare.peak_evaluation_bytes == 16 * trained + layer + 2 * trained
+    assert not adapted.verified

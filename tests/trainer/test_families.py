@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,12 +18,14 @@ from finetune_api.failures import Reason
 from finetune_api.names import Stage
 from finetune_api.planner import Tuning, parameter_shapes, parse_config
 from finetune_api.planner.linears import trainable_parameters
+from finetune_api.planner.weights import expert_copies
 from finetune_api.results import Manifest, PrepareResult
 from finetune_api.spec import MethodType
+from finetune_api.targets import is_named
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.four_bit import left_in_16_bit
 from finetune_trainer.prepare.run import run as prepare
-from finetune_trainer.prepare.shapes import Parameters, count_parameters, refuse_mamba_projections
+from finetune_trainer.prepare.shapes import Parameters, count_parameters, refuse_mamba_projections, refuse_other_experts
 from finetune_trainer.publish.run import run as publish
 from finetune_trainer.sources.model import TensorHeaders
 from finetune_trainer.train.model import attach_adapter
@@ -95,6 +97,53 @@ def test_experts_and_routers_cannot_be_named(name: str) -> None:
             assert caught.value.reason is Reason.INVALID_CONFIG
 
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    "parameters", [EXPERTS, EXPERTS[1:], ["layers.1.mlp.experts.gate_up_proj"]], ids=["both", "down", "one layer"]
+)
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen2_moe", "qwen3-30b-a3b"])
+def test_weights_trained_for_experts_are_counted_as_peft_has_them(name: str, parameters: list[str]) -> None:
+    """By prepare and by the planner, on the meta device."""
+    config = two_layers(configuration(name))
+    base = on_meta(config)
+    headers = headers_of(base)
+    run = snapshot(method={"lora": {"rank": 8, "dropout": 0, "targetParameters": parameters}})
+    counted = count_parameters(headers, run.plan.method.lora)
+    adapted = attach_adapter(base, run)
+    assert counted.trainable == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert len(counted.experts) == sum(1 if "layers." in each else 2 for each in parameters)
+    wrapped = [m for m in adapted.modules() if isinstance(m, ParamWrapper)]
+    assert len(wrapped) == len(counted.experts)
+    arch = parse_config(config)
+    shapes = parameter_shapes({n: shape for n, (_, shape) in headers.items()}, arch)
+    tuning = Tuning(rank=8, dropout=0, target_parameters=parameters)
+    assert counted.trainable == trainable_parameters(shapes, arch, tuning)
+    layer, everything = expert_copies(shapes, tuning)
+    held = {n: 2 * p.numel() for n, p in base.named_parameters() if is_named(n.replace(".base_layer", ""), parameters)}
+    assert everything == sum(held.values())
+    assert layer == everything // (1 if "layers." in parameters[0] else 2)
+
+
+def test_experts_that_cannot_be_adapted_are_refused_before_a_gpu_is_used() -> None:
+    lora = snapshot(method={"lora": {"dropout": 0, "targetParameters": ["mlp.experts.w1"]}}).plan.method.lora
+    mixture = headers_of(on_meta(two_layers(configuration("mixtral-8x7b"))))
+    with pytest.raises(
+        StageError, match=r"fused experts are mlp\.experts\.down_proj, mlp\.experts\.gate_up_proj"
+    ) as caught:
+        count_parameters(mixture, lora)
+    assert caught.value.reason is Reason.UNKNOWN_TARGET_MODULE
+    with pytest.raises(StageError, match="no fused experts: name its layers in targetModules"):
+        count_parameters(headers_of(on_meta(two_layers(configuration("qwen3-0.6b")))), lora)
+    with pytest.raises(
+        StageError, match="is a gpt_oss; experts of mixtral, qwen2_moe, qwen3_moe can be adapted"
+    ) as other:
+        refuse_other_experts(lora, "gpt_oss", "hf://org/name")
+    assert other.value.reason is Reason.UNSUPPORTED_MODEL
+    refuse_other_experts(lora, "mixtral", "hf://org/name")
+
+
 def test_layers_of_mamba_that_peft_refuses_are_refused_before_a_gpu_is_used() -> None:
     def counted(**lora: Any) -> Parameters:
         return count_parameters(headers, snapshot(method={"lora": lora}).plan.method.lora)
@@ -111,7 +160,7 @@ def test_layers_of_mamba_that_peft_refuses_are_refused_before_a_gpu_is_used() ->
     assert sorted(modules) == sorted(counted(**without).targets)
 
 
-FAMILIES = ["phi3", "gpt2", "gemma3_text", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"]
+FAMILIES = ["phi3", "gpt2", "gpt_neox", "falcon", "gemma3_text", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"]
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
@@ -129,7 +178,7 @@ def run_job(s3: Any, folder: Path, family: str, **changes: Any) -> tuple[Prepare
         "training": {"length": {"steps": 2}},
         "evaluation": {"generation": {"prompts": 1, "maxNewTokens": 2}},
         "output": {
-            "merged": {"enabled": family not in ("gpt2", *MIXTURES), "dtype": "float32"},
+            "merged": {"enabled": True, "dtype": "float32"},
             "workspace": {"retention": "Keep"},
         },
     }
@@ -140,7 +189,8 @@ def run_job(s3: Any, folder: Path, family: str, **changes: Any) -> tuple[Prepare
     context = pod.context(spec, Stage.PUBLISH)
     prepared = context.workspace_store().get_model("prepare/result.json", PrepareResult)
     store = context.output_store()
-    s3.get_dir(bucket, f"{store.location.key}/adapter", folder / "adapter")
+    for part in ("adapter", "merged"):
+        s3.get_dir(bucket, f"{store.location.key}/{part}", folder / part)
     return prepared, store.get_model("manifest.json", Manifest), folder / "adapter"
 
 
@@ -152,6 +202,8 @@ def test_a_job_on_any_family_ends_in_a_verified_adapter(s3: Any, tmp_path: Path,
     assert prepared.trainable_parameters == sum(a * b for a, b in stored.values())
     assert manifest.verification is not None
     assert manifest.verification.relative_difference < 1e-6
+    assert manifest.merge_check is not None
+    assert manifest.merge_check.relative_difference < 1e-5
     mixture = [
         w
         for w in prepared.warnings
@@ -159,6 +211,28 @@ def test_a_job_on_any_family_ends_in_a_verified_adapter(s3: Any, tmp_path: Path,
     ]
     assert len(mixture) == (family in MIXTURES)
     assert not any("experts" in name for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "head"),
+    [
+        ("gpt2", {"model": {"newTokens": ["<zig>", "<zag>"]}}, "transformer.wte.weight"),
+        ("gpt_neox", {"model": {"newTokens": ["<zig>", "<zag>"]}}, "embed_out.weight"),
+        ("gpt_neox", {"method": {"lora": {"modulesToSave": ["lm_head"]}}}, "embed_out.weight"),
+    ],
+    ids=["tied", "apart", "whole"],
+)
+def test_what_is_trained_of_the_head_is_merged_whatever_the_files_call_it(
+    s3: Any, tmp_path: Path, family: str, changes: dict[str, Any], head: str
+) -> None:
+    prepared, manifest, _ = run_job(s3, tmp_path, family, **changes)
+    assert manifest.merge_check is not None
+    assert manifest.merge_check.relative_difference < 1e-5
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as merged:
+        found = merged.get_tensor(head)
+    base = load_file(tmp_path / "base" / "model.safetensors")[head]
+    assert len(found) - len(base) == len(prepared.trained_tokens.new if prepared.trained_tokens else [])
+    assert len(found) > len(base) or not torch.equal(found, base)
 
 
 @pytest.mark.parametrize("bias", ["All", "LoRAOnly"])
@@ -186,6 +260,37 @@ def test_qlora_of_experts_tells_how_much_stays_in_16_bit(s3: Any, tmp_path: Path
     prepared, manifest, _ = run_job(s3, tmp_path, "mixtral", method={"type": "QLoRA"})
     assert any(w.startswith("QLoRA leaves 86% of its layers' weights in 16 bit") for w in prepared.warnings)
     assert manifest.verification is not None
+    assert manifest.merge_check is not None
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_job_on_experts_ends_in_a_verified_adapter_and_merged_model(s3: Any, tmp_path: Path, family: str) -> None:
+    changes = {
+        "method": {"lora": {"dropout": 0, "targetParameters": EXPERTS}},
+        "training": {"optimizer": {"learningRate": 0.01}},
+    }
+    prepared, manifest, adapter = run_job(s3, tmp_path, family, **changes)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert prepared.trainable_parameters == sum(value.numel() for value in stored.values())
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    moved = [name for name, value in stored.items() if ".experts." in name and ".lora_B." in name and bool(value.any())]
+    assert len(moved) == 4
+    assert set(json.loads((adapter / "adapter_config.json").read_text())["target_parameters"]) == set(EXPERTS)
+    assert manifest.verification is not None
+    assert manifest.verification.relative_difference < 1e-6
+    assert manifest.merge_check is not None
+    assert manifest.merge_check.relative_difference < 1e-5
+    assert any("for each expert, on down_proj, gate_up_proj" in warning for warning in prepared.warnings)
+    assert "vLLM serves no such adapter" in (adapter / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_qlora_of_older_families_is_merged_into_what_training_saw(s3: Any, tmp_path: Path, family: str) -> None:
+    """The merge check compares base + adapter here with training's own measurement."""
+    _, manifest, _ = run_job(s3, tmp_path, family, method={"type": "QLoRA"})
+    assert manifest.merge_check is not None
+    assert manifest.merge_check.held_out_loss_trained is not None
+    assert not any("quantize on this CPU" in warning for warning in manifest.warnings)
 
 
 def test_qlora_that_would_quantize_nothing_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_counts_equal_pefts_own(tiny_model: Path, modules: list[str], bias: Any,
 
 
 def test_a_dense_decoder_can_be_merged() -> None:
-    check_mergeable(llama(8, 16, 1, 8, 32), "s3://models/llama")
+    check_mergeable(llama(8, 16, 1, 8, 32), "llama", "s3://models/llama")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_dense_decoder_can_be_merged() -> None:
 )
 def test_a_model_that_publish_could_not_merge_is_refused_before_a_gpu_is_asked_for(headers: TensorHeaders) -> None:
     with pytest.raises(StageError, match=r"output\.merged\.enabled: false") as error:
-        check_mergeable(headers, "s3://models/other")
+        check_mergeable(headers, "other", "s3://models/other")
     assert error.value.reason is Reason.UNSUPPORTED_MODEL
 
 

@@ -54,6 +54,7 @@ def request_of(
             dropout=lora.dropout,
             bias=lora.bias,
             target_modules=list(lora.target_modules),
+            target_parameters=list(lora.target_parameters or []),
             exclude_modules=list(lora.exclude_modules or []),
             layers_to_transform=lora.layers_to_transform,
             rank_pattern=dict(lora.rank_pattern or {}),
@@ -125,7 +126,8 @@ def is_whole(spec: FineTuneJobSpec, method: MethodType, quantization: Quantizati
     lora = spec.method.lora
     if method is MethodType.FULL or (method is not MethodType.LORA and quantization is QuantizationType.INT8):
         return True
-    return lora.use_dora or bool(lora.modules_to_save or trained_tokens(spec)) or lora.initialization in WHOLE_WEIGHTS
+    whole = lora.modules_to_save or lora.target_parameters or trained_tokens(spec)
+    return lora.use_dora or bool(whole) or lora.initialization in WHOLE_WEIGHTS
 
 
 def possible(spec: FineTuneJobSpec, offered: Sequence[Alternative], shardable: bool = True) -> list[Alternative]:

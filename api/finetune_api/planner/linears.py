@@ -89,11 +89,25 @@ def quantized_layers(linears: list[Linear], arch: Architecture) -> list[Linear]:
 
 def trainable_parameters(shapes: Shapes, arch: Architecture, tuning: Tuning) -> int:
     """rank × (inputs + outputs) for each adapted layer (Hu et al., 2021), with DoRA its outputs once more, the biases PEFT's ``bias`` names, modules
-    that are trained whole, and the rows of trained tokens."""
+    that are trained whole, and the rows of trained tokens; for fused experts as much for each of them."""
     targets = adapted_layers(linear_layers(shapes, arch), tuning)
     count = matrix_parameters(targets, tuning) + tuning.dora * sum(layer.outputs for layer in targets)
+    count += sum(tuning.rank * experts * (o + i) for experts, o, i in adapted_experts(shapes, tuning).values())
     count += tuning.token_rows * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     return count + _biases(shapes, targets, tuning.bias) + _saved(shapes, tuning.modules_to_save)
+
+
+def adapted_experts(shapes: Shapes, tuning: Tuning) -> dict[str, tuple[int, int, int]]:
+    """Fused experts that get an update for each, by name: (experts, outputs, inputs).
+
+    Raises:
+        UnknownTarget: a name that matches nothing.
+    """
+    fused = {n: (s[0], s[1], s[2]) for n, s in shapes.items() if ".experts." in n and len(s) == 3}
+    for name in tuning.target_parameters:
+        if not any(is_named(parameter, [name]) for parameter in fused):
+            raise UnknownTarget(f"targetParameters names {name}, which is none of this model's fused experts")
+    return {name: shape for name, shape in fused.items() if is_named(name, tuning.target_parameters)}
 
 
 def matrix_parameters(targets: list[Linear], tuning: Tuning) -> int:

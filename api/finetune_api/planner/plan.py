@@ -254,7 +254,16 @@ def _step(
     if not tuning.full:
         # The head's copy, and its gradient of all rows, of which those of the trained tokens are taken.
         copies = 2 * weights.token_copy_bytes(arch, tuning)
-        return step.model_copy(update={"loss_bytes": step.loss_bytes + copies})
+        # Experts' copies are kept as activations are, and their gradients are there a layer at a time.
+        layer_experts, all_experts = weights.expert_copies(shapes, tuning)
+        kept, working = (0, 2 * layer_experts) if batch.gradient_checkpointing else (all_experts, layer_experts)
+        return step.model_copy(
+            update={
+                "kept_bytes": step.kept_bytes + kept,
+                "working_bytes": step.working_bytes + working,
+                "loss_bytes": step.loss_bytes + copies,
+            }
+        )
     return step.model_copy(
         update={
             # The optimizer's turn comes after that of the products.
@@ -281,4 +290,5 @@ def _evaluation(request: Request, quantized: set[str], mlp_adapted: bool, copied
         prompts = min(request.generation_prompts, ANSWERED_AT_ONCE, fitting)
         answers = activations.generation_bytes(arch, *rows(prompts), copied, request.generation_new_tokens)
         peak = max(peak, answers)
-    return peak + weights.token_copy_bytes(arch, request.tuning)
+    layer_experts, _ = weights.expert_copies(request.shapes, request.tuning)
+    return peak + weights.token_copy_bytes(arch, request.tuning) + layer_experts

@@ -27,22 +27,28 @@ def parameter_shapes(headers: Mapping[str, Shape], arch: Architecture) -> Shapes
         headers: name → shape of every tensor in the files.
     """
     shapes: Shapes = {}
+    for name, shape in headers.items():
+        if BUFFER.search(name) or EXPERT.match(name) or (arch.tied_embeddings and HEAD.search(name)):
+            continue
+        shapes[parameter_name(name)] = shape
+    return shapes | fused_experts(headers)
+
+
+def fused_experts(headers: Mapping[str, Shape]) -> Shapes:
+    """The parameters that are made of each expert's tensors: (experts, outputs, inputs)."""
     experts: dict[tuple[str, str], list[Shape]] = {}
     for name, shape in headers.items():
-        if BUFFER.search(name) or (arch.tied_embeddings and HEAD.search(name)):
-            continue
         if found := EXPERT.match(name):
             kind = "gate_up_proj" if found[3] in UP_NAMES else "down_proj"
             experts.setdefault((found[1].replace("block_sparse_moe", "mlp"), kind), []).append(shape)
-        else:
-            shapes[_renamed(name)] = shape
+    shapes: Shapes = {}
     for (module, kind), parts in experts.items():
         fused = 2 if kind == "gate_up_proj" else 1
         shapes[f"{module}.{kind}"] = (len(parts) // fused, fused * parts[0][0], parts[0][1])
     return shapes
 
 
-def _renamed(name: str) -> str:
+def parameter_name(name: str) -> str:
     """The parameter's name where transformers 5 has another one than the checkpoint."""
     return name.replace("block_sparse_moe.gate", "mlp.gate").replace("embed_out.weight", "lm_head.weight")
 

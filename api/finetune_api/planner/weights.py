@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from finetune_api.planner.architecture import Architecture, Family
-from finetune_api.planner.linears import linear_layers, quantized_layers
+from finetune_api.planner.linears import adapted_experts, linear_layers, quantized_layers
 from finetune_api.planner.tensors import EMBEDDING, Shapes, parameters
 from finetune_api.planner.workload import Tuning
 from finetune_api.targets import is_named
@@ -106,6 +106,16 @@ def token_copy_bytes(arch: Architecture, tuning: Tuning) -> int:
     """A copy of the embeddings with the trained tokens' rows put in, which peft makes in each forward pass, of the head too (0.21:
     TrainableTokensLayer.get_merged_weights)."""
     return HALF * arch.vocabulary_size * arch.hidden_size if tuning.token_rows else 0
+
+
+def expert_copies(shapes: Shapes, tuning: Tuning) -> tuple[int, int]:
+    """Bytes of the adapted experts' copies with their updates added, which peft makes for each forward pass (0.21, ParamWrapper): of the layer that
+    has the most, and of all layers."""
+    layers: dict[str, int] = {}
+    for name, shape in adapted_experts(shapes, tuning).items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = layers.get(layer, 0) + HALF * math.prod(shape)
+    return max(layers.values(), default=0), sum(layers.values())
 
 
 def trained_embedding(shapes: Shapes, tuning: Tuning) -> int:

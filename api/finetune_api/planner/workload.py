@@ -30,6 +30,8 @@ class Tuning(ApiModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     bias: LoraBias = LoraBias.NONE
     target_modules: list[str] = ["all-linear"]
+    target_parameters: list[str] = []
+    """Of fused experts."""
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = {}

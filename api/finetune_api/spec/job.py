@@ -61,6 +61,7 @@ _INT8_MESSAGE = (
 _NEEDS_WHOLE = "the whole base model on each GPU: leave training.parallelism: FSDP and cpuOffload out"
 _DORA_MESSAGE = f"method.lora.useDora needs {_NEEDS_WHOLE}"
 _SAVED_MESSAGE = f"method.lora.modulesToSave needs {_NEEDS_WHOLE}"
+_PARAMETERS_MESSAGE = f"method.lora.targetParameters needs {_NEEDS_WHOLE}"
 _INITIALIZATION_MESSAGE = f"method.lora.initialization: EVA, LoftQ, PiSSA and OLoRA need {_NEEDS_WHOLE}"
 _FULL_IS_WHOLE = (
     "method.type: Full keeps what it trains whole on each GPU: leave training.parallelism: FSDP and cpuOffload out; for less memory train fewer "
@@ -145,6 +146,10 @@ class FineTuneJobSpec(ApiModel):
                 _SAVED_MESSAGE,
             ),
             (
+                "!has(self.method.lora.targetParameters) || (self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
+                _PARAMETERS_MESSAGE,
+            ),
+            (
                 "!has(self.model.newTokens) && !has(self.method.lora.trainableTokens) || "
                 "(self.training.parallelism != 'FSDP' && self.training.cpuOffload == 'Never')",
                 _TOKENS_ARE_WHOLE,
@@ -199,6 +204,7 @@ class FineTuneJobSpec(ApiModel):
             (method.type is not MethodType.LORA and method.quantization.bits == 8, _INT8_MESSAGE),
             (lora.use_dora, _DORA_MESSAGE),
             (lora.modules_to_save is not None, _SAVED_MESSAGE),
+            (lora.target_parameters is not None, _PARAMETERS_MESSAGE),
             (lora.initialization in WHOLE_WEIGHTS, _INITIALIZATION_MESSAGE),
         )
         for needed, message in whole:

@@ -69,6 +69,15 @@ EMBEDDINGS = "embed_tokens|embed_in|wte|word_embeddings|lm_head|embed_out"
 """Names of input embeddings and output heads."""
 TRAINED_TWICE = "modulesToSave trains embeddings whole already: leave trainableTokens out, or embed_tokens and lm_head out of modulesToSave"
 
+_NO_DROPOUT_OF_PARAMETERS = (
+    "targetParameters changes weights before they are multiplied, where dropout of inputs has no place: set dropout: 0"
+)
+_NO_DORA_OF_PARAMETERS = "targetParameters has no magnitudes to train: leave useDora out, or targetParameters"
+_PARAMETERS_BEGIN_PLAINLY = (
+    "targetParameters begins with initialization: Default or Gaussian: the others are for linear layers"
+)
+_PARAMETERS_OF_LAYERS = "layersToTransform does not reach targetParameters: name the layers there (layers.3.mlp.experts.down_proj), and leave it out"
+
 
 class Lora(ApiModel):
     """Low-rank adaptation (Hu et al., 2021). Defaults follow common practice: rank 16, alpha = 2 × rank, all linear layers."""
@@ -96,6 +105,15 @@ class Lora(ApiModel):
             "The linear layers to adapt: all-linear, or ends of their names (q_proj, layers.0.mlp.up_proj), in which * stands for any "
             "characters, ? for one and [0-9] for one of a set (layers.[0-7].self_attn.*). One that matches nothing fails the job before a GPU is "
             "used."
+        ),
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    target_parameters: Annotated[list[ModuleName], Field(min_length=1, max_length=8)] | None = Field(
+        None,
+        description=(
+            "Fused experts that are adapted besides, by the ends of the parameters' names: mlp.experts.gate_up_proj, mlp.experts.down_proj "
+            "(Mixtral, Qwen2-MoE, Qwen3-MoE). An update of its own for each expert: rank × (inputs + outputs) × experts weights. Needs type: LoRA, "
+            "dropout: 0 and the whole base model on each GPU; vLLM serves such adapters merged only."
         ),
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
@@ -167,6 +185,13 @@ class Lora(ApiModel):
                 "useDora measures the weights before they are initialized so: leave initialization: Orthogonal and LoftQ out",
             ),
             ("!self.useDora || !(self.initialization in ['PiSSA', 'OLoRA'])", _DORA_MESSAGE),
+            ("!has(self.targetParameters) || self.dropout == 0.0", _NO_DROPOUT_OF_PARAMETERS),
+            ("!has(self.targetParameters) || !self.useDora", _NO_DORA_OF_PARAMETERS),
+            (
+                "!has(self.targetParameters) || self.initialization in ['Default', 'Gaussian']",
+                _PARAMETERS_BEGIN_PLAINLY,
+            ),
+            ("!has(self.targetParameters) || !has(self.layersToTransform)", _PARAMETERS_OF_LAYERS),
             (
                 f"!has(self.trainableTokens) || !has(self.modulesToSave) || !self.modulesToSave.exists(m, m.matches('(^|[.])({EMBEDDINGS})$'))",
                 TRAINED_TWICE,
@@ -178,6 +203,23 @@ class Lora(ApiModel):
     def _no_dora_of_what_begins_at_weights(self) -> Lora:
         if self.use_dora and self.initialization in BEGIN_AT_WEIGHTS:
             raise ValueError(_DORA_MESSAGE)
+        return self
+
+    @model_validator(mode="after")
+    def _parameters_as_peft_can(self) -> Lora:
+        if self.target_parameters is None:
+            return self
+        for wrong, message in (
+            (self.dropout != 0, _NO_DROPOUT_OF_PARAMETERS),
+            (self.use_dora, _NO_DORA_OF_PARAMETERS),
+            (
+                self.initialization not in (LoraInitialization.DEFAULT, LoraInitialization.GAUSSIAN),
+                _PARAMETERS_BEGIN_PLAINLY,
+            ),
+            (self.layers_to_transform is not None, _PARAMETERS_OF_LAYERS),
+        ):
+            if wrong:
+                raise ValueError(message)
         return self
 
     @property
@@ -284,6 +326,8 @@ _BIAS_MESSAGE = (
     "are lost; set lora.bias: None, or type: LoRA"
 )
 
+_PARAMETERS_MESSAGE = "lora.targetParameters is for type: LoRA, and Auto may choose QLoRA: bitsandbytes leaves fused experts in 16 bit anyway"
+
 _LOFTQ_MESSAGE = "lora.initialization: LoftQ makes good for what 4 bits leave of the weights: leave it out with quantization.type: Int8"
 
 
@@ -293,7 +337,7 @@ _ADAPTER_MESSAGE = (
 )
 _LORA_DEFAULTS = (
     "self.lora.rank == 16 && !has(self.lora.alpha) && !has(self.lora.rankPattern) && !has(self.lora.alphaPattern) && self.lora.dropout == 0.05 && "
-    "self.lora.bias == 'None' && self.lora.targetModules == ['all-linear'] && !has(self.lora.excludeModules) && !has(self.lora.layersToTransform) && "
+    "self.lora.bias == 'None' && self.lora.targetModules == ['all-linear'] && !has(self.lora.targetParameters) && !has(self.lora.excludeModules) && !has(self.lora.layersToTransform) && "
     "!has(self.lora.modulesToSave) && !has(self.lora.trainableTokens) && !self.lora.useDora && !has(self.lora.loraPlusLRRatio) && self.lora.initialization == 'Default' && "
     "!self.lora.useRslora && self.quantization.type == 'NF4' && !has(self.quantization.doubleQuantization)"
 )
@@ -322,6 +366,7 @@ class Method(ApiModel):
             ("self.type != 'Full' || (" + _LORA_DEFAULTS + ")", _ADAPTER_MESSAGE),
             ("!has(self.full) || self.type == 'Full'", _FULL_MESSAGE),
             ("self.type == 'LoRA' || self.type == 'Full' || self.lora.bias == 'None'", _BIAS_MESSAGE),
+            ("self.type == 'LoRA' || self.type == 'Full' || !has(self.lora.targetParameters)", _PARAMETERS_MESSAGE),
             (
                 "self.type == 'QLoRA' || self.type == 'Full' || self.lora.initialization != 'LoftQ'",
                 "lora.initialization: LoftQ makes good for quantization: it needs type: QLoRA",
@@ -342,6 +387,12 @@ class Method(ApiModel):
     def _no_biases_in_16_bit(self) -> Method:
         if self.type is not MethodType.LORA and self.lora.bias is not LoraBias.NONE:
             raise ValueError(_BIAS_MESSAGE)
+        return self
+
+    @model_validator(mode="after")
+    def _parameters_of_lora(self) -> Method:
+        if self.type is not MethodType.LORA and self.lora.target_parameters is not None:
+            raise ValueError(_PARAMETERS_MESSAGE)
         return self
 
     @model_validator(mode="after")

@@ -87,7 +87,9 @@ def _read_config(folder: Path, place: str) -> dict[str, Any]:
     except SafetensorError as error:
         raise StageError(Reason.INVALID_CONFIG, f"{place} is no adapter of peft's ({WEIGHTS}: {error}).") from error
     assert isinstance(config, dict)
-    strange = strange_settings(config, modules, "modules_to_save", "trainable_token_indices", "use_dora")
+    strange = strange_settings(
+        config, modules, "modules_to_save", "trainable_token_indices", "target_parameters", "use_dora"
+    )
     if kind != "LORA" or strange or config.get("bias", "none") != "none":
         found = kind if kind != "LORA" else ", ".join(strange) or "trained biases"
         raise StageError(

@@ -112,7 +112,11 @@ def settings_of(config: dict[str, Any], asked: Lora, uri: str, modules: list[str
     """
     if (
         config.get("peft_type") != "LORA"
-        or (strange := strange_settings(config, modules, "modules_to_save", "trainable_token_indices"))
+        or (
+            strange := strange_settings(
+                config, modules, "modules_to_save", "trainable_token_indices", "target_parameters"
+            )
+        )
         or config.get("bias") != "none"
     ):
         found = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(strange) or "trained biases"

@@ -23,6 +23,7 @@ from finetune_trainer.prepare.shapes import (
     count_parameters,
     is_mixture_of_experts,
     refuse_mamba_projections,
+    refuse_other_experts,
     refuse_unsaveable,
 )
 from finetune_trainer.prepare.tokenizer_files import tokenizer_hash
@@ -76,7 +77,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     model, folder, headers = wait_until_available(ctx, fetch)
     config = check_config(folder, spec.uri)
     if ctx.snapshot.spec.output.merged.enabled:
-        check_mergeable(headers, spec.uri)
+        check_mergeable(headers, config.get("model_type"), spec.uri)
     tokenizer = load_tokenizer(folder, spec.trust_remote_code)
     tokens = trained_tokens(tokenizer, ctx.snapshot.spec, headers)
     if tokens is not None and tokens.resized_to is not None:
@@ -108,6 +109,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         parameters = count_full(headers, method.full, tied, spec.uri)
         refuse_others(headers, method.full, config, spec.uri)
     else:
+        refuse_other_experts(lora, config.get("model_type"), spec.uri)
         refuse_unsaveable(headers, lora, tied, method.type is not MethodType.LORA)
         parameters = count_parameters(headers, lora, trained_rows(headers, config, tokens))
         refuse_mamba_projections(config.get("model_type"), parameters)
@@ -139,6 +141,12 @@ def inspect_model(ctx: StageContext) -> BaseModel:
 def of_experts(parameters: Parameters) -> str:
     """What of a mixture of experts is adapted, and what is not."""
     kinds = sorted({name.rpartition(".")[2] for name in parameters.targets})
+    if parameters.experts:
+        fused = sorted({name.rpartition(".")[2] for name in parameters.experts})
+        return (
+            f"mixture of experts: the adapter is on {', '.join(kinds)} and, for each expert, on {', '.join(fused)}; shared experts and routers stay as "
+            "they are"
+        )
     return f"mixture of experts: the adapter is on {', '.join(kinds)}; all experts (shared ones, too) and their routers stay as they are"
 
 

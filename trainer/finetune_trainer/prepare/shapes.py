@@ -6,12 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import Reason
-from finetune_api.planner.tensors import BUFFER
+from finetune_api.planner.tensors import BUFFER, fused_experts, parameter_name
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
 from finetune_api.targets import is_left_out, is_named, is_pattern, routed_kinds, setting_of
@@ -26,6 +26,16 @@ HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output|score)$")
 BLOCK = re.compile(r"\.\d+\.")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+USUAL_EMBEDDINGS = "model.embed_tokens.weight"
+KNOWN_EMBEDDINGS = {
+    "gpt2": ("wte.weight", "transformer.wte.weight"),
+    "gpt_neox": ("gpt_neox.embed_in.weight",),
+    "falcon": ("transformer.word_embeddings.weight",),
+    **dict.fromkeys(MIXTURES, (USUAL_EMBEDDINGS,)),
+}
+"""What the embeddings are called in the files of models that have other names there than Llama's, or experts, and are merged as transformers
+loads them."""
 CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -36,6 +46,8 @@ class Parameters:
     trainable: int
     total: int
     targets: list[str]
+    experts: list[str] = field(default_factory=list)
+    """Full names of the fused experts that are adapted besides."""
 
 
 def check_config(folder: Path, uri: str) -> dict[str, Any]:
@@ -79,7 +91,7 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora, token_rows: int
     Raises:
         StageError: UnknownTargetModule, InvalidConfig for output head or embeddings.
     """
-    tensors = {name: shape for name, (_, shape) in headers.items() if not BUFFER.search(name)}
+    tensors = {parameter_name(name): shape for name, (_, shape) in headers.items() if not BUFFER.search(name)}
     matrices = {
         name.removesuffix(".weight"): shape
         for name, shape in tensors.items()
@@ -96,7 +108,30 @@ def count_parameters(headers: TensorHeaders, lora: ResolvedLora, token_rows: int
     )
     _no_routed_is_saved(routed, lora)
     trainable += _biases(tensors, targets, lora.bias) + _saved(tensors, targets, lora.modules_to_save)
-    return Parameters(trainable + token_rows, sum(math.prod(shape) for shape in tensors.values()), targets)
+    experts = _experts(headers, lora)
+    trainable += sum(lora.rank * number * (outputs + inputs) for number, outputs, inputs in experts.values())
+    total = sum(math.prod(shape) for shape in tensors.values())
+    return Parameters(trainable + token_rows, total, targets, sorted(experts))
+
+
+def _experts(headers: TensorHeaders, lora: ResolvedLora) -> dict[str, tuple[int, ...]]:
+    """Fused experts that get an update for each, by the model's name for the parameter: (experts, outputs, inputs)."""
+    if not lora.target_parameters:
+        return {}
+    fused = fused_experts({name: shape for name, (_, shape) in headers.items()})
+    for name in lora.target_parameters:
+        if not any(is_named(parameter, [name]) for parameter in fused):
+            choices = ", ".join(sorted({".".join(parameter.split(".")[-3:]) for parameter in fused}))
+            has = (
+                f"whose fused experts are {choices}"
+                if fused
+                else "which has no fused experts: name its layers in targetModules"
+            )
+            raise StageError(
+                Reason.UNKNOWN_TARGET_MODULE,
+                f"method.lora.targetParameters: {name} is no parameter of this model's experts, {has}",
+            )
+    return {name: shape for name, shape in fused.items() if is_named(name, lora.target_parameters)}
 
 
 def _outputs(name: str, shape: tuple[int, ...]) -> int:
@@ -172,13 +207,13 @@ def _remaining(named: list[str], lora: ResolvedLora) -> list[str]:
 
 def _patterns_name(targets: list[str], lora: ResolvedLora) -> None:
     """peft takes a rank or an alpha of what is not there for none at all, without a word."""
-    for field, pattern in (("rankPattern", lora.rank_pattern), ("alphaPattern", lora.alpha_pattern)):
+    for setting, pattern in (("rankPattern", lora.rank_pattern), ("alphaPattern", lora.alpha_pattern)):
         for module in pattern:
             if not any(is_named(name, [module]) for name in targets):
                 kinds = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
                 raise StageError(
                     Reason.UNKNOWN_TARGET_MODULE,
-                    f"method.lora.{field}: {module} is none of the layers that are adapted, which are {kinds}",
+                    f"method.lora.{setting}: {module} is none of the layers that are adapted, which are {kinds}",
                 )
 
 
@@ -274,23 +309,43 @@ def refuse_unsaveable(headers: TensorHeaders, lora: ResolvedLora, tied: bool, qu
         )
 
 
-def check_mergeable(headers: TensorHeaders, uri: str) -> None:
-    """Refuse now what publish could not merge after the GPU time is spent: it reads weights by the names of the modules.
+def check_mergeable(headers: TensorHeaders, model_type: object, uri: str) -> None:
+    """Refuse now what publish could not merge after the GPU time is spent.
+
+    Args:
+        model_type: config.json's.
 
     Raises:
         StageError: UnsupportedModel.
     """
-    if found := why_not_writable(headers):
+    known = KNOWN_EMBEDDINGS.get(str(model_type), ())
+    found = "" if any(name in headers for name in known) else why_not_writable(headers)
+    if found:
         raise StageError(
             Reason.UNSUPPORTED_MODEL,
-            f"{uri} cannot be merged: expected a dense decoder with tensors named model.layers.…, found {found}. "
-            "Set output.merged.enabled: false to train the adapter alone.",
+            f"{uri} cannot be merged: expected a dense decoder with tensors named model.layers.…, or one of {', '.join(KNOWN_EMBEDDINGS)}; "
+            f"found {found}. Set output.merged.enabled: false to train the adapter alone.",
         )
 
 
 def why_not_writable(headers: TensorHeaders) -> str:
-    """What keeps publish from writing a whole model like this one; empty if nothing does."""
-    usual = "model.embed_tokens.weight" in headers and any(name.startswith("model.layers.0.") for name in headers)
+    """What keeps publish from writing the model's own weights, trained; empty if nothing does."""
+    usual = USUAL_EMBEDDINGS in headers and any(name.startswith("model.layers.0.") for name in headers)
     if usual and not is_mixture_of_experts(headers):
         return ""
     return "a mixture of experts" if usual else f"tensors named otherwise (such as {min(headers)})"
+
+
+def refuse_other_experts(lora: ResolvedLora, model_type: object, uri: str) -> None:
+    """Adapters on the experts of models whose files have them otherwise: how peft would nest their parameters, and which way round they lie, is
+    known of these alone.
+
+    Raises:
+        StageError: UnsupportedModel.
+    """
+    if lora.target_parameters and model_type not in MIXTURES:
+        raise StageError(
+            Reason.UNSUPPORTED_MODEL,
+            f"method.lora.targetParameters: {uri} is a {model_type}; experts of {', '.join(MIXTURES)} can be adapted. Leave it out to adapt the "
+            "attention's layers alone.",
+        )

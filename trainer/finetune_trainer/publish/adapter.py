@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from finetune_api.failures import Reason
 from finetune_api.results import WEIGHTS_FILE, TrainedWeights
-from finetune_api.targets import as_peft_reads
+from finetune_api.targets import as_peft_reads, is_named
 from finetune_trainer.errors import StageError
 from finetune_trainer.lora_files import (
     CONFIG,
@@ -24,13 +24,15 @@ from finetune_trainer.lora_files import (
     TOKENS,
     WEIGHTS,
     adapted_modules,
+    expert_keys,
     strange_settings,
     tensor_name,
 )
-from finetune_trainer.publish.safetensors_stream import rows_per_chunk
+from finetune_trainer.publish.safetensors_stream import module_of, rows_per_chunk
+from finetune_trainer.publish.stored_weights import Part, StoredWeights
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-"""In the files of the models that publish writes (prepare refuses others)."""
+"""In the files of the models whose own weights are trained (prepare refuses others)."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,31 @@ class Adapter:
     """What base and this are together, for messages."""
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Base tensors of which it replaces rows, or to which it adds some: those of trained tokens, ascending."""
+    experts: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of all of a layer's experts with an update for each, by name, with the scaling; none once the adapter is in the files' words."""
+    rank: int = 0
+    """Of experts' updates."""
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    """Of ``modules``, the single experts', with their places in these parameters."""
 
     def lora(self, module: str) -> Lora:
         """The update of a module."""
+        if module in self.parts:
+            return self._of_expert(module)
         magnitude = self._read(f"{module}{MAGNITUDE}") if f"{module}{MAGNITUDE}" in self.keys else None
         a, b = self._read(f"{module}{LORA_A}"), self._read(f"{module}{LORA_B}")
         return Lora(a, b, self.modules[module], magnitude)
+
+    def _of_expert(self, module: str) -> Lora:
+        """peft (0.21, ParamWrapper.get_delta_weight) keeps A as (experts · rank, inputs) and B as (outputs, rank · experts)."""
+        part, scaling = self.parts[module], self.modules[module]
+        first = part.expert * self.rank
+        with safe_open(self.folder / self.file, "pt") as file:
+            a = file.get_slice(self.keys[f"{part.parameter}{LORA_A}"])[first : first + self.rank].float()
+            whole = file.get_slice(self.keys[f"{part.parameter}{LORA_B}"])
+            rows = whole.get_shape()[0] // part.halves
+            b = whole[part.half * rows : (part.half + 1) * rows].float()
+        return Lora(a, b.reshape(rows, self.rank, part.experts)[:, :, part.expert].contiguous(), scaling)
 
     def replacement(self, tensor: str) -> torch.Tensor:
         """The trained values of a base tensor."""
@@ -166,7 +187,9 @@ def read_adapter(folder: Path) -> Adapter:
         )
     rank, alpha = config["r"], config["lora_alpha"]
     with safe_open(folder / WEIGHTS, "pt") as file:
-        names = {k: tensor_name(k) for k in file.keys()}  # noqa: SIM118 - not a dict
+        experts = expert_keys(file.keys(), config.get("target_parameters") or ())
+        names = {k: tensor_name(k) for k in file.keys() if k not in experts.values()}  # noqa: SIM118 - not a dict
+        sizes = {name: tuple(file.get_slice(key).get_shape()) for name, key in experts.items()}
         ranks = {
             n.removesuffix(LORA_A): file.get_slice(k).get_shape()[0] for k, n in names.items() if n.endswith(LORA_A)
         }
@@ -186,7 +209,76 @@ def read_adapter(folder: Path) -> Adapter:
     alphas = dict.fromkeys(modules, alpha) | as_peft_reads(modules, config.get("alpha_pattern") or {})
     scalings = {m: alphas[m] / root(ranks[m]) for m in modules}
     replaced = frozenset(n for n in keys if ".lora_" not in n and not n.endswith(TOKENS))
-    return Adapter(folder, scalings, replaced, keys, tokens=token_indices(folder, config, keys))
+    return Adapter(
+        folder,
+        scalings,
+        replaced,
+        keys | experts,
+        tokens=token_indices(folder, config, keys),
+        experts=dict.fromkeys(whole_experts(sizes, config), alpha / root(rank)),
+        rank=rank,
+    )
+
+
+def whole_experts(sizes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> list[str]:
+    """The parameters of experts that have an update, each A with its B.
+
+    Args:
+        sizes: by the parameter's name and half.
+
+    Raises:
+        StageError: VerificationFailed, if one is missing, or of another rank than the configured one.
+    """
+    found = sorted({name.removesuffix(LORA_A).removesuffix(LORA_B) for name in sizes})
+    rank = config["r"]
+    named = config.get("target_parameters") or ()
+    for name in found:
+        a, b = sizes.get(f"{name}{LORA_A}", (0, 0)), sizes.get(f"{name}{LORA_B}", (0, 0))
+        if not a[0] or a[0] != b[1] or a[0] % rank:
+            raise StageError(
+                Reason.VERIFICATION_FAILED,
+                f"the adapter is not whole: of {name} it has A {list(a)} and B {list(b)}, with rank {rank}.",
+            )
+    if missing := [each for each in named if not any(is_named(name, [each]) for name in found)]:
+        raise StageError(
+            Reason.VERIFICATION_FAILED,
+            f"the adapter is not whole: it has no update of {missing[0]}, which its target_parameters name.",
+        )
+    return found
+
+
+def in_files(adapter: Adapter, stored: StoredWeights) -> Adapter:
+    """The same adapter by the names that the base's files have.
+
+    Raises:
+        StageError: VerificationFailed, if it has updates of other experts than the base has.
+    """
+    tensors = stored.alone
+    parts = {module_of(name): part for name, part in stored.parts.items() if part.parameter in adapter.experts}
+    if unknown := adapter.experts.keys() - {part.parameter for part in parts.values()}:
+        raise StageError(
+            Reason.VERIFICATION_FAILED, f"the adapter has an update of {min(unknown)}; the base has no such experts."
+        )
+
+    def module(name: str) -> str:
+        return module_of(tensors.get(f"{name}.weight", f"{name}.weight"))
+
+    def renamed(name: str) -> str:
+        for suffix in (LORA_A, LORA_B, MAGNITUDE, TOKENS):
+            if name.endswith(suffix):
+                return module(name.removesuffix(suffix)) + suffix
+        return tensors.get(name, name)
+
+    return replace(
+        adapter,
+        modules={module(name): scaling for name, scaling in adapter.modules.items()}
+        | {name: adapter.experts[part.parameter] for name, part in parts.items()},
+        experts={},
+        parts=parts,
+        replaced=frozenset(map(renamed, adapter.replaced)),
+        keys={renamed(name): key for name, key in adapter.keys.items()},
+        tokens={renamed(name): ids for name, ids in adapter.tokens.items()},
+    )
 
 
 def token_indices(folder: Path, config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

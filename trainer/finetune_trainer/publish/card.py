@@ -68,8 +68,9 @@ def model_card(
 
 
 def vllm_rank(lora: ResolvedLora) -> int | None:
-    """What vLLM takes as ``--max-lora-rank`` for an adapter; None for one that vLLM does not serve."""
-    if lora.use_dora or lora.modules_to_save or lora.bias is not LoraBias.NONE:
+    """What vLLM takes as ``--max-lora-rank`` for an adapter; None for one that vLLM does not serve. It drops peft's updates of fused experts, or reads
+    them the other way round (vllm-project/vllm, pull requests 41384 and 52198)."""
+    if lora.use_dora or lora.modules_to_save or lora.target_parameters or lora.bias is not LoraBias.NONE:
         return None
     return max_lora_rank(lora.highest_rank)
 

@@ -46,6 +46,7 @@ def _adapter(method: ResolvedMethod) -> Facts:
         ("layers", _layers(lora)),
         *_optional(
             ("ranks and alphas of single modules", _patterns(lora)),
+            ("experts, each", ", ".join(lora.target_parameters)),
             ("trained whole", ", ".join(lora.modules_to_save)),
             ("biases", "" if lora.bias is LoraBias.NONE else lora.bias.value),
         ),

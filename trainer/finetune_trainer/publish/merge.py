@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from finetune_trainer.publish.safetensors_stream import (
     StreamWriter,
     TensorInfo,
     element_size,
+    module_of,
     read_header,
     rows_per_chunk,
 )
@@ -34,16 +35,32 @@ NOT_COPIED = {CONFIG, WEIGHTS, WEIGHTS_FILE, "README.md"}
 
 
 class BaseWeights:
-    """The base weights to merge into: as published, or for QLoRA as training saw them."""
+    """The base weights to merge into: as published, or for QLoRA as training saw them.
 
-    def __init__(self, checkpoint: Checkpoint, round_trip: RoundTrip | None) -> None:
+    Args:
+        round_trip: by the names of the files.
+        conv1d: modules, by the names of the files, whose weights are stored (inputs, outputs).
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, round_trip: RoundTrip | None, conv1d: Collection[str] = frozenset()
+    ) -> None:
         self.checkpoint = checkpoint
         self._round_trip = round_trip
+        self._conv1d = conv1d
+
+    def is_turned(self, name: str) -> bool:
+        """Whether a tensor is stored (inputs, outputs)."""
+        return name.endswith(".weight") and module_of(name) in self._conv1d
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor."""
+        """A whole tensor, as it is stored."""
         value = self.checkpoint.read(name)
-        return self._round_trip(module_of(name), value) if self._quantized(name) and self._round_trip else value
+        if self._round_trip is None or not self._quantized(name):
+            return value
+        # transformers (5.23, Bnb4bitQuantize) turns Conv1D's weights before they are quantized.
+        module = module_of(name)
+        return self._round_trip(module, value.T).T if self.is_turned(name) else self._round_trip(module, value)
 
     def rows(self, name: str) -> Any:
         """A tensor in parts: (first row, rows). A quantized one is held whole, as its constants depend on all of it."""
@@ -55,11 +72,6 @@ class BaseWeights:
 
     def _quantized(self, name: str) -> bool:
         return self._round_trip is not None and name.endswith(".weight") and module_of(name) in self._round_trip.modules
-
-
-def module_of(tensor: str) -> str:
-    """``model.layers.0.mlp.up_proj.weight`` → ``model.layers.0.mlp.up_proj``."""
-    return tensor.rpartition(".")[0]
 
 
 def merge(
@@ -117,12 +129,16 @@ def merged_parts(base: BaseWeights, adapter: Adapter, info: TensorInfo) -> Any:
         for _, rows in with_rows(base.rows(info.name), adapter.tokens[info.name], adapter.token_rows(info.name)):
             yield rows.to(dtype)
     elif info.name.endswith(".weight") and module_of(info.name) in adapter.modules:
-        lora = adapter.lora(module_of(info.name))
-        if (lora.b.shape[0], lora.a.shape[1]) != tuple(info.shape):
+        lora, turned = adapter.lora(module_of(info.name)), base.is_turned(info.name)
+        update = (lora.b.shape[0], lora.a.shape[1])
+        if update != (info.shape[::-1] if turned else info.shape):
             raise StageError(
                 Reason.VERIFICATION_FAILED,
-                f"{info.name} is {list(info.shape)} in the base; the adapter's update is {[lora.b.shape[0], lora.a.shape[1]]}.",
+                f"{info.name} is {list(info.shape)} in the base; the adapter's update is {list(update)}.",
             )
+        if turned:
+            yield lora.merged(base.read(info.name).T).T.to(dtype)
+            return
         for start, rows in base.rows(info.name):
             yield lora.rows(start, len(rows)).merged(rows).to(dtype)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from finetune_api.results import (
     FileRecord,
     MergeCheck,
     PrepareResult,
+    QuantizedModule,
     SourceFile,
     TrainResult,
     chosen,
@@ -25,11 +27,12 @@ from finetune_api.spec import MergedBase
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import NotFound, StageError
 from finetune_trainer.prepare.trained_tokens import is_tied
-from finetune_trainer.publish.adapter import read_adapter, read_weights
+from finetune_trainer.publish.adapter import in_files, read_adapter, read_weights
 from finetune_trainer.publish.check import lost_in_rounding, merge_check
 from finetune_trainer.publish.merge import BaseWeights, merge, write_companions
 from finetune_trainer.publish.round_trip import RoundTrip
-from finetune_trainer.publish.safetensors_stream import Checkpoint
+from finetune_trainer.publish.safetensors_stream import Checkpoint, module_of
+from finetune_trainer.publish.stored_weights import StoredWeights, empty_model
 from finetune_trainer.publish.tokens import must_train, with_shared_head
 from finetune_trainer.publish.written import check_written
 from finetune_trainer.s3 import S3Store
@@ -66,16 +69,19 @@ def make_merged(
 
     ctx.reporter.report(activity="Merging")
     quantization = chosen(snapshot, prepared).plan.method.quantization
+    checkpoint = Checkpoint(base_files.folder)
+    empty = empty_model(base_files.folder, torch.bfloat16, spec.model.trust_remote_code)
+    stored = StoredWeights(empty, checkpoint.tensors)
     round_trip = None
     if quantization is not None and spec.output.merged.base is MergedBase.QUANTIZED:
-        round_trip = RoundTrip(quantization, trained.quantized_modules, getattr(torch, trained.base_dtype))
-    checkpoint = Checkpoint(base_files.folder)
-    base = BaseWeights(checkpoint, round_trip)
+        records = [with_stored_name(record, stored.alone) for record in trained.quantized_modules]
+        round_trip = RoundTrip(quantization, records, getattr(torch, trained.base_dtype))
+    base = BaseWeights(checkpoint, round_trip, stored.conv1d)
     weights = trained.weights
     if weights is None:
         adapter = read_adapter(adapter_folder)
         must_train(adapter, prepared.trained_tokens)
-        adapter = with_shared_head(adapter, checkpoint.tensors)
+        adapter = with_shared_head(in_files(adapter, stored), stored.head)
     else:
         config = json.loads((base_files.folder / "config.json").read_text())
         tied = is_tied(checkpoint.tensors, config)
@@ -99,6 +105,18 @@ def make_merged(
     )  # fmt: skip
     warnings = lost_in_rounding(check, trained.metrics, spec.output.merged.dtype.value, weights is None)
     return MergedModel(folder, check, quantization_warnings(round_trip) + warnings)
+
+
+def with_stored_name(record: QuantizedModule, tensors: Mapping[str, str]) -> QuantizedModule:
+    """A record of training's by the name that the base's files have.
+
+    Args:
+        tensors: of the parameters that stand there as they are, by the model's names for them.
+
+    Raises:
+        KeyError: a quantized weight that is none of them.
+    """
+    return record.model_copy(update={"name": module_of(tensors[f"{record.name}.weight"])})
 
 
 def quantization_warnings(round_trip: RoundTrip | None) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from finetune_api.planner.tensors import BUFFER
 from finetune_api.results import FileRecord
 from finetune_trainer.weight_files import weight_files
 
@@ -39,8 +40,9 @@ class TensorInfo:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """None for anything that is not a plain float."""
-        return DTYPES.get(self.code)
+        """None for what is copied as it is: anything that is not a plain float, and buffers that old files hold (GPT-NeoX's ``masked_bias`` may be
+        -inf)."""
+        return None if BUFFER.search(self.name) else DTYPES.get(self.code)
 
     @property
     def elements(self) -> int:
@@ -82,6 +84,11 @@ class Checkpoint:
             step = rows_per_chunk(info.shape, chunk_bytes)
             for start in range(0, info.shape[0], step):
                 yield start, part[start : start + step]
+
+
+def module_of(tensor: str) -> str:
+    """``model.layers.0.mlp.up_proj.weight`` → ``model.layers.0.mlp.up_proj``."""
+    return tensor.rpartition(".")[0]
 
 
 def rows_per_chunk(shape: tuple[int, ...], chunk_bytes: int = CHUNK_BYTES) -> int:

@@ -12,19 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish.adapter import Adapter, Lora
-from finetune_trainer.publish.safetensors_stream import rows_per_chunk
+from finetune_trainer.publish.safetensors_stream import module_of, rows_per_chunk
+from finetune_trainer.publish.stored_weights import Read, StoredWeights, empty_model
 from finetune_trainer.train.loss import LearnedTokenLoss, head_stands_apart
 from finetune_trainer.train.rows import Rows, collate
-
-Read = Callable[[str], torch.Tensor]
-"""The values of a tensor by its name."""
 
 LOGITS_BYTES = 32 << 20
 """Most memory for a chunk of float32 logits: what a small layer's weights take."""
@@ -35,28 +32,27 @@ class StreamedModel:
 
     Args:
         config_folder: folder with config.json (and the model's code, if trusted).
-        names: tensors that ``read`` can give.
-        adapter: added unmerged, as W·x + scaling · B·(A·x), with DoRA each output at its magnitude.
+        names: tensors that ``read`` can give, as in the files.
+        adapter: in the words of the files; added unmerged, as W·x + scaling · B·(A·x), with DoRA each output at its magnitude.
 
     Raises:
-        StageError: UnsupportedModel, if the weights' names are not those of the model's modules.
+        StageError: UnsupportedModel, if the files lack weights of the model.
     """
 
     def __init__(
         self, config_folder: Path, names: set[str], read: Read, dtype: torch.dtype, *,
         adapter: Adapter | None = None, trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
-        config = AutoConfig.from_pretrained(config_folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        # Buffers (rotary frequencies) are computed, not loaded, so they must be real.
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.model = empty_model(config_folder, dtype, trust_remote_code)
         self.model.eval().requires_grad_(False)
-        self._read = read
+        self._read = with_experts(read, adapter) if adapter is not None and adapter.parts else read
         self._dtype = dtype
-        self._sources = tensor_sources(self.model, names)
+        self._stored = StoredWeights(self.model, names)
         if adapter is not None:
-            for name in sorted(adapter.modules):
-                self.model.get_submodule(name).register_forward_hook(_adapter_hook(adapter, name))
+            for name, tensor in self._stored.alone.items():
+                if name.endswith(".weight") and module_of(tensor) in adapter.modules:
+                    module = self.model.get_submodule(module_of(name))
+                    module.register_forward_hook(_adapter_hook(adapter, module_of(tensor)))
         for name, module in streamed_modules(self.model):
             module.register_forward_pre_hook(self._filler(name))
             module.register_forward_hook(_emptier)
@@ -75,9 +71,19 @@ class StreamedModel:
         def fill(module: nn.Module, _inputs: Any) -> None:
             for name, _ in list(module.named_parameters()):
                 full = f"{prefix}.{name}" if prefix else name
-                put(module, name, self._read(self._sources[full]).to(self._dtype))
+                put(module, name, self._stored.read(full, self._read).to(self._dtype))
 
         return fill
+
+
+def with_experts(read: Read, adapter: Adapter) -> Read:
+    """The tensors of single experts with their updates: within a parameter of all, outputs have no update of their own."""
+
+    def updated(name: str) -> torch.Tensor:
+        value, module = read(name), module_of(name)
+        return adapter.lora(module).merged(value).to(value.dtype) if module in adapter.parts else value
+
+    return updated
 
 
 def streamed_modules(model: Any) -> list[tuple[str, nn.Module]]:
@@ -94,29 +100,6 @@ def streamed_modules(model: Any) -> list[tuple[str, nn.Module]]:
         if not name.startswith(f"{stack}.") and next(module.parameters(recurse=False), None) is not None
     ]
     return found
-
-
-def tensor_sources(model: Any, names: set[str]) -> dict[str, str]:
-    """For each parameter the tensor it is loaded from: its own, or that of the embedding it is tied to."""
-    sources = {}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = {f"{n}.weight" for n, m in model.named_modules() if m is head}
-    shared = next(f"{n}.weight" for n, m in model.named_modules() if m is embedding)
-    missing = []
-    # Duplicates stay in, because before loading a tied head may already be the embedding's parameter.
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name in names:
-            sources[name] = name
-        elif name in tied and model.config.get_text_config().tie_word_embeddings and shared in names:
-            sources[name] = shared
-        else:
-            missing.append(name)
-    if missing:
-        raise StageError(
-            Reason.UNSUPPORTED_MODEL,
-            f"{len(missing)} weights of {type(model).__name__} (such as {missing[0]}) are not in the model's files under that name.",
-        )
-    return sources
 
 
 def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -146,6 +129,8 @@ def _adapter_hook(adapter: Adapter, name: str) -> Callable[..., torch.Tensor]:
             return (output + update).to(output.dtype)
         own = module._parameters.get("bias")
         bias = output.new_zeros(1) if own is None else own
-        return ((output - bias + update) * row_factors(lora, module.get_parameter("weight")) + bias).to(output.dtype)
+        weight = module.get_parameter("weight")
+        factors = row_factors(lora, weight.T if isinstance(module, Conv1D) else weight)
+        return ((output - bias + update) * factors + bias).to(output.dtype)
 
     return add

@@ -14,9 +14,6 @@ from finetune_trainer.lora_files import TOKENS
 from finetune_trainer.publish.adapter import Adapter
 from finetune_trainer.publish.safetensors_stream import TensorInfo
 
-HEAD = "lm_head.weight"
-"""Models that can be merged have no other (prepare's check_mergeable)."""
-
 
 def must_train(adapter: Adapter, tokens: TrainedTokens | None) -> None:
     """The adapter has rows of exactly the tokens that prepare found.
@@ -34,16 +31,19 @@ def must_train(adapter: Adapter, tokens: TrainedTokens | None) -> None:
         )
 
 
-def with_shared_head(adapter: Adapter, tensors: Iterable[str]) -> Adapter:
+def with_shared_head(adapter: Adapter, head: str | None) -> Adapter:
     """The adapter, with the embeddings' rows for the head too, where a base that shares their weights has stored them a second time.
 
     Training gives a head that stands apart rows of its own, so one without is shared.
+
+    Args:
+        head: its tensor in the files; that of the embeddings, if it is stored once.
     """
-    if not adapter.tokens or HEAD in adapter.tokens or HEAD not in tensors:
+    if not adapter.tokens or head is None or head in adapter.tokens:
         return adapter
     (inputs,) = adapter.tokens
-    keys = {**adapter.keys, rows_name(HEAD): adapter.keys[rows_name(inputs)]}
-    return replace(adapter, tokens={**adapter.tokens, HEAD: adapter.tokens[inputs]}, keys=keys)
+    keys = {**adapter.keys, rows_name(head): adapter.keys[rows_name(inputs)]}
+    return replace(adapter, tokens={**adapter.tokens, head: adapter.tokens[inputs]}, keys=keys)
 
 
 def grown(info: TensorInfo, ids: Sequence[int]) -> TensorInfo:
@@ -52,6 +52,8 @@ def grown(info: TensorInfo, ids: Sequence[int]) -> TensorInfo:
     Raises:
         StageError: VerificationFailed.
     """
+    if not ids:
+        return info
     rows = info.shape[0]
     beyond = [i for i in ids if i >= rows]
     if beyond != list(range(rows, rows + len(beyond))):

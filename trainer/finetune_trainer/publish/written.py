@@ -15,8 +15,8 @@ import torch
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
 from finetune_trainer.publish.adapter import Adapter, Lora
-from finetune_trainer.publish.merge import BaseWeights, module_of
-from finetune_trainer.publish.safetensors_stream import Checkpoint, TensorInfo, rows_per_chunk
+from finetune_trainer.publish.merge import BaseWeights
+from finetune_trainer.publish.safetensors_stream import Checkpoint, TensorInfo, module_of, rows_per_chunk
 
 SLACK = 1e-5
 """Relative to |W| + scaling·|B|·|A|: merge and check sum in float32 in another order, 2⁻²⁴ an operation, up to some hundred ranks."""
@@ -89,8 +89,11 @@ def compare_tensor(base: BaseWeights, adapter: Adapter, merged: Checkpoint, info
     if name in adapter.tokens:
         return compare_token_rows(base, adapter, merged, name)
     parts = adapter.replaced_rows(name) if name in adapter.replaced else base.rows(name)
+    written = merged.read_rows(name)
     lora = adapter.lora(module_of(name)) if name.endswith(".weight") and module_of(name) in adapter.modules else None
-    for (start, rows), (_, found) in zip(parts, merged.read_rows(name), strict=True):
+    if lora is not None and base.is_turned(name):
+        parts, written = iter([(0, base.read(name).T)]), iter([(0, merged.read(name).T)])
+    for (start, rows), (_, found) in zip(parts, written, strict=True):
         # A few rows at a time: there are ten float32 values here for each element.
         step = rows_per_chunk(tuple(rows.shape), CHECK_BYTES)
         for at in range(0, len(rows), step):

@@ -173,6 +173,7 @@ def attach_adapter(
         lora_dropout=lora.dropout,
         bias=BIAS[lora.bias],
         target_modules=target_modules(base, lora),
+        target_parameters=lora.target_parameters or None,
         exclude_modules=without_patterns(lora.exclude_modules, linear_layers(base)) or None,
         layers_to_transform=lora.layers_to_transform,
         rank_pattern=by_full_name(base, lora.rank_pattern),
