@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +18,26 @@ from finetune_api.failures import Reason
 from finetune_api.results import IGNORED
 from finetune_api.spec import DataFormat, FineTuneJobSpec, PiiPolicy
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.chat import ChatRenderer, end_of_turn_ids, load_tokenizer, special_token_pattern
+from finetune_trainer.prepare.chat import (
+    ChatRenderer,
+    add_new_tokens,
+    end_of_turn_ids,
+    load_tokenizer,
+    special_token_pattern,
+)
 from finetune_trainer.prepare.encode import Dropped, Encoded, Encoder, fit
 from finetune_trainer.prepare.examples import Completion, Conversation, Example, Text, Tokenized, to_example
-from finetune_trainer.prepare.model import BaseModel
 from finetune_trainer.prepare.near import Tokens, shingles, sketch
 from finetune_trainer.prepare.pii import redacted_example
 from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.prepare.split import copies, fingerprint, group_of
 from finetune_trainer.prepare.store import SPOOL_SCHEMA, Remembered, flat, lists
-from finetune_trainer.prepare.trained_tokens import add_new_tokens
 from finetune_trainer.prepare.turns import alternates
+
+if TYPE_CHECKING:
+    # What its module imports would take the start of the worker processes half a CPU second.
+    from finetune_trainer.prepare.model import BaseModel
 
 
 @dataclass(frozen=True)

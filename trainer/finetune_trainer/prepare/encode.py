@@ -80,7 +80,7 @@ class Encoder:
         return result
 
     def encode_all(self, examples: Sequence[Example]) -> list[Encoded | RowProblem]:
-        """The same for several, or why one cannot be encoded. The tokenizer is given many texts at a time: that takes two thirds of the time."""
+        """The same for several, or why one cannot be encoded. The tokenizer is given many texts at a time, which takes less of it."""
         results: dict[int, Encoded | RowProblem] = {}
         running = {number: self._encoding(example) for number, example in enumerate(examples)}
         answers: dict[int, Answer | None] = dict.fromkeys(running)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,8 +11,11 @@ import pyarrow.parquet as pq
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.json_stream import Unusable
-from finetune_trainer.sources.data import DataFile
 from finetune_trainer.text import shorten
+
+if TYPE_CHECKING:
+    # What its module imports would take the start of the worker processes half a CPU second.
+    from finetune_trainer.sources.data import DataFile
 
 BATCH_ROWS = 64
 BUFFER_BYTES = 1 << 20

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from finetune_api.failures import Reason
 from finetune_trainer.errors import StageError
@@ -15,8 +15,11 @@ from finetune_trainer.prepare.compressed import LONGEST, SUFFIXES, blaming_the_f
 from finetune_trainer.prepare.json_stream import BrokenJson, Unusable, json_values
 from finetune_trainer.prepare.parquet_rows import parquet_rows
 from finetune_trainer.prepare.problems import describe
-from finetune_trainer.sources.data import DataFile
 from finetune_trainer.text import shorten
+
+if TYPE_CHECKING:
+    # What its module imports would take the start of the worker processes half a CPU second.
+    from finetune_trainer.sources.data import DataFile
 
 MAX_ROW_BYTES = 64 << 20
 DELIMITERS = ",;\t|"

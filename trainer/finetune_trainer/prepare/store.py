@@ -56,13 +56,16 @@ class RowWriter:
         Args:
             chosen: which of them, in this order; all, if it is left out.
         """
-        chosen = np.arange(rows.num_rows) if chosen is None else chosen
-        lengths = np.diff(flat(rows.column("input_ids"))[1])[chosen]
+        rows = rows.cast(self._schema)
+        lengths = np.diff(flat(rows.column("input_ids"))[1])
+        lengths = lengths if chosen is None else lengths[chosen]
         begin = 0
-        while begin < len(chosen):
+        while begin < len(lengths):
             tokens = self._tokens + np.cumsum(lengths[begin : begin + ROW_GROUP_ROWS - self._rows])
             count = min(int(np.searchsorted(tokens, ROW_GROUP_TOKENS)) + 1, len(tokens))
-            self._parts.append(rows.take(chosen[begin : begin + count]).cast(self._schema))
+            # Only a part at a time is copied: a row may be chosen many times.
+            part = rows.slice(begin, count) if chosen is None else rows.take(chosen[begin : begin + count])
+            self._parts.append(part)
             self._rows, self._tokens = self._rows + count, int(tokens[count - 1])
             if self._rows >= ROW_GROUP_ROWS or self._tokens >= ROW_GROUP_TOKENS:
                 self._flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from array import array
 from collections.abc import Sequence
@@ -12,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
+
+from finetune_trainer.prepare.pieces import pieces_of, state
 
 Ids = npt.NDArray[np.int32]
 Places = npt.NDArray[np.int64]
@@ -40,6 +42,8 @@ class TextTokenizer:
         # Else what transformers does around the tokenizers library's call makes no difference for ids.
         self._backend: Any = None if own or tokenizer.split_special_tokens else tokenizer.backend_tokenizer
         self._lengths = token_bytes(self._backend) if self._backend is not None else None
+        self._pieces = pieces_of(self._backend) if self._backend is not None else None
+        self._around: tuple[Ids, Ids] | None = None
 
     def ids(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
         """Each text's tokens.
@@ -55,7 +59,23 @@ class TextTokenizer:
             ]
         self._backend.no_truncation()
         self._backend.no_padding()
-        return [_ids(found.ids) for found in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
+        found = [self._by_pieces(text, special) for text in texts]
+        rest = [number for number, ids in enumerate(found) if ids is None]
+        if rest:
+            coded = self._backend.encode_batch_fast([texts[number] for number in rest], add_special_tokens=special)
+            for number, encoding in zip(rest, coded, strict=True):
+                found[number] = _ids(encoding.ids)
+        return [ids for ids in found if ids is not None]
+
+    def _by_pieces(self, text: str, special: bool) -> Ids | None:
+        if self._pieces is None:
+            return None
+        ids = self._pieces.ids(text)
+        if ids is None or not special:
+            return ids
+        self._around = self._around or around(self._backend)
+        before, after = self._around
+        return np.concatenate([before, ids, after])
 
     def placed(self, texts: Sequence[str]) -> list[Placed]:
         """Each text's tokens and their places; the text has its special tokens in it."""
@@ -75,19 +95,27 @@ class TextTokenizer:
         ]
 
 
+def around(backend: Any) -> tuple[Ids, Ids]:
+    """The special tokens that a tokenizer puts before and after any text."""
+    alone, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    begin = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+    return _ids(whole[:begin]), _ids(whole[begin + len(alone) :])
+
+
 def token_bytes(backend: Any) -> Places | None:
     """How many bytes of text each token stands for; None for a tokenizer of which that cannot be said, or whose offsets leave blanks out.
 
     Args:
         backend: the tokenizers library's tokenizer.
     """
-    parts = json.loads(backend.to_str())
-    before, after = _parts(parts["pre_tokenizer"]), _parts(parts["post_processor"])
-    model = parts["model"]
+    model, normalizer = backend.model, backend.normalizer
+    before, after = _parts(state(backend.pre_tokenizer)), _parts(state(backend.post_processor))
     if (
-        model["type"] != "BPE"
-        or any(model.get(name) for name in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"))
-        or (parts["normalizer"] or {"type": "NFC"})["type"] != "NFC"
+        not isinstance(model, models.BPE)
+        or model.byte_fallback
+        or model.continuing_subword_prefix
+        or model.end_of_word_suffix
+        or not isinstance(normalizer, normalizers.NFC | None)
         or not {"ByteLevel"} <= {part["type"] for part in before} <= {"ByteLevel", "Split", "Digits"}
         or any(part["type"] == "ByteLevel" and part["trim_offsets"] for part in after)
     ):
@@ -108,8 +136,9 @@ def _parts(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _placed(text: str, ids: Ids, lengths: Places) -> Placed | None:
     """None where the tokens are not the text's bytes, one after the other."""
-    ends = np.cumsum(lengths[ids])
-    starts = ends - lengths[ids]
+    of_each = lengths[ids]
+    ends = np.cumsum(of_each)
+    starts = ends - of_each
     data = text.encode()
     if not len(ids) or ends[-1] != len(data) or not unicodedata.is_normalized("NFC", text):
         return None

@@ -6,27 +6,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken
-
 from finetune_api.failures import Reason
 from finetune_api.planner import UnknownArchitecture, parse_config
 from finetune_api.results import TrainedToken, TrainedTokens
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.chat import add_new_tokens
 from finetune_trainer.prepare.shapes import HEAD, INPUTS
 from finetune_trainer.sources.model import TensorHeaders
 from finetune_trainer.text import shorten
 
 NAMED = 5
-
-
-def add_new_tokens(tokenizer: Any, new: Sequence[str]) -> None:
-    """Give the tokenizer the tokens, in their order, behind all that it has.
-
-    Plain ones, not special: an answer's text keeps them (skip_special_tokens drops special ones). They are found before the text is
-    normalized, exactly as they are written.
-    """
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
 
 
 def trained_tokens(tokenizer: Any, spec: FineTuneJobSpec, headers: TensorHeaders) -> TrainedTokens | None:

@@ -12,12 +12,16 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from finetune_api.failures import Reason
 from finetune_trainer.cpus import memory_limit, usable_cpus
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.assess import Assessed, Assessor, Batch, Recipe
-from finetune_trainer.prepare.model import BaseModel
+
+if TYPE_CHECKING:
+    # What its module imports would take the start of the worker processes half a CPU second.
+    from finetune_trainer.prepare.model import BaseModel
 
 BATCH_ROWS = 64
 IMPORT_ROWS = 512

@@ -24,7 +24,7 @@ from finetune_api.spec import LoraBias, LoraInitialization, Quantization
 from finetune_api.targets import is_left_out, is_named, routed_kinds, setting_of, without_patterns
 from finetune_api.uris import HubLocation, parse_uri
 from finetune_trainer.errors import StageError
-from finetune_trainer.prepare.trained_tokens import add_new_tokens
+from finetune_trainer.prepare.chat import add_new_tokens
 from finetune_trainer.remote_code import remote_code
 from finetune_trainer.train.device import Compute
 from finetune_trainer.train.full import take_up_weights, trained_parameters
