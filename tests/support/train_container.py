@@ -85,6 +85,9 @@ STANDS_STILL = "stands still"
 """What it says before."""
 FIFTH = 5
 
+ENV_OBSERVED = "TEST_OBSERVED"
+"""What each rank sends while something is saved, and what it writes, is told in ``observed-RANK.json`` (tests.support.observed)."""
+
 
 def stand_still(root: Path, moment: str) -> None:
     """Where the others cannot get past their next collective without this rank."""
@@ -127,6 +130,10 @@ def run(root: Path, arguments: list[str]) -> int:
     who, _, moment = os.environ.get(ENV_STANDS_STILL, "").partition(" ")
     if arguments == ["worker"] and moment and who == os.environ[ENV_RANK]:
         stand_still(root, moment)
+    if arguments == ["worker"] and ENV_OBSERVED in os.environ:
+        from tests.support.observed import observe
+
+        observe(root / f"observed-{os.environ[ENV_RANK]}.json")
     command = [sys.executable, "-m", "tests.support.train_container", str(root), "worker"]
     pod = root / "pods" / os.environ[names.ENV_POD_UID]
     pod.mkdir(parents=True, exist_ok=True)
