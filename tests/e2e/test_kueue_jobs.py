@@ -1,4 +1,5 @@
-"""A job in a queue of the real Kueue keeps its place in it: through a failing rank, a lost container and a preemption."""
+"""A job in a queue of the real Kueue keeps its place in it: through a failing rank, a lost container and a preemption. While it waits its base
+model is fetched."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.names import LABEL_NAME, LABEL_STAGE, PIPELINE, Stage
 from finetune_cluster.api import Api, condition
 from finetune_cluster.binaries import ensure_binaries
 from finetune_cluster.instance import Instance, require
@@ -17,7 +19,7 @@ from finetune_cluster.node import pause_image
 from tests.chaos.run import Lives, ended
 from tests.chaos.schedule import Kind
 from tests.e2e.conftest import Reference
-from tests.e2e.stack import GPU, Job, Space, Stack, is_true
+from tests.e2e.stack import GPU, Job, Space, Stack, claim_on, finished, is_true, rows, spec_for
 
 FOLDER = os.environ.get("KUEUE_DIR", "")
 pytestmark = [
@@ -166,3 +168,40 @@ def test_a_job_keeps_its_workload_through_failures_and_a_preemption(
     reasons = [a.get("reason") for a in result.job["status"]["attempts"] if a["stage"] == "train"]
     assert len(reasons) == 3, result.job["status"]["attempts"]
     assert "RankFailure" in [r["reason"] for r in result.job["status"]["recoveries"]], "the rank that failed"
+
+
+def test_the_base_is_fetched_while_the_job_waits_in_the_queue(space: Space, kueue: Api, tmp_path: Path) -> None:
+    jobs = f"/apis/batch/v1/namespaces/{space.name}/jobs"
+    kueue.create(jobs, urgent(space.name))
+    kueue.wait(jobs, "urgent", lambda j: j["status"].get("ready") == 1, 120, "the GPU is somebody else's")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    volume = claim_on(space, "models", cache, "ReadWriteMany")
+    try:
+        spec = spec_for(space.put(rows(40)), queue={"name": QUEUE})
+        spec["model"]["cache"] = {"claimName": "models", "fetch": "WhileQueued"}
+        space.apply("waits", spec)
+        told = f"Queued in {QUEUE}: waits for 1 × {GPU}. The base model was fetched meanwhile."
+        space.until("waits", lambda j: j.get("status", {}).get("message") == told, 300, "fetched while it is queued")
+
+        of_job = [j for j in kueue.get(jobs)["items"] if j["metadata"]["labels"].get(LABEL_NAME) == "waits"]
+        by_stage = {j["metadata"]["labels"][LABEL_STAGE]: j for j in of_job}
+        fetch, train = by_stage[Stage.FETCH], by_stage[Stage.TRAIN]
+        assert condition(fetch, "Complete") == "True", fetch["status"]
+        assert train["spec"]["suspend"], "no quota, and the fetch asked for none"
+        assert not [p for p in space.gpu_pods.so_far() if p.startswith("waits-")]
+        assert len(list(cache.glob("*/model.safetensors"))) == 1
+
+        kueue.delete(f"{jobs}/urgent", propagationPolicy="Background")
+        job = space.until("waits", finished, 300, "finished")
+        assert is_true(job, "Complete"), job["status"]
+        pods = {a["stage"]: a["pod"] for a in job["status"]["attempts"]}
+        assert list(pods) == list(PIPELINE), "a fetch is no execution"
+        pods[Stage.FETCH] = next(
+            p["metadata"]["name"] for p in space.pods() if p["metadata"]["labels"].get(LABEL_STAGE) == Stage.FETCH
+        )
+        logs = {stage: space.target.kubectl("logs", "-n", space.name, pod) for stage, pod in pods.items()}
+        assert [stage for stage, log in logs.items() if "into the model cache" in log] == [Stage.FETCH]
+    finally:
+        space.target.kubectl("delete", "pv", volume, "--wait=false")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from finetune_api.names import LABEL_NAME, LABEL_STAGE, Stage
+from finetune_cluster.processes import Process, of_container
+from tests.chaos.kills import container_of, end, worker
 from tests.e2e.stack import BUCKET, Space, condition, finished, is_true, rows, spec_for
 from tests.e2e.test_job import artifacts
+from tests.support.ends import watched
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 INDEX = "batch.kubernetes.io/job-completion-index"
+MOST_SECONDS = 60
+"""For all ranks to stop when one is dead."""
 
 
 def train_pods(space: Space, name: str) -> dict[int, dict[str, Any]]:
@@ -92,3 +98,33 @@ def test_two_jobs_that_hold_each_other_up_let_go_one_after_the_other(space: Spac
         assert is_true(job, "Complete"), condition(job, "Failed")
     reasons = {a.get("reason") for job in jobs for a in job["status"]["attempts"]}
     assert "PodsMissing" in reasons, "one of them let go"
+
+
+def rank(pod: dict[str, Any]) -> Process:
+    """The process of a pod that trains."""
+    return worker(of_container(container_of(pod)))
+
+
+def rank_failures(job: dict[str, Any]) -> list[str]:
+    """What status tells of ranks that died."""
+    return [r["message"] for r in job["status"].get("recoveries", []) if r["reason"] == "RankFailure"]
+
+
+def test_a_dead_rank_stops_those_of_all_pods_and_status_says_which_it_was(space: Space) -> None:
+    training = {"length": {"steps": 5000}, "globalBatchSequences": 6, "parallelism": "FSDP"}
+    space.apply("dies", spec_for(space.put(rows(40)), training=training, compute={"nodes": 2}))
+    space.until("dies", lambda job: step(job) >= 3, 600, "three steps")
+    pods = train_pods(space, "dies")
+    for count, index in enumerate((1, 0), start=1):
+        ranks = {i: rank(pod) for i, pod in pods.items()}
+        with watched(process.pid for process in ranks.values()) as both:
+            began = end(ranks[index])
+            both.all_within(MOST_SECONDS)
+        stopped = time.time() - began
+        job = space.until("dies", lambda job: len(rank_failures(job)) == count, 120, "the failure is told")  # noqa: B023
+        told = time.time() - began
+        assert f"rank {index} was ended by SIGKILL while Training" in rank_failures(job)[-1], job["status"]
+        print(f"rank {index} killed: all stopped after {stopped:.2f} s, told after {told:.0f} s")  # noqa: T201
+        space.until("dies", lambda now: step(now) != step(job), 300, "they train again")  # noqa: B023
+    kept = {index: pod["metadata"]["uid"] for index, pod in train_pods(space, "dies").items()}
+    assert kept == {index: pod["metadata"]["uid"] for index, pod in pods.items()}, "the same pods throughout"

@@ -6,9 +6,12 @@ first process imports no torch.
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import sys
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from finetune_api.names import Stage
 from finetune_trainer.context import StageContext, load_context
 from finetune_trainer.entrypoint import main
 from finetune_trainer.supervisor import run as supervisor
+from finetune_trainer.supervisor.place import ENV_RANK
 
 
 def context(root: Path, stage: Stage) -> StageContext:
@@ -75,6 +79,46 @@ def in_float32() -> None:
     device.cpu_dtype = lambda: torch.float32
 
 
+ENV_STANDS_STILL = "TEST_STANDS_STILL"
+"""RANK MOMENT: that rank stands still (SIGSTOP) at that moment, once in a job's life."""
+STANDS_STILL = "stands still"
+"""What it says before."""
+FIFTH = 5
+
+ENV_OBSERVED = "TEST_OBSERVED"
+"""What each rank sends while something is saved, and what it writes, is told in ``observed-RANK.json`` (tests.support.observed)."""
+
+
+def stand_still(root: Path, moment: str) -> None:
+    """Where the others cannot get past their next collective without this rank."""
+    from finetune_trainer.train import run as stage
+    from finetune_trainer.train import save
+    from finetune_trainer.train.trainer import LoraTrainer
+
+    places: dict[str, tuple[Any, str, int]] = {
+        "Loading": (stage, "load", 1),
+        "Training": (LoraTrainer, "compute_loss", FIFTH),
+        "Uploading": (save, "save_adapter", 1),
+    }
+    owner, name, call = places[moment]
+    setattr(owner, name, standing_still(getattr(owner, name), call, root / STANDS_STILL))
+
+
+def standing_still(original: Callable[..., Any], call: int, done: Path) -> Callable[..., Any]:
+    """At the call of that number, unless it is done."""
+    calls = itertools.count(1)
+
+    @wraps(original)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call and not done.exists():
+            done.touch()
+            print(STANDS_STILL, file=sys.stderr, flush=True)  # noqa: T201
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return original(*args, **kwargs)
+
+    return called
+
+
 def run(root: Path, arguments: list[str]) -> int:
     """What the image's entry point does."""
     if arguments == ["worker"] and ENV_MOST_ROWS in os.environ:
@@ -83,6 +127,13 @@ def run(root: Path, arguments: list[str]) -> int:
         pretend_large_vocabulary(int(os.environ[ENV_CHUNK_BYTES]))
     if arguments == ["worker"] and ENV_FLOAT32 in os.environ:
         in_float32()
+    who, _, moment = os.environ.get(ENV_STANDS_STILL, "").partition(" ")
+    if arguments == ["worker"] and moment and who == os.environ[ENV_RANK]:
+        stand_still(root, moment)
+    if arguments == ["worker"] and ENV_OBSERVED in os.environ:
+        from tests.support.observed import observe
+
+        observe(root / f"observed-{os.environ[ENV_RANK]}.json")
     command = [sys.executable, "-m", "tests.support.train_container", str(root), "worker"]
     pod = root / "pods" / os.environ[names.ENV_POD_UID]
     pod.mkdir(parents=True, exist_ok=True)

@@ -78,9 +78,14 @@ class TrainPod:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.wait()
 
+    def workers(self) -> list[int]:
+        """Process ids of the processes that train now, by rank."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
     def worker(self) -> int:
-        """Process id of the process that trains now."""
-        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[-1])
+        """That of the last one."""
+        return self.workers()[-1]
 
     def wait(self, seconds: float = 600) -> int:
         """Its exit code."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +20,7 @@ from finetune_trainer.errors import StageError
 from finetune_trainer.supervisor.decide import Again, Ended, Failed, Limits, Succeeded, Tally, decide, first_cause
 from finetune_trainer.supervisor.line import Line
 from finetune_trainer.supervisor.place import Place
-from finetune_trainer.supervisor.process import Stop
+from finetune_trainer.supervisor.process import Patience, Stop
 from finetune_trainer.supervisor.team import MOST_STRANGERS, Follower, Leader, wait_for
 from tests.operator.manifests import train_report
 
@@ -128,6 +131,26 @@ def hear(leader: Leader, until: Callable[[], bool]) -> None:
     while not until():
         wait_for(leader, time.monotonic() + 5)
         leader.heard()
+
+
+def test_the_first_pods_only_rank_is_named_too(leader: Leader, tmp_path: Path) -> None:
+    """Where every pod has one rank, nobody knows which process "the training process" is."""
+    aborted = b'{"ended": {"returncode": -9, "aborted": true, "rank": 1}}\n'
+    with connect(leader) as pod, Stop() as stop:
+        pod.sendall(b'{"index": 1, "key": "key"}\n')
+
+        def follow() -> None:
+            if any(json.loads(line).get("do") == "stop" for line in pod.makefile()):
+                pod.sendall(aborted)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        dies = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+        ended = leader.run(dies, os.environ, tmp_path, Patience(60, 60, 60), stop)
+        thread.join(5)
+    decision = decide(ended, SPLIT, LIMITS, Tally())
+    assert isinstance(decision, Again)
+    assert "the training process of rank 0 was ended by SIGKILL" in decision.message
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ class Leader:
             line.send(do="start", rendezvous=rendezvous, environ=dict(self._given(environ)))
         environs = rank_environs(environ, self._place, rendezvous)
         local = run_workers(command, environs, folder, patience, stop, self)
+        local = replace(local, rank=local.rank or 0)  # one of several also where it is this pod's only one
         if not local.told_to_stop:  # then there is no time: the others notice when this process has ended
             self._settle(failed=local.returncode != 0)
         self._running = False
