@@ -85,9 +85,9 @@ class MemoryPlan(ApiModel):
     logits_bytes: int
     """The most that head and loss need, at another time than the layers' most."""
     gathered_bytes: int
-    """Unverified: sharded layers put together."""
+    """Unverified: sharded units put together when a step needs the most."""
     communication_bytes: int
-    """Unverified: buffers of collectives."""
+    """Unverified: messages and buffers of collectives at that time."""
     context_bytes: int
     """An allowance."""
     fragmentation_bytes: int
@@ -150,7 +150,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     targets = full.trained_linears(chosen, linears) if tuning.full else adapted_layers(linears, tuning)
     frozen = matrix_parameters(targets, tuning) if tuning.offset else 0
     units = {name: size + with_weights.get(name, 0) for name, size in base.items()}
-    shared = communication(request.layout, units, trainable)
+    shared = communication(request.layout, units, trainable, request.gpus, arch)
 
     adapter = 4 * (trainable + frozen)
     if tuning.full:
@@ -161,7 +161,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     weight = loaded - weights.HALF * parameters(chosen)  # float32 takes the place of the trained ones
     constants = sharded(with_weights, request.layout, request.gpus, tied=False)
     offload = offloaded(units, request.gpus, arch.tied_embeddings) if request.layout is Layout.CPU_OFFLOAD else []
-    held = weight + constants + adapter + 4 * trainable + optimizer + shared.gathered_bytes + shared.buffer_bytes
+    held = weight + constants + adapter + 4 * trainable + optimizer + shared.buffer_bytes
     steps = {
         checkpointing: _step(
             request,
@@ -178,8 +178,9 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
     # Matrices that are put together for each product have no copy that autocast keeps.
     # Copies of full weights in half precision exist one at a time.
     copied = max(math.prod(shape) for shape in chosen.values()) if tuning.full else trainable - frozen
-    evaluation = _evaluation(request, quantized, mlp_adapted, copied)
-    fragmentation = int(FRAGMENTATION * max(step.peak_bytes, evaluation))
+    most = shared.decisive(step)
+    evaluation = _evaluation(request, quantized, mlp_adapted, copied) + shared.evaluation_bytes
+    fragmentation = int(FRAGMENTATION * max(most.bytes, evaluation))
     # In 8 bit a tensor is there as it was loaded, and once more in float16 (transformers' Bnb8bitQuantize, bitsandbytes' Int8Params).
     unpacked = 4 if tuning.eight_bit else 2
     largest = max((unpacked * math.prod(shapes[name]) for name in quantized), default=0)
@@ -197,14 +198,14 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
         activation_bytes_with_checkpointing=steps[True].kept_bytes + steps[True].working_bytes,
         activation_bytes_without_checkpointing=steps[False].kept_bytes + steps[False].working_bytes,
         logits_bytes=step.loss_bytes,
-        gathered_bytes=shared.gathered_bytes,
-        communication_bytes=shared.buffer_bytes,
+        gathered_bytes=most.gathered_bytes,
+        communication_bytes=most.message_bytes + shared.buffer_bytes,
         context_bytes=CONTEXT_BYTES,
         fragmentation_bytes=fragmentation,
-        peak_allocated_bytes=held + step.peak_bytes,
+        peak_allocated_bytes=held + most.bytes,
         peak_evaluation_bytes=held + evaluation,
-        peak_training_bytes=held + max(step.peak_bytes, evaluation) + fragmentation + CONTEXT_BYTES,
-        peak_loading_bytes=loaded + constants + shared.gathered_bytes + max(largest, resizing) + CONTEXT_BYTES,
+        peak_training_bytes=held + max(most.bytes, evaluation) + fragmentation + CONTEXT_BYTES,
+        peak_loading_bytes=loaded + constants + shared.loading_bytes + max(largest, resizing) + CONTEXT_BYTES,
         host_memory_bytes=HOST_BYTES
         + max(2 * math.prod(shape) for shape in shapes.values())
         + (adapter + optimizer + more_checkpoints if tuning.full else 4 * (3 * trainable + frozen))

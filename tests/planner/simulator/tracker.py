@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -59,4 +60,33 @@ class LiveStorages(TorchDispatchMode):
         for leaf in tree_iter(out):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
+        return out
+
+
+class ResizedStorages(LiveStorages):
+    """Sees also what FSDP does: it empties a storage, which lives on, and fills it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def count(self, size: int) -> int:
+        """How many storages of so many bytes are alive and filled."""
+        return sum((storage := made()) is not None and storage.nbytes() == size for made in self._storages.values())
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count the tensor's storage as large as it is whenever an operator has run. A distributed tensor's part is seen by itself."""
+        if not isinstance(tensor, DTensor) and tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            self._storages[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, and measure."""
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        alive = [storage for made in self._storages.values() if (storage := made()) is not None]
+        self._storages = {storage._cdata: weakref.ref(storage) for storage in alive}
+        self.live_bytes = sum(rounded(storage.nbytes()) for storage in alive)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return out
