@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.names import Stage
 from finetune_api.results import TASK_REPLIES, TaskAnswers
-from finetune_api.spec import Training
 from finetune_trainer.prepare.run import run as prepare
 from finetune_trainer.train import run as training
-from finetune_trainer.train.device import pick_compute
 from tests.support.prepared import PreparedJob, deep_merge
 from tests.support.train_process import kill_all
 from tests.support.train_process import pod_of as processes_of
@@ -70,7 +69,14 @@ def test_each_model_is_asked_in_its_own_tokens(
     bucket = new_bucket(s3, tiny_model, CALLED)
     pod = pod_of(s3, tmp_path)
     spec = spec_of(s3, bucket, task(bucket, "choice", limit=6), task(bucket, "saying", limit=6))
-    spec = deep_merge(spec, {"model": {"newTokens": [CALL]}, "method": {"lora": {"trainableTokens": ["<|im_start|>"]}}})
+    spec = deep_merge(
+        spec,
+        {
+            "model": {"newTokens": [CALL]},
+            "method": {"lora": {"trainableTokens": ["<|im_start|>"]}},
+            "training": {"computeDtype": "float32"},
+        },
+    )
     prepare(pod.context(spec))
     training.run(pod.context(spec, Stage.TRAIN))
     context = pod.context(spec, Stage.PUBLISH)
@@ -79,7 +85,7 @@ def test_each_model_is_asked_in_its_own_tokens(
     s3.get_dir(bucket, context.output_store().location.key, tmp_path / "got")
     s3.get_dir(bucket, "tasks", tmp_path / "own")
     asked = (("choice", None, 6), ("saying", None, 6))
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=pick_compute(Training(use_cpu=True)).dtype)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     before, after = (AutoTokenizer.from_pretrained(f) for f in (tiny_model, tmp_path / "got" / "adapter"))
     assert len(before(CALL, add_special_tokens=False)["input_ids"]) > 1
     assert len(after(CALL, add_special_tokens=False)["input_ids"]) == 1
@@ -104,10 +110,8 @@ def test_two_ranks_answer_as_one_process_does(s3: S3, tiny_model: Path, tmp_path
         "shards": {"compute": {"gpusPerNode": 2}, "training": {"parallelism": "FSDP"}},
     }.items():
         pod = pod_of(s3, tmp_path / how)
-        spec = deep_merge(
-            spec_of(s3, bucket, task(bucket, "choice", limit=6), task(bucket, "saying", limit=4)),
-            {"training": {"length": {"steps": 4}}, "output": {"uri": f"s3://{bucket}/{how}"}, **changes},
-        )
+        spec = spec_of(s3, bucket, task(bucket, "choice", limit=6), task(bucket, "saying", limit=4))
+        spec = deep_merge(deep_merge(spec, changes), {"output": {"uri": f"s3://{bucket}/{how}"}})
         report = prepare(pod.context(spec))
         assert any("saying left out" in warning for warning in report.warnings) == (how == "shards")
         job = PreparedJob(pod.context(spec).snapshot, bucket, pod.root)

@@ -74,10 +74,17 @@ def test_lm_evals_own_tasks_are_fetched_once_and_scored_when_the_hub_is_gone(
     ]
     with HubServer() as hub:
         publish(
-            hub, "Rowan/hellaswag", tmp_path / "h", {f"data/{s}-0.parquet": STORIES for s in ("train", "validation")}
+            hub,
+            "Rowan/hellaswag",
+            tmp_path / "h",
+            {"data/train-0.parquet": STORIES[:4], "data/validation-0.parquet": STORIES},
         )
         sums = publish(
-            hub, "openai/gsm8k", tmp_path / "g", {f"main/{s}-0.parquet": SUMS for s in ("train", "test")}, gated=True
+            hub,
+            "openai/gsm8k",
+            tmp_path / "g",
+            {"main/train-0.parquet": SUMS[3:], "main/test-0.parquet": SUMS},
+            gated=True,
         )
         (sums / "README.md").write_text(SUMS_CARD)
         reach(pod.secrets / "task-0", hub, VALID_TOKEN)
@@ -119,8 +126,9 @@ def test_lm_evals_own_tasks_are_fetched_once_and_scored_when_the_hub_is_gone(
         ("gated", Reason.ACCESS_DENIED, "'org/pods' is a gated dataset on the Hub. Visit the dataset page"),
         ("missing", Reason.DATASET_NOT_FOUND, "'org/pods' doesn't exist on the Hub or cannot be accessed"),
         ("script", Reason.INVALID_CONFIG, "its data are made by code on the Hub, which is not run"),
-        ("away", Reason.HUB_UNAVAILABLE, "503"),
-        ("untrusted", Reason.HUB_UNAVAILABLE, "certificate"),
+        ("refused", Reason.ACCESS_DENIED, "401"),
+        ("away", Reason.HUB_UNAVAILABLE, "'org/pods'"),
+        ("untrusted", Reason.HUB_UNAVAILABLE, "Couldn't reach 'org/pods' on the Hub"),
         (None, None, ""),
     ],
 )  # fmt: skip
@@ -146,7 +154,7 @@ def test_what_is_wrong_with_data_of_the_hub_is_said_before_a_gpu(
             )
             if wrong == "script":
                 (folder / "pods.py").write_text("raise SystemExit")
-        reach(pod.secrets / "task-0", hub, WEAK_TOKEN if wrong == "gated" else VALID_TOKEN)
+        reach(pod.secrets / "task-0", hub, {"gated": WEAK_TOKEN, "refused": "hf_wrong"}.get(wrong or "", VALID_TOKEN))
         if wrong is None:
             (pod.secrets / "task-0" / "AWS_CA_BUNDLE").write_text(ca.read_text())
         hub.faults.unavailable = -1 if wrong == "away" else 0

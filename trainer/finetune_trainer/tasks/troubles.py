@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from finetune_trainer.tasks.protocol import Failure, Trouble
@@ -9,6 +10,9 @@ from finetune_trainer.text import shorten
 
 INSTEAD = "leave it out, or bring a task of your own (uri)"
 PASSING = (408, 429)
+SWALLOWED = re.compile(r"on the Hugging Face Hub either: (\w+)")
+STATUS = re.compile(r"\berror '(\d{3}) ")
+"""In httpx's words."""
 
 
 class Unusable(Exception):
@@ -23,6 +27,8 @@ def trouble(error: Exception, *, offline: bool) -> Trouble:
     """
     chain = list(_chain(error))
     names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    # datasets raises some of its errors without their causes, whose names are in its text then.
+    names |= set(SWALLOWED.findall(str(error)))
     status = next((code for each in chain if (code := _status(each)) is not None), 0)
     told = f"{type(error).__name__}: {error}"
     if isinstance(error, Unusable):
@@ -64,4 +70,5 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     """Of an answer over HTTP."""
     code = getattr(getattr(error, "response", None), "status_code", None)
-    return code if isinstance(code, int) else None
+    told = STATUS.search(str(error))
+    return code if isinstance(code, int) else int(told[1]) if told else None
