@@ -139,7 +139,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     begin(ctx, "Evaluating")
     earlier = ranks.share(lambda: patiently(ctx, lambda: read_base_evaluation(ctx.snapshot, workspace)))
     replies = None
-    if earlier is None:
+    if earlier is None and prepared.base_tasks is not None:
         own = model.load_tokenizer(base_files.folder, snapshot)
         replies = ranks.together(lambda: answering.task_replies(base, own, Tasks.read(prepared.base_tasks)))
     make_room(base, tokens, ranks)
