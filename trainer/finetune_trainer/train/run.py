@@ -139,6 +139,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     # Evaluate the base, once for all executions.
     begin(ctx, "Evaluating")
     measured = evaluate_base(ctx, workspace, base, held_out, pad_id, compute, answering, tokenizer, ranks)
+    release_memory()
     loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens, measured.right)
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
@@ -410,6 +411,7 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    memory.give_back()
 
 
 def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tuple[Any, list[QuantizedModule]]:
@@ -421,6 +423,7 @@ def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tu
         records = quantized_modules(base)
     if snapshot.plan.method.quantization is not None:
         must_be_quantized(records, base)
+    release_memory()
     return base, records
 
 
