@@ -41,9 +41,9 @@ def run(command: Sequence[str | Path], environ: Mapping[str, str]) -> Ended:
     watched = [sys.executable, "-m", "bench.process_tree", *map(str, command)]
     with subprocess.Popen(watched, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            pids = [pid for pid in _tree(process.pid) if pid != process.pid]
-            rss = max(rss, sum(_kib(pid, "status", "VmRSS:") for pid in pids))
-            pss = max(pss, sum(_kib(pid, "smaps_rollup", "Pss:") for pid in pids))
+            pids = [pid for pid in tree(process.pid) if pid != process.pid]
+            rss = max(rss, sum(kib(pid, "status", "VmRSS:") for pid in pids))
+            pss = max(pss, sum(kib(pid, "smaps_rollup", "Pss:") for pid in pids))
             time.sleep(SAMPLE_SECONDS)
         assert process.stdout is not None
         output, _, cpu_seconds = process.stdout.read().rpartition("\n")
@@ -66,7 +66,8 @@ def main() -> None:
     sys.exit(failed)
 
 
-def _tree(pid: int) -> Iterator[int]:
+def tree(pid: int) -> Iterator[int]:
+    """A process and all below it."""
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -74,10 +75,11 @@ def _tree(pid: int) -> Iterator[int]:
         except OSError:  # it has ended
             continue
         for child in found:
-            yield from _tree(int(child))
+            yield from tree(int(child))
 
 
-def _kib(pid: int, file: str, name: str) -> int:
+def kib(pid: int, file: str, name: str) -> int:
+    """A line of a file of its in /proc; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:

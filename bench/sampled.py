@@ -1,4 +1,4 @@
-"""A process's anonymous memory, sampled from outside: it has no thread of ours in it that would slow it down."""
+"""The anonymous memory of a process and all that it starts, sampled from outside: no thread of ours in it slows it down."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.process_tree import kib, tree
+
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.01
+LOOK_EVERY = 100
+"""Samples, after which new processes are looked for."""
 TOLD = "TOLD "
 
 
@@ -47,16 +51,16 @@ def run(module: str, arguments: list[str], log: Path, environ: Mapping[str, str]
         "HF_HUB_OFFLINE": "1",
         **(environ or {}),
     }
-    samples = []
+    samples: list[tuple[float, int]] = []
+    pids: list[int] = []
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments], env=own, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
         )
-        status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            for line in status.read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    samples.append((time.monotonic(), int(line.split()[1]) * 1024))
+            if len(samples) % LOOK_EVERY == 0:
+                pids = list(tree(process.pid))
+            samples.append((time.monotonic(), sum(kib(pid, "status", "RssAnon:") for pid in pids) * 1024))
             time.sleep(SAMPLE_SECONDS)
     text = log.read_text()
     assert process.returncode == 0, text

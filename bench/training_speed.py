@@ -1,6 +1,6 @@
 """Training tokens a second, peak anonymous memory and held-out loss of our train stage, against a plain trl SFTTrainer script.
 
-    python -m bench.training_speed [--methods LoRA,QLoRA] [--pairs 5] [--steps 6] [--packing] [--json FILE]
+    python -m bench.training_speed [--methods LoRA,QLoRA] [--pairs 5] [--steps 6] [--packing] [--float32-adapters] [--without-speed] [--json FILE]
 
 Both train the same random Llama (52M parameters, a 400-token vocabulary) on the same rows in the same order: conversations of varied length,
 16 a step in micro-batches of 4, on the CPU, in the type that suits it, with as many threads; LoRA on all linear layers from the same
@@ -9,8 +9,10 @@ order and adapter.
 
 Tokens (without padding) a second are those of the steps after the warm-up, by the monotonic clock, from one step's end to the last one's.
 A second of CPU time (of all threads of the process) tells the same where others use the machine meanwhile.
-Anonymous memory is sampled from outside: of the process until its last step, and until its adapter is saved. The held-out loss of both is measured by
-the same function. With --packing a pair has a third run: trl with its packing, which is its padding-free mode.
+Anonymous memory is sampled from outside, of all processes (ours has a supervisor): until the last step, and until the adapter is saved. The held-out
+loss of both is measured by the same function. With --packing a pair has another run: trl with its packing, which is its padding-free mode. With
+--float32-adapters another: trl, whose QLoRA trains bfloat16 matrices, with float32 ones as ours are. --without-speed leaves the speeds out, where
+other work on the machine makes them meaningless; memory and loss do not depend on it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import finetune_trainer.train  # noqa: F401 - sets how threads wait, for the pro
 from bench import figures, sampled
 from bench.pairs import Ratio, alternating, ratio
 from finetune_api import names, results
+from finetune_trainer.supervisor.place import ENV_LOG_LEVEL
 from finetune_trainer.train.device import cpu_dtype, usable_cpus
 from finetune_trainer.train.rows import read_rows
 from finetune_trainer.train.schedule import make_schedule
@@ -47,10 +50,12 @@ HELD_OUT_ROWS = 24
 MAX_TOKENS = 512
 RANK = 16
 LEARNING_RATE = 2e-4
+LOSS = "held_out_loss"
+SPEEDS = ("tokens_per_second", "tokens_per_cpu_second")
 WARM_UP = 2
 """Steps that are not timed: the first allocations, the first checkpoint, the learning rate's own warm-up."""
-OURS, TRL, PACKED = "ours", "trl", "trl packed"
-SCRIPTS = {OURS: "bench.our_train", TRL: "bench.trl_train", PACKED: "bench.trl_train"}
+OURS, TRL, PACKED, FLOAT32 = "ours", "trl", "trl packed", "trl float32"
+SCRIPTS = {OURS: "bench.our_train", **dict.fromkeys((TRL, PACKED, FLOAT32), "bench.trl_train")}
 
 
 def write_model(folder: Path) -> Path:
@@ -153,12 +158,12 @@ class Workshop:
             "held_out": str(job.folder / "prepared" / results.PREPARED_HELD_OUT),
             "method": method, "rank": RANK, "seed": seed, "learning_rate": LEARNING_RATE, "warmup_steps": WARM_UP,
             "micro_batch": MICRO_BATCH, "accumulation": ACCUMULATION, "max_tokens": MAX_TOKENS,
-            "packing": way == PACKED, "dtype": str(cpu_dtype()).removeprefix("torch."),
+            "packing": way == PACKED, "float32_adapters": way == FLOAT32, "dtype": str(cpu_dtype()).removeprefix("torch."),
         }  # fmt: skip
         if way == PACKED:  # two packs of up to 512 tokens a micro-batch, and about as many tokens a step
             asked |= {"micro_batch": 2, "accumulation": ACCUMULATION // 2}
         (folder / "asked.json").write_text(json.dumps(asked))
-        environ = {"OMP_NUM_THREADS": str(self.threads), names.ENV_POD_UID: "bench"}
+        environ = {"OMP_NUM_THREADS": str(self.threads), names.ENV_POD_UID: "bench", ENV_LOG_LEVEL: "WARNING"}
         run = sampled.run(SCRIPTS[way], [str(folder / "asked.json")], folder / "log", environ)
         return measured(run, step_tokens(ordered))
 
@@ -180,29 +185,31 @@ def measured(run: sampled.Run, tokens: list[int]) -> dict[str, float]:
         "tokens_per_cpu_second": timed / (cpu[-1] - cpu[WARM_UP - 1]),
         "training_mib": run.peak_mib(until=ends[-1]),
         "saved_mib": run.peak_mib(until=told["ended"]),
-        "held_out_loss": told["held_out_loss"],
+        LOSS: told["held_out_loss"],
     }
 
 
 def compare(pairs: list[dict[str, dict[str, float]]], other: str) -> dict[str, Any]:
-    """Ratios, and the differences of the losses."""
+    """Ratios of what was measured, and the differences of the losses."""
 
     def of(name: str) -> Ratio:
         return ratio([p[OURS][name] for p in pairs], [p[other][name] for p in pairs])
 
-    differences = [p[OURS]["held_out_loss"] - p[other]["held_out_loss"] for p in pairs]
+    differences = [p[OURS][LOSS] - p[other][LOSS] for p in pairs]
     return {
-        "tokens_per_second": of("tokens_per_second"),
-        "tokens_per_cpu_second": of("tokens_per_cpu_second"),
-        "training_mib": of("training_mib"),
-        "saved_mib": of("saved_mib"),
+        **{name: of(name) for name in pairs[0][OURS] if name != LOSS},
         "held_out_loss_difference": {
             "median": statistics.median(differences),
             "lowest": min(differences),
             "highest": max(differences),
-            "spread_between_seeds": statistics.pstdev(p[OURS]["held_out_loss"] for p in pairs),
+            "spread_between_seeds": statistics.pstdev(p[OURS][LOSS] for p in pairs),
         },
     }
+
+
+def in_json(compared: dict[str, Any]) -> dict[str, Any]:
+    """Ratios as their parts."""
+    return {name: asdict(value) if isinstance(value, Ratio) else value for name, value in compared.items()}
 
 
 def main() -> None:
@@ -212,8 +219,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help=f"optimizer steps, of which {WARM_UP} are not timed")
     parser.add_argument("--packing", action="store_true", help="also trl with packing")
+    parser.add_argument("--float32-adapters", action="store_true", help="also trl with its adapters in float32")
+    parser.add_argument("--without-speed", action="store_true", help="leave the speeds out, on a busy machine")
     arguments = parser.parse_args()
-    ways = [OURS, TRL, *([PACKED] if arguments.packing else [])]
+    left_out = SPEEDS if arguments.without_speed else ()
+    ways = [OURS, TRL, *([PACKED] if arguments.packing else []), *([FLOAT32] if arguments.float32_adapters else [])]
     found: dict[str, Any] = {"steps": arguments.steps, "dtype": str(cpu_dtype()).removeprefix("torch.")}
     with tempfile.TemporaryDirectory() as scratch:
         server = seaweed.start_seaweed(Path(scratch) / "s3")
@@ -221,25 +231,23 @@ def main() -> None:
             shop = Workshop(Path(scratch), server.endpoint, arguments.steps)
             found["threads"] = shop.threads
             for method in arguments.methods.split(","):
-                pairs = []
+                pairs: list[dict[str, dict[str, float]]] = []
                 for number in range(arguments.pairs):
                     job, ordered = shop.prepared(method, number)
                     runs = {way: shop.run(way, job, ordered, method, number) for way in alternating(number, ways)}
+                    runs = {way: {k: v for k, v in run.items() if k not in left_out} for way, run in runs.items()}
                     pairs.append(runs)
                     print(
                         method, json.dumps({w: {k: round(v, 4) for k, v in runs[w].items()} for w in ways}), flush=True
                     )
-                found[method] = {"pairs": pairs}
-                for other in ways[1:]:
-                    compared = compare(pairs, other)
-                    for name, value in compared.items():
+                    compared = {other: compare(pairs, other) for other in ways[1:]}
+                    found[method] = {"pairs": pairs, **{f"against {w}": in_json(c) for w, c in compared.items()}}
+                    figures.write(arguments.json, found)  # a run that is cut short leaves what it has measured
+                for other, values in compared.items():
+                    for name, value in values.items():
                         print(f"{method}, {OURS} / {other}: {name} {value}", flush=True)
-                    found[method][f"against {other}"] = {
-                        k: asdict(v) if isinstance(v, Ratio) else v for k, v in compared.items()
-                    }
         finally:
             server.stop()
-    figures.write(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,10 @@ def main() -> None:
             disable_tqdm=True,
         ),
     )
+    if job["float32_adapters"]:  # before the optimizer is made
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     trainer.train()
     trainer.save_model(job["folder"] + "/adapter")
     ended = time.monotonic()

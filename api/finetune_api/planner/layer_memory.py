@@ -47,7 +47,7 @@ def layer_memory(
     attention = _attention(arch, batch, wide)
     mlp = _mlp(arch, wide)
     adapters = sum(_adapter(target, arch, tuning, quantized) for target in targets)
-    if quantized and not tuning.dropout and not arch.layer_norm:
+    if not tuning.full and not tuning.dropout and not _copies_inputs(arch, tuning, quantized):
         adapters += _shared_inputs(arch, batch, targets)
     if tuning.dora:
         adapters += sum(2 * HALF * target.outputs for target in targets)
@@ -141,8 +141,13 @@ def _adapter(target: Linear, arch: Architecture, tuning: Tuning, quantized: bool
     inner = HALF * tuning.rank_of(target.name) * (2 if tuning.offset else 1)
     if tuning.dropout:
         return (HALF + MASK) * target.inputs + inner
-    fresh = not quantized or arch.layer_norm  # otherwise the input itself is kept
-    return (HALF * target.inputs if fresh else 0) + inner
+    return (HALF * target.inputs if _copies_inputs(arch, tuning, quantized) else 0) + inner
+
+
+def _copies_inputs(arch: Architecture, tuning: Tuning, quantized: bool) -> bool:
+    """Whether each adapter without dropout keeps a copy of its input: where that is float32, or peft makes it so (for DoRA, but not on
+    a quantized layer). Otherwise the input itself is kept."""
+    return arch.layer_norm or (not quantized and (tuning.dora or tuning.trains_embeddings))
 
 
 def _shared_inputs(arch: Architecture, batch: Batch, targets: list[Linear]) -> float:
@@ -165,8 +170,9 @@ def _working(last: Linear, adapted: bool, arch: Architecture, tuning: Tuning, qu
     if quantized:
         wide = arch.layer_norm
         return (2 * FULL if wide else HALF) * inputs + (FULL if wide else HALF) * 2 * outputs
-    # the input, its float32 copy, the same after dropout; the base's result and the incoming gradient
-    own = FULL if arch.activation == "gelu_new" else HALF + FULL
+    # the input; for dropout and DoRA its float32 copy; the same after dropout; the base's result and the incoming gradient
+    copy = FULL if tuning.dropout or tuning.dora else 0
+    own = FULL if arch.activation == "gelu_new" else HALF + copy
     return (own + (FULL if tuning.dropout else 0)) * inputs + HALF * 2 * outputs
 
 

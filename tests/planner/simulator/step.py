@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_trainer.train.loss import LearnedTokenLoss, head_stands_apart
-from finetune_trainer.train.model import make_trainables_float32
+from finetune_trainer.train.model import make_trainables_float32, take_inputs_as_they_are
 from finetune_trainer.train.offset_lora import make_offset
 from tests.planner.simulator.gpu_kernels import cuda_kernels
 from tests.planner.simulator.linear4bit import quantize
@@ -163,6 +163,8 @@ def adapted(case: Case, config: dict[str, Any]) -> Any:
         make_trainables_float32(model)
         if case.offset:
             make_offset(model)
+        if not case.dropout:
+            take_inputs_as_they_are(model)
     return model
 
 

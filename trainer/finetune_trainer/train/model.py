@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -198,6 +199,8 @@ def attach_adapter(
     make_trainables_float32(model)
     if lora.begins_at_weights:
         make_offset(model)
+    if not lora.dropout and not lora.use_dora:
+        take_inputs_as_they_are(model)
     if initial is not None:
         take_up(model, load_file(initial))
     config.base_model_name_or_path = public_name(snapshot)
@@ -292,6 +295,17 @@ def make_trainables_float32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def take_inputs_as_they_are(model: PeftModel) -> None:
+    """Let adapters multiply a layer's own input, as autocast does with what it is given.
+
+    peft 0.21 casts the input to an adapter's float32 first, and autocast casts that back: the same numbers, in a copy for each layer, which is
+    kept for the backward pass. Not where something is computed between the two casts: dropout divides, DoRA takes norms.
+    """
+    for module in model.get_base_model().modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def assert_trainables_float32(model: Any) -> int:

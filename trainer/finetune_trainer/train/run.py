@@ -144,6 +144,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         replies = ranks.together(lambda: answering.task_replies(base, own, Tasks.read(prepared.base_tasks)))
     make_room(base, tokens, ranks)
     measured = earlier or evaluate_base(ctx, workspace, base, held_out, pad_id, answering, tokenizer, ranks, replies)
+    release_memory()
     loss_base = evaluate.HeldOutLoss(measured.nll, measured.tokens, measured.right)
     log.info("held-out loss of the base: %.4f (perplexity %.2f)", loss_base.loss, loss_base.perplexity)
 
@@ -418,6 +419,7 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    memory.give_back()
 
 
 def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tuple[Any, list[QuantizedModule]]:
@@ -429,6 +431,7 @@ def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tu
         records = quantized_modules(base)
     if snapshot.plan.method.quantization is not None:
         must_be_quantized(records, base)
+    release_memory()
     return base, records
 
 
