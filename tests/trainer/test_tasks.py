@@ -361,21 +361,22 @@ def test_a_job_is_told_of_answers_that_take_long() -> None:
 
 
 def test_an_answer_ends_with_what_a_task_names(tiny_model: Path) -> None:
-    """It is cut to the same text, and fewer tokens are generated."""
+    """It is cut to the same text, whatever else is answered at once; and when all have said it, nothing more is generated."""
     compute = pick_compute(Training(use_cpu=True))
     causal_lm = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=compute.dtype)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompts = [tokenizer(turns[0]["content"])["input_ids"] for turns in questions(3)]
 
-    def answers(until: list[str]) -> tuple[list[list[int]], list[str]]:
-        found = evaluate.greedy_tokens(causal_lm, prompts, tokenizer, compute, 48, until=until)
-        return found, [str(tokenizer.decode(tokens)) for tokens in found]
+    def answers(asked: list[list[int]], until: list[str]) -> list[str]:
+        found = evaluate.greedy_tokens(causal_lm, asked, tokenizer, compute, 48, until=until)
+        return [str(tokenizer.decode(tokens)) for tokens in found]
 
-    whole, texts = answers([])
-    stop = texts[0][2:4]
-    short, cut_texts = answers([stop, "never said"])
-    assert len(short[0]) < len(whole[0]) == 48
-    assert [cut(text, [stop]) for text in cut_texts] == [cut(text, [stop]) for text in texts]
+    whole = answers(prompts, [])
+    stop = whole[0][2:4]
+    assert [cut(text, [stop]) for text in answers(prompts, [stop, "never said"])] == [cut(t, [stop]) for t in whole]
+    (alone,) = answers(prompts[:1], [stop])
+    assert alone.endswith(stop)
+    assert len(alone) < len(whole[0])
 
 
 def test_prompts_are_counted_that_positions_leave_no_room_for() -> None:

@@ -86,9 +86,11 @@ def load(asked: AskedTask, folder: Path) -> Loaded:
     random.seed(SEED)
     np.random.seed(NUMPY_SEED)
     with without_downloaded_code() as refused:
-        found: dict[str, Any] = known.load([asked.name])
-    if refused:  # lm-eval goes on without a metric that it does not get
-        raise Unusable(refused[0])
+        try:
+            found: dict[str, Any] = known.load([asked.name])
+        finally:
+            if refused:  # lm-eval goes on without a metric that it does not get, and may stumble over that
+                raise Unusable(refused[0])
     for name, task in found["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise Unusable(f"{name}: {RUNS_CODE}")
