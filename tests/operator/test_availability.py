@@ -137,6 +137,7 @@ def test_metrics_and_probes_are_served(bench: Bench) -> None:
     with bench.script():
         bench.apply(finetunejob("seen").build())
         bench.until_finished("seen")
+        bench.told("seen", "Succeeded")  # its Event comes after the operator has heard the answer to its own write
     text = operator.get("/metrics", operator.metrics_port).text
     assert 'finetune_jobs{phase="Succeeded"} 1.0' in text
     assert 'finetune_api_writes_total{resource="jobs",verb="post"} 3.0' in text

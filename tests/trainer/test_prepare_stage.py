@@ -256,7 +256,7 @@ def test_tokenizer_hash_changes_with_the_tokenizer(bench: Bench, tmp_path: Path)
     bench.run()
     before = PrepareResult.model_validate_json(bench.object("prepare/result.json")).tokenizer_hash
     (tmp_path / "t").mkdir()
-    write_tokenizer(tmp_path / "t", "{{ messages[0]['role'] + messages[-1]['content'] }}")
+    write_tokenizer(tmp_path / "t", "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}")
     bench.s3.put_dir(bench.bucket, "model", tmp_path / "t")
     bench.run(training={"seed": 5}, objective={"sft": {"lossOn": "Completion"}})
     assert PrepareResult.model_validate_json(bench.object("prepare/result.json")).tokenizer_hash != before
