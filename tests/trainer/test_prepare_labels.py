@@ -18,6 +18,7 @@ from finetune_trainer.prepare.encode import IGNORED, Dropped, Encoded, Encoder, 
 from finetune_trainer.prepare.examples import Completion, Conversation, Text, Tokenized
 from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.turns import Message
+from tests.support.learned import learned
 from tests.support.tiny_model import CHATML, write_tokenizer
 
 LLAMA3 = (
@@ -79,18 +80,6 @@ def encode(
     tokenizer: Any, template: str, messages: list[Message], loss_on: LossOn = LossOn.ASSISTANT, **kw: Any
 ) -> Encoded:
     return Encoder(tokenizer, ChatRenderer(tokenizer, template), loss_on).encode(Conversation(messages, **kw))
-
-
-def learned(tokenizer: Any, encoded: Encoded) -> list[str]:
-    """Each run of learned tokens, decoded; every label is the token at its place."""
-    runs: list[list[int]] = []
-    before = IGNORED
-    for token, label in zip(encoded.ids.tolist(), encoded.labels.tolist(), strict=True):
-        assert label in (IGNORED, token)
-        if label != IGNORED:
-            runs = [*runs, [label]] if before == IGNORED else [*runs[:-1], [*runs[-1], label]]
-        before = label
-    return [tokenizer.decode(run) for run in runs]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import pytest
 
 from finetune_api.spec import DataFormat, LossOn
 from finetune_trainer.prepare.chat import ChatRenderer, tried_renderer
-from finetune_trainer.prepare.encode import IGNORED, Encoded, Encoder
+from finetune_trainer.prepare.encode import Encoded, Encoder
 from finetune_trainer.prepare.examples import Conversation, to_example
 from finetune_trainer.prepare.problems import RowProblem
 from finetune_trainer.prepare.prompts import asked_beyond_answers
 from finetune_trainer.prepare.turns import Message
+from tests.support.learned import learned as learned_runs
 from tests.support.published_templates import FOLDER, PUBLISHED, byte_level, sentence_piece
 
 NAMED = {published.name: published for published in PUBLISHED}
@@ -82,15 +83,7 @@ def encode(
 
 
 def learned(name: str, encoded: Encoded, make: Any = byte_level) -> list[str]:
-    """Each run of learned tokens, decoded; every label is the token at its place."""
-    runs: list[list[int]] = []
-    before = IGNORED
-    for token, label in zip(encoded.ids.tolist(), encoded.labels.tolist(), strict=True):
-        assert label in (IGNORED, token)
-        if label != IGNORED:
-            runs = [*runs, [label]] if before == IGNORED else [*runs[:-1], [*runs[-1], label]]
-        before = label
-    return [tokenizer_of(make, name).decode(run) for run in runs]
+    return learned_runs(tokenizer_of(make, name), encoded)
 
 
 def test_every_template_that_is_kept_is_tested() -> None:
