@@ -21,9 +21,9 @@ from finetune_trainer.prepare.examples import Completion, Conversation, Example,
 from finetune_trainer.prepare.rows import RawRow
 from finetune_trainer.prepare.template import Templates
 from finetune_trainer.sources.data import DataFile
+from tests.support.learned import learned
 from tests.support.prepare_bench import REF, ROWS, Bench
 from tests.support.tiny_model import CHATML, write_tokenizer
-from tests.trainer.test_prepare_labels import learned
 from tests.trainer.test_prepare_questions import prompts_of
 
 ROW: dict[str, Any] = {"question": "What is 2+2?", "answer": 4, "context": None, "a b": "x", "notes": ["n1", "n2"]}
