@@ -13,6 +13,7 @@ import boto3
 import pytest
 from hypothesis import settings
 
+from finetune_trainer.entrypoint import LIBRARIES
 from tests.support import seaweed
 from tests.support.fault_proxy import FaultProxy
 from tests.support.hub_server import HubServer
@@ -90,6 +91,13 @@ def s3_server(folder: Path) -> Iterator[S3]:
         yield S3(server.endpoint, seaweed.WRITER_KEY, seaweed.WRITER_SECRET, client)
     finally:
         server.stop()
+
+
+@pytest.fixture(autouse=True)
+def stage_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of every stage, which processes that it starts inherit."""
+    for name, value in LIBRARIES.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,15 @@ GLOO = "gloo/transport"
 CUDA_OUT_OF_MEMORY = ("cuda error: out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 """How CUDA, cuBLAS and cuDNN say it; torch raises their errors as RuntimeError and AcceleratorError."""
 PR_SET_PDEATHSIG = 1
+LIBRARIES = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # transformers' advice about a missing torch is noise in an image that has none on purpose.
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+"""What libraries are told by a stage's environment, and by that of processes it starts."""
 
 StageFunction = Callable[[Any], BaseModel]
 """Takes the context of its own kind of resource."""
@@ -175,11 +184,8 @@ def set_up(environ: Mapping[str, str]) -> None:
     )
     for name in ("httpx", "httpcore", "httpx2", "httpcore2", "botocore", "urllib3", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for key in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_IMPLICIT_TOKEN"):
-        os.environ.setdefault(key, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # transformers' advice about a missing torch is noise in an image that has none on purpose.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for key, value in LIBRARIES.items():
+        os.environ.setdefault(key, value)
     signal.signal(signal.SIGTERM, _on_sigterm)
 
 

@@ -41,6 +41,9 @@ class Hub:
         """Variables of huggingface_hub's, and the trainer's own for a private CA."""
         ca_bundle = str(self.ca_bundle) if self.ca_bundle is not None else None
         given = {"HF_TOKEN": self.token, "HF_ENDPOINT": self.endpoint, "AWS_CA_BUNDLE": ca_bundle}
+        if self.token is not None:
+            # The trainer's own process, whose environment this one has, sends no token that it was not given by name.
+            given["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "0"
         # Xet fetches from its own servers, past a mirror.
         endpoint = (self.endpoint or constants.ENDPOINT).rstrip("/")
         given["HF_HUB_DISABLE_XET"] = "1" if endpoint != PUBLIC_ENDPOINT else None
