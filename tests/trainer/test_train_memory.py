@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,33 @@ def test_what_computes_with_an_input_gets_it_in_float32(tiny_model: Path, lora: 
     assert all(m.cast_input_dtype_enabled for m in tuned.modules() if isinstance(m, LoraLayer))
 
 
-def test_what_a_thread_has_freed_is_given_back() -> None:
-    def anonymous() -> int:
-        status = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in status if line.startswith("RssAnon:")).split()[1]) * 1024
+def anonymous() -> int:
+    """What this process holds that is no file's, in bytes."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("RssAnon:")).split()[1]) * 1024
 
+
+def left_of_tensors() -> int:
+    """What stays of 64 MiB of tensors that were freed, among small ones that were not; after a large block has been freed."""
+    torch.ones(4 * MEBIBYTE)
+    before = anonymous()
+    large, small = [], []
+    for _ in range(32):
+        large.append(torch.ones(MEBIBYTE // 2))
+        small.append(torch.ones(1024))
+    large.clear()
+    return anonymous() - before
+
+
+def test_of_large_tensors_nothing_stays_when_they_are_freed() -> None:
+    """In a process of its own: the setting is for good."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(left_of_tensors).result() > 32 * MEBIBYTE, "glibc's heap does not keep them any more"
+        pool.submit(memory.map_large_blocks).result()
+        assert pool.submit(left_of_tensors).result() < 8 * MEBIBYTE
+
+
+def test_what_a_thread_has_freed_is_given_back() -> None:
     last: list[bytearray] = []
 
     def use() -> None:

@@ -6,6 +6,9 @@ import ctypes
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+M_MMAP_THRESHOLD = -3
+"""malloc.h's."""
+LARGE_BYTES = 1 << 20
 
 
 def peak_bytes(root: Path = CGROUP) -> int | None:
@@ -29,6 +32,18 @@ def kills(root: Path = CGROUP) -> int:
             if key == "oom_kill":
                 return int(value)
     return 0
+
+
+def map_large_blocks() -> None:
+    """Have each block of LARGE_BYTES or more mapped by itself, and unmapped when it is freed, in this process from now on.
+
+    glibc does so from 128 KiB on, but takes the size of each mapped block that is freed for its new threshold, up to 32 MiB
+    (mallopt(3), M_MMAP_THRESHOLD). From then on activations come from the heap, where small blocks that stay keep what was freed
+    around them: of 966 MiB of heap 332 MiB were free at the end of a forward pass of QLoRA on a CPU, and 2 MiB with this.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def give_back() -> None:

@@ -95,6 +95,7 @@ def run(ctx: StageContext) -> TrainReport | RankDone:
 
 def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     """What :func:`run` does, told to the job's trackers."""
+    memory.map_large_blocks()
     ranks = join(ctx.snapshot.spec.training.use_cpu)
     began = ranks.share(lambda: begin_execution(ctx))
     if isinstance(began, TrainResult):
