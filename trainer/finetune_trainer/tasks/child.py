@@ -73,7 +73,7 @@ def run_harness(command: Command, folder: Path, hub: Hub | None = None) -> None:
     (folder / CACHE / "nltk").mkdir(parents=True, exist_ok=True)
     environment |= {"DISABLE_MULTIPROC": "1"}  # a pool of forks for bootstrapped errors may hang where threads run
     (folder / ERROR).unlink(missing_ok=True)
-    program = [sys.executable, "-m", "finetune_trainer.tasks.harness", command, str(folder)]
+    program = [sys.executable, "-m", "finetune_trainer.tasks", command, str(folder)]
     try:
         done = subprocess.run(program, env=environment, timeout=SECONDS, check=False, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired as error:

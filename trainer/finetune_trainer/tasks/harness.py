@@ -1,4 +1,4 @@
-"""``python -m finetune_trainer.tasks.harness COMMAND FOLDER``: lm-eval, in a process of its own. It never loads a model."""
+"""lm-eval, in a process of its own. It never loads a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,7 +207,3 @@ def main(command: Command, folder: Path) -> int:
         (folder / ERROR).write_text(json.dumps(trouble(error, offline=command is not Command.DATA).to_json_dict()))
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Command(sys.argv[1]), Path(sys.argv[2])))
