@@ -17,7 +17,7 @@ import pytest
 from finetune_trainer.prepare import near
 from finetune_trainer.prepare.rows import read_rows
 from finetune_trainer.prepare.split import held_out_rows
-from finetune_trainer.prepare.store import SCHEMA, RowWriter, lists
+from finetune_trainer.prepare.store import SCHEMA, Index, Remembered, RowWriter, lists
 from finetune_trainer.sources.data import DataFile
 
 TEXT = "x" * 2000
@@ -95,6 +95,24 @@ def write(folder: Path, ids: np.ndarray, rows: int) -> None:
         assert file.metadata.num_rows == rows
         assert {file.metadata.row_group(i).num_rows for i in range(file.num_row_groups - 1)} <= {1024}
         assert file.read_row_group(0)["labels"][-1].as_py() == ids.tolist()
+
+
+@pytest.mark.parametrize("sketch_bytes", [0, near.SLOTS])
+def test_of_a_row_21_bytes_are_remembered_and_64_for_near_duplicates(sketch_bytes: int) -> None:
+    """An eighth more at most, by which Python's bytearrays grow ahead."""
+    batch, batches = 512, 400
+    rows = Remembered(
+        groups=np.arange(batch, dtype=np.uint64),
+        contents=np.arange(batch, dtype=np.uint64),
+        lengths=np.full(batch, 3, np.uint32),
+        sketches=np.zeros((batch if sketch_bytes else 0, near.SLOTS), np.uint8),
+    )
+    index = Index()
+    with peak_below(round((21 + sketch_bytes) * 1.13 * batch * batches) + 100_000):
+        for _ in range(batches):
+            index.add(rows, from_held_out=False)
+    assert len(index) == batch * batches == len(index.all.lengths)
+    assert index.all.sketches.nbytes == sketch_bytes * len(index)
 
 
 def test_rows_are_compared_and_split_in_55_bytes_each(monkeypatch: pytest.MonkeyPatch) -> None:
