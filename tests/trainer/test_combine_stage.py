@@ -220,6 +220,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda a: (a / "adapter_config.json").write_text("["), "is no adapter of peft's"),
         (lambda a: (a / WEIGHTS).write_text("{"), "is no adapter of peft's"),
         (lambda a: spoil_weights(a, lambda w: w.update({NAME: w[NAME][:, :32].contiguous()})), "has 64 inputs and 64 outputs in adapters[0], 32 and 64 in adapters[1]"),
+        (lambda a: spoil_weights(a, lambda w: w.update({NAME: w[NAME][..., None].contiguous()})), "are not those of a linear layer"),
         (lambda a: spoil_weights(a, lambda w: w.update(extra=torch.ones(2))), "tensors other than the matrices A and B of linear layers, which cannot be combined: extra"),
         (lambda a: spoil_weights(a, lambda w: w[NAME].fill_(float("nan"))), "has values in model.layers.0.self_attn.q_proj that are infinite or not numbers"),
     ],

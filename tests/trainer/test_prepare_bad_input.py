@@ -10,6 +10,8 @@ import pytest
 
 from finetune_api.failures import FAILURES, Reason
 from finetune_trainer.entrypoint import main
+from finetune_trainer.errors import StageError
+from finetune_trainer.prepare.chat import load_tokenizer
 from tests.support import seaweed
 from tests.support.hub_server import HubServer
 from tests.support.prepare_bench import REF, ROWS, Bench, row
@@ -158,6 +160,51 @@ def test_models_of_other_kinds_are_refused(bench: Bench, tiny_model: Path, chang
     error = bench.fails()
     assert error.reason is Reason.UNSUPPORTED_MODEL
     assert text in error.message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "text"),
+    [
+        ("config.json", "{", "config.json is not a JSON object"),
+        ("config.json", "[]", "config.json is not a JSON object"),
+        ("config.json", None, "has no config.json: it is not a Hugging Face model folder"),
+        ("tokenizer.json", "{", "the tokenizer cannot be loaded: "),
+        ("tokenizer_config.json", json.dumps({**tokenizer_settings(CHATML), "eos_token": None}), "has no EOS token"),
+    ],
+)
+def test_a_model_folder_that_is_not_whole_is_refused(bench: Bench, file: str, content: str | None, text: str) -> None:
+    bench.put(ROWS)
+    if content is None:
+        bench.s3.client.delete_object(Bucket=bench.bucket, Key=f"model/{file}")
+    else:
+        bench.s3.put(bench.bucket, f"model/{file}", content)
+    error = bench.fails()
+    assert error.reason is Reason.UNSUPPORTED_MODEL
+    assert text in error.message
+
+
+def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path) -> None:
+    """Labels are found by them."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ctrl"}))
+    (tmp_path / "vocab.json").write_text(json.dumps({"<unk>": 0, "a</w>": 1}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CTRLTokenizer"}))
+    with pytest.raises(StageError, match=r"CTRLTokenizer has no fast version \(tokenizer\.json\)") as info:
+        load_tokenizer(tmp_path, trust_remote_code=False)
+    assert info.value.reason is Reason.UNSUPPORTED_MODEL
+
+
+def test_what_is_left_of_no_row_is_said_of_either_side(bench: Bench) -> None:
+    bench.put(["x"] * 9)
+    allowed = {"maxBadRows": 9}
+    error = bench.fails(data={"checks": allowed})
+    assert error.reason is Reason.TOO_FEW_ROWS
+    assert error.message.startswith("none of 9 rows is left: ")
+    bench.put(ROWS, "held.jsonl")
+    held_out = {"sources": [{"uri": f"s3://{bench.bucket}/held.jsonl", **REF}]}
+    error = bench.fails(data={"checks": allowed, "heldOut": held_out})
+    assert error.reason is Reason.TOO_FEW_ROWS
+    assert error.message.startswith("no row of data.train is left: ")
 
 
 def test_conversations_need_a_chat_template_and_texts_do_not(bench: Bench, tmp_path: Path) -> None:

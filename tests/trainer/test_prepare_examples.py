@@ -119,6 +119,7 @@ def say(*contents: Any) -> dict[str, Any]:
         (M, {"messages": [USER, called("{")]}, 'messages[1].tool_calls[0].arguments: expected an object as JSON, found "{"'),
         (M, {"messages": [USER, called([1])]}, "messages[1].tool_calls[0].arguments: expected an object, found a list of 1"),
         (M, {"messages": [USER, {"role": "assistant", "tool_calls": ["add"]}]}, "tool_calls[0]: expected a call"),
+        (M, {"messages": [USER, {"role": "assistant", "tool_calls": {"name": "add"}}]}, "tool_calls: expected a list of calls, found an object"),
         (M, {"messages": [USER, BOT], "tools": "add"}, 'tools: expected a list of tools as JSON, found "add"'),
         (M, {"messages": [USER, BOT], "tools": [3]}, "tools[0]: expected a tool: an object with a function, found the number 3"),
         (S, {"conversations": ["hi"]}, "conversations[0]: expected an object with from and value"),

@@ -114,6 +114,11 @@ def test_a_broken_row_is_named_and_the_next_is_read(
         ("t.json", '[{"a": 1}] x', "not JSON .*'x'"),
         ("t.csv", "a,b,a\n", "names 'a' more than once"),
         ("t.parquet", b"PAR1 and then nothing", "not a readable Parquet file"),
+        (
+            "t.parquet.gz",
+            gzip.compress(b"PAR1", mtime=0),
+            "Parquet inside gzip; Parquet is compressed already: upload it as it is",
+        ),
         ("t.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-20], "gzip stream is damaged"),
         ("t.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 1000)[:-20], "bz2 stream is damaged"),
         ("t.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 1000)[:-20], "xz stream is damaged"),

@@ -96,10 +96,15 @@ def torn(store: S3Store, key: str) -> None:
     store.put_bytes(key, store.get_bytes(key)[:-1] + b"x")
 
 
+def anothers(store: S3Store, key: str) -> None:
+    store.put_bytes(key, json.dumps({**json.loads(store.get_bytes(key)), "snapshotDigest": "0" * 64}).encode())
+
+
 @pytest.mark.parametrize(("key", "change", "said"), [
     (PREPARED_HELD_OUT, gone, "has disappeared"),
     (PREPARED_HELD_OUT, torn, "held_out"),
-    (TRAIN_RESULT, gone, "result"),
+    (TRAIN_RESULT, gone, "result.json is missing: the train stage has not finished"),
+    (TRAIN_RESULT, anothers, "was written for another configuration of this job"),
 ])  # fmt: skip
 def test_what_is_gone_or_changed_in_the_workspace_fails(
     job: PreparedJob, restored: S3Store, key: str, change: Callable[[S3Store, str], None], said: str
