@@ -35,6 +35,7 @@ from finetune_trainer.train.run import run as train
 from tests.planner.simulator.golden import read_config
 from tests.support.prepare_bench import ROWS, Bench
 from tests.support.prepared import deep_merge, job_spec, questions
+from tests.support.served_layout import check_model_folder
 from tests.support.tiny_families import build_tiny_family
 from tests.support.trainer_run import Pod
 from tests.trainer.test_train_trainer import CPU16, snapshot
@@ -191,6 +192,7 @@ def run_job(s3: Any, folder: Path, family: str, **changes: Any) -> tuple[Prepare
     store = context.output_store()
     for part in ("adapter", "merged"):
         s3.get_dir(bucket, f"{store.location.key}/{part}", folder / part)
+    check_model_folder(folder / "merged", "float32")
     return prepared, store.get_model("manifest.json", Manifest), folder / "adapter"
 
 
@@ -233,6 +235,29 @@ def test_what_is_trained_of_the_head_is_merged_whatever_the_files_call_it(
     base = load_file(tmp_path / "base" / "model.safetensors")[head]
     assert len(found) - len(base) == len(prepared.trained_tokens.new if prepared.trained_tokens else [])
     assert len(found) > len(base) or not torch.equal(found, base)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("gpt_neox", {"modulesToSave": ["embed_in", "lm_head"]}),
+        ("gpt_neox", {"modulesToSave": ["final_layer_norm"]}),
+        ("gpt2", {"bias": "All"}),
+        ("falcon", {"modulesToSave": ["ln_f"]}),
+        ("phi", {"modulesToSave": ["embed_tokens"]}),
+    ],
+    ids=["embeddings", "norm", "biases", "falcon", "phi"],
+)
+def test_layer_norms_take_what_is_trained_in_float32_of_a_16_bit_model(
+    s3: Any, tmp_path: Path, family: str, lora: dict[str, Any]
+) -> None:
+    """On a CPU torch refuses such a mixture. The reloaded adapter and the merged model give what training measured."""
+    changes = {"method": {"lora": lora}, "training": {"computeDtype": "bfloat16"}}
+    _, manifest, _ = run_job(s3, tmp_path, family, **changes)
+    assert manifest.verification is not None
+    rounding = 1e-3 if "bias" in lora else 1e-6  # peft loads biases into the model's own, which have 16 bit
+    assert manifest.verification.relative_difference < rounding
+    assert manifest.merge_check is not None
 
 
 @pytest.mark.parametrize("bias", ["All", "LoRAOnly"])

@@ -36,6 +36,7 @@ from finetune_trainer.train import full
 from finetune_trainer.train import run as train
 from finetune_trainer.train import save as save_module
 from tests.support.prepared import PreparedJob, prepare_job
+from tests.support.served_layout import check_model_folder
 from tests.support.tiny_model import build_tiny_model
 from tests.support.train_process import kill_all, pod_of
 from tests.trainer.test_train_ranks import ROUNDING
@@ -69,6 +70,8 @@ def stored(job: PreparedJob) -> bytes:
 
 def published(s3: Any, job: PreparedJob, folder: Path) -> Path:
     s3.get_dir(job.bucket, job.context().output_store().location.key, folder)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    check_model_folder(folder / "model", config.get("dtype", config.get("torch_dtype")))
     return folder / "model"
 
 

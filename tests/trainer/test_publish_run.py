@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +42,6 @@ from finetune_trainer.publish import run as publish
 from finetune_trainer.publish.card import held_out_overlap, vllm_rank
 from finetune_trainer.publish.facts import cost_facts, data_facts, method_facts
 from finetune_trainer.publish.report import html_report
-from finetune_trainer.publish.safetensors_stream import Checkpoint
 from finetune_trainer.publish.scores import publish_scores, score_rows
 from finetune_trainer.publish.text_metrics import text_metrics
 from finetune_trainer.train import evaluate, inputs, model
@@ -52,6 +50,7 @@ from finetune_trainer.train.device import pick_compute
 from tests.support.fault_proxy import FaultProxy
 from tests.support.judge_server import JudgeServer
 from tests.support.prepared import PreparedJob, deep_merge, prepare_job
+from tests.support.served_layout import check_model_folder, check_tokenizer
 from tests.support.tiny_model import build_tiny_model
 
 MERGED = {"output": {"merged": {"enabled": True}, "workspace": {"retention": "Keep"}}}
@@ -153,7 +152,7 @@ def test_the_merged_model_answers_as_base_and_adapter_do(published: PreparedJob,
     assert tokenizer.chat_template
 
 
-def test_the_report_has_curves_answers_and_numbers_and_a_browser_shows_it(published: PreparedJob) -> None:
+def test_the_report_has_curves_answers_and_numbers_and_is_served_as_a_page(published: PreparedJob) -> None:
     store = published.context(Stage.PUBLISH).output_store()
     page = store.get_bytes("reports/index.html").decode()
     manifest = manifest_of(published)
@@ -226,29 +225,15 @@ def test_the_page_has_every_section_and_needs_nothing_else(published: PreparedJo
 
 
 def test_the_layouts_that_inference_servers_expect(published: PreparedJob, s3: Any, tmp_path: Path) -> None:
-    """vLLM, TGI and Ollama read a folder of the Hub's layout: architectures, type, eos and chat template; shards under the Hub's names, of
-    torch's format; for the adapter vLLM asks for peft's LoRA type, its rank, and halves of nothing but linear layers."""
+    """vLLM, TGI and Ollama read a folder of the Hub's layout; for the adapter vLLM asks for peft's LoRA type, its rank, and halves of nothing but
+    linear layers."""
     key = published.context(Stage.PUBLISH).output_store().location.key
     for folder in ("merged", "adapter"):
         s3.get_dir(published.bucket, f"{key}/{folder}", tmp_path / folder)
     merged, adapter = tmp_path / "merged", tmp_path / "adapter"
-    config, generation = (json.loads((merged / f).read_text()) for f in ("config.json", "generation_config.json"))
-    assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
-    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
-    assert "quantization_config" not in config
-    assert generation["eos_token_id"] is not None
-    assert "vocab_size" in config
-    shards = sorted(p.name for p in merged.glob("*.safetensors"))
-    assert shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    for shard in shards:
-        with safe_open(merged / shard, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
-    assert not [name for name in Checkpoint(merged).tensors if re.search("lora|base_layer|absmax|quant", name)]
-    for folder in (merged, adapter):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer.chat_template
-        assert tokenizer.eos_token_id is not None
-        assert (folder / "tokenizer.json").exists()
+    assert check_model_folder(merged, "bfloat16")["architectures"] == ["LlamaForCausalLM"]
+    assert len(list(merged.glob("*.safetensors"))) > 1
+    check_tokenizer(adapter)
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["task_type"], settings["bias"]) == ("LORA", "CAUSAL_LM", "none")
     assert not settings["modules_to_save"]

@@ -19,6 +19,7 @@ from finetune_trainer.supervisor.decide import (
     decide,
     next_split,
 )
+from finetune_trainer.supervisor.run import placement_limit
 
 ALL = tuple(Action)
 SPLIT = Split(
@@ -155,3 +156,11 @@ def test_what_repeating_in_the_pod_cannot_help_ends_the_pod() -> None:
     found = decide(Ended(3), SPLIT, LIMITS, Tally())
     assert isinstance(found, Failed)
     assert found.reason is Reason.UNKNOWN
+
+
+def test_executions_that_wait_for_each_other_let_go_at_different_times() -> None:
+    """Within half as long again as recovery.placementTimeoutSeconds, and never before it."""
+    limits = [placement_limit(600) for _ in range(200)]
+    assert all(600 <= limit <= 900 for limit in limits)
+    assert max(limits) - min(limits) > 150
+    assert len(set(limits)) == len(limits)

@@ -10,6 +10,7 @@ import pytest
 
 from finetune_api.results import TRAIN_RESULT, TrainResult
 from finetune_trainer.train import run as train
+from finetune_trainer.train.device import Compute
 from tests.support.prepared import PreparedJob, prepare_job
 
 QLORA = {"method": {"type": "QLoRA"}}
@@ -49,9 +50,11 @@ def test_training_learns_and_leaves_a_verified_adapter(trained: PreparedJob, s3:
     assert "adapter/README.md" not in names
 
 
-def test_prompts_that_are_there_to_check_the_tokenizer_are_not_answered(
-    s3: Any, tiny_model: Path, tmp_path: Path
+def test_prompts_that_only_check_the_tokenizer_are_not_answered_and_the_peak_is_that_of_all_the_stage(
+    s3: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    peaks = iter([5 << 30, 7 << 30])  # after training, and after all evaluations and answers
+    monkeypatch.setattr(Compute, "peak_bytes", lambda _: next(peaks))
     job = prepare_job(
         s3, tmp_path, tiny_model, prompts=1, only_checked=3, training={"length": {"steps": 1}},
         evaluation={"generation": {"prompts": 3}},
@@ -59,6 +62,7 @@ def test_prompts_that_are_there_to_check_the_tokenizer_are_not_answered(
     train.run(job.context())
     answers = json.loads(job.context().output_store().get_bytes("reports/answers.json"))
     assert [a["row"] for a in answers] == [0]
+    assert result_of(job).metrics.peak_gpu_bytes == 7 << 30
 
 
 def test_a_trained_snapshot_is_not_trained_again(trained: PreparedJob, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,7 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
     silence = float(recovery.hung_timeout_seconds)
     patience = Patience(silence=silence, start=max(silence, START_SECONDS), stop=saving_seconds(grace))
     key = f"{ctx.snapshot.job.uid}/{ctx.snapshot.digest()}"
-    # Several jobs that each got some of the GPUs they need must not all give them back at the same moment.
-    placement = recovery.placement_timeout_seconds * random.uniform(1.0, 1.5)  # noqa: S311 - nothing to guess
+    placement = placement_limit(recovery.placement_timeout_seconds)
     with Stop() as stop:
         if place.index:
             Follower(place, key, placement, environ).follow(command, ctx.work_dir, patience.stop, stop)
@@ -68,6 +67,12 @@ def run(ctx: StageContext, *, command: Sequence[str] = WORKER, environ: Mapping[
         report = _lead(ctx, team, command, environ, place.ranks, patience, stop)
         team.close()
         return report
+
+
+def placement_limit(seconds: float) -> float:
+    """How long this execution holds its place while others of the job have none: up to half as long again as is asked for. Several jobs
+    that each got some of the GPUs they need must not all give them back at the same moment."""
+    return seconds * random.uniform(1.0, 1.5)  # noqa: S311 - nothing to guess
 
 
 def _lead(

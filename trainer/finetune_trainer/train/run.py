@@ -54,6 +54,7 @@ from finetune_trainer.train.device import Compute, pick_compute
 from finetune_trainer.train.fit import Fit, History
 from finetune_trainer.train.held_out_curve import overfitting
 from finetune_trainer.train.initialization import initialize
+from finetune_trainer.train.layer_norm import let_layer_norms_take_any_type
 from finetune_trainer.train.owner import Owner, claim
 from finetune_trainer.train.quantized import must_be_quantized, quantized_modules
 from finetune_trainer.train.ranks import Ranks, join, leave
@@ -210,7 +211,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
     if ranks.first:
         tracking.follow(prepared.result, loss_base.loss, lambda: steps.steps, lambda: history.evaluations)
     fit.run()
-    peak_gpu_bytes = max((peak for peak in ranks.gather(compute.peak_bytes()) if peak is not None), default=None)
+    peaks = ranks.gather(compute.peak_bytes())
     if not ranks.sharded:
         leave()
         if not ranks.first:
@@ -276,6 +277,9 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
         for p, b, t in zip(asked, measured.answers, answering.answers(tuned, tokenizer), strict=True)
     ]
     tuned_replies = answering.task_replies(tuned, tokenizer, Tasks.read(prepared.tasks))
+    peaks += ranks.gather(
+        compute.peak_bytes()
+    )  # evaluations and answers may take more than training, which the plan knows
     leave()
     if not ranks.first:
         return RankDone()
@@ -303,7 +307,7 @@ def train(ctx: StageContext, tracking: Tracking) -> TrainReport | RankDone:
             tokens=steps.tokens,
             tokens_per_second=steps.tokens / steps.seconds,
             train_seconds=steps.seconds,
-            peak_gpu_bytes=peak_gpu_bytes,
+            peak_gpu_bytes=max((peak for peak in peaks if peak is not None), default=None),
         ),
         verification=verification,
         base_files=base_files.files,
@@ -432,6 +436,8 @@ def load(folder: Path, snapshot: Snapshot, compute: Compute, ranks: Ranks) -> tu
         records = quantized_modules(base)
     if snapshot.plan.method.quantization is not None:
         must_be_quantized(records, base)
+    if compute.device.type == "cpu":
+        let_layer_norms_take_any_type(base)
     release_memory()
     return base, records
 
