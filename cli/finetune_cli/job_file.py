@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def read_job(path: Path) -> tuple[str, FineTuneJobSpec]:
     if job.get("apiVersion") != API_VERSION:
         raise BadInput(f"{path}: apiVersion is {job.get('apiVersion')!r}; expected {API_VERSION}")
     try:
-        spec = FineTuneJobSpec.model_validate(job.get("spec", {}))
+        # Strictly, from JSON: a quoted number is no number to the apiserver, and is one to pydantic otherwise.
+        spec = FineTuneJobSpec.model_validate_json(json.dumps(job.get("spec", {}), default=str), strict=True)
     except ValidationError as error:
         raise BadInput(f"{path}: " + "; ".join(problems(error))) from error
     metadata = job.get("metadata")

@@ -123,6 +123,8 @@ def test_a_learning_rate_of_1e_4_is_a_number_as_kubectl_reads_it(tmp_path: Path,
             JOB + "  method: {lora: {rank: 0}}",
             "spec.method.lora.rank: Input should be greater than or equal to 1 (found 0)",
         ),
+        (JOB + '  method: {lora: {rank: "8"}}', "spec.method.lora.rank: Input should be a valid integer (found '8')"),
+        (JOB.replace("1e-4", '"1e-4"'), "learningRate: Input should be a valid number (found '1e-4')"),
         (
             JOB + "  method: {lora: {targetModules: [c_attn]}}",
             "c_attn is none of this model's linear layers, which are ",
