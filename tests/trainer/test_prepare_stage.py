@@ -133,6 +133,16 @@ def test_where_a_plan_is_enough_everything_is_checked_and_nothing_stored(bench: 
     assert bench.fails(planOnly=True).reason is Reason.INVALID_DATA
 
 
+def test_lengths_are_told_by_percentiles_over_both_sides(bench: Bench) -> None:
+    """The shortest length that so many rows do not exceed."""
+    bench.put([row(f"{'word ' * n}{n}?", "yes") for n in range(40)])
+    found = bench.run().data.tokens
+    sides = (bench.table(side)["input_ids"].to_pylist() for side in ("train", "held_out"))
+    lengths = sorted(len(ids) for side in sides for ids in side)
+    assert [found.p50, found.p95, found.p99, found.max] == [lengths[n - 1] for n in (20, 38, 40, 40)]
+    assert found.p50 < found.p95 < found.p99
+
+
 def test_truncated_and_dropped_rows_are_counted_and_warned_of(bench: Bench) -> None:
     bench.put([*ROWS, row("short?", "long " * 80), row("word " * 200, "answer")])
     report = bench.run(training={"maxSequenceTokens": 64})

@@ -13,6 +13,7 @@ from finetune_api.spec import CpuOffload, MethodType, Parallelism
 from finetune_trainer.context import StageContext
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
+from finetune_trainer.prepare.disk import disk_warnings
 from finetune_trainer.prepare.four_bit import left_in_16_bit
 from finetune_trainer.prepare.full_weights import count_full, refuse_others
 from finetune_trainer.prepare.initial_adapter import InitialAdapter, fetch_initial_adapter, must_fit
@@ -86,7 +87,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
     template = own or chat_template(tokenizer)
     renderer = tried_renderer(tokenizer, template, given=own is not None) if template else None
     records = _source_files(model, folder)
-    warnings = []
+    warnings = disk_warnings(ctx.snapshot.spec, sum(record.size for record in records))
     positions = config.get("max_position_embeddings")
     limit = ctx.snapshot.spec.training.max_sequence_tokens
     if isinstance(positions, int) and limit > positions:
