@@ -105,7 +105,8 @@ class Optimizer(ApiModel):
 
 class Scheduler(StrEnum):
     """Learning-rate schedules, all after the warm-up. CosineWithMinLR ends at a tenth of the peak; WarmupStableDecay is constant and
-    falls to zero over the last tenth of the steps."""
+    falls to zero over the last tenth of the steps. transformers' polynomial and its cosine with restarts are Linear and Cosine where nothing
+    else is set, and a plateau is looked for by losses that a resumed run would not have."""
 
     COSINE = "Cosine"
     COSINE_WITH_MIN_LR = "CosineWithMinLR"
@@ -166,7 +167,8 @@ class Training(ApiModel):
     )
     micro_batch_sequences: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None,
-        description="Sequences per forward pass on one GPU. It changes speed and memory, never the result. Chosen when absent.",
+        description="Sequences per forward pass on one GPU. It changes speed and memory, not a step's rows or their weight in it; dropout and NEFTune "
+        "draw otherwise. Chosen when absent.",
     )
     max_sequence_tokens: Annotated[int, Field(ge=16, le=1_048_576)] = Field(
         2048, description="Longest sequence trained on, in tokens."
