@@ -81,7 +81,7 @@ def here(example: Spec, s3: Any, bucket: str, servers: dict[str, Any], pod: Pod)
     for index, source in enumerate(spec["data"].get("heldOut", {}).get("sources", [])):
         stored(source, "other.jsonl", held_out_slot(index))
     evaluation = spec.setdefault("evaluation", {})
-    evaluation.pop("tasks", None)  # they come from the Hub: test_tasks runs some that do not
+    evaluation.pop("tasks", None)  # they come from the Hub, as in test_tasks_hub, which does those of the example
     generation = evaluation.setdefault("generation", {})
     for index, source in enumerate(generation.get("sources", [])):
         stored(source, "other.jsonl", prompts_slot(index))

@@ -29,6 +29,7 @@ from finetune_trainer.publish.written import check_written
 from finetune_trainer.train import device, evaluate, int8, model
 from finetune_trainer.train.quantized import describe, describe_int8, quantized_modules
 from finetune_trainer.train.rows import Rows
+from tests.planner.simulator.tracker import LiveStorages
 from tests.support.prepared import deep_merge, encode, job_spec, questions, snapshot_of, table
 from tests.support.tiny_families import build_tiny_family
 from tests.support.tiny_model import build_tiny_model
@@ -157,6 +158,35 @@ def test_the_merged_folder_loads_in_plain_transformers(base: Path, tmp_path: Pat
         assert index["weight_map"] == {n: t.file for n, t in tensors.items()}
 
 
+@pytest.mark.parametrize(
+    ("settings", "quantized"), [({}, False), ({"use_dora": True}, False), ({}, True)], ids=["LoRA", "DoRA", "QLoRA"]
+)
+def test_what_a_merge_holds_is_two_shards_and_the_adapter_and_does_not_grow_with_the_model(
+    tmp_path: Path, settings: dict[str, Any], quantized: bool
+) -> None:
+    def held(layers: int) -> int:
+        base = build_tiny_model(tmp_path / f"base-{layers}", layers=layers, shards=layers)
+        adapter = adapter_for(base, tmp_path / f"adapter-{layers}", **settings)
+        round_trip = quantized_by_training(base, {})[1] if quantized else None
+        with LiveStorages() as live:
+            whole = BaseWeights(Checkpoint(base), round_trip)
+            merge(whole, read_adapter(adapter), torch.bfloat16, tmp_path / f"merged-{layers}", lambda _: None)
+        shard = max(path.stat().st_size for path in base.glob("*.safetensors"))
+        assert live.peak_bytes <= 2 * shard + (adapter / "adapter_model.safetensors").stat().st_size
+        return live.peak_bytes
+
+    assert held(8) <= 1.1 * held(2)
+
+
+def quantized_by_training(base: Path, quantization: dict[str, Any]) -> tuple[Any, RoundTrip]:
+    """A QLoRA's base, and what the merge is told of it."""
+    run = snapshot_of(
+        deep_merge(job_spec(None, "bucket"), {"method": {"type": "QLoRA", "quantization": quantization}}), "u" * 32
+    )
+    loaded = model.load_base(base, run, device.Compute(torch.device("cpu"), torch.bfloat16, "cpu"))
+    return loaded, RoundTrip(Quantization.model_validate(quantization), quantized_modules(loaded), torch.bfloat16)
+
+
 def test_the_configuration_names_the_merged_type_and_no_quantization() -> None:
     config = {"torch_dtype": "float32", "quantization_config": {"a": 1}, "text_config": {"dtype": "float32", "x": 1}}
     assert merged_config(config, torch.bfloat16) == {
@@ -171,13 +201,9 @@ def test_after_qlora_exactly_the_quantized_weights_make_the_round_trip(
     base: Path, tmp_path: Path, double: bool | None, kind: str
 ) -> None:
     quantization = {"type": kind, "doubleQuantization": double}
-    run = snapshot_of(
-        deep_merge(job_spec(None, "bucket"), {"method": {"type": "QLoRA", "quantization": quantization}}), "u" * 32
-    )
-    loaded = model.load_base(base, run, device.Compute(torch.device("cpu"), torch.bfloat16, "cpu"))
+    loaded, round_trip = quantized_by_training(base, quantization)
     records = quantized_modules(loaded)
     assert len(records) == 14
-    round_trip = RoundTrip(Quantization.model_validate(quantization), records, torch.bfloat16)
     adapter = adapter_for(base, tmp_path / "adapter")
     ours = merged(BaseWeights(Checkpoint(base), round_trip), adapter, torch.float32, tmp_path / "merged")
     assert not round_trip.inexact

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from ruamel.yaml import YAML
 from transformers import AutoTokenizer
 
 from finetune_api.failures import Reason
@@ -45,6 +46,23 @@ STORIES = [
 SUMS = [{"question": f"What is {i} plus 1?", "answer": f"One more than {i}. #### {i + 1}"} for i in range(8)]
 SUMS_CARD = "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: main/train-*}\n  - {split: test, path: main/test-*}\n---\n"
 
+FACTS = [
+    {
+        "id": str(i),
+        "question": f"What runs in pod {i}?",
+        "choices": {"text": ["A container.", "A marathon.", "A river.", "A joke."], "label": ["A", "B", "C", "D"]},
+        "answerKey": key,
+    }
+    for i, key in enumerate("ABA")
+]
+SPLITS = ("train", "validation", "test")
+FACTS_CARD = (
+    "---\nconfigs:\n- config_name: ARC-Easy\n  data_files:\n"
+    + "".join(f"  - {{split: {split}, path: ARC-Easy/{split}-*}}\n" for split in SPLITS)
+    + "---\n"
+)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tasks.yaml"
+
 
 def publish(hub: HubServer, name: str, folder: Path, files: dict[str, list[dict[str, Any]]], **access: bool) -> Path:
     """A dataset of Parquet files."""
@@ -63,16 +81,28 @@ def reach(folder: Path, hub: HubServer, token: str | None) -> None:
         (folder / "HF_TOKEN").write_text(token)
 
 
-def test_lm_evals_own_tasks_are_fetched_once_and_scored_when_the_hub_is_gone(
+def test_the_examples_tasks_and_one_with_code_are_fetched_once_and_scored_when_the_hub_is_gone(
     s3: S3, tiny_model: Path, tmp_path: Path
 ) -> None:
+    """Those of examples/tasks.yaml, and hellaswag, whose documents lm-eval's own code cleans."""
     bucket = s3.new_bucket()
+    s3.put(bucket, "tasks/tickets.yaml", CHOICE.replace("task: choice", "task: tickets"))
+    s3.put(bucket, "tasks/data/test.jsonl", "".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     pod = pod_of(s3, tmp_path)
+    s3.write_secret(pod.secrets / "task-3")
+    arc, gsm8k, tickets = YAML(typ="safe").load(EXAMPLE)["spec"]["evaluation"]["tasks"]
+    assert (arc["name"], gsm8k["name"], tickets["name"]) == ("arc_easy", "gsm8k", "tickets")
     asked = [
-        {"name": "gsm8k", "limit": 3, "fewShot": 2, "secretRef": {"name": "hub"}},
+        arc,
+        {**gsm8k, "limit": 3, "secretRef": {"name": "hub"}},
         {"name": "hellaswag", "limit": 5},
+        {**tickets, "uri": f"s3://{bucket}/tasks/", "limit": 2},
     ]
     with HubServer() as hub:
+        facts = publish(
+            hub, "allenai/ai2_arc", tmp_path / "a", {f"ARC-Easy/{split}-0.parquet": FACTS for split in SPLITS}
+        )
+        (facts / "README.md").write_text(FACTS_CARD)
         publish(
             hub,
             "Rowan/hellaswag",
@@ -87,12 +117,13 @@ def test_lm_evals_own_tasks_are_fetched_once_and_scored_when_the_hub_is_gone(
             gated=True,
         )
         (sums / "README.md").write_text(SUMS_CARD)
-        reach(pod.secrets / "task-0", hub, VALID_TOKEN)
+        reach(pod.secrets / "task-1", hub, VALID_TOKEN)
         context = pod.context(spec_of(s3, bucket, *asked))
         found = prepare_tasks(context, AutoTokenizer.from_pretrained(tiny_model), None, {}, gathered=False)
         fetched = [path for path in hub.log.paths("GET") if path.endswith(".parquet")]
-        assert len(fetched) == len(set(fetched)) == 4
+        assert len(fetched) == len(set(fetched)) == 5, "three of them hold the same bytes"
     assert found.datasets == [
+        TaskDataset(dataset="allenai/ai2_arc", commit=COMMIT),
         TaskDataset(dataset="openai/gsm8k", commit=COMMIT),
         TaskDataset(dataset="Rowan/hellaswag", commit=COMMIT),
     ]
@@ -102,13 +133,14 @@ def test_lm_evals_own_tasks_are_fetched_once_and_scored_when_the_hub_is_gone(
         tar.extractall(tmp_path / "later", filter="data")
     later = tmp_path / "later"
     requests = Requests.model_validate_json((later / REQUESTS).read_bytes())
-    assert (len(requests.continuations), len(requests.generated)) == (5 * 4, 3)
+    own = sum(len(document["choices"]) for document in DOCUMENTS[:2])
+    assert (len(requests.continuations), len(requests.generated)) == ((len(FACTS) + 5) * 4 + own, 3)
     assert {(g.max_new_tokens, g.until) for g in requests.generated} == {(256, ("Question:", "</s>", "<|im_end|>"))}
-    assert all(g.context.count("Question:") == 3 for g in requests.generated)
+    assert all(g.context.count("Question:") == gsm8k["fewShot"] + 1 for g in requests.generated)
 
-    # Whoever prefers the first ending is right in two of five; who says 1 to all is right once.
-    likely = [float(-(n % 4)) for n in range(20)]
-    replies = TaskReplies(log_likelihoods=likely, greedy=[False] * 20, texts=["#### 1"] * 3)
+    # Whoever prefers the first ending is right in two of five, and with two of three facts; who says 1 to all is right once.
+    likely = [float(-(n % 4)) for n in range(len(requests.continuations))]
+    replies = TaskReplies(log_likelihoods=likely, greedy=[False] * len(likely), texts=["#### 1"] * 3)
     better = replies.model_copy(update={"texts": [f"#### {n}" for n in (1, 2, 3)]})
     (later / REPLIES).write_text(TaskAnswers(base=replies, tuned=better).model_dump_json(by_alias=True))
     run_harness(Command.SCORES, later)
@@ -118,6 +150,8 @@ def test_lm_evals_own_tasks_are_fetched_once_and_scored_when_the_hub_is_gone(
     }
     assert scores["gsm8k", "exact_match", "strict-match"] == pytest.approx((1 / 3, 1.0))
     assert scores["hellaswag", "acc", "none"] == pytest.approx((0.4, 0.4))
+    assert scores["arc_easy", "acc", "none"] == pytest.approx((2 / 3, 2 / 3))
+    assert ("tickets", "acc", "none") in scores
 
 
 @pytest.mark.parametrize(
