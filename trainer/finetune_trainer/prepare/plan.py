@@ -35,7 +35,7 @@ from finetune_api.planner.sentences import gib
 from finetune_api.progress import Split
 from finetune_api.quantity import parse_quantity
 from finetune_api.results import DataSummary, RunPlan
-from finetune_api.snapshot import NodeGpu, largest_divisor, rank_count
+from finetune_api.snapshot import NodeGpu, rank_count
 from finetune_api.spec import MOST_GPUS_PER_NODE, ComputeDtype, CpuOffload, FineTuneJobSpec, MethodType, Parallelism
 from finetune_api.spec.training import NO_BFLOAT16
 from finetune_trainer.errors import StageError
@@ -309,8 +309,6 @@ def _chosen(
     fewer: str = "",
 ) -> RunPlan:
     planned = plan(choice.request, gpu.peak_tflops)
-    share = -(-spec.training.global_batch_sequences // choice.request.gpus)
-    micro = largest_divisor(share, choice.micro_batch_sequences)
     misfit = "" if choice.fit.fits else " By an estimate that was not verified for this family it does not fit."
     return RunPlan(
         method=choice.method,
@@ -318,8 +316,8 @@ def _chosen(
         gpus_per_node=choice.request.gpus // spec.compute.nodes,
         split=split.model_copy(
             update={
-                "micro_batch_sequences": micro,
-                "gradient_accumulation_steps": share // micro,
+                "micro_batch_sequences": choice.micro_batch_sequences,
+                "gradient_accumulation_steps": choice.gradient_accumulation_steps,
                 "evaluation_divisor": max(1, EVALUATION_TOKENS // choice.request.evaluation_tokens),
             }
         ),
