@@ -225,8 +225,7 @@ def plan(request: Request, peak_tflops: float | None = None, sustained_tflops: f
             sustained_tflops,
             PASSES * sum(offload) * request.run_tokens / (batch.tokens * request.gpus),
         ),
-        verified=arch.known
-        and not arch.experts
+        verified=arch.compared
         and not tuning.dora
         and not tuning.full
         and not tuning.token_rows
