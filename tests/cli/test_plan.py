@@ -148,7 +148,6 @@ OWN_MICRO_BATCH = {"globalBatchSequences": 16, "maxSequenceTokens": 2048, "micro
         ("llama-3-8b", {"compute": gpu("NVIDIA-A10G"), "training": {"cpuOffload": "Always"}}),
         ("mixtral-8x7b", {"compute": gpu("NVIDIA-H200", count=2)}),
         ("mixtral-8x7b", {**SMALL, "training": {"cpuOffload": "IfNeeded"}}),
-        ("mixtral-8x7b", {"compute": {**gpu("Tesla-T4"), "memory": "1Gi"}}),
     ],
 )
 def test_a_job_has_the_plan_that_its_prepare_stage_makes(tmp_path: Path, name: str, spec: dict[str, Any]) -> None:
@@ -201,6 +200,18 @@ def test_an_estimate_that_does_not_fit_is_told_and_refuses_nothing(tmp_path: Pat
     assert result.exit_code == FITS
     assert "too little. It fits with: " in result.stdout
     assert "not verified for this family it does not fit. An estimate refuses nothing." in result.stdout
+
+
+def test_an_estimate_refuses_nothing_for_host_memory_either(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**read_config("llama-3-8b"), "model_type": "novel"}))
+    write_headers(tmp_path, model("llama-3-8b")[1])
+    text = JOB + "  method: {type: Full}\n  compute: {memory: 8Gi}\n"
+    small = run(job(tmp_path, text), "--model-folder", tmp_path, "--gpu", "T4")
+    assert small.exit_code == FITS, "it does not fit by an estimate, and what host memory it would need is not asked"
+    assert "An estimate refuses nothing." in small.stdout
+    large = run(job(tmp_path, text), "--model-folder", tmp_path, "--gpu-memory", "999Gi")
+    assert large.exit_code == DOES_NOT_FIT
+    assert "compute.memory: 8Gi is" in large.stdout
 
 
 def test_qlora_that_would_quantize_nothing_is_refused_and_little_of_it_is_told(tmp_path: Path) -> None:
