@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 
 from finetune_api.base import ApiModel
 from finetune_api.names import job_key
@@ -205,6 +204,11 @@ def largest_divisor(total: int, limit: int) -> int:
     return next(d for d in range(min(total, limit), 0, -1) if total % d == 0)
 
 
+def rank_share(global_batch_sequences: int, ranks: int) -> int:
+    """Rows of a step that each rank has room for: where they cannot be shared out evenly, some get rows that count for nothing."""
+    return -(-global_batch_sequences // ranks)
+
+
 def ranks_per_node(spec: FineTuneJobSpec) -> int:
     """Processes of a pod that train together: one per GPU, and one as long as the plan that chooses them is not made."""
     return max(1, spec.compute.gpus() or 1)
@@ -229,8 +233,7 @@ def resolve_plan(spec: FineTuneJobSpec) -> Plan:
     alphas = {} if lora.alpha is not None else {name: 2 * rank for name, rank in ranks_of.items()}
     training = spec.training
     limit = training.micro_batch_sequences or DEFAULT_MICRO_BATCH
-    ranks = rank_count(spec)
-    share = math.ceil(training.global_batch_sequences / ranks)
+    share = rank_share(training.global_batch_sequences, rank_count(spec))
     micro_batch = largest_divisor(share, limit)
     # On a CPU there is no GPU memory to save; elsewhere prepare chooses (RunPlan).
     kind = MethodType.LORA if method.type is MethodType.AUTO and training.use_cpu else method.type

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune_api.planner import Architecture, Shapes, UnknownArchitecture, describe, parameter_shapes, parse_config
 from finetune_cli.job_file import BadInput
@@ -13,21 +16,35 @@ from finetune_cli.job_file import BadInput
 MAX_HEADER_BYTES = 100_000_000
 
 
-def from_config(path: Path) -> tuple[Architecture, Shapes]:
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model's files tell of it."""
+
+    config: dict[str, Any]
+    """config.json."""
+    architecture: Architecture
+    shapes: Shapes
+    """Of every parameter."""
+    stored: Collection[str]
+    """Names of the tensors in the files; by config.json alone those that transformers has."""
+
+
+def from_config(path: Path) -> ModelFiles:
     """By config.json alone, for families whose tensors are known.
 
     Raises:
         BadInput: no decoder's configuration, or an unknown family.
     """
-    arch = read_architecture(path)
+    config, arch = read_architecture(path)
     if not arch.known:
         raise BadInput(
             f"{path}: the tensors of this model_type are not known by heart. Give --model-folder with its safetensors files."
         )
-    return arch, describe(arch)
+    shapes = describe(arch)
+    return ModelFiles(config, arch, shapes, shapes)
 
 
-def from_folder(folder: Path) -> tuple[Architecture, Shapes]:
+def from_folder(folder: Path) -> ModelFiles:
     """By config.json and the safetensors headers; without safetensors files as :func:`from_config`.
 
     Raises:
@@ -36,22 +53,22 @@ def from_folder(folder: Path) -> tuple[Architecture, Shapes]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return from_config(folder / "config.json")
-    arch = read_architecture(folder / "config.json")
+    config, arch = read_architecture(folder / "config.json")
     headers: dict[str, tuple[int, ...]] = {}
     for file in files:
         headers |= read_header(file)
-    return arch, parameter_shapes(headers, arch)
+    return ModelFiles(config, arch, parameter_shapes(headers, arch), headers)
 
 
-def read_architecture(path: Path) -> Architecture:
-    """Parse a config.json.
+def read_architecture(path: Path) -> tuple[dict[str, Any], Architecture]:
+    """Read and parse a config.json.
 
     Raises:
         BadInput: not there, not JSON, or no decoder's.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return parse_config(config)
+        return dict(config), parse_config(config)
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
     except UnknownArchitecture as error:

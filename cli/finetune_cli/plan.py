@@ -12,27 +12,32 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from finetune_api.planner import (
-    Architecture,
     Attention,
     Choice,
     Gpu,
-    Shapes,
     UnknownGpu,
     UnknownTarget,
+    Unsuitable,
+    by_compute_dtype,
     choose,
     find_gpu,
     gpu_counts,
     host_memory_misfit,
+    is_shardable,
+    left_in_16_bit,
     misfit_sentence,
     plan,
     plan_sentence,
     possible,
+    refuses,
     request_of,
     rounds,
+    why_not_tunable,
 )
+from finetune_api.planner.sentences import ESTIMATED_MISFIT
 from finetune_api.spec import FineTuneJobSpec, MethodType
 from finetune_cli.job_file import BadInput, read_job
-from finetune_cli.model_files import from_config, from_folder
+from finetune_cli.model_files import ModelFiles, from_config, from_folder
 from finetune_cli.plan_table import plan_table
 from finetune_cli.quantity import parse_bytes
 
@@ -69,20 +74,29 @@ def plan_command(
     tflops: Annotated[float | None, typer.Option(min=0.1, help="TFLOP/s a GPU sustains, if measured.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Print what a FineTuneJob would hold on a GPU. Exit code 0: it fits; 3: it does not; 2: bad input."""
+    """Print what a FineTuneJob would hold on a GPU, and whether its prepare stage would refuse it.
+
+    Exit code 0: it fits, or an estimate says that it does not, which refuses nothing; 3: it does not fit; 2: bad input, or what this model or
+    GPU cannot do.
+    """
     try:
         name, spec = read_job(file)
         if method and method.value != spec.method.type.value:
             spec = with_method(spec, MethodType(method.value))
-        arch, shapes = read_model(config, model_folder)
+        model = read_model(config, model_folder)
         asked = spec.compute.gpu
         device = read_gpu(gpu, gpu_memory) if gpu or gpu_memory else read_gpu(asked.product, asked.memory)
-        shardable = arch.known and not arch.experts
+        shardable = check(spec, model, device)
         tries = rounds(spec, shardable)
         for count, several in [(n, may) for may in tries for n in ([gpus] if gpus else gpu_counts(spec, may))]:
             choice = choose(
                 request_of(
-                    spec, arch, shapes, gpus=count * spec.compute.nodes, attention=attention, run_tokens=train_tokens
+                    spec,
+                    model.architecture,
+                    model.shapes,
+                    gpus=count * spec.compute.nodes,
+                    attention=attention,
+                    run_tokens=train_tokens,
                 ),
                 device.usable_bytes,
                 spec.training.global_batch_sequences,
@@ -93,19 +107,19 @@ def plan_command(
             )
             if choice.fit.fits:
                 break
-    except (BadInput, UnknownGpu, UnknownTarget) as error:
+    except (BadInput, UnknownGpu, UnknownTarget, Unsuitable) as error:
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(Exit.BAD_INPUT) from error
     planned = plan(choice.request, device.peak_tflops, tflops)
     offered = possible(spec, choice.fit.alternatives, shardable)
     verdict = choice.fit.model_copy(update={"alternatives": offered})
     settled = choice.model_copy(update={"planned": planned, "fit": verdict})
-    host = host_memory_misfit(spec, choice)
+    host = host_memory_misfit(spec, choice) if choice.fit.fits else ""
     if as_json:
         sys.stdout.write(as_json_text(settled) + "\n")
     else:
         show(name, settled, device, host)
-    raise typer.Exit(Exit.FITS if settled.fit.fits and not host else Exit.DOES_NOT_FIT)
+    raise typer.Exit(Exit.DOES_NOT_FIT if refuses(settled) or host else Exit.FITS)
 
 
 def with_method(spec: FineTuneJobSpec, kind: MethodType) -> FineTuneJobSpec:
@@ -124,7 +138,22 @@ def with_method(spec: FineTuneJobSpec, kind: MethodType) -> FineTuneJobSpec:
         raise BadInput(f"--method {kind.value}: {error.errors()[0]['msg']}") from error
 
 
-def read_model(config: Path | None, folder: Path | None) -> tuple[Architecture, Shapes]:
+def check(spec: FineTuneJobSpec, model: ModelFiles, device: Gpu) -> bool:
+    """Whether the model can be loaded a layer at a time. What QLoRA leaves in 16 bit is told.
+
+    Raises:
+        Unsuitable: the job asks for what model or GPU cannot do, which the prepare stage refuses too.
+    """
+    if refused := why_not_tunable(model.config, spec.model.uri):
+        raise Unsuitable(refused)
+    by_compute_dtype(spec, [device])
+    shardable = is_shardable(spec, model.architecture, model.stored)
+    if much := left_in_16_bit(spec.method.type, model.architecture, model.shapes, spec.model.uri):
+        sys.stderr.write(f"warning: {much}\n")
+    return shardable
+
+
+def read_model(config: Path | None, folder: Path | None) -> ModelFiles:
     """From exactly one of both.
 
     Raises:
@@ -172,5 +201,7 @@ def show(name: str, choice: Choice, gpu: Gpu, host_misfit: str) -> None:
     console.print(choice.reason)
     if not choice.fit.fits:
         console.print(misfit_sentence(name, choice.request, choice.fit, gpu))
+        if not refuses(choice):
+            console.print(f"{ESTIMATED_MISFIT} An estimate refuses nothing.")
     if host_misfit:
         console.print(host_misfit)

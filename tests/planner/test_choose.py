@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -65,6 +66,18 @@ def test_a_method_asked_for_is_kept_though_it_does_not_fit() -> None:
     assert choice.method is MethodType.LORA
     assert not choice.fit.fits
     assert any(a.method == "QLoRA" for a in choice.fit.alternatives)
+
+
+@pytest.mark.parametrize("gpus", range(1, 9))
+@pytest.mark.parametrize("batch", [1, 5, 7, 8, 15, 16, 17, 48, 100])
+def test_micro_batches_cover_the_global_batch_on_any_number_of_gpus(batch: int, gpus: int) -> None:
+    """A GPU's share is rounded up, and the micro-batch is the largest of its divisors that is efficient: 4 rows of 2,048 tokens."""
+    choice = choose(request("qwen2.5-0.5b", gpus=gpus), 80 * GIB, batch, MethodType.LORA)
+    micro, accumulation = choice.micro_batch_sequences, choice.gradient_accumulation_steps
+    assert 0 <= micro * accumulation * gpus - batch < gpus
+    assert micro == max(rows for rows in (1, 2, 3, 4) if math.ceil(batch / gpus) % rows == 0)
+    assert choice.request.batch.micro_batch_sequences == micro
+    assert f"micro-batch {micro}." in choice.reason
 
 
 @settings(max_examples=200)

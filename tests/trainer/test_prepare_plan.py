@@ -90,8 +90,28 @@ def test_the_largest_efficient_micro_batch_that_fits_is_taken_and_the_global_bat
 def test_every_rank_takes_its_share_and_whole_copies_come_first() -> None:
     plan = planned(compute=gpu("NVIDIA-A100-SXM4-80GB", count=3), training={"globalBatchSequences": 8})
     assert plan is not None
-    assert plan.split.micro_batch_sequences * plan.split.gradient_accumulation_steps == math.ceil(8 / 3)
+    assert (plan.split.micro_batch_sequences, plan.split.gradient_accumulation_steps) == (3, 1)
+    assert "micro-batch 3." in plan.summary
     assert plan.layout is Layout.DDP
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("batch", [1, 7, 8, 15, 16, 17, 100])
+def test_what_runs_is_what_was_planned_however_many_gpus_share_the_batch(batch: int, count: int) -> None:
+    def cut(rows_at_once: int | None) -> RunPlan:
+        training = {"globalBatchSequences": batch, "maxSequenceTokens": 2048, "microBatchSequences": rows_at_once}
+        plan = planned("smollm2-135m", compute=gpu("NVIDIA-A100-SXM4-80GB", count=count), training=training)
+        assert plan is not None
+        return plan
+
+    plan = cut(None)
+    micro, accumulation = plan.split.micro_batch_sequences, plan.split.gradient_accumulation_steps
+    assert micro * accumulation == math.ceil(batch / count)
+    assert accumulation == math.ceil(batch / (micro * count)), (
+        "what a run makes of the micro-batch (training_arguments)"
+    )
+    assert f"micro-batch {micro}." in plan.summary
+    assert cut(micro) == plan, "and the peak is that micro-batch's"
 
 
 def test_a_base_that_fits_no_gpu_is_shared_out_where_that_is_allowed() -> None:

@@ -5,10 +5,23 @@
 """
 
 from finetune_api.planner.architecture import Architecture, UnknownArchitecture, parse_config
+from finetune_api.planner.base_model import why_not_tunable
 from finetune_api.planner.choose import Choice, choose, choose_among
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import Alternative, Fit, fit
-from finetune_api.planner.from_spec import gpu_counts, host_memory_misfit, possible, request_of, rounds
+from finetune_api.planner.four_bit import left_in_16_bit
+from finetune_api.planner.from_spec import (
+    Unsuitable,
+    by_compute_dtype,
+    gpu_counts,
+    host_memory_misfit,
+    is_shardable,
+    loaded_by_layers,
+    possible,
+    refuses,
+    request_of,
+    rounds,
+)
 from finetune_api.planner.gpus import Gpu, UnknownGpu, find_gpu, known_gpus, labelled_gpu
 from finetune_api.planner.linears import UnknownTarget
 from finetune_api.planner.plan import MemoryPlan, Request, plan
@@ -32,6 +45,8 @@ __all__ = [
     "UnknownArchitecture",
     "UnknownGpu",
     "UnknownTarget",
+    "Unsuitable",
+    "by_compute_dtype",
     "choose",
     "choose_among",
     "describe",
@@ -39,14 +54,19 @@ __all__ = [
     "fit",
     "gpu_counts",
     "host_memory_misfit",
+    "is_shardable",
     "known_gpus",
     "labelled_gpu",
+    "left_in_16_bit",
+    "loaded_by_layers",
     "misfit_sentence",
     "parameter_shapes",
     "parse_config",
     "plan",
     "plan_sentence",
     "possible",
+    "refuses",
     "request_of",
     "rounds",
+    "why_not_tunable",
 ]

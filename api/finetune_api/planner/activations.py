@@ -50,7 +50,12 @@ def step_memory(arch: Architecture, batch: Batch, layer: LayerMemory, copied: in
 
 
 def mask_bytes(arch: Architecture, batch: Batch) -> int:
-    """Masks shared by all layers: boolean for sdpa, numbers for eager attention; two where only some layers slide."""
+    """Masks shared by all layers, rows × 1 × tokens × tokens each: boolean for sdpa, where there is one, numbers for eager attention; two where
+    only some layers slide.
+
+    Source: transformers 5.23, masking_utils (sdpa_mask, and _ignore_causal_mask_sdpa for where there is none; eager_mask, whose numbers are of
+    the embeddings' type: counted as float32). Compared with simulated runs.
+    """
     kinds = 2 if 0 < arch.sliding_layers < arch.layers else 1
     squares = kinds * batch.micro_batch_sequences * batch.sequence_tokens**2
     if batch.attention_of(arch) is Attention.EAGER:
@@ -59,7 +64,11 @@ def mask_bytes(arch: Architecture, batch: Batch) -> int:
 
 
 def forward_bytes(arch: Architecture, batch: Batch, quantized: bool, mlp_adapted: bool, widest_bytes: int) -> int:
-    """A layer's forward pass without gradients, with the masks of all.
+    """A layer's forward pass without gradients, with the masks of all: the larger of the MLP or eager attention at its widest
+    (:func:`evaluation_working`), and a product with the largest 4-bit weight unpacked, beside half of the MLP and four hidden states.
+
+    Source: transformers 5.23's modelling code under torch.no_grad, operator by operator; bitsandbytes 0.50.2 unpacks a weight for the time of
+    its product (functional.dequantize_4bit). Compared with simulated runs.
 
     Args:
         mlp_adapted: the MLP's layers have adapters.
@@ -84,6 +93,14 @@ def evaluation_bytes(arch: Architecture, batch: Batch, forward: int, copied: int
 
 
 def generation_bytes(arch: Architecture, batch: Batch, forward: int, copied: int, new_tokens: int) -> int:
-    """Answers to a batch of prompts: the prompts' forward pass beside the keys and values of all layers. Not simulated."""
+    """Answers to a batch of prompts: the prompts' forward pass beside the keys and values of all layers, two numbers in half precision for each
+    token, layer and part of a key head (Pope et al. 2022; transformers 5.23, DynamicCache), and autocast's copies of the adapter.
+    Not simulated.
+
+    Args:
+        forward: what :func:`forward_bytes` says of the batch.
+        copied: weights of the adapter that autocast makes 16-bit copies of.
+        new_tokens: of the longest answer.
+    """
     cached = batch.micro_batch_sequences * (batch.sequence_tokens + new_tokens) * 2 * HALF * arch.key_value_size
     return forward + arch.layers * cached + HALF * copied

@@ -82,6 +82,11 @@ class Architecture(ApiModel):
     parallel_residual: bool = False
 
     @property
+    def compared(self) -> bool:
+        """Plans of this family were compared with simulated runs (docs/planner.md); those of others are estimates."""
+        return self.known and not self.experts
+
+    @property
     def layer_norm(self) -> bool:
         """LayerNorm, whose output is float32 under autocast; otherwise RMSNorm."""
         return self.family in LAYER_NORM

@@ -10,12 +10,16 @@ from finetune_api.planner.fit import Fit, fit, limit, quantized, with_batch
 from finetune_api.planner.gpus import Gpu
 from finetune_api.planner.plan import MemoryPlan, Request, plan
 from finetune_api.planner.sentences import gib
+from finetune_api.snapshot import rank_share
 from finetune_api.spec import MethodType
 
 SEVERAL = (Layout.DDP, Layout.FSDP)
 """Whole copies first: they are faster."""
 EFFICIENT_TOKENS = 8192
-"""Tokens of a micro-batch beyond which a GPU gets no faster: its matrix products are large enough to fill it."""
+"""Tokens of a micro-batch beyond which a GPU is taken to get no faster: an assumption, not measured on one. A product of *T* tokens with a large
+weight in 16 bit is about *T* operations for each byte that it moves, and a GPU is held up by its operations rather than by its memory above the
+ratio of the two (roofline model, Williams et al. 2009; NVIDIA's data sheets): 295 for an H100 SXM, 153 for an A100 80GB. That so much more is allowed
+is for what is launched, the adapters' small products, and whole waves of tiles."""
 
 
 class Choice(ApiModel):
@@ -26,6 +30,8 @@ class Choice(ApiModel):
     fit: Fit
     method: MethodType
     micro_batch_sequences: int
+    gradient_accumulation_steps: int
+    """Micro-batches of a step, on each GPU."""
     reason: str
 
 
@@ -49,14 +55,14 @@ def choose(
         evaluation_follows: the trainer takes the evaluation batch from the plan, so it is made as small as training allows.
         several: what several GPUs may do, the first that fits is taken.
     """
-    per_gpu = max(1, global_batch_sequences // request.gpus)
+    share = rank_share(global_batch_sequences, request.gpus)
     methods = [method] if method else [MethodType.LORA, MethodType.QLORA]
     rejected: list[str] = []
     last: tuple[MethodType, Request, MemoryPlan] | None = None
     for candidate in methods:
         base = quantized(request) if candidate is MethodType.QLORA else request
         for layout in layouts(request, several):
-            for rows in micro_batches(per_gpu, request.batch.sequence_tokens, micro_batch_sequences):
+            for rows in micro_batches(share, request.batch.sequence_tokens, micro_batch_sequences):
                 tried = with_batch(base.model_copy(update={"layout": layout}), micro_batch_sequences=rows)
                 planned = plan(tried)
                 if evaluation_follows:
@@ -65,13 +71,13 @@ def choose(
                 last = candidate, tried, planned
                 if planned.needed_bytes <= limit(usable_bytes):
                     reason = _reason(candidate, rows, method is None, planned, usable_bytes, rejected)
-                    return _choice(candidate, tried, planned, usable_bytes, reason)
+                    return _choice(candidate, tried, planned, usable_bytes, share, reason)
         assert last is not None
         rejected.append(
             f"{candidate} would need {gib(last[2].needed_bytes)}: does not fit with the 5 % margin ({gib(limit(usable_bytes))})."
         )
     assert last is not None
-    return _choice(*last, usable_bytes, " ".join(rejected))
+    return _choice(*last, usable_bytes, share, " ".join(rejected))
 
 
 def choose_among(
@@ -116,10 +122,10 @@ def layouts(request: Request, several: Sequence[Layout] = SEVERAL) -> list[Layou
     return [Layout.SINGLE] if request.gpus == 1 and Layout.CPU_OFFLOAD not in several else list(several)
 
 
-def micro_batches(per_gpu: int, sequence_tokens: int, most: int | None) -> Iterator[int]:
-    """Divisors of a GPU's part of the global batch, largest first, up to what is efficient or the user allows."""
+def micro_batches(share: int, sequence_tokens: int, most: int | None) -> Iterator[int]:
+    """Divisors of a GPU's share of the global batch, largest first, up to what is efficient or the user allows."""
     bound = most if most is not None else max(1, EFFICIENT_TOKENS // sequence_tokens)
-    yield from (rows for rows in range(min(per_gpu, bound), 0, -1) if per_gpu % rows == 0)
+    yield from (rows for rows in range(min(share, bound), 0, -1) if share % rows == 0)
 
 
 def evaluation_tokens(request: Request, planned: MemoryPlan) -> int:
@@ -133,13 +139,17 @@ def evaluation_tokens(request: Request, planned: MemoryPlan) -> int:
     return tokens
 
 
-def _choice(method: MethodType, request: Request, planned: MemoryPlan, usable_bytes: int, reason: str) -> Choice:
+def _choice(
+    method: MethodType, request: Request, planned: MemoryPlan, usable_bytes: int, share: int, reason: str
+) -> Choice:
+    rows = request.batch.micro_batch_sequences
     return Choice(
         request=request,
         planned=planned,
         fit=fit(request, planned, usable_bytes),
         method=method,
-        micro_batch_sequences=request.batch.micro_batch_sequences,
+        micro_batch_sequences=rows,
+        gradient_accumulation_steps=share // rows,
         reason=reason,
     )
 

@@ -84,14 +84,16 @@ class Communication(ApiModel):
 
     @property
     def loading_bytes(self) -> int:
-        """While units are read and shared out: the one at work, and another."""
+        """While units are read and shared out: the one at work, and another (finetune_trainer.train.sharded; over gloo a test holds each rank's
+        tensors to its part and two units)."""
         return self.layer_bytes + max(self.layer_bytes, self.end_bytes)
 
 
 def communication(
     layout: Layout, weights: dict[str, int], trainable: int, gpus: int, arch: Architecture
 ) -> Communication:
-    """Zhao et al. 2023 (PyTorch FSDP): with units of one layer each, embeddings and head units of their own.
+    """Zhao et al. 2023 (PyTorch FSDP): with units of one layer each, embeddings and head units of their own. DDP here has a whole copy on each GPU
+    and one message of all gradients beside them (finetune_trainer.train.ranks), not torch's buckets.
 
     Args:
         weights: bytes of each tensor of the base as it is sharded.

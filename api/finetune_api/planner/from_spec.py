@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from finetune_api.planner.architecture import Architecture
 from finetune_api.planner.choose import SEVERAL, Choice
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import Alternative
+from finetune_api.planner.gpus import Gpu
 from finetune_api.planner.plan import Request
-from finetune_api.planner.sentences import gib
-from finetune_api.planner.tensors import Shapes
+from finetune_api.planner.sentences import gib, gpu_names
+from finetune_api.planner.tensors import Shapes, describe
 from finetune_api.planner.workload import Attention, Batch, Tuning
 from finetune_api.quantity import parse_quantity
 from finetune_api.snapshot import resolve_plan
@@ -18,12 +19,18 @@ from finetune_api.spec import (
     BEGIN_AT_WEIGHTS,
     MOST_GPUS_PER_NODE,
     WHOLE_WEIGHTS,
+    ComputeDtype,
     CpuOffload,
     FineTuneJobSpec,
     MethodType,
     Parallelism,
     QuantizationType,
 )
+from finetune_api.spec.training import NO_BFLOAT16
+
+
+class Unsuitable(ValueError):
+    """The spec asks for what this model or these GPUs cannot do, however much memory there is."""
 
 
 def request_of(
@@ -128,6 +135,49 @@ def is_whole(spec: FineTuneJobSpec, method: MethodType, quantization: Quantizati
         return True
     whole = lora.modules_to_save or lora.target_parameters or trained_tokens(spec)
     return lora.use_dora or bool(whole) or lora.initialization in WHOLE_WEIGHTS
+
+
+def loaded_by_layers(spec: FineTuneJobSpec) -> str:
+    """The setting that asks for it; empty if none does."""
+    if spec.training.cpu_offload is CpuOffload.ALWAYS:
+        return "training.cpuOffload: Always"
+    return "training.parallelism: FSDP" if spec.training.parallelism is Parallelism.FSDP else ""
+
+
+def is_shardable(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str]) -> bool:
+    """Whether the model can be loaded, and so sharded or kept in host memory, a layer at a time.
+
+    Args:
+        stored: names of the tensors in the model's files: sharded, they are read one by one under the names that transformers has.
+
+    Raises:
+        Unsuitable: the spec asks for that with another model.
+    """
+    asked = loaded_by_layers(spec)
+    shardable = arch.known and not arch.experts and set(describe(arch)) <= set(stored)
+    if asked and not shardable:
+        raise Unsuitable(
+            f"{asked}: this model is none that can be loaded layer by layer. Leave it out, and several GPUs hold whole copies (DDP)."
+        )
+    return shardable
+
+
+def by_compute_dtype(spec: FineTuneJobSpec, gpus: Sequence[Gpu]) -> tuple[list[Gpu], list[Gpu]]:
+    """The GPUs that have the type which ``training.computeDtype`` asks for, and those that lack it.
+
+    Raises:
+        Unsuitable: all lack it.
+    """
+    lacking = [gpu for gpu in gpus if spec.training.compute_dtype is ComputeDtype.BFLOAT16 and not gpu.bfloat16]
+    able = [gpu for gpu in gpus if gpu not in lacking]
+    if lacking and not able:
+        raise Unsuitable(NO_BFLOAT16.format(gpu_names(lacking)))
+    return able, lacking
+
+
+def refuses(choice: Choice) -> bool:
+    """Whether a plan that does not fit refuses the run: an estimate, for a family that was not compared with simulated runs, refuses nothing."""
+    return not choice.fit.fits and choice.request.architecture.compared
 
 
 def possible(spec: FineTuneJobSpec, offered: Sequence[Alternative], shardable: bool = True) -> list[Alternative]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from finetune_api.planner.distributed import Layout
 from finetune_api.planner.fit import Alternative, Fit
 from finetune_api.planner.gpus import Gpu
 from finetune_api.planner.plan import Decisive, MemoryPlan, Request
 
 GIB = 1 << 30
+ESTIMATED_MISFIT = "By an estimate that was not verified for this family it does not fit."
+"""Said instead of a refusal."""
 
 
 def gib(size: int) -> str:
@@ -23,6 +27,11 @@ def number(size: int) -> str:
 def duration(seconds: float) -> str:
     """``2.3 hours``, ``14 minutes``."""
     return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} minutes"
+
+
+def gpu_names(gpus: Sequence[Gpu]) -> str:
+    """``Tesla T4, NVIDIA A10G``."""
+    return ", ".join(gpu.name for gpu in gpus)
 
 
 def plan_sentence(request: Request, planned: MemoryPlan, gpu: Gpu) -> str:

@@ -88,7 +88,8 @@ def quantization_bytes(shapes: Shapes, quantized: set[str], tuning: Tuning, arch
 
 
 def checkpoint_bytes(shapes: Shapes) -> int:
-    """The model's files in 16 bit, as most are published."""
+    """The model's files in 16 bit, as most are published: a safetensors file is its header, which is too small to show, and the numbers side by
+    side (safetensors' format). A model that is published in float32 takes twice that."""
     return HALF * parameters(shapes)
 
 

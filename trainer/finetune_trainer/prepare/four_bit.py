@@ -1,24 +1,19 @@
-"""How much of a model QLoRA holds in 4 bit: bitsandbytes takes plain linear layers only."""
+"""How much of a model QLoRA holds in 4 bit, by the planner's rule."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_api import planner
 from finetune_api.failures import Reason
-from finetune_api.planner import Shapes, UnknownArchitecture, parameter_shapes, parse_config
-from finetune_api.planner.linears import linear_layers, quantized_layers
-from finetune_api.planner.tensors import EMBEDDING, HEAD
+from finetune_api.planner import Shapes, UnknownArchitecture, Unsuitable, parameter_shapes, parse_config
 from finetune_api.spec import MethodType
 from finetune_trainer.errors import StageError
 
-WORTH_TELLING = 0.1
-"""Of the layers' weights."""
-
 
 def left_in_16_bit(method: MethodType, config: Mapping[str, Any], stored: Shapes, uri: str) -> str | None:
-    """A warning, where that is much. (Embeddings and head always are.)
+    """A warning, where that is much; none for a model of which nothing is known.
 
     Args:
         config: config.json.
@@ -27,26 +22,10 @@ def left_in_16_bit(method: MethodType, config: Mapping[str, Any], stored: Shapes
     Raises:
         StageError: InvalidConfig, for QLoRA where it is all.
     """
-    if method in (MethodType.LORA, MethodType.FULL):
-        return None
     try:
         arch = parse_config(config)
+        return planner.left_in_16_bit(method, arch, parameter_shapes(stored, arch), uri)
     except UnknownArchitecture:
         return None
-    shapes = parameter_shapes(stored, arch)
-    of_layers = sum(
-        math.prod(shape)
-        for name, shape in shapes.items()
-        if len(shape) > 1 and not EMBEDDING.search(name) and not HEAD.search(name)
-    )
-    packed = sum(layer.inputs * layer.outputs for layer in quantized_layers(linear_layers(shapes, arch), arch))
-    if packed >= (1 - WORTH_TELLING) * of_layers:
-        return None
-    share = f"{1 - packed / of_layers:.0%} of its layers' weights"
-    if packed == 0 and method is MethodType.QLORA:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            f"method.type: QLoRA would leave all of {uri} in 16 bit: its layers are of a class of their own, which bitsandbytes does not "
-            "quantize. Use type: LoRA.",
-        )
-    return f"QLoRA leaves {share} in 16 bit: bitsandbytes quantizes plain linear layers only, and no fused experts"
+    except Unsuitable as error:
+        raise StageError(Reason.INVALID_CONFIG, str(error)) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from finetune_api.failures import Reason
@@ -15,29 +15,32 @@ from finetune_api.planner import (
     Shapes,
     UnknownArchitecture,
     UnknownTarget,
+    Unsuitable,
+    by_compute_dtype,
     choose_among,
-    describe,
     gpu_counts,
     host_memory_misfit,
+    is_shardable,
     labelled_gpu,
+    loaded_by_layers,
     misfit_sentence,
     parameter_shapes,
     parse_config,
     plan,
     plan_sentence,
     possible,
+    refuses,
     request_of,
     rounds,
 )
 from finetune_api.planner.choose import layouts
 from finetune_api.planner.plan import EVALUATION_TOKENS, Request
-from finetune_api.planner.sentences import gib
+from finetune_api.planner.sentences import ESTIMATED_MISFIT, gib, gpu_names
 from finetune_api.progress import Split
 from finetune_api.quantity import parse_quantity
 from finetune_api.results import DataSummary, RunPlan
-from finetune_api.snapshot import NodeGpu, largest_divisor, rank_count
-from finetune_api.spec import MOST_GPUS_PER_NODE, ComputeDtype, CpuOffload, FineTuneJobSpec, MethodType, Parallelism
-from finetune_api.spec.training import NO_BFLOAT16
+from finetune_api.snapshot import NodeGpu, rank_count
+from finetune_api.spec import MOST_GPUS_PER_NODE, FineTuneJobSpec, MethodType
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.model import BaseModel
 
@@ -58,16 +61,18 @@ def plan_run(
         node_gpus: what the nodes tell that the training pod may land on.
 
     Raises:
-        StageError: DoesNotFit; InvalidConfig, for Auto with a GPU or a model that nothing is known of.
+        StageError: DoesNotFit; InvalidConfig, for Auto with a GPU or a model that nothing is known of, and for what these cannot do.
     """
     if spec.training.use_cpu:
         return None
-    found = candidates_of(spec, node_gpus)
     try:
+        found = candidates_of(spec, node_gpus)
         arch = parse_config(model.config)
         shapes = parameter_shapes(model.shapes, arch)
         request = request_for(spec, arch, shapes, data, len(model.tokens.ids) if model.tokens is not None else 0)
         return from_request(spec, split, request, found, is_shardable(spec, arch, model.shapes), model.uri)
+    except Unsuitable as error:
+        raise StageError(Reason.INVALID_CONFIG, str(error)) from error
     except (UnknownArchitecture, UnknownTarget) as error:
         if automatic := left_to_the_plan(spec):
             raise StageError(
@@ -103,7 +108,8 @@ def candidates_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) ->
     """What is declared counts, then the product that is asked for, then what nodes tell.
 
     Raises:
-        StageError: InvalidConfig, where Auto needs to know and nothing is known, and for GPUs without the type that is asked for.
+        StageError: InvalidConfig, where Auto needs to know and nothing is known.
+        Unsuitable: all GPUs lack the type that is asked for.
     """
     asked = spec.compute.gpu
     nodes = {gpu.product: None if gpu.shared else gpu.memory_mib for gpu in node_gpus or []}
@@ -119,11 +125,8 @@ def candidates_of(spec: FineTuneJobSpec, node_gpus: Sequence[NodeGpu] | None) ->
         kinds = [labelled_gpu(product, memory) for product, memory in nodes.items() if product not in shared]
         gpus = [gpu for gpu in kinds if gpu is not None]
         found = Candidates(gpus, named=False, others=len(gpus) < len(nodes))
-    if spec.training.compute_dtype is ComputeDtype.BFLOAT16 and found.gpus:
-        able = [gpu for gpu in found.gpus if gpu.bfloat16]
-        if not able:
-            raise StageError(Reason.INVALID_CONFIG, NO_BFLOAT16.format(names(found.gpus)))
-        found = replace(found, gpus=able, without_bfloat16=[gpu for gpu in found.gpus if not gpu.bfloat16])
+    able, lacking = by_compute_dtype(spec, found.gpus)
+    found = replace(found, gpus=able, without_bfloat16=lacking)
     automatic = left_to_the_plan(spec)
     if not found.gpus and automatic:
         raise StageError(Reason.INVALID_CONFIG, f"{automatic}: {_nothing_known(asked.product, node_gpus)}")
@@ -216,8 +219,8 @@ def from_request(
                 fewer,
             )
         fewer = f" {gpus} would not do: {gib(choice.planned.needed_bytes)} on each."
-    if not (choice.planned.verified or (request.architecture.known and not request.architecture.experts)):
-        return _chosen(spec, split, choice, suitable[0], [], found.without_bfloat16)  # an estimate refuses nothing
+    if not refuses(choice):
+        return _chosen(spec, split, choice, suitable[0], [], found.without_bfloat16)
     if found.others and spec.compute.gpus() is not None:
         return _of_unknown(spec, choice.method, split, request, tries[-1], found.gpus, found.without_bfloat16)
     here = possible(spec, choice.fit.alternatives, shardable)
@@ -225,7 +228,7 @@ def from_request(
     if spec.compute.gpus() is None:
         words += f" No node that it may use has more GPUs than {gpus}." if found.per_node else ""
     if not found.named:
-        words += f" The job names no GPU, and nodes have {names(found.gpus)}: to wait for another, name it in compute.gpu.product."
+        words += f" The job names no GPU, and nodes have {gpu_names(found.gpus)}: to wait for another, name it in compute.gpu.product."
     raise StageError(Reason.DOES_NOT_FIT, words)
 
 
@@ -233,32 +236,6 @@ def counts_of(spec: FineTuneJobSpec, several: tuple[Layout, ...], found: Candida
     """How many GPUs of each node to try: those numbers that a node has, or else the first."""
     may_be = gpu_counts(spec, several)
     return [n for n in may_be if found.with_count(n)] or may_be[:1]
-
-
-def loaded_by_layers(spec: FineTuneJobSpec) -> str:
-    """The setting that asks for it; empty if none does."""
-    if spec.training.cpu_offload is CpuOffload.ALWAYS:
-        return "training.cpuOffload: Always"
-    return "training.parallelism: FSDP" if spec.training.parallelism is Parallelism.FSDP else ""
-
-
-def is_shardable(spec: FineTuneJobSpec, arch: Architecture, stored: Collection[str]) -> bool:
-    """Whether the model can be loaded, and so sharded or kept in host memory, a layer at a time.
-
-    Args:
-        stored: names of the tensors in the model's files: sharded, they are read one by one under the names that transformers has.
-
-    Raises:
-        StageError: InvalidConfig, where the spec asks for that with another model.
-    """
-    asked = loaded_by_layers(spec)
-    shardable = arch.known and not arch.experts and set(describe(arch)) <= set(stored)
-    if asked and not shardable:
-        raise StageError(
-            Reason.INVALID_CONFIG,
-            f"{asked}: this model is none that can be loaded layer by layer. Leave it out, and several GPUs hold whole copies (DDP).",
-        )
-    return shardable
 
 
 def _of_unknown(
@@ -288,15 +265,10 @@ def _of_unknown(
 
 
 def _avoided(unsuitable: list[Gpu], without_bfloat16: list[Gpu]) -> str:
-    small = f" Not on {names(unsuitable)}, which nodes have: too little memory for it." if unsuitable else ""
+    small = f" Not on {gpu_names(unsuitable)}, which nodes have: too little memory for it." if unsuitable else ""
     if not without_bfloat16:
         return small
-    return f"{small} Not on {names(without_bfloat16)}, which nodes have: no bfloat16, which training.computeDtype asks for."
-
-
-def names(gpus: Sequence[Gpu]) -> str:
-    """``Tesla T4, NVIDIA A10G``."""
-    return ", ".join(gpu.name for gpu in gpus)
+    return f"{small} Not on {gpu_names(without_bfloat16)}, which nodes have: no bfloat16, which training.computeDtype asks for."
 
 
 def _chosen(
@@ -309,17 +281,15 @@ def _chosen(
     fewer: str = "",
 ) -> RunPlan:
     planned = plan(choice.request, gpu.peak_tflops)
-    share = -(-spec.training.global_batch_sequences // choice.request.gpus)
-    micro = largest_divisor(share, choice.micro_batch_sequences)
-    misfit = "" if choice.fit.fits else " By an estimate that was not verified for this family it does not fit."
+    misfit = "" if choice.fit.fits else f" {ESTIMATED_MISFIT}"
     return RunPlan(
         method=choice.method,
         layout=choice.request.layout,
         gpus_per_node=choice.request.gpus // spec.compute.nodes,
         split=split.model_copy(
             update={
-                "micro_batch_sequences": micro,
-                "gradient_accumulation_steps": share // micro,
+                "micro_batch_sequences": choice.micro_batch_sequences,
+                "gradient_accumulation_steps": choice.gradient_accumulation_steps,
                 "evaluation_divisor": max(1, EVALUATION_TOKENS // choice.request.evaluation_tokens),
             }
         ),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.failures import Reason
+from finetune_api.planner.base_model import why_not_tunable
 from finetune_api.planner.tensors import BUFFER, fused_experts, parameter_name
 from finetune_api.snapshot import ResolvedLora
 from finetune_api.spec import LoraBias
@@ -36,7 +37,6 @@ KNOWN_EMBEDDINGS = {
 }
 """What the embeddings are called in the files of models that have other names there than Llama's, or experts, and are merged as transformers
 loads them."""
-CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,15 @@ def check_config(folder: Path, uri: str) -> dict[str, Any]:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        architectures = config.get("architectures") or []
+        refused = why_not_tunable(config, uri)
     except FileNotFoundError:
         raise StageError(
             Reason.UNSUPPORTED_MODEL, f"{uri} has no config.json: it is not a Hugging Face model folder"
         ) from None
     except (ValueError, AttributeError) as error:
         raise StageError(Reason.UNSUPPORTED_MODEL, f"{uri}: config.json is not a JSON object ({error})") from error
-    if architectures and not any(CAUSAL.search(str(a)) for a in architectures):
-        raise StageError(
-            Reason.UNSUPPORTED_MODEL,
-            f"{uri} is a {', '.join(map(str, architectures))}; expected a causal language model (…ForCausalLM)",
-        )
-    if quantization := config.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown method"
-        )
-        raise StageError(
-            Reason.UNSUPPORTED_MODEL,
-            f"{uri} is quantized already ({method}): name the original model; QLoRA quantizes it itself",
-        )
+    if refused:
+        raise StageError(Reason.UNSUPPORTED_MODEL, refused)
     return dict(config)
 
 

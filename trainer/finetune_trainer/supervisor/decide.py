@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from finetune_api.failures import FAILURES, MAX_FRUITLESS, MAX_RESTARTS, Reason, by_exit_code
 from finetune_api.progress import Split, StageReport
-from finetune_api.snapshot import largest_divisor
+from finetune_api.snapshot import largest_divisor, rank_share
 from finetune_api.spec import OutOfMemoryAction
 from finetune_trainer.memory import gibibytes
 
@@ -188,7 +187,7 @@ def next_split(split: Split, limits: Limits) -> tuple[Split, str] | None:
     """The first change that is allowed and left to make, and how to say it; None when there is none."""
     for action in limits.actions:
         if action is OutOfMemoryAction.SMALLER_MICRO_BATCH and split.micro_batch_sequences > 1:
-            share = math.ceil(limits.global_batch / limits.ranks)
+            share = rank_share(limits.global_batch, limits.ranks)
             micro = largest_divisor(share, split.micro_batch_sequences // 2)
             count = share // micro
             said = (
