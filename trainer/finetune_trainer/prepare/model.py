@@ -11,12 +11,13 @@ from finetune_api.failures import Reason
 from finetune_api.results import SourceFile, TrainedTokens
 from finetune_api.spec import CpuOffload, MethodType, Parallelism
 from finetune_trainer.context import StageContext
+from finetune_trainer.cpus import memory_limit
 from finetune_trainer.errors import StageError
 from finetune_trainer.prepare.chat import ChatRenderer, chat_template, load_tokenizer, tried_renderer
-from finetune_trainer.prepare.disk import disk_warnings
 from finetune_trainer.prepare.four_bit import left_in_16_bit
 from finetune_trainer.prepare.full_weights import count_full, refuse_others
 from finetune_trainer.prepare.initial_adapter import InitialAdapter, fetch_initial_adapter, must_fit
+from finetune_trainer.prepare.room import disk_warnings, merge_warnings
 from finetune_trainer.prepare.shapes import (
     Parameters,
     check_config,
@@ -117,6 +118,7 @@ def inspect_model(ctx: StageContext) -> BaseModel:
         if is_mixture_of_experts(headers):
             warnings.append(of_experts(parameters))
     shapes = {name: shape for name, (_, shape) in headers.items()}
+    warnings += merge_warnings(snapshot.spec, shapes, memory_limit())
     if much := left_in_16_bit(method.type, config, shapes, spec.uri):
         warnings.append(much)
     if adapter is not None:
