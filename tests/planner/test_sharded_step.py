@@ -41,11 +41,12 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: int) -> Pat
     return tiny_model.build_tiny_model(folder, layers=LAYERS)
 
 
-def ready_to_train(folder: Path, ranks: Ranks) -> LearnedTokenLoss:
+def ready_to_train(folder: Path, ranks: Ranks, method: str) -> LearnedTokenLoss:
     """The loss of a model with an adapter, of which this rank has all, or its part."""
-    snapshot = snapshot_of(job_spec(None, "bucket", method={"type": "LoRA", "lora": {"rank": RANK}}), "u" * 32)
+    snapshot = snapshot_of(job_spec(None, "bucket", method={"type": method, "lora": {"rank": RANK}}), "u" * 32)
     if ranks.sharded:
         base, _ = sharded.load_sharded(folder, snapshot, CPU, ranks)
+        sharded.ready_for_adapter(base)
     else:
         base = model.load_base(folder, snapshot, CPU)
     tuned = model.attach_adapter(base, snapshot)
@@ -56,10 +57,10 @@ def ready_to_train(folder: Path, ranks: Ranks) -> LearnedTokenLoss:
     return loss
 
 
-def step_bytes(folder: Path, ranks: Ranks) -> int:
+def step_bytes(folder: Path, ranks: Ranks, method: str) -> int:
     """The most of a step beyond what is held between steps."""
     with ResizedStorages() as live:
-        loss = ready_to_train(folder, ranks)
+        loss = ready_to_train(folder, ranks, method)
         for _ in range(2):  # the first ones make gradients
             micro_batch(loss, 1, TOKENS)
         held = live.live_bytes
@@ -68,9 +69,10 @@ def step_bytes(folder: Path, ranks: Ranks) -> int:
         return live.peak_bytes - held
 
 
+@pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
 @pytest.mark.parametrize("vocabulary", [500, 20_000], ids=["layers are the largest", "the head is"])
 def test_a_sharded_step_needs_what_is_planned(
-    two: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: int
+    two: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: int, method: str
 ) -> None:
     folder = build(tmp_path / "model", monkeypatch, vocabulary)
     arch = parse_config(json.loads((folder / "config.json").read_text()))
@@ -78,14 +80,14 @@ def test_a_sharded_step_needs_what_is_planned(
         Request(
             architecture=arch,
             shapes=describe(arch),
-            tuning=Tuning(rank=RANK),
+            tuning=Tuning(rank=RANK, quantized=method == "QLoRA"),
             batch=Batch(sequence_tokens=TOKENS),
             layout=Layout.FSDP,
             gpus=2,
         )
     )
     gathered = planned.gathered_bytes + planned.communication_bytes - NCCL_BYTES
-    added = step_bytes(folder, two) - step_bytes(folder, Ranks())
+    added = step_bytes(folder, two, method) - step_bytes(folder, Ranks(), method)
     assert 0.95 * gathered <= added <= gathered
 
 
@@ -95,7 +97,7 @@ def test_the_message_that_brings_embeddings_or_head_is_gone_before_they_compute(
     folder, vocabulary = build(tmp_path / "model", monkeypatch, 20_000), 20_000
     whole: list[int] = []
     with ResizedStorages() as live:
-        loss = ready_to_train(folder, two)
+        loss = ready_to_train(folder, two, "LoRA")
         for end in (loss.model.get_input_embeddings(), loss.head):
             # Called after FSDP has gathered: it counts the whole matrix, and the message if that is still there.
             end.register_forward_pre_hook(lambda *_: whole.append(live.count(2 * vocabulary * HIDDEN)))
