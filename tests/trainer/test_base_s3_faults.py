@@ -22,6 +22,7 @@ from finetune_trainer.s3_checksum import Hashes, Version, etag_is_md5
 from finetune_trainer.s3_upload_record import UploadRecord
 from finetune_trainer.waiting import wait_until_available
 from tests.support.fault_proxy import Fault, FaultProxy
+from tests.support.own_memory import anonymous_bytes
 from tests.support.trainer_run import Pod
 from tests.trainer.conftest import S3
 
@@ -242,15 +243,6 @@ def test_a_download_of_200_megabytes_holds_a_few_parts_at_most(s3: S3, tmp_path:
 
     assert store.download_file("big", tmp_path / "back", sample) == sent
     assert peak < 3 * s3_transfer.PART_BYTES, f"{peak / 1e6:.0f} MB"
-
-
-def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process."""
-    return next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("RssAnon:")
-    )
 
 
 def test_an_upload_that_arrives_wrong_is_refused_by_the_store(store: S3Store, s3_proxy: FaultProxy) -> None:

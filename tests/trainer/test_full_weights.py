@@ -70,8 +70,7 @@ def stored(job: PreparedJob) -> bytes:
 
 def published(s3: Any, job: PreparedJob, folder: Path) -> Path:
     s3.get_dir(job.bucket, job.context().output_store().location.key, folder)
-    config = json.loads((folder / "model" / "config.json").read_text())
-    check_model_folder(folder / "model", config.get("dtype", config.get("torch_dtype")))
+    check_model_folder(folder / "model", job.snapshot.spec.output.merged.dtype.value)
     return folder / "model"
 
 

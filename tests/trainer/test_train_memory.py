@@ -16,6 +16,7 @@ from finetune_trainer import memory
 from finetune_trainer.train import model
 from finetune_trainer.train.loss import LearnedTokenLoss
 from finetune_trainer.train.rows import collate
+from tests.support.own_memory import anonymous_bytes
 from tests.trainer.test_train_trainer import CPU16, rows_of, snapshot
 
 MEBIBYTE = 2**20
@@ -62,22 +63,16 @@ def test_what_computes_with_an_input_gets_it_in_float32(tiny_model: Path, lora: 
     assert all(m.cast_input_dtype_enabled for m in tuned.modules() if isinstance(m, LoraLayer))
 
 
-def anonymous() -> int:
-    """What this process holds that is no file's, in bytes."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("RssAnon:")).split()[1]) * 1024
-
-
 def left_of_tensors() -> int:
     """What stays of 64 MiB of tensors that were freed, among small ones that were not; after a large block has been freed."""
     torch.ones(4 * MEBIBYTE)
-    before = anonymous()
+    before = anonymous_bytes()
     large, small = [], []
     for _ in range(32):
         large.append(torch.ones(MEBIBYTE // 2))
-        small.append(torch.ones(1024))
+        small.append(torch.ones(MEBIBYTE // 32))  # too large for holes elsewhere, so that it stands between two of them
     large.clear()
-    return anonymous() - before
+    return anonymous_bytes() - before
 
 
 def test_of_large_tensors_nothing_stays_when_they_are_freed() -> None:
@@ -98,6 +93,6 @@ def test_what_a_thread_has_freed_is_given_back() -> None:
     thread = threading.Thread(target=use)
     thread.start()
     thread.join()
-    held = anonymous()
+    held = anonymous_bytes()
     memory.give_back()
-    assert held - anonymous() > 32 * MEBIBYTE
+    assert held - anonymous_bytes() > 32 * MEBIBYTE
